@@ -1,0 +1,103 @@
+"""Transformer parts shared by the vision encoders and decoders."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """x * Phi(x) through the error function (jax.nn.gelu is the tanh approximation by default)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": exact_gelu,
+}
+
+
+def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm with PyTorch's two-pass variance; statistics in float32 whatever the dtype."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def dot_product_attention(q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array) -> jax.Array:
+    """Full softmax attention: the one place where the vision models choose their kernel.
+
+    Args:
+      q_BLHD, k_BLHD, v_BLHD: (batch, length, heads, head width), any one dtype.
+
+    Returns:
+      (batch, length, heads, head width); the softmax is float32.
+    """
+    return jax.nn.dot_product_attention(q_BLHD, k_BLHD, v_BLHD)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused qkv projection.
+
+    Attributes:
+      heads: number of heads; must divide the width.
+      qv_bias: "full" adds one bias to q, k and v (CLIP); "qv" adds biases to q and v only (BEiT).
+      dtype: computation dtype.
+    """
+
+    heads: int
+    qv_bias: str = "full"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        width = x_BLD.shape[-1]
+        qkv = nn.Dense(3 * width, use_bias=self.qv_bias == "full", dtype=self.dtype, name="qkv")(
+            x_BLD
+        )
+        if self.qv_bias == "qv":
+            q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
+            v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
+            qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        q, k, v = (
+            part.reshape(*part.shape[:2], self.heads, width // self.heads)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
+        out = dot_product_attention(q, k, v).reshape(x_BLD.shape)
+        return nn.Dense(width, dtype=self.dtype, name="out")(out)
+
+
+class MLP(nn.Module):
+    """Two dense layers with an activation between them; widens by `ratio`."""
+
+    ratio: float = 4.0
+    activation: str = "gelu"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        width = x_BLD.shape[-1]
+        hidden = nn.Dense(int(self.ratio * width), dtype=self.dtype, name="fc1")(x_BLD)
+        return nn.Dense(width, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](hidden))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; returns (output, None), the form that `nn.scan` wants."""
+
+    heads: int
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+    qv_bias: str = "full"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
+        attention = Attention(self.heads, self.qv_bias, self.dtype, name="attention")
+        x_BLD = x_BLD + attention(layer_norm(self.epsilon, self.dtype, "norm1")(x_BLD))
+        mlp = MLP(self.mlp_ratio, self.activation, self.dtype, name="mlp")
+        return x_BLD + mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x_BLD)), None
