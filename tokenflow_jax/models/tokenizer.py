@@ -37,6 +37,7 @@ class TokenizerConfig:
       channels, multipliers, blocks: of the pixel encoder.
       latent_channels: between the pixel encoder or decoder and the quantiser.
       decoder_channels, decoder_blocks: of the pixel decoder (enhanced: 256 and 5).
+      norm_groups: groups of the pixel branch's GroupNorm.
     """
 
     image_size: int = 224
@@ -56,6 +57,7 @@ class TokenizerConfig:
     latent_channels: int = 256
     decoder_channels: int = 128
     decoder_blocks: int = 3
+    norm_groups: int = 32
 
     def __post_init__(self):
         if isinstance(self.vit, dict):
@@ -89,10 +91,10 @@ class TokenizerConfig:
                 f"{self.semantic_decoder_heads}"
             )
         for name in ("channels", "decoder_channels"):
-            if any(getattr(self, name) * m % 32 for m in self.multipliers):
+            if any(getattr(self, name) * m % self.norm_groups for m in self.multipliers):
                 problems.append(
                     f"{name} {getattr(self, name)} times multipliers {self.multipliers}: every level "
-                    "needs a multiple of 32 (GroupNorm has 32 groups)"
+                    f"needs a multiple of norm_groups {self.norm_groups}"
                 )
         if problems:
             raise ValueError("tokenizer: " + "; ".join(problems))
@@ -106,6 +108,19 @@ class TokenizerConfig:
     def code_channels(self) -> int:
         """Channels of a quantised map."""
         return self.semantic_channels + self.pixel_channels
+
+
+_B_256_SCALES = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+
+# The released tokenizers, by the name that configs, checkpoints and the API use. B at 256 px keeps
+# the position embeddings of 224 px and resizes them; its enhanced decoder is wider and deeper.
+VARIANTS: dict[str, TokenizerConfig] = {
+    "b": TokenizerConfig(),
+    "b_256": TokenizerConfig(image_size=256, scales=_B_256_SCALES),
+    "b_256_enhanced": TokenizerConfig(
+        image_size=256, scales=_B_256_SCALES, decoder_channels=256, decoder_blocks=5
+    ),
+}
 
 
 class Reconstruction(NamedTuple):
@@ -142,7 +157,13 @@ class TokenFlow(nn.Module):
         self.semantic_encoder = ViT(cfg.vit, self.dtype, self.remat)
         self.semantic_in_1, self.semantic_in_2 = dense(width), dense(cfg.semantic_channels)
         self.pixel_encoder = PixelEncoder(
-            cfg.channels, cfg.multipliers, cfg.blocks, cfg.latent_channels, self.dtype, self.remat
+            cfg.channels,
+            cfg.multipliers,
+            cfg.blocks,
+            cfg.latent_channels,
+            cfg.norm_groups,
+            self.dtype,
+            self.remat,
         )
         self.pixel_in, self.pixel_out = dense(cfg.pixel_channels), dense(cfg.latent_channels)
         self.semantic_codebook = self._codebook("semantic_codebook", cfg.semantic_channels)
@@ -157,7 +178,12 @@ class TokenFlow(nn.Module):
         )
         self.semantic_out_1, self.semantic_out_2 = dense(width), dense(cfg.teacher_width)
         self.pixel_decoder = PixelDecoder(
-            cfg.decoder_channels, cfg.multipliers, cfg.decoder_blocks, self.dtype, self.remat
+            cfg.decoder_channels,
+            cfg.multipliers,
+            cfg.decoder_blocks,
+            cfg.norm_groups,
+            self.dtype,
+            self.remat,
         )
 
     def _codebook(self, name: str, channels: int) -> jax.Array:

@@ -1,0 +1,224 @@
+"""The public Python API: images to codes and back."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenflow_jax import checkpoint
+from tokenflow_jax.convert import rules
+from tokenflow_jax.convert.tokenizer import TOKENIZER
+from tokenflow_jax.convert.torch_files import open_state_dict
+from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
+
+_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A trained TokenFlow tokenizer: `encode`, `decode`, `features`.
+
+    Every method is compiled once per batch shape. In float32 all products have full precision on
+    every accelerator, because a code is an argmin.
+
+    Attributes:
+      config: the model's hyper-parameters (`image_size`, `scales`, `codebook_size`, ...).
+      params: its weights.
+      dtype: what encoders and decoders compute in; the quantiser is always float32.
+    """
+
+    config: TokenizerConfig
+    params: dict
+    dtype: str = "float32"
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        variant: str | None = None,
+        *,
+        ema: bool = True,
+        step: int | None = None,
+        dtype: str = "float32",
+    ) -> "Tokenizer":
+        """Loads a tokenizer.
+
+        Args:
+          path: a training workdir or one of its checkpoints, or a PyTorch file (.pt, .pth, .bin,
+            .safetensors, a folder or index of sharded ones). Pickled code is never executed.
+          variant: for a PyTorch file which model it is, one of `models.tokenizer.VARIANTS`; a
+            checkpoint of ours knows.
+          ema: takes the moving average of the weights when the checkpoint has one.
+          step: which checkpoint of a workdir; the newest when None.
+          dtype: "float32" or "bfloat16".
+
+        Returns:
+          A `Tokenizer`.
+
+        Raises:
+          ValueError: no such path or variant, or weights that do not fit (all of them listed).
+        """
+        path = os.fspath(path)
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
+        if _is_torch(path):
+            config = _variant(path, variant)
+            table_state = open_state_dict(path, key="ema" if ema and _has_ema(path) else None)
+            params = rules.to_flax(table_state, TOKENIZER, _template(config))
+        else:
+            saved, state = checkpoint.load_for_inference(path, step)
+            config = TokenizerConfig(**saved["model"])
+            if variant is not None and VARIANTS.get(variant) != config:
+                raise ValueError(f"{path} does not hold variant {variant!r}, but {config}")
+            params = state["ema"] if ema and "ema" in state else state["params"]
+        return cls(config, jax.tree.map(jnp.asarray, params), dtype)
+
+    @functools.cached_property
+    def _model(self) -> TokenFlow:
+        return TokenFlow(self.config, dtype=jnp.dtype(self.dtype))
+
+    @functools.cached_property
+    def _compiled(self) -> dict:
+        """Jitted functions of (params, input); made once, so that nothing recompiles."""
+
+        def encode(params, images_BHWC):
+            features = self._model.apply({"params": params}, images_BHWC, method="encode")
+            return self._model.apply({"params": params}, features, method="quantize").codes_BL
+
+        def features(params, codes_BL):
+            return self._model.apply({"params": params}, codes_BL, method="features")
+
+        def decode(params, codes_BL):
+            maps = features(params, codes_BL)
+            return self._model.apply({"params": params}, maps, method="decode_pixels")[0]
+
+        def semantics(params, codes_BL):
+            maps = features(params, codes_BL)
+            return self._model.apply({"params": params}, maps, method="decode_semantics")
+
+        functions = (encode, features, decode, semantics)
+        return {function.__name__: jax.jit(function) for function in functions}
+
+    def _run(self, name: str, argument: np.ndarray) -> jax.Array:
+        exact = jax.default_matmul_precision("highest")
+        with exact if self.dtype == "float32" else contextlib.nullcontext():
+            return self._compiled[name](self.params, argument)
+
+    def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
+        """Turns images into codes.
+
+        Args:
+          images: uint8 (B, H, W, 3), or float (B, H, W, 3) in [-1, 1]; H = W = config.image_size.
+
+        Returns:
+          int32 codes (B, L), coarse to fine, row by row within a scale.
+
+        Raises:
+          ValueError: wrong shape, dtype or range, or values that are not finite.
+        """
+        return self._run("encode", self._images(images))
+
+    def decode(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
+        """Turns codes back into images.
+
+        Args:
+          codes_BL: integer codes of all scales, or of the coarsest scales only.
+
+        Returns:
+          float32 (B, H, W, 3), nominally in [-1, 1] and not clamped.
+
+        Raises:
+          ValueError: codes out of range, or a number of codes that ends inside a scale.
+        """
+        return self._run("decode", self._codes(codes_BL))
+
+    def features(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
+        """The quantised map of codes at the final scale: what a language model reads.
+
+        Args:
+          codes_BL: as for `decode`.
+
+        Returns:
+          float32 (B, N, C), N grid cells row by row; semantic channels first, then pixel ones.
+
+        Raises:
+          ValueError: as `decode`.
+        """
+        maps_BHWC = self._run("features", self._codes(codes_BL))
+        return maps_BHWC.reshape(maps_BHWC.shape[0], -1, maps_BHWC.shape[-1])
+
+    def semantics(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
+        """The teacher's patch features as reconstructed from codes: (B, N, teacher_width)."""
+        return self._run("semantics", self._codes(codes_BL))
+
+    def _images(self, images) -> np.ndarray | jax.Array:
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: this tokenizer takes (batch, {size}, {size}, "
+                "3); crop and resize first (tokenflow_jax.data.images.center_crop)"
+            )
+        if images.dtype == np.uint8:
+            return np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images of dtype {images.dtype}: give uint8, or floats in [-1, 1]")
+        low, high = float(images.min(initial=0.0)), float(images.max(initial=0.0))
+        if not (-1.001 <= low and high <= 1.001):  # also false for NaN
+            raise ValueError(
+                f"float images span {low:g} to {high:g}, not [-1, 1]; for 0..255 give uint8, for "
+                "0..1 give 2 * images - 1"
+            )
+        return images.astype(np.float32)
+
+    def _codes(self, codes_BL) -> np.ndarray:
+        codes_BL = np.asarray(codes_BL)
+        if codes_BL.ndim != 2 or not np.issubdtype(codes_BL.dtype, np.integer):
+            raise ValueError(
+                f"codes of shape {codes_BL.shape} and dtype {codes_BL.dtype}: give integers of shape "
+                "(batch, codes per image)"
+            )
+        self.config.pyramid.prefix(codes_BL.shape[1])
+        size = self.config.codebook_size
+        if codes_BL.size and not (0 <= codes_BL.min() and codes_BL.max() < size):
+            raise ValueError(
+                f"codes span {codes_BL.min()} to {codes_BL.max()}; this codebook has 0 to {size - 1}"
+            )
+        return codes_BL.astype(np.int32)
+
+
+def _is_torch(path: str) -> bool:
+    """Whether the path is a PyTorch checkpoint: a file, or a folder that holds one."""
+    if os.path.isdir(path):
+        return any(name.endswith(_TORCH_ENDINGS) for name in os.listdir(path))
+    return path.endswith(_TORCH_ENDINGS)
+
+
+def _has_ema(path: str) -> bool:
+    """Whether a .pt file keeps a moving average beside the raw weights."""
+    try:
+        open_state_dict(path, key="ema")
+    except ValueError:
+        return False
+    return True
+
+
+def _variant(path: str, variant: str | None) -> TokenizerConfig:
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"{path} is a PyTorch checkpoint: say which model it holds, variant=one of "
+            f"{sorted(VARIANTS)} (got {variant!r})"
+        )
+    return VARIANTS[variant]
+
+
+@functools.cache
+def _template(config: TokenizerConfig) -> dict:
+    """Shapes of the parameters, without computing any."""
+    size = config.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]

@@ -1,0 +1,139 @@
+"""Optimisers, schedules, frozen parts and the moving average of weights. Knows no model."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = ("adam", "adamw")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Hyper-parameters of one optimiser.
+
+    Attributes:
+      name: "adam", or "adamw" (decoupled weight decay on matrices and kernels only).
+      learning_rate: peak value.
+      schedule: "constant", or "cosine" or "linear" decay to `final_fraction` of the peak.
+      warmup_steps: of linear warm-up from zero.
+      final_fraction: of the peak, reached at the last step.
+      b1, b2, epsilon: Adam's moments and denominator.
+      weight_decay: for "adamw".
+      clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
+    """
+
+    name: str = "adam"
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        problems = []
+        if self.name not in OPTIMIZERS:
+            problems.append(f"name {self.name!r} is not one of {OPTIMIZERS}")
+        if self.schedule not in SCHEDULES:
+            problems.append(f"schedule {self.schedule!r} is not one of {SCHEDULES}")
+        if self.learning_rate < 0 or self.warmup_steps < 0 or self.clip_norm < 0:
+            problems.append("learning_rate, warmup_steps and clip_norm must not be negative")
+        if self.weight_decay and self.name != "adamw":
+            problems.append(f"weight_decay {self.weight_decay} needs name='adamw'")
+        if problems:
+            raise ValueError("optimizer: " + "; ".join(problems))
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    decay_steps = max(total_steps - warmup, 1)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction)
+    elif config.schedule == "linear":
+        main = optax.linear_schedule(peak, peak * config.final_fraction, decay_steps)
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns clipping, then Adam or AdamW, with the schedule.
+
+    Args:
+      config: hyper-parameters.
+      total_steps: length of the run, where a decaying schedule ends.
+
+    Returns:
+      An optax transformation whose update is to be added to the parameters.
+    """
+    parts = []
+    if config.clip_norm:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
+    parts.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
+    return optax.chain(*parts)
+
+
+def _is_matrix(params: PyTree) -> PyTree:
+    """True for kernels; norms, biases and embeddings by position are not decayed."""
+
+    def decays(path, _):
+        return jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
+    """Marks the parameters whose path a pattern matches.
+
+    Args:
+      params: any pytree.
+      patterns: regular expressions, matched from the start of paths such as
+        "pixel_decoder/conv_in/kernel".
+
+    Returns:
+      A pytree of bools.
+
+    Raises:
+      ValueError: for patterns that match nothing; names the top-level parts.
+    """
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    unused = [p for p in patterns if not any(re.match(p, path) for path in paths)]
+    if unused:
+        parts = sorted({path.split("/")[0] for path in paths})
+        raise ValueError(f"no parameter matches {unused}; the parts are {parts}")
+    marks = [any(re.match(p, path) for p in patterns) for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(params), marks)
+
+
+def freeze(params: PyTree, trainable: PyTree) -> PyTree:
+    """Stops the gradient of unmarked parameters, so that their backward pass is never built."""
+    return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)
+
+
+def zero_unmarked(updates: PyTree, trainable: PyTree) -> PyTree:
+    """Zeroes the updates of unmarked parameters (weight decay would move them otherwise)."""
+    return jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trainable)
+
+
+def ema_update(ema: PyTree, params: PyTree, decay: float) -> PyTree:
+    """Moves the average: decay * ema + (1 - decay) * params."""
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
