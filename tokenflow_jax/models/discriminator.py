@@ -22,8 +22,8 @@ def _bias_init(fan_in: int) -> nn.initializers.Initializer:
 class BatchNorm(nn.Module):
     """Batch norm as PyTorch does it: normalises with the biased variance, remembers the unbiased.
 
-    Statistics are over the whole batch in float32; under jit that is the global batch, however it is
-    sharded. The running statistics are the collection `batch_stats`.
+    Statistics are over the whole batch in float32; under jit that is the global batch, however it
+    is sharded. The running statistics are the collection `batch_stats`.
 
     Attributes:
       momentum: weight of the new batch in the running statistics (PyTorch's convention).

@@ -21,10 +21,10 @@ def vanilla_d(real: jax.Array, fake: jax.Array) -> jax.Array:
 
 
 def non_saturating_reference_d(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Discriminator: the original's non-saturating loss, whose cross entropy has its arguments swapped.
+    """Discriminator: the original's non-saturating loss, with the arguments in the wrong order.
 
-    The logits become the targets. The fake half is log 2 whatever `fake` is, and the real half is
-    linear in `real`. For parity only; `vanilla_d` is what was meant.
+    The logits become the targets of the cross entropy. The fake half is log 2 whatever `fake` is,
+    and the real half is linear in `real`. For parity only; `vanilla_d` is what was meant.
     """
     del fake
     return 0.5 * (non_saturating_reference_g(real) + math.log(2.0))

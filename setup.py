@@ -1,0 +1,52 @@
+"""Package metadata; `pip install .` is enough to train, the extras add what some parts need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_ROOT = Path(__file__).parent
+_README = _ROOT / "README.md"
+
+INSTALL_REQUIRES = [
+    "absl-py>=2.1",
+    "array_record>=0.8",
+    "clu>=0.0.12",
+    "etils[epath]>=1.10",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "ml_collections>=1.1.0",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tensorboardX>=2.6.2",
+]
+
+EXTRAS = {
+    # Reading TFDS data sets by name; needs no TensorFlow for data prepared as ArrayRecord.
+    "tfds": ["tensorflow-datasets>=4.9.10"],
+    # Preparing data sets with TFDS needs TensorFlow itself (1.6 GB).
+    "tensorflow": ["tensorflow-datasets>=4.9.10", "tensorflow"],
+    # Text tokenizers of the language models.
+    "text": ["transformers>=5", "jinja2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "gpu": ["jax[cuda13]>=0.10.2"],
+}
+EXTRAS["test"] = ["pytest>=8", "ruff>=0.12", *EXTRAS["tfds"]]
+
+setup(
+    name="tokenflow_jax",
+    version="0.1.0",
+    description="TokenFlow, one image tokenizer for understanding and generation, in JAX and Flax",
+    long_description=_README.read_text() if _README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tokenflow_jax", "tokenflow_jax.*"]),
+    package_data={"tokenflow_jax": ["assets/*", "assets/**/*"]},
+    include_package_data=True,
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,139 @@
+"""The command line: a mistake is one clear line; the workdir follows from the config."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from tokenflow_jax import main
+
+REPOSITORY = Path(__file__).parents[1]
+CONFIG = """
+import ml_collections
+
+VARIANTS = ("b", "tiny")
+
+def get_config(variant=""):
+    if variant not in ("", *VARIANTS):
+        raise ValueError(f"there is no variant {variant!r}; the variants are {', '.join(VARIANTS)}")
+    config = ml_collections.ConfigDict()
+    config.stage = "toy"
+    config.seed = 0
+    config.total_steps = 100
+    config.learning_rate = 1e-4
+    config.model = ml_collections.ConfigDict({"width": 8, "scales": (1, 2), "name": "x"})
+    config.ema = True
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def call(*arguments, cwd=REPOSITORY):
+    """Runs the program as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "tokenflow_jax.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=120,
+    )
+
+
+def complaint(capsys, *arguments):
+    """The one line that parse_flags prints for wrong arguments."""
+    with pytest.raises(SystemExit) as caught:
+        main.check_config_arguments(["main", *map(str, arguments)])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    return text
+
+
+@pytest.mark.parametrize(
+    ("argument", "texts"),
+    [
+        ("--config.model.widht=3", ["no config.model.widht", "did you mean config.model.width?"]),
+        ("--config.modle.width=3", ["did you mean config.model.width?"]),
+        ("--config.width=3", ["did you mean config.model.width?"]),
+        ("--config.learning_rat=3", ["did you mean config.learning_rate?"]),
+        ("--config.zzz=3", ["no config.zzz"]),
+        ("--config.total_steps=1e3", ["config.total_steps", "type int", "1000", "'1e3'"]),
+        ("--config.total_steps=ten", ["type int", "'ten'"]),
+        ("--config.learning_rate=fast", ["type float", "'fast'"]),
+        ("--config.ema=maybe", ["type bool", "'maybe'"]),
+        ("--config.model.scales=(1,", ["type tuple", "(1,2,4)"]),
+    ],
+)
+def test_a_wrong_override_is_one_line(config_file, capsys, argument, texts):
+    text = complaint(capsys, f"--config={config_file}", argument)
+    for expected in texts:
+        assert expected in text
+
+
+def test_wrong_files_and_variants_are_one_line(config_file, capsys):
+    folder = config_file.parent
+    assert f"did you mean {config_file}?" in complaint(capsys, f"--config={folder}/toi.py")
+    assert "the variants are b, tiny" in complaint(capsys, f"--config={config_file}:c")
+    assert "say what to train with --config=" in complaint(capsys)
+    assert "--confg is not an option" in complaint(capsys, f"--confg={config_file}")
+
+
+def test_right_arguments_pass(config_file):
+    arguments = ["--config.model.scales=(1,)", "--config.learning_rate=3", "--config.ema=false"]
+    main.check_config_arguments(["main", f"--config={config_file}:tiny", *arguments])
+    main.check_config_arguments(["main", "--config", str(config_file), "--workdir=x"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--config.model.widht=3"], ["did you mean config.model.width?"]),
+        (["--wrokdir=x"], ["wrokdir"]),
+        (["--config.seed"], ["config.seed"]),
+        (["--config.model=3"], ["config.model"]),
+        (["stray"], ["unexpected argument 'stray'"]),
+        ([], ["config.stage is 'toy'; the stages available are: tokenizer"]),
+        (["--config.stage=tokenizer", "--config.total_steps=0"], ["total_steps=0 must be"]),
+    ],
+)
+def test_the_program_exits_with_one_line_and_code_2(config_file, arguments, texts):
+    result = call(f"--config={config_file}", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    for text in texts:
+        assert text in result.stderr
+
+
+def test_help_tells_what_there_is():
+    result = call("--help")
+    assert "--config=configs/tokenizer.py" in result.stdout
+    assert "--workdir" in result.stdout and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("config_file", "workdir"),
+    [
+        ("configs/tokenizer.py", "runs/tokenizer"),
+        ("configs/tokenizer.py:b_256_enhanced", "runs/tokenizer-b_256_enhanced"),
+        ("/elsewhere/x.py:b,runlocal", "runs/x-b-runlocal"),
+    ],
+)
+def test_default_workdir_is_the_same_each_time(config_file, workdir):
+    assert main.default_workdir(config_file) == workdir
+
+
+def test_stage_names():
+    config = ml_collections.ConfigDict({"stage": "tokenizer"})
+    assert main.stage_module_name(config) == "tokenflow_jax.train.tokenizer_stage"
+    with pytest.raises(ValueError, match="stages available are: tokenizer"):
+        main.stage_module_name(ml_collections.ConfigDict({"stage": "understandng"}))

@@ -1,0 +1,243 @@
+"""The promises of the loop, kept on a small real stage (toy_stage.py)."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tokenflow_jax import checkpoint, metrics
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy_stage
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(workdir, *changes, **popen):
+    """Starts the toy run as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, str(Path(toy_stage.__file__)), str(workdir), *changes],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **popen,
+    )
+
+
+def wait_for_step(workdir, step, process, limit=60):
+    """Waits until metrics.jsonl shows a step."""
+    began = time.time()
+    while not any(line["step"] >= step for line in metrics.read_history(workdir / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() - began < limit, "the run does not get on"
+        time.sleep(0.02)
+
+
+def arrays_of(workdir):
+    """Every array of the newest checkpoint by name, read without the loop."""
+    fields = ("step", "params", "ema", "opt_state")
+    _, state = checkpoint.load_for_inference(workdir, subtrees=fields)
+    named = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}
+
+
+def assert_same_end(workdir, reference):
+    mine, theirs = arrays_of(workdir), arrays_of(reference)
+    assert mine.keys() == theirs.keys() and len(mine) > 12
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Workdir of a run of 40 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    toy_stage.run(workdir)
+    return workdir
+
+
+def test_a_run_learns_and_leaves_everything_behind(uninterrupted):
+    history = metrics.read_history(uninterrupted / "metrics.jsonl")
+    losses = [line["loss/total"] for line in history if "loss/total" in line]
+    assert len(losses) == 40 // 5
+    assert losses[-1] < 0.7 * losses[0]
+    assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
+    assert {p.name for p in (uninterrupted / "images").iterdir()} == {
+        "reconstructions_0000020.png",
+        "reconstructions_0000040.png",
+    }
+    assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["30", "40"]
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    page = (uninterrupted / "report.html").read_text()
+    assert "a toy: nothing is learned for good" in page
+    assert "eval/l2" in page and "data:image/png;base64," in page
+    waits = [v for line in history for k, v in line.items() if k == "perf/data_wait_fraction"]
+    assert waits and all(0 <= wait <= 1 for wait in waits)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(uninterrupted, tmp_path):
+    # Neither step falls on an interval or an epoch of the data (50 / 8 pictures).
+    toy_stage.run(tmp_path, total_steps=17)
+    toy_stage.run(tmp_path, total_steps=33)
+    toy_stage.run(tmp_path)
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_the_position_in_the_data_matters(uninterrupted, tmp_path):
+    """Guards the test above: with another data order the parameters do differ."""
+    toy_stage.run(tmp_path, **{"data.images": 51})
+    mine, theirs = arrays_of(tmp_path), arrays_of(uninterrupted)
+    assert any(not np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    "reached_steps", [(15,), pytest.param((5, 15, 25), marks=pytest.mark.slow)]
+)
+def test_kill_9_at_random_moments(uninterrupted, tmp_path, caplog, reached_steps):
+    for reached in reached_steps:
+        process = start(tmp_path, "step_delay=0.03")
+        wait_for_step(tmp_path, reached, process)
+        time.sleep(random.random() * 0.3)
+        process.kill()
+        process.communicate()
+    toy_stage.run(tmp_path)
+    assert "continued from checkpoint" in caplog.text
+    assert_same_end(tmp_path, uninterrupted)
+    history = metrics.read_history(tmp_path / "metrics.jsonl")
+    logged = [line["step"] for line in history if "loss/total" in line]
+    assert logged == list(range(5, 41, 5))  # neither doubled nor lost
+    assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
+
+
+def test_sigterm_saves_and_the_run_goes_on(uninterrupted, tmp_path):
+    process = start(tmp_path, "step_delay=0.03", "checkpoint_every=0")
+    wait_for_step(tmp_path, 15, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM at step" in output and "run the same command again" in output
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert 15 <= int(saved.name) < 40
+    assert (tmp_path / "report.html").exists()
+    toy_stage.run(tmp_path)
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(metrics.NonFiniteError) as caught:
+        toy_stage.run(tmp_path, nan_at=23)
+    message = str(caught.value)
+    assert "step 23: loss/total not finite" in message and "loss/total = nan" in message
+    assert str(tmp_path / "checkpoints" / "20") in message
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "20"]
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    # The loss of step 20 is computed before its update, and the update has a NaN in it: when the
+    # step to be saved is the very one, its own loss must be looked at first.
+    with pytest.raises(metrics.NonFiniteError, match=r"step 20: .*checkpoints/10"):
+        toy_stage.run(tmp_path, nan_at=20)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
+def test_nan_in_the_state_alone_is_found(tmp_path):
+    with pytest.raises(metrics.NonFiniteError, match=r"not finite in the state: params/"):
+        toy_stage.run(tmp_path, learning_rate=float("inf"), checkpoint_every=1)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_process_reports_a_nan_with_an_exit_code(tmp_path):
+    process = start(tmp_path, "nan_at=3")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "Traceback" not in output and "there is no checkpoint yet" in output
+
+
+def test_warm_start_from_another_run(uninterrupted, tmp_path, caplog):
+    toy_stage.run(tmp_path, total_steps=5, init_from=str(uninterrupted))
+    assert f"warm start: params of {uninterrupted}" in caplog.text
+    history = metrics.read_history(tmp_path / "metrics.jsonl")
+    scratch = metrics.read_history(uninterrupted / "metrics.jsonl")
+    assert history[0]["loss/total"] < 0.7 * scratch[0]["loss/total"]
+    # Its own checkpoint comes before init_from.
+    toy_stage.run(tmp_path, total_steps=6, init_from=str(uninterrupted))
+    assert "continued from checkpoint" in caplog.text
+
+
+def test_another_model_or_data_is_refused_on_resume(tmp_path):
+    toy_stage.run(tmp_path, total_steps=5)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        toy_stage.run(tmp_path, total_steps=9, seed=4, **{"model.width": 13, "data.images": 60})
+    message = str(caught.value)
+    for text in ("config.model.width: 12 -> 13", "config.data.images: 50 -> 60", "config.seed: 3"):
+        assert text in message
+    assert "--config.init_from=" in message
+
+
+def test_other_changes_are_named_in_a_warning(tmp_path, caplog):
+    toy_stage.run(tmp_path, total_steps=5)
+    toy_stage.run(tmp_path, total_steps=6, learning_rate=0.01, log_every=1)
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "config.learning_rate: 0.02 -> 0.01" in warning
+    assert "config.log_every" not in warning
+    assert "config.log_every: 5 -> 1" in caplog.text
+
+
+def test_a_finished_run_only_writes_its_report_again(uninterrupted, caplog):
+    before = arrays_of(uninterrupted)
+    (uninterrupted / "report.html").unlink()
+    toy_stage.run(uninterrupted)
+    assert "done at step 40" in caplog.text
+    assert (uninterrupted / "report.html").exists()
+    for name, array in arrays_of(uninterrupted).items():
+        np.testing.assert_array_equal(array, before[name])
+    history = metrics.read_history(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
+
+
+def test_data_is_fetched_while_the_step_runs(tmp_path):
+    """A source that takes 16 ms a batch is hidden behind steps of 30 ms."""
+    toy_stage.run(tmp_path, data_delay=0.002, step_delay=0.03)
+    lines = metrics.read_history(tmp_path / "metrics.jsonl")
+    waits = [v for line in lines for k, v in line.items() if k == "perf/data_wait_fraction"]
+    assert np.median(waits) < 0.05
+
+
+def test_slow_data_shows_in_the_data_wait(tmp_path):
+    toy_stage.run(tmp_path, total_steps=15, data_delay=0.005)
+    lines = metrics.read_history(tmp_path / "metrics.jsonl")
+    assert lines[-2]["perf/data_wait_fraction"] > 0.5
+
+
+def test_data_that_ends_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="repeat it for ever"):
+        toy_stage.run(tmp_path, **{"data.end": True})
+
+
+def test_bad_options_are_reported_together(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        toy_stage.run(tmp_path, log_every=0, keep_checkpoints=-1)
+    assert "log_every=0" in str(caught.value) and "keep_checkpoints=-1" in str(caught.value)
+
+
+def test_two_runs_cannot_share_a_workdir(tmp_path):
+    with (
+        checkpoint.WorkdirLock(tmp_path),
+        pytest.raises(checkpoint.CheckpointError, match="another run is writing"),
+    ):
+        toy_stage.run(tmp_path)
+
+
+def test_metrics_file_is_json_lines(uninterrupted):
+    for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
+        assert isinstance(json.loads(line)["step"], int)

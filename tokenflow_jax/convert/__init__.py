@@ -1,0 +1,1 @@
+"""Conversion between PyTorch checkpoints and our parameters, without torch."""

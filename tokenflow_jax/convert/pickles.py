@@ -1,0 +1,284 @@
+"""Reads pickled data without ever running what a pickle asks for.
+
+A pickle is a program: it names functions and calls them. The reader here resolves a name to one of
+
+  * a harmless stand-in that we wrote for it (how torch and NumPy rebuild their arrays),
+  * otherwise an inert class, which is not the real one, is never imported, and only remembers what
+    it was given. So an `argparse.Namespace` or an optimiser beside the weights stops nothing.
+
+Calling an inert class as a function is refused by name, except for a few data types whose pickles
+always do so. Nothing is ever imported or executed on a file's behalf.
+"""
+
+import collections
+import io
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class UnsafeCheckpoint(ValueError):
+    """A pickle asked to call something that is not known to be harmless data."""
+
+
+# Types that pickle themselves as a call of the class. Calling their stand-in only stores the
+# arguments, so the list decides what counts as ordinary data, not what is executed.
+_DATA_TYPES = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "argparse": ("Namespace",),
+        "builtins": ("set", "frozenset", "complex", "bytearray", "slice", "range"),
+        "collections": ("Counter", "defaultdict", "deque"),
+        "copy_reg": ("_reconstructor",),
+        "copyreg": ("_reconstructor",),
+        "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+        "pathlib": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+        "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+        "torch": ("device",),
+        "uuid": ("UUID",),
+    }.items()
+    for name in names
+)
+
+
+class _InertType(type):
+    """Metaclass of stand-ins for unknown names; a call is refused unless the name is plain data."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        if cls.origin not in _DATA_TYPES:
+            raise UnsafeCheckpoint(
+                f"the file asks to call {cls.origin}, which is not part of any tensor; nothing was "
+                "run. Do not trust this file; if it is your own, save only the state_dict, or "
+                "convert it to .safetensors"
+            )
+        return Inert.__new__(cls, *args, **kwargs)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise UnsafeCheckpoint(f"the file tries to change {cls.origin}; nothing was run")
+
+
+class Inert(metaclass=_InertType):
+    """A stand-in for an object of an unknown class.
+
+    Attributes:
+      origin: "module.name" of the class that the file named (on the class).
+      arguments: what it would have been constructed with.
+      state: what would have been its attributes, usually a dict.
+      entries: its key-value pairs, when the real class is a mapping.
+    """
+
+    __slots__ = ("arguments", "entries", "state")
+    origin = ""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
+        instance = object.__new__(cls)
+        instance.arguments, instance.entries, instance.state = args, {}, None
+        return instance
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, item: Any) -> None:
+        """Items of an unknown list or set are dropped: no tensor is looked for there."""
+
+    extend = add = append
+
+
+class Rebuilder:
+    """A named function of a file, replaced by one of ours; cannot be altered by the file."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnsafeCheckpoint("the file tries to change how tensors are rebuilt; nothing was run")
+
+
+class _Dtype:
+    """Stand-in for numpy.dtype while it is being rebuilt."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: Any = "", *_: Any):
+        self.dtype = np.dtype(code) if isinstance(code, str) else np.dtype(object)
+        if self.dtype.hasobject:
+            raise UnsafeCheckpoint(f"a NumPy array of {code!r}: only plain numbers are read")
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stand-in for numpy.ndarray: receives its state afterwards, see `plain`."""
+
+    __slots__ = ("array",)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        self.array = _array(data, dtype, shape, "F" if fortran else "C")
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    """Builds an array from bytes, after checking that they are the right number."""
+    if not (isinstance(dtype, _Dtype) and isinstance(data, bytes | bytearray)):
+        raise ValueError("a NumPy array that is not plain numbers")
+    shape = tuple(int(size) for size in shape)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.dtype.itemsize != len(data):
+        raise ValueError(f"a NumPy array of shape {shape} {dtype.dtype} in {len(data)} bytes")
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _array(data, dtype, (), "C")[()]
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
+    holder = _Array()
+    holder.array = _array(data, dtype, shape, order)
+    return holder
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """Old pickle protocols write bytes as text in Latin-1."""
+    if not (isinstance(text, str) and encoding == "latin1"):
+        raise UnsafeCheckpoint(f"the file asks to encode text as {encoding!r}; nothing was run")
+    return text.encode("latin1")
+
+
+def _no_bytes(*arguments: Any) -> bytes:
+    """Protocol 2 writes empty bytes as a call of bytes without arguments."""
+    if arguments:
+        raise UnsafeCheckpoint("the file asks to call builtins.bytes on data; nothing was run")
+    return b""
+
+
+def _known() -> dict[str, Any]:
+    """Fresh stand-ins for what NumPy arrays and plain containers need."""
+    known = {
+        "collections.OrderedDict": collections.OrderedDict,
+        "_codecs.encode": Rebuilder(_encode),
+        "builtins.bytes": Rebuilder(_no_bytes),
+        "numpy.dtype": Rebuilder(_Dtype),
+    }
+    for core in ("numpy.core", "numpy._core"):
+        known[f"{core}.multiarray._reconstruct"] = Rebuilder(lambda *_: _Array())
+        known[f"{core}.multiarray.scalar"] = Rebuilder(_scalar)
+        known[f"{core}.numeric._frombuffer"] = Rebuilder(_frombuffer)
+    return known
+
+
+class _Unpickler(pickle.Unpickler):
+    """An unpickler whose every name is a stand-in."""
+
+    def __init__(
+        self,
+        file: io.BufferedIOBase,
+        known: Mapping[str, Any],
+        persistent: Callable[[Any], Any] | None,
+    ):
+        super().__init__(file, encoding="utf-8")
+        self._names = _known() | dict(known)
+        self._persistent = persistent
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module
+        origin = f"{module}.{name}"
+        if origin not in self._names:
+            self._names[origin] = _InertType(
+                name.rpartition(".")[2] or "unnamed", (Inert,), {"origin": origin, "__slots__": ()}
+            )
+        return self._names[origin]
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._persistent is None:
+            raise ValueError("the pickle refers to data outside itself")
+        return self._persistent(pid)
+
+
+def load_pickle(
+    data: bytes,
+    where: str,
+    *,
+    known: Mapping[str, Any] | None = None,
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Reads one pickle without running anything that it names.
+
+    Args:
+      data: the pickle.
+      where: what to call the file in errors.
+      known: further stand-ins, {"module.name": object}.
+      persistent: resolves the pickle's persistent ids; None refuses them.
+
+    Returns:
+      Plain containers and values, NumPy arrays behind `plain`, `Inert` for everything unknown.
+
+    Raises:
+      UnsafeCheckpoint: the pickle wants to call something that is not plain data.
+      ValueError: the pickle is damaged.
+    """
+    try:
+        return _Unpickler(io.BytesIO(data), known or {}, persistent).load()
+    except UnsafeCheckpoint as error:
+        raise UnsafeCheckpoint(f"{where}: {error}") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"{where}: not a readable pickle ({type(error).__name__}: {error}); the file is "
+            "damaged or of an unknown kind: fetch it again"
+        ) from error
+
+
+def plain(value: Any) -> Any:
+    """Unwraps what `load_pickle` read: dicts, lists and tuples of NumPy arrays and plain values."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in dict.items(value)}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value)
+    if isinstance(value, _Array):
+        return value.array
+    if isinstance(value, _Dtype):
+        return value.dtype
+    return value
+
+
+def load_numpy_pickle(path: str | os.PathLike) -> Any:
+    """Reads a pickle of plain containers of NumPy arrays, never running what it names.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The containers with read-only NumPy arrays.
+
+    Raises:
+      UnsafeCheckpoint: the pickle wants to call something that is not plain data.
+      ValueError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        value = load_pickle(file.read(), os.fspath(path))
+    try:
+        return plain(value)
+    except RecursionError:
+        raise ValueError(f"{path}: a pickle that contains itself; the file is damaged") from None

