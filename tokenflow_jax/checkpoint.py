@@ -112,8 +112,11 @@ class Checkpoints:
             self._raise_write_error(None, error)
 
     def close(self) -> None:
-        """Waits for pending work and releases the manager's threads."""
-        self._manager.close()
+        """Waits for pending work and releases the manager's threads; raises as `save` does."""
+        try:
+            self._manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._raise_write_error(None, error)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether any process of a multi-process run was told to end (needs jax.distributed)."""

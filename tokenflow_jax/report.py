@@ -38,7 +38,7 @@ h2 { font-size: 18px; margin: 40px 0 12px; }
 p.lead { color: var(--soft); margin: 0 0 20px; overflow-wrap: anywhere; }
 .cards, .charts { display: grid; gap: 14px; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
-.charts { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }
+.charts { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
 .card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   margin: 0; padding: 12px 14px; }
 .card b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -48,7 +48,8 @@ figure.grid { margin-bottom: 14px; }
 figure.grid img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
-svg .value { fill: var(--ink); font-weight: 600; }
+svg .value { fill: var(--ink); font-weight: 600; stroke: var(--card); stroke-width: 3;
+  paint-order: stroke; }
 svg .rule { stroke: var(--line); stroke-width: 1; }
 svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
 svg circle { fill: var(--accent); }

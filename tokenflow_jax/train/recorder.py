@@ -1,0 +1,194 @@
+"""What a run tells the world, and the checks that go with it."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from etils import epath
+
+from tokenflow_jax import checkpoint, metrics, report
+from tokenflow_jax.runlog import log
+from tokenflow_jax.train.prefetch import DevicePrefetcher
+from tokenflow_jax.train.stage import LoopOptions, Stage, State
+
+
+class Recorder:
+    """All that a run tells the world: progress lines, curves, grids, evaluations, saves, report."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        options: LoopOptions,
+        workdir: epath.Path,
+        config: Mapping[str, Any],
+        origin: str,
+        step: int,
+    ):
+        """Opens the writers and logs how the run begins."""
+        self._stage, self._options, self._workdir = stage, options, workdir
+        self._config, self._origin = config, origin
+        self._writer = metrics.Writer(workdir, step, enabled=jax.process_index() == 0)
+        self._averages = metrics.Averages()
+        self._stopwatch = metrics.Stopwatch(options.total_steps, stage.images_per_step)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._step = step
+        self._began = time.perf_counter()
+        self._compile_seconds: float | None = None
+        evals = [line for line in self._writer.history if any(k[:5] == "eval/" for k in line)]
+        self._evaluated_at = evals[-1]["step"] if evals else None
+        log.info("stage %s in %s: %s", stage.name, workdir, origin)
+        for note in stage.notes:
+            log.info("%s", note)
+
+    def after_dispatch(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
+        """Takes the scalars of a step just dispatched, and fetches those of the one before."""
+        self._step = step
+        self._stopwatch.waited(data_wait)
+        previous, self._pending = self._pending, (step, scalars)
+        if previous is not None:
+            self._fetch(*previous)
+
+    def drain(self) -> None:
+        """Fetches what is still pending, that is, waits for the last step."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._fetch(*pending)
+
+    def finish_compilation(self) -> None:
+        """Ends the first step, which compiles and does not count for steps/s."""
+        self.drain()
+        self._compile_seconds = time.perf_counter() - self._began
+        log.info("first step, with compilation: %s", metrics.duration(self._compile_seconds))
+        self._stopwatch.start()
+
+    def evaluate_if_due(self, step: int, state: State) -> None:
+        """Writes held-out figures and image grids when their turn has come."""
+        evaluate = self._options.due(self._options.eval_every, step) and step != self._evaluated_at
+        images = self._options.due(self._options.image_every, step) and step != self._evaluated_at
+        if not evaluate and not images:
+            return
+        self.drain()
+        self._stopwatch.pause()
+        if evaluate:
+            figures = {
+                name if name.startswith("eval/") else f"eval/{name}": float(value)
+                for name, value in self._stage.evaluate(state).items()
+            }
+            self._writer.scalars(step, figures)
+            self._evaluated_at = step
+            log.info("%s", metrics.evaluation_line(step, figures))
+        if images:
+            self._writer.images(step, self._stage.visualize(state))
+        self._stopwatch.start()
+
+    def save(
+        self,
+        checkpoints: checkpoint.Checkpoints,
+        step: int,
+        state: State,
+        data: DevicePrefetcher,
+    ) -> None:
+        """Saves a checkpoint after making sure that the step and the state are finite."""
+        self.drain()
+        self._stopwatch.pause()
+        bad = non_finite_arrays(state)
+        if bad:
+            raise metrics.NonFiniteError(f"step {step}: not finite in the state: {', '.join(bad)}")
+        self._writer.flush()  # the curves must reach at least as far as the checkpoint
+        checkpoints.save(step, state, data, self._config)
+        self._stopwatch.start()
+
+    def finish(self, step: int, stopped_by: str | None, checkpoints: checkpoint.Checkpoints):
+        """Writes the report and says how the run ended."""
+        total = self._options.total_steps
+        path = self._write_report(step)
+        where = f"checkpoint {checkpoints.path(step)}, report {path}"
+        if stopped_by and step < total:
+            log.info("stopped by %s at step %d of %d: %s", stopped_by, step, total, where)
+            log.info("run the same command again to continue")
+        else:
+            log.info("done at step %d: %s", step, where)
+
+    def explain_non_finite(
+        self, error: metrics.NonFiniteError, checkpoints: checkpoint.Checkpoints
+    ) -> metrics.NonFiniteError:
+        """Writes the report, and adds to the error which checkpoint is good and what to do."""
+        checkpoints.wait()
+        self._write_report(self._step)
+        last = checkpoints.latest_step()
+        good = f"the last good checkpoint is {checkpoints.path(last)}" if last is not None else (
+            "there is no checkpoint yet"
+        )
+        return metrics.NonFiniteError(
+            f"{error}. Training stopped, nothing of it was saved; {good}. Lower the learning rate "
+            f"or tighten the clipping and run again; the same config would end the same way."
+        )
+
+    def close(self) -> None:
+        """Closes the writers."""
+        self._writer.close()
+
+    def _fetch(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        bad = metrics.non_finite(values)
+        if bad:
+            losses = {name: v for name, v in values.items() if name.startswith("loss/")}
+            raise metrics.NonFiniteError(
+                f"step {step}: {', '.join(bad)} not finite; "
+                + ", ".join(f"{name} = {value:.6g}" for name, value in losses.items())
+            )
+        self._averages.add(values)
+        if self._compile_seconds is not None:
+            self._stopwatch.step()
+        if step % self._options.log_every == 0 or step == self._options.total_steps:
+            line = self._averages.pop() | self._stopwatch.pop(step)
+            log.info(
+                "%s",
+                metrics.progress_line(step, self._options.total_steps, line, self._stage.headline),
+            )
+            self._writer.scalars(step, line)
+
+    def _write_report(self, step: int) -> epath.Path:
+        path = self._workdir / "report.html"
+        if jax.process_index() == 0:
+            facts = {"stage": self._stage.name, "step": f"{step} of {self._options.total_steps}"}
+            for name, value in self._stopwatch.summary().items():
+                facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
+            if self._compile_seconds is not None:
+                facts["first step with compilation"] = metrics.duration(self._compile_seconds)
+            facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+            facts["start"] = self._origin
+            notes = [*self._stage.notes]
+            if self._stage.final_notes is not None:
+                notes += self._stage.final_notes()
+            self._writer.flush()
+            report.write_report(self._workdir, self._writer.history, facts, self._config, notes)
+        return path
+
+
+def non_finite_arrays(tree: Any) -> list[str]:
+    """Returns the names of the floating arrays that hold a NaN or an infinity."""
+    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    floats = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in named
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    good = jax.device_get(_all_finite([leaf for _, leaf in floats]))
+    return [name for (name, _), is_good in zip(floats, good, strict=True) if not is_good]
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def log_parameters(params: Any) -> None:
+    """Logs how many parameters each top-level part has."""
+    parts = params.items() if isinstance(params, Mapping) else [("all", params)]
+    counts = {name: parameter_overview.count_parameters(part) for name, part in parts}
+    text = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    log.info("parameters: %s; total %s", text, f"{sum(counts.values()):,}")
