@@ -1,6 +1,7 @@
 """The command line: a mistake is one clear line; the workdir follows from the config."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,52 @@ def test_stage_names():
     assert main.stage_module_name(config) == "tokenflow_jax.train.tokenizer_stage"
     with pytest.raises(ValueError, match="stages available are: tokenizer"):
         main.stage_module_name(ml_collections.ConfigDict({"stage": "understandng"}))
+
+
+def call_with_toy_stage(*arguments, cwd):
+    """Runs the program with the toy stage of the loop's tests among its stages."""
+    toy = REPOSITORY / "tests" / "train"
+    code = "from tokenflow_jax import main; main.STAGES['toy'] = 'toy_stage'; main.run()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, f"--config={toy / 'toy_stage.py'}", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{toy}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_same_command_trains_and_continues(tmp_path):
+    overrides = ("--config.data_delay=0.0", "--config.checkpoint_every=5")
+    process = call_with_toy_stage("--config.total_steps=10", *overrides, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "step 10/10  total" in out and "images/s" in out and "eta" in out
+    assert (tmp_path / "runs" / "toy_stage" / "report.html").exists()
+    assert err == ""  # no noise from libraries
+    process = call_with_toy_stage("--config.total_steps=12", *overrides, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "continued from checkpoint runs/toy_stage/checkpoints/10" in out.replace(
+        f"{tmp_path}/", ""
+    )
+
+
+def test_a_failed_run_ends_with_code_1_and_one_line(tmp_path):
+    process = call_with_toy_stage("--config.nan_at=7", cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.count("\n") == 1 and "step 7: loss/total not finite" in err
+
+
+def test_ctrl_c_saves_and_ends_with_code_130(tmp_path):
+    process = call_with_toy_stage("--config.step_delay=0.05", cwd=tmp_path)
+    for line in process.stdout:
+        if "step  5/40" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "stopped by SIGINT at step" in out
+    assert "Traceback" not in err

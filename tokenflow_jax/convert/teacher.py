@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from tokenflow_jax.convert.rules import flatten
+from tokenflow_jax.convert.rules import flatten, unflatten
 
 ASSET = pathlib.Path(__file__).parent.parent / "assets" / "teacher.safetensors"
 _KEY = "teacher"
@@ -26,7 +26,7 @@ def load_teacher(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
       path: a file that `save_teacher` wrote; None takes the one shipped with the package.
 
     Returns:
-      (about, params): `about["config"]` holds the arguments of `models.vit.ViTConfig`,
+      (about, params): `about["vit"]` holds the arguments of `models.vit.ViTConfig`,
       `about["mean"]` and `about["std"]` the normalisation of pictures in 0..1, `about["knn"]` what
       it was measured to know; params are nested float32 arrays for `models.vit.ViT`.
 
@@ -44,14 +44,7 @@ def load_teacher(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
     if not isinstance(about, dict):
         raise ValueError(f"{path} has no {_KEY!r} metadata: not a file of train/teacher.py")
-    params: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *parts, last = name.split("/")
-        node = params
-        for part in parts:
-            node = node.setdefault(part, {})
-        node[last] = array.astype(np.float32)
-    return about, params
+    return about, unflatten({name: array.astype(np.float32) for name, array in arrays.items()})
 
 
 def save_teacher(
@@ -69,5 +62,5 @@ def save_teacher(
         name: np.ascontiguousarray(leaf, np.float16) for name, leaf in flatten(params).items()
     }
     partial = path.with_name(f".partial-{path.name}")
-    safetensors.numpy.save_file(arrays, partial, metadata={_KEY: json.dumps(dict(about))})
+    partial.write_bytes(safetensors.numpy.save(arrays, {_KEY: json.dumps(dict(about))}))
     os.replace(partial, path)

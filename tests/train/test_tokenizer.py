@@ -1,0 +1,237 @@
+"""The tokenizer's training step on a tiny model: it learns, and every option does what it says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenflow_jax import optim
+from tokenflow_jax.models.discriminator import PatchGAN
+from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.models.vit import ViT, ViTConfig
+from tokenflow_jax.train.tokenizer import CodebookConfig, LossConfig, Trainer
+
+VIT = ViTConfig(image_size=16, patch_size=4, width=12, depth=1, heads=2)
+MODEL = TokenizerConfig(
+    image_size=16,
+    scales=(1, 2, 4),
+    codebook_size=32,
+    semantic_channels=6,
+    pixel_channels=3,
+    vit=VIT,
+    semantic_decoder_depth=1,
+    semantic_decoder_heads=2,
+    teacher_width=12,
+    channels=4,
+    multipliers=(1, 1, 2),
+    blocks=1,
+    latent_channels=8,
+    decoder_channels=4,
+    decoder_blocks=1,
+    norm_groups=2,
+)
+
+
+def make_trainer(losses=None, codebook=None, learning_rate=3e-3, gan=False, **options):
+    adam = optim.OptimizerConfig(learning_rate=learning_rate)
+    losses = {"perceptual_weight": 0.0, "adversarial_weight": 0.5 if gan else 0.0} | (losses or {})
+    return Trainer(
+        model=TokenFlow(MODEL),
+        losses=LossConfig(**losses),
+        codebook=CodebookConfig(usage_window=500, **(codebook or {})),
+        optimizer=optim.make_optimizer(adam, 100),
+        discriminator_optimizer=optim.make_optimizer(adam, 100),
+        teacher=ViT(VIT),
+        discriminator=PatchGAN(filters=4, layers=1) if gan else None,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return {"teacher": ViT(VIT).init(jax.random.key(9), jnp.zeros((1, 16, 16, 3)))["params"]}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Smooth colour gradients: learnable in a few steps."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 255, (8, 2, 2, 3))
+    return {"image": np.asarray(jax.image.resize(corners, (8, 16, 16, 3), "linear"), np.uint8)}
+
+
+def run(trainer, frozen, batch, steps):
+    state, step, history = trainer.init(jax.random.key(0)), jax.jit(trainer.step), []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def distance(a, b):
+    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_it_learns_all_three_things(frozen, batch):
+    _, history = run(make_trainer(losses={"scale_drop": 0.0}), frozen, batch, 40)
+    first, last = history[0], history[-1]
+    assert last["loss/reconstruction"] < 0.5 * first["loss/reconstruction"]
+    assert last["loss/distillation"] < 0.7 * first["loss/distillation"]
+    parts = ("reconstruction", "perceptual", "distillation", "codebook", "commitment", "entropy")
+    total = sum(last[f"loss/{part}"] for part in parts)
+    np.testing.assert_allclose(last["loss/total"], total, rtol=1e-5)
+    assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
+
+
+def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
+    trainer = make_trainer(gan=True, losses={"adaptive": True})
+    before = trainer.init(jax.random.key(0))
+    after, history = run(trainer, frozen, batch, 2)
+    assert distance(before.discriminator.params, after.discriminator.params) > 0
+    assert distance(before.discriminator.batch_stats, after.discriminator.batch_stats) > 0
+    m = history[-1]
+    parts = ("reconstruction", "distillation", "codebook", "commitment")
+    adversarial = m["adversarial/adaptive"] * m["adversarial/weight"] * m["loss/adversarial"]
+    total = sum(m[f"loss/{part}"] for part in parts) + adversarial
+    np.testing.assert_allclose(m["loss/total"], total, rtol=1e-4)
+    assert m["adversarial/adaptive"] not in (0.0, 1.0)
+
+
+def test_nothing_adversarial_before_the_start(frozen, batch):
+    late = make_trainer(gan=True, losses={"discriminator_start": 2})
+    plain = make_trainer()
+    with_gan, history = run(late, frozen, batch, 3)
+    without, _ = run(plain, frozen, batch, 2)
+    two_steps, _ = run(late, frozen, batch, 2)
+    assert distance(two_steps.params, without.params) < 1e-6
+    start = late.init(jax.random.key(0)).discriminator.params
+    assert distance(two_steps.discriminator.params, start) == 0
+    assert distance(with_gan.discriminator.params, start) > 0
+    assert [m["adversarial/weight"] for m in history] == [0, 0, 0.5]
+
+
+def test_adaptive_weight_equals_two_backward_passes(frozen, batch):
+    """The shortcut through the last convolution against differentiating the whole losses."""
+    trainer = make_trainer(gan=True, losses={"adaptive": True, "scale_drop": 0.0})
+    state = trainer.init(jax.random.key(0))
+    images = batch["image"].astype(np.float32) / 127.5 - 1
+
+    def losses(kernel):
+        decoder = state.params["pixel_decoder"]
+        params = state.params | {
+            "pixel_decoder": decoder | {"conv_out": decoder["conv_out"] | {"kernel": kernel}}
+        }
+        _, decoded = trainer.model.apply({"params": params}, images)
+        player = state.discriminator
+        logits, _ = trainer._judge(player.params, player.batch_stats, decoded.images_BHWC)
+        return jnp.stack([jnp.mean((decoded.images_BHWC - images) ** 2), -jnp.mean(logits)])
+
+    to_kernel = jax.jacrev(losses)(state.params["pixel_decoder"]["conv_out"]["kernel"])
+    pixel, adversarial = (jnp.linalg.norm(g.ravel()) for g in to_kernel)
+    _, history = run(trainer, frozen, batch, 1)
+    expected = pixel / (adversarial + 1e-4)
+    np.testing.assert_allclose(history[0]["adversarial/adaptive"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gan", [False, True])
+def test_accumulation_takes_the_same_step(frozen, batch, gan):
+    """Exactly without a discriminator; with one its batch statistics are per microbatch."""
+    losses = {"scale_drop": 0.0}
+    whole, one = run(make_trainer(losses, gan=gan), frozen, batch, 1)
+    parts, four = run(make_trainer(losses, gan=gan, accumulate=4), frozen, batch, 1)
+    np.testing.assert_allclose(
+        one[0]["loss/reconstruction"], four[0]["loss/reconstruction"], rtol=1e-5
+    )
+    np.testing.assert_array_equal(whole.usage.counts_SK, parts.usage.counts_SK)
+    if not gan:
+        rtol = 1e-3
+        np.testing.assert_allclose(
+            one[0]["gradient_norm/generator"], four[0]["gradient_norm/generator"], rtol=rtol
+        )
+    with pytest.raises(ValueError, match="batch of 8 images does not split by 3"):
+        run(make_trainer(accumulate=3), frozen, batch, 1)
+
+
+def test_only_trainable_parts_move(frozen, batch):
+    shapes = jax.eval_shape(make_trainer().init, jax.random.key(0)).params
+    trainer = make_trainer(trainable=optim.matching(shapes, ("pixel_decoder",)))
+    before = trainer.init(jax.random.key(0)).params
+    after = run(trainer, frozen, batch, 2)[0].params
+    for part in before:
+        moved = distance(before[part], after[part])
+        assert moved > 0 if part == "pixel_decoder" else moved == 0, part
+
+
+def test_moving_average_follows_slowly(frozen, batch):
+    trainer = make_trainer(ema_decay=0.9)
+    start = trainer.init(jax.random.key(0)).params
+    state, _ = run(trainer, frozen, batch, 1)
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, state.params)
+    assert distance(state.ema, expected) < 1e-6
+
+
+def test_moving_average_codebook_gets_no_gradient(frozen, batch):
+    trainer = make_trainer(codebook={"update": "ema", "ema_decay": 0.5})
+    start = trainer.init(jax.random.key(0))
+    state, history = run(trainer, frozen, batch, 3)
+    assert distance(start.params["semantic_codebook"], state.params["semantic_codebook"]) > 1e-3
+    adam = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+            if hasattr(s, "mu")]  # fmt: skip
+    assert jnp.abs(adam[0].mu["semantic_codebook"]).max() == 0
+    assert history[-1]["loss/codebook"] < history[0]["loss/codebook"]
+
+
+def test_revival_raises_usage(frozen, batch):
+    plain, revived = (
+        run(make_trainer(codebook={"revive_every": every}), frozen, batch, 12)[0]
+        for every in (0, 2)
+    )
+    used = [int((s.usage.counts_SK.sum(0) > 0).sum()) for s in (plain, revived)]
+    assert used[1] > used[0]
+
+
+def test_entropy_and_scale_drop_are_live(frozen, batch):
+    _, history = run(
+        make_trainer(losses={"entropy_weight": 0.1, "scale_drop": 1.0}), frozen, batch, 2
+    )
+    assert history[0]["loss/entropy"] != 0
+    assert np.isfinite(history[1]["loss/total"])
+
+
+def test_a_step_is_a_function_of_seed_and_step(frozen, batch):
+    trainer = make_trainer(losses={"scale_drop": 0.7})
+    a, b = run(trainer, frozen, batch, 3)[0], run(trainer, frozen, batch, 3)[0]
+    assert distance(a.params, b.params) == 0
+    other = run(dataclasses.replace(trainer, seed=1), frozen, batch, 3)[0]
+    assert distance(a.params, other.params) > 0
+
+
+def test_the_step_is_donated_and_compiled_once(frozen, batch):
+    trainer = make_trainer()
+    step = jax.jit(trainer.step, donate_argnums=0)
+    state = trainer.init(jax.random.key(0))
+    old = state.params["pixel_codebook"]
+    for _ in range(3):
+        state, _ = step(state, frozen, batch)
+    assert old.is_deleted()
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"pixel": "l3"}, "'l3' is not one of"),
+        ({"adversarial": "wgan"}, "'wgan' is not one of"),
+        ({"scale_drop": 2.0}, "not a probability"),
+    ],
+)
+def test_bad_losses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**fields)
+
+
+def test_bad_codebook():
+    with pytest.raises(ValueError, match="'sgd' is not one of"):
+        CodebookConfig(update="sgd")
