@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 PyTree = Any
@@ -69,12 +68,16 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, trainable: PyTree | None = None
+) -> optax.GradientTransformation:
     """Returns clipping, then Adam or AdamW, with the schedule.
 
     Args:
       config: hyper-parameters.
       total_steps: length of the run, where a decaying schedule ends.
+      trainable: pytree of bools shaped like the parameters; those marked False never move and
+        have no optimiser state. None when all of them train.
 
     Returns:
       An optax transformation whose update is to be added to the parameters.
@@ -86,7 +89,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     if config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
     parts.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
-    return optax.chain(*parts)
+    if trainable is None:
+        return optax.chain(*parts)
+    labels = jax.tree.map(lambda trains: "trains" if trains else "frozen", trainable)
+    transforms = {"trains": optax.chain(*parts), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(transforms, labels)
 
 
 def _is_matrix(params: PyTree) -> PyTree:
@@ -127,11 +134,6 @@ def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
 def freeze(params: PyTree, trainable: PyTree) -> PyTree:
     """Stops the gradient of unmarked parameters, so that their backward pass is never built."""
     return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)
-
-
-def zero_unmarked(updates: PyTree, trainable: PyTree) -> PyTree:
-    """Zeroes the updates of unmarked parameters (weight decay would move them otherwise)."""
-    return jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trainable)
 
 
 def ema_update(ema: PyTree, params: PyTree, decay: float) -> PyTree:

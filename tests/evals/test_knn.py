@@ -30,9 +30,7 @@ def test_equals_brute_force(k, centre, temperature):
     queries = rng.normal(size=(101, 7)).astype(np.float32) + 1
     labels = rng.integers(0, 5, 203)
     expected = _brute_force(bank, labels, queries, k, temperature, centre)
-    got = knn_predict(
-        bank, labels, queries, k=k, temperature=temperature, centre=centre, chunk=40
-    )
+    got = knn_predict(bank, labels, queries, k=k, temperature=temperature, centre=centre, chunk=40)
     np.testing.assert_array_equal(got, expected)
 
 

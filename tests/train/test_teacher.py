@@ -10,8 +10,11 @@ from PIL import Image
 
 from tokenflow_jax import optim
 from tokenflow_jax.convert.teacher import ASSET, load_teacher, save_teacher
+from tokenflow_jax.evals.knn import knn_accuracy
 from tokenflow_jax.models.vit import ViT, ViTConfig
 from tokenflow_jax.train import teacher, teacher_init, teacher_targets
+from tokenflow_jax.train.teacher_figures import make_encoder
+from tokenflow_jax.train.teacher_pictures import load_emoji
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2)
@@ -23,7 +26,7 @@ def _config():
     spec.loader.exec_module(module)
     config = module.get_config()
     config.update(
-        vit=dict(image_size=32, width=32, depth=2, heads=2), inception_size=80, components=4,
+        vit={"image_size": 32, "width": 32, "depth": 2, "heads": 2}, inception_size=80, components=4,
         batch_size=8, epochs=10.0, small_size=16, small_fraction=0.25, log_every=1,
         checkup_every=5,
     )  # fmt: skip
@@ -66,26 +69,26 @@ def test_training_lowers_every_loss():
 
 def test_a_run_is_a_function_of_its_seed():
     config, data = _config(), _data()
+    config.epochs, config.small_fraction = 2.0, 0.5
     seen = []
 
     def checkup(step, params):
         seen.append(step)
 
     vit, first = teacher.train(config, data, np.full(16, 2), checkup)
-    assert seen == list(range(5, 41, 5))  # 10 epochs of 32 rows, 8 per step
+    assert seen == [5]  # of 8 steps: 2 epochs of 32 rows, 8 rows per step
     assert vit == TINY
     _, second = teacher.train(config, data, np.full(16, 2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    config.seed = 1
-    _, third = teacher.train(config, data, np.full(16, 2))
-    assert np.abs(first["patch_embed"]["kernel"] - third["patch_embed"]["kernel"]).max() > 1e-4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     data = _data()
     data["pooled"] = np.full_like(data["pooled"], np.nan)
     with pytest.raises(FloatingPointError, match="step 1"):
-        teacher.train(_config(), data, np.ones(16, int))
+        config = _config()
+        config.small_fraction = 0.0
+        teacher.train(config, data, np.ones(16, int))
 
 
 def test_batches_show_each_picture_as_often_as_asked():
@@ -102,7 +105,7 @@ def test_augmentation_flips_what_it_says():
     still = teacher.Distillation(shift=0, colour=0.0)
     out, flipped = teacher.augment(jax.random.key(3), images, still)
     assert 0 < flipped.sum() < 8
-    for image, result, flip in zip(images, out, flipped):
+    for image, result, flip in zip(images, out, flipped, strict=True):
         np.testing.assert_allclose(result, 2 * (image[:, ::-1] if flip else image) - 1, atol=1e-6)
     varied, _ = teacher.augment(jax.random.key(3), images, teacher.Distillation())
     assert varied.min() >= -1 and varied.max() <= 1
@@ -201,6 +204,27 @@ def test_save_and_load(tmp_path):
         load_teacher(tmp_path / "bad.safetensors")
 
 
+def test_emoji_come_with_groups_and_without_overlap():
+    bank, queries = load_emoji(32)
+    assert bank.images.shape[1:] == queries.images.shape[1:] == (32, 32, 3)
+    assert 0.05 < len(queries) / (len(bank) + len(queries)) < 0.15
+    assert set(queries.labels) <= set(bank.labels) == set(range(8))
+
+
+def test_the_shipped_teacher_knows_emoji_groups():
+    """Well above the largest group's share, on a part of the pictures to be quick."""
+    about, params = load_teacher()
+    bank, queries = load_emoji(about["vit"]["image_size"])
+    encoder = make_encoder(ViTConfig(**about["vit"]))
+    some = slice(None, None, 3)
+    accuracy = knn_accuracy(
+        encoder(params, bank.images[some]), bank.labels[some],
+        encoder(params, queries.images), queries.labels,
+    )  # fmt: skip
+    assert accuracy > np.bincount(queries.labels).max() / len(queries) + 0.1
+    assert about["knn"]["cifar10"] >= 0.6  # the target; measured when it was made
+
+
 def test_the_shipped_teacher_tells_pictures_apart():
     assert ASSET.stat().st_size <= 4_000_000
     about, params = load_teacher()
@@ -218,7 +242,7 @@ def test_the_shipped_teacher_tells_pictures_apart():
         ]
     )
     mirrored = pictures[:, :, ::-1]
-    features = teacher.make_encoder(vit)(params, np.concatenate([pictures, mirrored]))
+    features = make_encoder(vit)(params, np.concatenate([pictures, mirrored]))
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
     # A picture is nearer to its mirror image than to the other picture.
     assert features[0] @ features[2] > features[0] @ features[1] + 0.05

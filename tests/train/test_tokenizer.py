@@ -41,7 +41,7 @@ def make_trainer(losses=None, codebook=None, learning_rate=3e-3, gan=False, **op
         model=TokenFlow(MODEL),
         losses=LossConfig(**losses),
         codebook=CodebookConfig(usage_window=500, **(codebook or {})),
-        optimizer=optim.make_optimizer(adam, 100),
+        optimizer=optim.make_optimizer(adam, 100, options.get("trainable")),
         discriminator_optimizer=optim.make_optimizer(adam, 100),
         teacher=ViT(VIT),
         discriminator=PatchGAN(filters=4, layers=1) if gan else None,

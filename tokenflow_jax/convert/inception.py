@@ -5,8 +5,8 @@ TorchScript archive without names; its layers come in the network's order), and 
 with the published names (`Mixed_5b.branch1x1.conv.weight`, `...bn.running_mean`, ...).
 """
 
-from collections.abc import Mapping
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,8 @@ def _sources(names: list[str]) -> list[dict[str, str]]:
     ends = (".weight", ".beta", ".mean", ".var")
     stems = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     if all(stem + end in names for stem in stems for end in ends):  # the TorchScript archive
-        return [dict(zip(("kernel", "beta", "mean", "var"), (s + e for e in ends))) for s in stems]
+        parts = ("kernel", "beta", "mean", "var")
+        return [{p: s + e for p, e in zip(parts, ends, strict=True)} for s in stems]
     return [
         {
             "kernel": f"{dotted}.conv.weight",
@@ -72,7 +73,7 @@ def inception_params(tensors: Mapping[str, Any]) -> dict[str, Any]:
         )
     params: dict[str, Any] = {}
     wrong = []
-    for (name, shape), source in zip(shapes.items(), sources):
+    for (name, shape), source in zip(shapes.items(), sources, strict=True):
         part = {key: np.asarray(tensors[value], np.float64) for key, value in source.items()}
         kernel = part["kernel"].transpose(2, 3, 1, 0)
         if kernel.shape != shape or part["mean"].shape != shape[-1:]:

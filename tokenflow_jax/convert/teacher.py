@@ -1,9 +1,9 @@
 """The shipped semantic teacher: a small ViT, its weights in float16 and what it was made with."""
 
-from collections.abc import Mapping
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def load_teacher(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
     if not isinstance(about, dict):

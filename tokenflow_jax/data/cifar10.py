@@ -5,11 +5,11 @@ and the labels as two JSON lists (the file names' spelling is theirs). It states
 the pictures, so they are read where the user installed them and never shipped.
 """
 
-from collections.abc import Iterator
 import json
 import os
 import pathlib
 import tarfile
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np

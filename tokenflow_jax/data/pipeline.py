@@ -1,18 +1,23 @@
 """Batches of pictures through Grain: deterministic, sharded by host, resumable.
 
-Training:   source[host :: hosts] -> seed -> shuffle -> repeat -> decode, crop, flip -> drop broken
-            ones -> batch
-Evaluation: the same source in order, centre crops, every picture once, the last batch padded.
+Training:   indices -> seed -> shuffle -> repeat -> decode, crop, flip -> [host :: hosts] -> drop
+            broken ones -> batch
+Evaluation: the pictures in order, centre crops, every one once, broken ones and padding masked.
 
 A batch is a function of (config, seed, host) and of how many batches came before; the iterator's
 state is that count, so a resumed run sees exactly the pictures that the stopped one would have.
-Broken pictures are left out after decoding: each host goes on with the next of its own slice.
+All hosts deal from one shuffled stream, each its own cards: in every epoch each picture is seen by
+exactly one host, with crops drawn for its place in the stream, so the global batch does not depend
+on the number of hosts. A broken picture is left out after decoding and its host goes on with its
+next one, so no host waits for another.
 """
 
 import dataclasses
+import itertools
+import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -23,9 +28,16 @@ from tokenflow_jax.data import images, sources
 from tokenflow_jax.data.images import BrokenImage
 
 AUGMENTATIONS = ("random_crop", "center")
-_NUMERIC = ("label", "group")
 _NAMED_AT_MOST = 20
-_CACHE_BYTES = 256 * 2**20
+_LEAST = {
+    "image_size": 1,
+    "max_pixels": 1,
+    "min_side": 1,
+    "threads": 0,
+    "buffer": 1,
+    "cache_megabytes": 0,
+}
+_MISSING = np.int32(-1)  # the label of a picture that has none, and of padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +45,17 @@ class DataConfig:
     """One data set and how its pictures become arrays.
 
     Attributes:
-      name, path, split: see `sources.open_source`.
+      name: "emoji", "folder", "array_record" or "tfds".
+      path: folder, ArrayRecord files, or TFDS name; not used by "emoji".
+      split: which part of the data set; see `data.sources`.
       image_size: side of the square crops in pixels.
       augment: "random_crop" or "center", for training; evaluation always crops the centre.
       flip: mirrors half of the training pictures.
-      max_pixels, min_side: limits beyond which a picture counts as broken.
-      threads: decoding threads.
-      buffer: decoded pictures kept ready.
+      max_pixels: pictures with more pixels than this count as broken.
+      min_side: pictures with a shorter side than this count as broken.
+      threads: decoding threads; 0 takes one per core, at most 32.
+      buffer: cropped pictures kept ready.
+      cache_megabytes: a data set whose decoded pictures fit in this much memory is decoded once.
     """
 
     name: str
@@ -50,14 +66,20 @@ class DataConfig:
     flip: bool = True
     max_pixels: int = images.MAX_PIXELS
     min_side: int = images.MIN_SIDE
-    threads: int = 8
+    threads: int = 0
     buffer: int = 256
+    cache_megabytes: int = 256
 
     def __post_init__(self):
+        problems = []
         if self.augment not in AUGMENTATIONS:
-            raise ValueError(f"data.augment {self.augment!r} is not one of {AUGMENTATIONS}")
-        if self.image_size < 1 or self.threads < 0 or self.buffer < 1:
-            raise ValueError("data: image_size and buffer must be positive, threads not negative")
+            problems.append(f"augment {self.augment!r} is not one of {AUGMENTATIONS}")
+        for field, least in _LEAST.items():
+            value = getattr(self, field)
+            if value < least:
+                problems.append(f"{field} is {value}, must be at least {least}")
+        if problems:
+            raise ValueError("data: " + "; ".join(problems))
 
 
 class Skipped:
@@ -68,7 +90,7 @@ class Skipped:
         self._reasons: dict[str, str] = {}
 
     def add(self, name: str, error: BrokenImage) -> None:
-        """Notes a picture, once; the first ones are named in the log."""
+        """Notes a picture, once; the first 20 are named in the log, then only doublings."""
         with self._lock:
             if name in self._reasons:
                 return
@@ -76,8 +98,8 @@ class Skipped:
             count = len(self._reasons)
         if count <= _NAMED_AT_MOST:
             logging.warning("skipped %s: %s", name, error)
-        elif count == _NAMED_AT_MOST + 1:
-            logging.warning("more pictures are skipped; only their number is reported from here")
+        elif count.bit_count() == 1:  # 32, 64, 128, ...
+            logging.warning("skipped %d pictures so far: %s", count, self.counts())
 
     def counts(self) -> dict[str, int]:
         """Number of distinct pictures left out, by reason."""
@@ -91,15 +113,18 @@ class Skipped:
 
 
 class Decoded:
-    """A source's pictures as arrays; keeps what fits in memory, counts what is broken."""
+    """A source's pictures as arrays; keeps a small data set in memory, counts what is broken."""
 
     def __init__(self, config: DataConfig):
         self.config = config
         self.source = sources.open_source(config.name, config.path, config.split)
         self.skipped = Skipped()
-        self._cache: dict[int, dict[str, Any]] = {}
-        self._room = _CACHE_BYTES
+        # Pictures by index; None once the data set turned out not to fit.
+        self._cache: dict[int, dict[str, Any]] | None = {}
+        self._room = config.cache_megabytes * 2**20
+        self._lock = threading.Lock()
         self._failures = 0
+        self._any_usable = False
 
     def __len__(self) -> int:
         return len(self.source)
@@ -108,46 +133,65 @@ class Decoded:
         """The example at an index with "image" uint8 (H, W, 3), or None for a broken one.
 
         Raises:
-          ValueError: as many failures in a row as there are pictures: none is usable.
+          ValueError: as many failures as there are pictures, and not one usable picture yet.
         """
-        if index in self._cache:
-            return self._cache[index]
-        name = f"{self.config.name} {index}"
+        cache = self._cache
+        if cache is not None and index in cache:
+            return cache[index]
+        name = f"{self.config.name} record {index}"
         try:
             example = self.source[index]
             name = example["name"]
-            example = {**example, "image": self._image(example)}
-            example.pop("bytes", None)
+            image_HWC = self._image(example)
         except BrokenImage as error:
             self.skipped.add(name, error)
-            self._failures += 1
-            if self._failures >= len(self):
-                raise ValueError(self._nothing_usable()) from error
+            with self._lock:
+                self._failures += 1
+                hopeless = not self._any_usable and self._failures >= len(self)
+            if hopeless:
+                raise ValueError(self.nothing_usable()) from error
             return None
-        self._failures = 0
-        if self._room >= example["image"].nbytes:
-            self._room -= example["image"].nbytes
-            self._cache[index] = example
+        self._any_usable = True
+        if "bytes" in example:  # raw pictures are as quick to read again
+            example = {key: value for key, value in example.items() if key != "bytes"}
+            example["image"] = image_HWC
+            self._keep(index, example)
         return example
 
     def _image(self, example: dict[str, Any]) -> np.ndarray:
         config = self.config
-        if "image" not in example:
-            return images.decode(
-                example["bytes"],
-                max_pixels=config.max_pixels,
-                min_side=config.min_side,
-                draft_side=2 * config.image_size,
-            )
-        height, width = example["image"].shape[:2]
-        if min(height, width) < config.min_side or height * width > config.max_pixels:
-            raise BrokenImage("unusable size", f"{width} x {height}")
-        return example["image"]
+        if "image" in example:
+            height, width = example["image"].shape[:2]
+            images.check_size(width, height, max_pixels=config.max_pixels, min_side=config.min_side)
+            return example["image"]
+        # In training a JPEG may be decoded at a fraction of its size; twice the crop's side leaves
+        # a true averaging by two. Evaluation decodes fully: its figures are compared.
+        training = config.augment == "random_crop"
+        return images.decode(
+            example["bytes"],
+            max_pixels=config.max_pixels,
+            min_side=config.min_side,
+            draft_side=2 * images.max_short_side(config.image_size) if training else 0,
+        )
 
-    def _nothing_usable(self) -> str:
+    def _keep(self, index: int, example: dict[str, Any]) -> None:
+        """Caches an example, or gives the cache up: part of a large data set is no use."""
+        with self._lock:
+            if self._cache is None or index in self._cache:
+                return
+            self._room -= example["image"].nbytes
+            if self._room < 0:
+                self._cache = None
+            else:
+                self._cache[index] = example
+
+    def nothing_usable(self) -> str:
+        """The message of an error that names what is wrong with all pictures."""
+        config = self.config
         return (
-            f"no usable picture among {len(self)} of data set {self.config.name!r} "
-            f"{self.config.path}: {self.skipped.counts()}"
+            f"no usable picture among the {len(self)} of data set {config.name!r} {config.path} "
+            f"(split {config.split!r}): {self.skipped.counts()}, for example "
+            f"{', '.join(self.skipped.names()[:3])}"
         )
 
 
@@ -156,12 +200,23 @@ _OPEN_LOCK = threading.Lock()
 
 
 def opened(config: DataConfig) -> Decoded:
-    """The data set of a config; opened once, so that training and evaluation share its cache."""
-    key = dataclasses.replace(config, augment="center", flip=False)
+    """The data set of a config; opened once per process, so that its users share its cache.
+
+    Files that appear in a folder later are therefore not seen.
+    """
+    key = dataclasses.replace(config, flip=False, threads=0, buffer=1)
     with _OPEN_LOCK:
         if key not in _OPEN:
             _OPEN[key] = Decoded(key)
         return _OPEN[key]
+
+
+def skipped(config: DataConfig) -> dict[str, int]:
+    """Number of distinct pictures left out so far, by reason.
+
+    Reading ahead may have met broken pictures of batches that were not yet taken.
+    """
+    return opened(config).skipped.counts()
 
 
 def skipped_notes(*configs: DataConfig) -> list[str]:
@@ -179,13 +234,69 @@ def skipped_notes(*configs: DataConfig) -> list[str]:
     return notes
 
 
-def _features(example: dict[str, Any], image_HWC: np.ndarray) -> dict[str, np.ndarray]:
-    numbers = {key: np.int32(example[key]) for key in _NUMERIC if key in example}
+def _features(
+    decoded: Decoded, example: dict[str, Any], image_HWC: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The arrays of an example; all examples of a data set have the same."""
+    numbers = {key: np.int32(example.get(key, _MISSING)) for key in decoded.source.numbers}
     return {"image": np.ascontiguousarray(image_HWC), **numbers}
 
 
 def _read_options(config: DataConfig) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.buffer)
+    threads = config.threads or min(os.cpu_count() or 1, 32)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.buffer)
+
+
+def _check_shard(index: int, count: int, pictures: int) -> None:
+    if not 0 <= index < count <= pictures:
+        raise ValueError(
+            f"shard_index {index} of shard_count {count} with {pictures} pictures: "
+            "need 0 <= shard_index < shard_count <= pictures"
+        )
+
+
+class TrainIterator(grain.DatasetIterator):
+    """A Grain iterator whose state also says which stream it is a position in."""
+
+    def __init__(self, batches: grain.DatasetIterator, stream: dict[str, Any]):
+        """Wraps an iterator.
+
+        Args:
+          batches: the iterator.
+          stream: JSON-able facts on which a position depends; a state with others is refused.
+        """
+        super().__init__(batches)
+        self._stream = stream
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the last batch taken, JSON-able."""
+        return {"stream": self._stream, "position": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position.
+
+        Args:
+          state: of `get_state`, of an iterator over the same stream.
+
+        Raises:
+          ValueError: the state belongs to another stream: other data, seed or number of hosts.
+        """
+        saved = state.get("stream", {})
+        changed = [
+            f"{key} was {saved.get(key)!r} and is {value!r}"
+            for key, value in self._stream.items()
+            if saved.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                "the saved position in the training data does not fit these data: "
+                f"{'; '.join(changed)}. Restore these settings, or start in a new workdir "
+                "(init_from takes over the weights)"
+            )
+        self._parent.set_state(state["position"])
 
 
 def train_batches(
@@ -197,20 +308,21 @@ def train_batches(
       config: the data set.
       batch_size: pictures per batch of this host.
       seed: of the order, crops and flips.
-      shard_index, shard_count: which of how many hosts this is; it sees every shard_count-th picture.
+      shard_index: this host, from 0.
+      shard_count: number of hosts; this one gets every shard_count-th picture of the stream.
 
     Returns:
       A Grain iterator (`get_state`, `set_state`) of {"image": uint8 (B, size, size, 3)} and, where
-      the data have them, int32 "label" and "group" (B,).
+      the data have them, int32 "label" and "group" (B,), -1 for a picture without.
 
     Raises:
-      ValueError: nothing usable in this host's share; at once, or after one pass without success.
+      ValueError: no data, or a bad shard; from the iterator: after as many failures as there are
+        pictures not one was usable.
     """
     decoded = opened(config)
-    if not 0 <= shard_index < shard_count <= len(decoded):
-        raise ValueError(
-            f"shard {shard_index} of {shard_count}: the data set has {len(decoded)} pictures"
-        )
+    _check_shard(shard_index, shard_count, len(decoded))
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     size = config.image_size
 
     def augment(index: int, rng: np.random.Generator):
@@ -221,13 +333,23 @@ def train_batches(
             image = images.random_crop(example["image"], size, rng)
         else:
             image = images.center_crop(example["image"], size)
-        return _features(example, images.random_flip(image, rng) if config.flip else image)
+        return _features(decoded, example, images.random_flip(image, rng) if config.flip else image)
 
-    indices = np.arange(shard_index, len(decoded), shard_count)
-    dataset = grain.MapDataset.source(indices).seed(seed).shuffle().repeat().random_map(augment)
-    dataset = dataset.filter(lambda example: example is not None)
-    dataset = dataset.to_iter_dataset(_read_options(config))
-    return iter(dataset.batch(batch_size, drop_remainder=True))
+    stream = grain.MapDataset.source(np.arange(len(decoded))).seed(seed).shuffle().repeat()
+    # random_map derives its generator from (seed, place in the stream): any one can be redrawn.
+    examples = stream.random_map(augment)[shard_index::shard_count]
+    usable = examples.filter(lambda example: example is not None)
+    batches = usable.to_iter_dataset(_read_options(config)).batch(batch_size)
+    return TrainIterator(
+        iter(batches),
+        {
+            "data": f"{config.name} {config.split}",
+            "pictures": len(decoded),
+            "seed": seed,
+            "shard_index": shard_index,
+            "shard_count": shard_count,
+        },
+    )
 
 
 def eval_batches(
@@ -240,46 +362,99 @@ def eval_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every usable picture once, centre-cropped, in a fixed order.
 
+    All hosts get the same number of batches, so that computations across hosts stay in step.
+
     Args:
       config: the data set.
-      batch_size: pictures per batch; the last one is padded with zeros.
-      limit: uses the first so many pictures only.
-      shard_index, shard_count: as in `train_batches`.
+      batch_size: pictures per batch of this host.
+      limit: uses only so many pictures, evenly spaced over the data set, so that a few pictures of
+        a data set sorted by class still show all classes.
+      shard_index: this host, from 0.
+      shard_count: number of hosts; this one gets every shard_count-th picture.
 
     Yields:
-      {"image": uint8 (B, size, size, 3), "mask": bool (B,), True for real pictures} and int32
-      "label" and "group" where known.
+      {"image": uint8 (B, size, size, 3), "mask": bool (B,), "index": int32 (B,)}, the index being
+      a place in `labels`, and int32 "label" and "group" (B,) where the data have them. Where the
+      mask is False, at broken pictures and at the padding of the last batches, the image is black
+      and the numbers are -1.
 
     Raises:
-      ValueError: no picture is usable.
+      ValueError: no data, a bad shard, or no usable picture in this host's share.
     """
     decoded = opened(config)
+    _check_shard(shard_index, shard_count, len(decoded))
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
+    count = min(limit or len(decoded), len(decoded))
+    places = np.arange(count) * len(decoded) // count
+    batches = -(-count // (shard_count * batch_size))
+    mine = np.full(batches * batch_size, -1)
+    mine[: len(places[shard_index::shard_count])] = places[shard_index::shard_count]
 
-    def prepare(index: int):
-        example = decoded[int(index)]
+    def crop(index: int) -> dict[str, np.ndarray] | None:
+        example = decoded[int(index)] if index >= 0 else None
         if example is None:
-            return None
-        return _features(example, images.center_crop(example["image"], config.image_size))
+            return {}
+        image = images.center_crop(example["image"], config.image_size)
+        return {**_features(decoded, example, image), "index": np.int32(index)}
 
-    indices = np.arange(shard_index, len(decoded), shard_count)[:limit]
-    dataset = grain.MapDataset.source(indices).map(prepare)
-    dataset = dataset.filter(lambda example: example is not None)
-    found = False
-    for batch in dataset.to_iter_dataset(_read_options(config)).batch(batch_size):
-        found = True
-        missing = batch_size - len(batch["image"])
-        mask = np.arange(batch_size) < len(batch["image"])
-        padded = {
-            key: np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
-            for key, value in batch.items()
+    dataset = grain.MapDataset.source(mine).map(crop).to_iter_dataset(_read_options(config))
+    batches = _masked(iter(dataset), batch_size, config.image_size, decoded.source.numbers)
+    return _with_some_usable(batches, decoded) if (mine >= 0).any() else batches
+
+
+def _masked(
+    examples: Iterator[dict[str, np.ndarray]], batch_size: int, size: int, numbers: Sequence[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches examples, of which those that are empty are masked out."""
+    blank = np.zeros((size, size, 3), np.uint8)
+    while batch := list(itertools.islice(examples, batch_size)):
+        mask = np.array([bool(example) for example in batch])
+        # All batches have the same keys, also one without a usable picture.
+        yield {
+            "image": np.stack([example.get("image", blank) for example in batch]),
+            "mask": mask,
+            **{
+                key: np.array([example.get(key, _MISSING) for example in batch], np.int32)
+                for key in ("index", *numbers)
+            },
         }
-        yield {**padded, "mask": mask}
-    if not found:
-        raise ValueError(decoded._nothing_usable())
+
+
+def _with_some_usable(
+    batches: Iterator[dict[str, np.ndarray]], decoded: Decoded
+) -> Iterator[dict[str, np.ndarray]]:
+    """Raises at the end when no batch had a usable picture."""
+    any_usable = False
+    for batch in batches:
+        any_usable |= bool(batch["mask"].any())
+        yield batch
+    if not any_usable:
+        raise ValueError(decoded.nothing_usable())
 
 
 def labels(config: DataConfig) -> list[dict[str, Any]]:
-    """Names, captions, tags and classes of all usable pictures, in the order of `eval_batches`."""
-    decoded = opened(config)
-    examples = (decoded[i] for i in range(len(decoded)))
-    return [{k: v for k, v in e.items() if k != "image"} for e in examples if e is not None]
+    """What is known of each picture besides its pixels; reads the whole data set, decodes nothing.
+
+    Args:
+      config: the data set.
+
+    Returns:
+      One dict per picture, at the place that "index" of `eval_batches` gives: "name", and where
+      known "label", "group" (a place in `sources.GROUPS`), "caption" and "tags". Empty for a
+      picture that cannot be read.
+    """
+    source = opened(config).source
+    rows = []
+    for index in range(len(source)):
+        try:
+            example = source[index]
+        except BrokenImage:  # counted and logged where its picture is wanted
+            example = {}
+        rows.append({k: v for k, v in example.items() if k not in ("image", "bytes")})
+    return rows
+
+
+def classes(config: DataConfig) -> list[str]:
+    """The names of the classes that "label" numbers; empty when the data set names none."""
+    return list(opened(config).source.classes)

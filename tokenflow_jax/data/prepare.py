@@ -36,8 +36,9 @@ class _Progress:
         print(f"{done:,}{total} images, {rate:,.0f} images/s", file=sys.stderr, flush=True)
 
 
-def prepare_cifar10(src: str | os.PathLike, dst: str | os.PathLike, *,
-                    overwrite: bool = False) -> dict[str, int]:
+def prepare_cifar10(
+    src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: bool = False
+) -> dict[str, int]:
     """Writes CIFAR-10 as raw 32 px pictures with labels.
 
     Args:
@@ -105,40 +106,53 @@ def prepare_emoji(src: str | os.PathLike, dst: str | os.PathLike) -> int:
 
 
 def prepare_folder(
-    src: str | os.PathLike, dst: str | os.PathLike, *, split: str = "train", overwrite: bool = False
+    src: str | os.PathLike, dst: str | os.PathLike, *, overwrite: bool = False
 ) -> dict[str, int]:
     """Writes any folder of images; broken ones are named, counted and left out.
+
+    The splits are those of `sources.FolderSource`: "train" and, where there is one, "heldout". The
+    picture files are kept as they are.
 
     Args:
       src: the folder; its first sub-folders become classes.
       dst: folder of the data set.
-      split: name of the one split.
       overwrite: whether a data set already in `dst` may be replaced.
 
     Returns:
-      Pictures written, and "skipped".
+      Pictures written per split, and "skipped".
 
     Raises:
       ValueError: no usable image, or `dst` holds a data set already.
+      OSError: `dst` cannot be written, for example because the disk is full.
     """
-    source = sources.FolderSource(os.fspath(src))
-    progress, skipped = _Progress(len(source)), pipeline.Skipped()
+    splits = _folder_splits(src)
+    total = sum(map(len, splits.values()))
+    progress, skipped, done = _Progress(total), pipeline.Skipped(), 0
     with records.DatasetWriter(dst, overwrite=overwrite) as writer:
-        writer.about = {"source": "folder of images", "classes": source.classes}
-        for index in range(len(source)):
-            try:
-                example = source[index]
-                images.decode(example["bytes"])
-            except BrokenImage as error:
-                skipped.add(source.name(index), error)
-            else:
-                writer.write(split, example)
-            progress.show(index + 1)
+        writer.about = {"source": "folder of images", "classes": splits["train"].classes}
+        for split, source in splits.items():
+            for index in range(len(source)):
+                try:
+                    example = source[index]
+                    images.decode(example["bytes"])
+                except BrokenImage as error:
+                    skipped.add(source.name(index), error)
+                else:
+                    writer.write(split, example)
+                done += 1
+                progress.show(done)
         counts = writer.counts()
         if not counts:
             raise ValueError(f"{src} has no usable image: {skipped.counts()}")
-    progress.show(len(source), force=True)
+    progress.show(done, force=True)
     return {**counts, "skipped": len(skipped.names())}
+
+
+def _folder_splits(src: str | os.PathLike) -> dict[str, sources.FolderSource]:
+    """The parts of a folder; only "train" where nothing is held out."""
+    if len(sources.FolderSource(src)) < sources.MIN_TO_SPLIT:
+        return {"train": sources.FolderSource(src)}
+    return {split: sources.FolderSource(src, split) for split in ("train", "heldout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,16 +165,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=("cifar10", "folder", "emoji"))
     parser.add_argument("--src", required=True, help="tarball or folder to read")
     parser.add_argument("--dst", required=True, help="folder (emoji: file) to write")
-    parser.add_argument("--split", default="train", help="name of the split, for folder")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set in --dst")
     options = parser.parse_args(argv)
     try:
         if options.kind == "cifar10":
             written = prepare_cifar10(options.src, options.dst, overwrite=options.overwrite)
         elif options.kind == "folder":
-            written = prepare_folder(
-                options.src, options.dst, split=options.split, overwrite=options.overwrite
-            )
+            written = prepare_folder(options.src, options.dst, overwrite=options.overwrite)
         else:
             written = prepare_emoji(options.src, options.dst)
     except (ValueError, OSError) as error:

@@ -22,8 +22,8 @@ import shutil
 import struct
 from typing import Any
 
-from array_record.python import array_record_module
 import numpy as np
+from array_record.python import array_record_module
 
 from tokenflow_jax.data.images import BrokenImage
 
@@ -31,7 +31,7 @@ MAGIC = b"TFX1"
 MANIFEST = "dataset.json"
 _HEADER = struct.Struct("<4sI")
 _HEADER_KEYS = ("name", "label", "group", "caption", "tags")
-# One picture per compressed chunk: random access reads exactly one. Pictures are compressed already.
+# One picture per chunk: random access reads exactly one. Encoded pictures are compressed already.
 _WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:3"}
 
 
@@ -149,8 +149,14 @@ class DatasetWriter:
     into place at the end.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, records_per_file: int = 10_000,
-                 compressed_payload: bool = True, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        records_per_file: int = 10_000,
+        compressed_payload: bool = True,
+        overwrite: bool = False,
+    ):
         """Opens the folder.
 
         Args:
@@ -222,9 +228,7 @@ class DatasetWriter:
             old.unlink()
         splits = {}
         for split, files in self._done.items():
-            names = [
-                f"{split}-{i:05d}-of-{len(files):05d}.array_record" for i in range(len(files))
-            ]
+            names = [f"{split}-{i:05d}-of-{len(files):05d}.array_record" for i in range(len(files))]
             for file, name in zip(files, names, strict=True):
                 os.replace(file.path, self.folder / name)
             splits[split] = {"records": sum(file.count for file in files), "files": names}

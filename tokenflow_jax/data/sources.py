@@ -2,7 +2,8 @@
 
 A source has `len` and gives for an index an example: {"name": str} with either "bytes" (an encoded
 file) or "image" (uint8 (H, W, 3)), and where known "label" (int), "group" (int), "caption" (str),
-"tags" (list of str).
+"tags" (list of str). A picture that cannot even be read raises BrokenImage. `classes` are the
+names of the labels, when there are any; `numbers` are the numeric labels that examples have.
 """
 
 import glob
@@ -10,17 +11,16 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from absl import logging
 from array_record.python import array_record_data_source, array_record_module
 
 from tokenflow_jax.data import records
 from tokenflow_jax.data.images import BrokenImage
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
-EMOJI_SPLITS = ("train", "heldout", "all")
+SPLITS = ("train", "heldout", "all")
 GROUPS = (
     "smileys-emotion",
     "people-body",
@@ -31,11 +31,16 @@ GROUPS = (
     "objects",
     "symbols",
 )
+NUMBERS = ("label", "group")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# Names under which people ask for the part of a folder that never trains.
+_HELDOUT_NAMES = ("heldout", "validation", "val", "test")
+# A tenth of fewer pictures than this is too few to measure anything.
+MIN_TO_SPLIT = 100
 
 
 def is_heldout(name: str) -> bool:
-    """Whether a shipped picture is in the fixed tenth that never trains."""
+    """Whether a picture is in the fixed tenth that never trains; depends on its name alone."""
     return zlib.crc32(name.encode()) % 10 == 0
 
 
@@ -43,8 +48,15 @@ class EmojiSource:
     """The captioned emoji inside the package; small, so they stay in memory once read."""
 
     def __init__(self, split: str):
-        if split not in EMOJI_SPLITS:
-            raise ValueError(f"the emoji have no split {split!r}; one of {EMOJI_SPLITS}")
+        """Reads the file.
+
+        Args:
+          split: "train", "heldout" (the fixed tenth of `is_heldout`) or "all".
+        """
+        if split not in SPLITS:
+            raise ValueError(f"the emoji have no split {split!r}; one of {SPLITS}")
+        self.classes: list[str] = []
+        self.numbers = ("group",)
         reader = array_record_module.ArrayRecordReader(str(EMOJI))
         examples = [records.unpack(record) for record in reader.read_all()]
         reader.close()
@@ -62,46 +74,127 @@ class EmojiSource:
 class FolderSource:
     """All images below a folder, sorted by path; the first sub-folder is the class."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str | os.PathLike, split: str = "all"):
+        """Lists the files.
+
+        When the folder holds only sub-folders named train, heldout, validation, val or test, these
+        are the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100
+        pictures both are everything, and the log says so.
+
+        Args:
+          folder: where to look, all sub-folders included; hidden files are left out.
+          split: "train", "heldout" (validation, val and test mean the same) or "all".
+
+        Raises:
+          ValueError: no such folder or split, or no file with the ending of an image.
+        """
         root = pathlib.Path(folder)
-        if not folder or not root.is_dir():
-            raise ValueError(f"data.path {folder!r} is not a folder of images")
-        self._root = root
-        self._paths = sorted(
-            path for path in root.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS
-        )
-        if not self._paths:
+        if not os.fspath(folder) or not root.is_dir():
+            raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
+        root, divide = _split_folder(root, split)
+        names = _image_names(root)
+        if not names:
             raise ValueError(
-                f"{folder} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
+                f"{root} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
             )
-        parts = [path.relative_to(root).parts for path in self._paths]
-        self.classes = sorted({p[0] for p in parts if len(p) > 1})
-        self._labels = [self.classes.index(p[0]) if len(p) > 1 else -1 for p in parts]
+        self.classes = sorted({name.split("/")[0] for name in names if "/" in name})
+        if root != pathlib.Path(folder):
+            # The sub-folders are splits: a class must have the same number in all of them.
+            splits = [path for path in root.parent.iterdir() if path.is_dir()]
+            names_of_all = [name for path in splits for name in _image_names(path)]
+            self.classes = sorted({name.split("/")[0] for name in names_of_all if "/" in name})
+        self.numbers = ("label",) if self.classes else ()
+        if divide and len(names) >= MIN_TO_SPLIT:
+            names = [name for name in names if is_heldout(name) == (split != "train")]
+        elif divide and split != "train":
+            logging.warning(
+                "%s has %d pictures, fewer than %d: none are held out, so the figures of split %r "
+                "are on training pictures", root, len(names), MIN_TO_SPLIT, split,
+            )  # fmt: skip
+        self._root, self._names = root, names
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._names)
 
     def name(self, index: int) -> str:
         """The picture's path below the folder."""
-        return str(self._paths[index].relative_to(self._root))
+        return self._names[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self._paths[index]
-        example = {"name": self.name(index)}
+        name = self._names[index]
+        example: dict[str, Any] = {"name": name}
+        if "/" in name:
+            example["label"] = self.classes.index(name.split("/")[0])
         try:
-            example["bytes"] = path.read_bytes()
+            example["bytes"] = (self._root / name).read_bytes()
         except OSError as error:
-            raise BrokenImage("cannot be read", str(error)) from error
-        if len(self.classes) and self._labels[index] >= 0:
-            example["label"] = self._labels[index]
+            raise BrokenImage("cannot be read", f"{name}: {error}") from error
         return example
+
+
+def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
+    """Returns where a split's pictures lie, and whether they are to be divided by name."""
+    if split not in (*SPLITS, *_HELDOUT_NAMES):
+        raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
+    if split == "all":
+        return root, False
+    subfolders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    # All of them, because "train" may well be a class of vehicles among other classes.
+    if not subfolders or not subfolders <= {"train", *_HELDOUT_NAMES}:
+        return root, True
+    for name in [split] if split == "train" else [split, *_HELDOUT_NAMES]:
+        if name in subfolders:
+            return root / name, False
+    raise ValueError(
+        f"{root} is divided into {sorted(subfolders)}, none of which is split {split!r}; add that "
+        "sub-folder, or name one of these as data.path"
+    )
+
+
+def _image_names(root: pathlib.Path) -> list[str]:
+    """Relative paths with an image's ending, sorted; links to folders are followed once each."""
+    names, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up, or a second link to the same place
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS):
+                names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
+    return sorted(names)
 
 
 class RecordSource:
     """ArrayRecord files written by `data.prepare`: a data set folder, or files by glob."""
 
     def __init__(self, path: str, split: str):
-        self._source = array_record_data_source.ArrayRecordDataSource(_record_files(path, split))
+        """Opens the files.
+
+        Args:
+          path: a folder with `dataset.json`, or a file name or pattern.
+          split: one of the folder's, or "all"; not used for a pattern, which names its files.
+        """
+        files, self.classes = _record_files(path, split)
+        try:
+            self._source = array_record_data_source.ArrayRecordDataSource(files)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"data.path {path!r}: a file is missing or damaged ({error}); write the data set "
+                "again with python -m tokenflow_jax.data.prepare"
+            ) from error
+        self.numbers = self._present()
+
+    def _present(self) -> tuple[str, ...]:
+        """The numeric labels of the first record that can be read; the writer treats all alike."""
+        for index in range(len(self)):
+            try:
+                return tuple(key for key in NUMBERS if key in self[index])
+            except BrokenImage:
+                continue
+        return ()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -114,86 +207,120 @@ class RecordSource:
         return records.unpack(record)
 
 
-def _record_files(path: str, split: str) -> Sequence[str]:
+def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
+    """Returns the files of a split and the class names."""
     manifest = pathlib.Path(path) / records.MANIFEST
-    if manifest.is_file():
-        splits = json.loads(manifest.read_text())["splits"]
-        if split not in splits:
-            raise ValueError(f"{path} has no split {split!r}; it has {sorted(splits)}")
-        return [str(manifest.parent / name) for name in splits[split]["files"]]
+    if path and manifest.is_file():
+        about = json.loads(manifest.read_text(encoding="utf-8"))
+        splits = about["splits"]
+        if split != "all" and split not in splits:
+            raise ValueError(f"{path} has no split {split!r}; it has {[*splits, 'all']}")
+        wanted = splits if split == "all" else [split]
+        files = [str(manifest.parent / name) for part in wanted for name in splits[part]["files"]]
+        return files, list(about.get("classes", ()))
     files = sorted(glob.glob(path)) if path else []
     if not files or any(os.path.isdir(file) for file in files):
         raise ValueError(
             f"data.path {path!r} is neither a folder with {records.MANIFEST} (see python -m "
             "tokenflow_jax.data.prepare) nor a pattern of ArrayRecord files"
         )
-    return files
+    return files, []
 
 
 class TFDSSource:
-    """A data set of TensorFlow Datasets, prepared as ArrayRecord; TensorFlow is not needed.
-
-    `path` is `name`, `name:version` or `name/config`; $TFDS_DATA_DIR says where the data lie.
-    """
+    """A data set of TensorFlow Datasets, prepared as ArrayRecord; TensorFlow is not needed."""
 
     def __init__(self, name: str, split: str):
+        """Opens the data set; never downloads or prepares one.
+
+        Args:
+          name: `name`, `name/config` or `name:version`, found in $TFDS_DATA_DIR; or the folder of
+            one prepared version (the one that holds dataset_info.json).
+          split: any TFDS split, such as "train" or "train[:90%]".
+
+        Raises:
+          ValueError: no such data set, split or image, or one that was prepared as TFRecord.
+        """
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise ValueError(
                 "data.name 'tfds' needs the package tensorflow-datasets: pip install "
-                "'tokenflow_jax[tfds]'"
+                "tensorflow-datasets"
             ) from error
         builder = _tfds_builder(tfds, name)
-        if "image" not in builder.info.features:
-            features = sorted(builder.info.features)
-            raise ValueError(f"TFDS data set {name!r} has no feature 'image', but {features}")
-        if split not in builder.info.splits:
-            raise ValueError(
-                f"TFDS data set {name!r} has no split {split!r}; it has "
-                f"{sorted(builder.info.splits)}"
-            )
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        try:
-            self._source = builder.as_data_source(split=split, decoders=decoders)
-        except NotImplementedError as error:
-            raise ValueError(_tfds_remedy(name)) from error
+        features = builder.info.features
+        kinds = tfds.features
+        self._image = _only(features, kinds.Image, "image", name)
+        self._label = _only(features, kinds.ClassLabel, "label", name, required=False)
+        self.classes = list(features[self._label].names or ()) if self._label else []
+        self.numbers = ("label",) if self._label else ()
+        self._source = _tfds_data(builder, name, split, {self._image: tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._source[index]
-        example = {"name": str(index)}
-        if isinstance(row.get("file_name"), bytes | str):
-            name = row["file_name"]
-            example["name"] = name.decode() if isinstance(name, bytes) else name
-        image = row["image"]
-        if isinstance(image, bytes):
-            example["bytes"] = image
-        else:  # mocked data come decoded
-            example["image"] = np.asarray(image, np.uint8)
-        if "label" in row and np.ndim(row["label"]) == 0:
-            example["label"] = int(row["label"])
+        try:
+            row = self._source[index]
+        except (RuntimeError, ValueError) as error:
+            raise BrokenImage("damaged record", str(error)) from error
+        file_name = row.get("file_name", str(index))
+        if isinstance(file_name, bytes):
+            file_name = file_name.decode(errors="replace")
+        example = {"name": str(file_name), "bytes": bytes(row[self._image])}
+        if self._label:
+            example["label"] = int(row[self._label])
         return example
 
 
+def _only(features: Any, kind: type, usual: str, name: str, required: bool = True) -> str | None:
+    """The key of the one feature of a kind, or of the usual name among several."""
+    keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+    if usual in keys:
+        return usual
+    if len(keys) == 1:
+        return keys[0]
+    if required:
+        raise ValueError(
+            f"TFDS data set {name!r} has no single image per example; it has {sorted(features)}"
+        )
+    return None
+
+
 def _tfds_builder(tfds: Any, name: str) -> Any:
-    """The builder of prepared data, or ValueError that says how to prepare them."""
+    """The builder of a name or folder."""
+    if (pathlib.Path(name) / "dataset_info.json").is_file():
+        return tfds.builder_from_directory(name)
     try:
-        builder = tfds.builder(name, file_format="array_record")
+        return tfds.builder(name)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(f"TFDS data set {name!r}: {str(error).splitlines()[0]}") from error
-    if not builder.is_prepared():
-        raise ValueError(_tfds_remedy(name))
-    return builder
 
 
-def _tfds_remedy(name: str) -> str:
-    return (
-        f"TFDS data set {name!r} is not prepared as ArrayRecord in $TFDS_DATA_DIR. Prepare it once, "
-        f"where TensorFlow is installed: tfds build {name} --file_format=array_record"
-    )
+def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) -> Any:
+    """The random-access data, or ValueError that says how to prepare them."""
+    splits = builder.info.splits
+    if splits and split.split("[")[0] not in (*splits, "all"):
+        raise ValueError(f"TFDS data set {name!r} has no split {split!r}; it has {sorted(splits)}")
+    try:
+        return builder.as_data_source(split=split, decoders=decoders)
+    except (NotImplementedError, AssertionError, ValueError, OSError) as error:
+        remedy = (
+            f"prepare it once, where TensorFlow is installed: tfds build {name} "
+            "--file_format=array_record, and set $TFDS_DATA_DIR to where it lies"
+        )
+        where = builder.data_path
+        if not builder.is_prepared():
+            raise ValueError(
+                f"TFDS data set {name!r} is not prepared in {where}; {remedy}"
+            ) from error
+        if isinstance(error, NotImplementedError):
+            raise ValueError(
+                f"TFDS data set {name!r} in {where} was prepared as "
+                f"{builder.info.file_format.value}, which has no random access; {remedy}"
+            ) from error
+        raise ValueError(f"TFDS data set {name!r}, split {split!r}: {error}") from error
 
 
 def open_source(name: str, path: str, split: str) -> Any:
@@ -202,7 +329,7 @@ def open_source(name: str, path: str, split: str) -> Any:
     Args:
       name: "emoji", "folder", "array_record" or "tfds".
       path: folder, files, or TFDS name; not used by "emoji".
-      split: which part; a folder of images has none, its path is the split.
+      split: which part; see the sources.
 
     Returns:
       A source as this module's docstring describes.
@@ -212,7 +339,7 @@ def open_source(name: str, path: str, split: str) -> Any:
     """
     kinds = {
         "emoji": lambda: EmojiSource(split),
-        "folder": lambda: FolderSource(path),
+        "folder": lambda: FolderSource(path, split),
         "array_record": lambda: RecordSource(path, split),
         "tfds": lambda: TFDSSource(path, split),
     }

@@ -75,9 +75,7 @@ def knn_predict(
     labels = jnp.asarray(labels_N, jnp.int32)
     classes = int(labels_N.max()) + 1
     predictions = [
-        np.asarray(
-            _predict(part, bank, labels, classes=classes, k=int(k), temperature=temperature)
-        )
+        np.asarray(_predict(part, bank, labels, classes=classes, k=int(k), temperature=temperature))
         for part in _chunks(_unit(queries_QD, centre_D), chunk)
     ]
     return np.concatenate(predictions) if predictions else np.zeros(0, np.int32)
@@ -110,5 +108,7 @@ def knn_accuracy(
     """
     labels_Q = np.asarray(query_labels_Q)
     if not len(labels_Q) or labels_Q.shape != np.shape(queries_QD)[:1]:
-        raise ValueError(f"{labels_Q.shape} labels for {np.shape(queries_QD)} queries: one for each")
+        raise ValueError(
+            f"{labels_Q.shape} labels for {np.shape(queries_QD)} queries: one for each"
+        )
     return float(np.mean(knn_predict(bank_ND, bank_labels_N, queries_QD, **options) == labels_Q))

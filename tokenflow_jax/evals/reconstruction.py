@@ -75,9 +75,7 @@ def grid(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
       uint8 (height, width, 3).
     """
     images_RNHWC = np.stack(rows)
-    padded = np.pad(
-        images_RNHWC, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255
-    )
+    padded = np.pad(images_RNHWC, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
     count, columns, height, width, _ = padded.shape
     flat = padded.transpose(0, 2, 1, 3, 4).reshape(count * height, columns * width, 3)
     return np.pad(flat, ((0, gap), (0, gap), (0, 0)), constant_values=255)

@@ -60,7 +60,7 @@ class TokenizerConfig:
     norm_groups: int = 32
 
     def __post_init__(self):
-        if isinstance(self.vit, dict):
+        if not isinstance(self.vit, ViTConfig):
             object.__setattr__(self, "vit", ViTConfig(**self.vit))
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "multipliers", tuple(self.multipliers))

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from clu import parameter_overview
 from etils import epath
 
 from tokenflow_jax import checkpoint, metrics, report
@@ -189,6 +188,6 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 def log_parameters(params: Any) -> None:
     """Logs how many parameters each top-level part has."""
     parts = params.items() if isinstance(params, Mapping) else [("all", params)]
-    counts = {name: parameter_overview.count_parameters(part) for name, part in parts}
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in parts}
     text = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     log.info("parameters: %s; total %s", text, f"{sum(counts.values()):,}")

@@ -38,11 +38,13 @@ from tokenflow_jax.convert.teacher import save_teacher
 from tokenflow_jax.evals.knn import knn_accuracy
 from tokenflow_jax.models.vit import ViT, ViTConfig
 from tokenflow_jax.train import teacher_targets
+from tokenflow_jax.train.teacher_figures import inception_figure, knn_figures, make_encoder
 from tokenflow_jax.train.teacher_init import start_from_statistics
-from tokenflow_jax.train.teacher_pictures import Pictures, load_cifar10, load_emoji, resized
+from tokenflow_jax.train.teacher_pictures import Pictures, load_cifar10, load_emoji
 
 PyTree = Any
 State = dict[str, PyTree]
+
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
@@ -200,21 +202,6 @@ def make_step(
     return jax.jit(step, static_argnames="size", donate_argnums=0)
 
 
-def make_encoder(vit: ViTConfig):
-    """Returns a function (ViT params, uint8 (N, H, W, 3)) -> mean tokens (N, D), in chunks."""
-    model = ViT(vit, unroll=vit.depth)
-    encode = jax.jit(
-        lambda params, images: model.apply({"params": params}, images / 127.5 - 1.0).mean(1)
-    )
-
-    def encoder(params: PyTree, images: np.ndarray, chunk: int = 200) -> np.ndarray:
-        parts = [np.asarray(encode(params, images[i : i + chunk].astype(np.float32)))
-                 for i in range(0, len(images), chunk)]
-        return np.concatenate(parts)
-
-    return encoder
-
-
 def batches(
     data: Mapping[str, np.ndarray], repeats_N: np.ndarray, batch_size: int, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -261,19 +248,13 @@ def assemble(
         teacher_targets.compute_targets(images, features, folder, name, config.components)
         for name, images in sets.items()
     ]
-    mean_P, std_P = standardisation(targets[0]["pooled"])
+    mean_P, std_P = teacher_targets.standardisation(targets[0]["pooled"])
     pooled = [((t["pooled"] - mean_P) / std_P).astype(np.float16) for t in targets]
     return {
         "image": np.concatenate(list(sets.values())),
         "pooled": np.concatenate(pooled),
         "spatial": np.concatenate([t["spatial"] for t in targets]),
     }
-
-
-def standardisation(pooled_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every channel, from every fifth picture."""
-    sample = pooled_NP[::5].astype(np.float32)
-    return sample.mean(0), sample.std(0) + 1e-3
 
 
 def train(
@@ -325,52 +306,6 @@ def train(
     return vit, jax.device_get(state["params"]["vit"])
 
 
-def knn_figures(
-    encoder: Any,
-    params: PyTree,
-    cifar10: tuple[Pictures, Pictures],
-    emoji: tuple[Pictures, Pictures],
-) -> dict[str, float]:
-    """k-NN accuracies (k = 20, see `evals.knn`) with the training pictures as the labelled bank.
-
-    Args:
-      encoder: from `make_encoder`.
-      params: of the ViT.
-      cifar10, emoji: (train, held-out) pictures.
-
-    Returns:
-      For CIFAR-10's classes and the emoji's groups: the student, raw pixels, and for the uneven
-      groups the share of the largest one.
-    """
-    figures = {}
-    for name, (bank, queries) in {"cifar10": cifar10, "emoji_groups": emoji}.items():
-        # Pixels at 32 px: all that CIFAR-10 has, in a quarter of the memory.
-        pixels = [
-            np.stack([resized(image, 32).ravel() for image in one.images]) for one in (bank, queries)
-        ]
-        features = [encoder(params, one.images) for one in (bank, queries)]
-        labels = (bank.labels, queries.labels)
-        figures[name] = knn_accuracy(features[0], labels[0], features[1], labels[1])
-        figures[f"{name}_raw_pixels"] = knn_accuracy(pixels[0], labels[0], pixels[1], labels[1])
-        figures[f"{name}_largest_class"] = float(np.bincount(queries.labels).max() / len(queries))
-    return figures
-
-
-def inception_figure(
-    features: Any, bank_NP: np.ndarray, cifar10: tuple[Pictures, Pictures], count: int
-) -> float:
-    """k-NN accuracy of the target features themselves, on CIFAR-10's first `count` test pictures."""
-    images = cifar10[1].images[:count]
-    chunk = teacher_targets.BATCH
-    queries = [
-        np.asarray(features(images[i : i + chunk])["pooled"]) for i in range(0, count, chunk)
-    ]
-    mean_P, std_P = standardisation(bank_NP)
-    bank_NP = ((bank_NP - mean_P) / std_P).astype(np.float32)
-    queries_QP = (np.concatenate(queries) - mean_P) / std_P
-    return knn_accuracy(bank_NP, cifar10[0].labels, queries_QP, cifar10[1].labels[:count])
-
-
 def run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, cifar10_path: str, inception_path: str
 ) -> dict[str, float]:
@@ -396,7 +331,10 @@ def run(
     repeats_N = np.repeat([1, config.emoji_repeats], [len(cifar10[0]), len(emoji[0])])
 
     encoder = make_encoder(ViTConfig(**config.vit))
-    part = [Pictures(one.images[:n], one.labels[:n]) for one, n in zip(cifar10, (5000, 1000))]
+    part = [
+        Pictures(one.images[:n], one.labels[:n])
+        for one, n in zip(cifar10, (5000, 1000), strict=True)
+    ]
 
     def checkup(step: int, params: PyTree) -> None:
         accuracy = knn_accuracy(

@@ -153,7 +153,8 @@ class Trainer:
       teacher_mean, teacher_std: normalisation of the teacher's input, for images in [0, 1].
       discriminator: module, or None.
       lpips: module, or None.
-      trainable: pytree of bools shaped like the parameters, or None when all of them train.
+      trainable: pytree of bools shaped like the parameters, or None when all of them train; the
+        optimizer is made with the same.
       ema_decay: of the moving average of weights; 0 keeps none.
       accumulate: microbatches per step.
       seed: of all the randomness in the steps.
@@ -445,8 +446,6 @@ class Trainer:
         updates, opt_state = self.optimizer.update(
             gradients["generator"], state.opt_state, state.params
         )
-        if self.trainable is not None:
-            updates = optim.zero_unmarked(updates, self.trainable)
         params = optax.apply_updates(state.params, updates)
         state = state.replace(params=params, opt_state=opt_state)
         if self.ema_decay:

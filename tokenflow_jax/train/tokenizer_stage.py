@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from tokenflow_jax import api, mesh, optim
 from tokenflow_jax.convert import rules
@@ -116,7 +117,7 @@ class _TokenizerStage:
         self.config = config
         self.mesh = device_mesh
         self.replicated = mesh.replicated(device_mesh)
-        self.model_config = TokenizerConfig(**config.model)
+        self.model_config = TokenizerConfig(**config.model.to_dict())
         self.notes: list[str] = []
         dtype = self._dtype()
         self.model = TokenFlow(self.model_config, dtype, config.remat)
@@ -172,14 +173,14 @@ class _TokenizerStage:
             model=self.model,
             losses=losses,
             codebook=CodebookConfig(**config.codebook),
-            optimizer=_optimizer(config.optimizer, config.total_steps),
+            optimizer=_optimizer(config.optimizer, config.total_steps, self._trainable),
             discriminator_optimizer=_optimizer(config.discriminator_optimizer, config.total_steps),
             teacher=self.teacher.module if self.teacher else None,
             teacher_mean=self.teacher.mean if self.teacher else CLIP_MEAN,
             teacher_std=self.teacher.std if self.teacher else CLIP_STD,
             discriminator=discriminator if losses.adversarial_weight else None,
             lpips=LPIPS(dtype=dtype) if "lpips" in self.frozen else None,
-            trainable=self._trainable(),
+            trainable=self._trainable,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
             seed=config.seed,
@@ -191,6 +192,7 @@ class _TokenizerStage:
         image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         return jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
 
+    @functools.cached_property
     def _trainable(self) -> PyTree | None:
         patterns = tuple(self.config.trainable)
         return optim.matching(self._shapes, patterns) if patterns else None
@@ -386,8 +388,10 @@ class _TokenizerStage:
         return grids
 
 
-def _optimizer(config: ml_collections.ConfigDict, total_steps: int):
-    return optim.make_optimizer(optim.OptimizerConfig(**config), total_steps)
+def _optimizer(
+    config: ml_collections.ConfigDict, total_steps: int, trainable: PyTree | None = None
+) -> optax.GradientTransformation:
+    return optim.make_optimizer(optim.OptimizerConfig(**config), total_steps, trainable)
 
 
 def _check_fit(shapes: PyTree, params: PyTree) -> None:

@@ -1,0 +1,304 @@
+"""Each kind of source, its splits and its errors."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from picture_files import encode, picture, plain
+from PIL import Image
+
+from tokenflow_jax.data import images, records, sources
+from tokenflow_jax.data.images import BrokenImage
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+
+def write_folder(folder, names):
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(plain(i % 256)))
+    return folder
+
+
+def names_of(source):
+    return [source[i]["name"] for i in range(len(source))]
+
+
+def test_emoji_split_is_fixed():
+    sizes = {split: len(sources.EmojiSource(split)) for split in sources.SPLITS}
+    assert sizes == {"train": 1404, "heldout": 158, "all": 1562}
+    train, heldout = (set(names_of(sources.EmojiSource(s))) for s in ("train", "heldout"))
+    assert not train & heldout
+    assert {"1f621", "1f610"} <= train | heldout
+    assert all(sources.is_heldout(name) for name in heldout)
+    with pytest.raises(ValueError, match="no split 'test'"):
+        sources.EmojiSource("test")
+
+
+def test_emoji_have_captions_groups_and_pictures():
+    source = sources.EmojiSource("all")
+    assert source.numbers == ("group",)
+    groups = {source[i]["group"] for i in range(len(source))}
+    assert groups == set(range(len(sources.GROUPS)))
+    by_name = {source[i]["name"]: source[i] for i in range(len(source))}
+    bat = by_name["1f987"]
+    assert (bat["caption"], sources.GROUPS[bat["group"]]) == ("bat", "animals-nature")
+    assert "vampire" in bat["tags"]
+    assert images.decode(bat["bytes"]).shape == (128, 128, 3)
+    assert sources.EMOJI.stat().st_size < 5e6
+
+
+def test_folder_lists_images_only_sorted(tmp_path):
+    write_folder(
+        tmp_path, ["b/2.PNG", "a/1.jpg", "a/x/3.webp", "0.gif", ".hidden.png", ".git/x.png"]
+    )
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    source = sources.FolderSource(tmp_path)
+    assert names_of(source) == ["0.gif", "a/1.jpg", "a/x/3.webp", "b/2.PNG"]
+    assert source.classes == ["a", "b"]
+    assert [source[i].get("label", -1) for i in range(4)] == [-1, 0, 0, 1]
+
+
+def test_folder_follows_links_once(tmp_path):
+    write_folder(tmp_path / "elsewhere", ["1.png"])
+    root = write_folder(tmp_path / "root", ["a/0.png"])
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "a" / "loop").symlink_to(root)
+    assert names_of(sources.FolderSource(root)) == ["a/0.png", "linked/1.png"]
+
+
+def test_folder_holds_out_a_tenth_by_name(tmp_path):
+    names = [f"{i:03d}.png" for i in range(200)]
+    write_folder(tmp_path, names)
+    parts = {s: names_of(sources.FolderSource(tmp_path, s)) for s in ("train", "heldout", "all")}
+    assert parts["all"] == names
+    assert sorted(parts["train"] + parts["heldout"]) == names
+    assert 8 < len(parts["heldout"]) < 36
+    assert names_of(sources.FolderSource(tmp_path, "validation")) == parts["heldout"]
+    # Adding a picture moves none from one part to the other.
+    write_folder(tmp_path, ["new.png"])
+    assert set(parts["heldout"]) <= set(names_of(sources.FolderSource(tmp_path, "heldout")))
+
+
+def test_small_folder_holds_out_nothing_and_says_so(tmp_path, caplog):
+    write_folder(tmp_path, ["1.png", "2.png"])
+    assert len(sources.FolderSource(tmp_path, "train")) == 2
+    assert not caplog.records
+    assert len(sources.FolderSource(tmp_path, "heldout")) == 2
+    assert "figures of split 'heldout' are on training pictures" in caplog.text
+
+
+def test_folder_of_split_folders(tmp_path):
+    write_folder(tmp_path, ["train/cat/1.png", "train/dog/2.png", "val/dog/3.png"])
+    train = sources.FolderSource(tmp_path, "train")
+    assert (names_of(train), train.classes) == (["cat/1.png", "dog/2.png"], ["cat", "dog"])
+    for split in ("val", "heldout"):
+        heldout = sources.FolderSource(tmp_path, split)
+        assert [heldout[0]["name"], heldout[0]["label"]] == ["dog/3.png", 1]
+    assert len(sources.FolderSource(tmp_path, "all")) == 3
+    write_folder(tmp_path, ["bus/4.png"])  # now train and val are classes like bus
+    assert len(sources.FolderSource(tmp_path, "train")) == 4
+
+
+def test_folder_with_a_train_part_only_has_no_heldout(tmp_path):
+    write_folder(tmp_path, ["train/1.png"])
+    with pytest.raises(
+        ValueError, match=r"divided into \['train'\], none of which is split 'heldout'"
+    ):
+        sources.FolderSource(tmp_path, "heldout")
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "message"),
+    [
+        ("", "train", "is not a folder of images"),
+        ("missing", "train", "is not a folder of images"),
+        ("empty", "train", "holds no images: none of its files ends in .jpg"),
+        ("empty", "tain", "no split 'tain'"),
+    ],
+)
+def test_folder_errors(tmp_path, monkeypatch, path, split, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        sources.open_source("folder", path, split)
+
+
+def test_file_that_vanished_is_a_broken_picture(tmp_path):
+    source = sources.FolderSource(write_folder(tmp_path, ["1.png"]))
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(BrokenImage, match="cannot be read"):
+        source[0]
+
+
+def test_unknown_kind_of_source():
+    with pytest.raises(ValueError, match=r"'imagenet' is not one of \['array_record', 'emoji'"):
+        sources.open_source("imagenet", "", "train")
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_records_come_back_as_written(tmp_path, raw):
+    image = picture(0)
+    payload = {"image": image} if raw else {"bytes": encode(image)}
+    example = {"name": "ä/1", "label": 3, "caption": "été", "tags": ["a", "b"], **payload}
+    back = records.unpack(records.pack(example))
+    if raw:
+        np.testing.assert_array_equal(back.pop("image"), example.pop("image"))
+    assert back == example
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"TFX1", b"PNG....", b"TFX1\xff\xff\0\0{}", b"TFX1\2\0\0\0[]", b"TFX1\1\0\0\0{"]
+)
+def test_damaged_records_are_broken_pictures(record):
+    with pytest.raises(BrokenImage):
+        records.unpack(record)
+
+
+def test_record_with_wrong_shape_is_a_broken_picture():
+    record = records.pack({"name": "x", "image": plain(1)})
+    with pytest.raises(BrokenImage, match="damaged record"):
+        records.unpack(record[:-1])
+
+
+def test_pack_wants_one_picture():
+    with pytest.raises(ValueError, match="exactly one"):
+        records.pack({"name": "x"})
+    with pytest.raises(ValueError, match="must be uint8"):
+        records.pack({"name": "x", "image": np.zeros((4, 4))})
+
+
+def write_records(folder, counts, **options):
+    with records.DatasetWriter(folder, records_per_file=4, **options) as writer:
+        writer.about = {"classes": ["even", "odd"]}
+        for split, count in counts.items():
+            for i in range(count):
+                writer.write(split, {"name": f"{split}/{i}", "label": i % 2, "image": plain(i)})
+
+
+def test_array_record_splits_files_and_patterns(tmp_path):
+    write_records(tmp_path, {"train": 10, "test": 3})
+    train = sources.RecordSource(str(tmp_path), "train")
+    assert names_of(train) == [f"train/{i}" for i in range(10)]
+    assert (train.classes, train.numbers) == (["even", "odd"], ("label",))
+    assert len(sources.RecordSource(str(tmp_path), "all")) == 13
+    assert len(sources.RecordSource(str(tmp_path / "train-*.array_record"), "train")) == 10
+    assert len(list(tmp_path.glob("train-0000?-of-00003.array_record"))) == 3
+    with pytest.raises(ValueError, match=r"no split 'heldout'; it has \['train', 'test', 'all'\]"):
+        sources.RecordSource(str(tmp_path), "heldout")
+    with pytest.raises(ValueError, match=r"neither a folder with dataset.json"):
+        sources.RecordSource(str(tmp_path / "nothing-*"), "train")
+
+
+def test_one_damaged_record_is_one_broken_picture(tmp_path):
+    write_records(tmp_path, {"train": 3})
+    path = tmp_path / "train-00000-of-00001.array_record"
+    data = bytearray(path.read_bytes())
+    place = data.index(plain(1).tobytes()[:300])
+    data[place + 100] ^= 0xFF
+    path.write_bytes(data)
+    source = sources.RecordSource(str(tmp_path), "train")
+    assert source[0]["name"] == "train/0"
+    with pytest.raises(BrokenImage, match="damaged record"):
+        source[1]
+    assert source[2]["name"] == "train/2"
+
+
+def test_missing_and_truncated_files_are_named(tmp_path):
+    write_records(tmp_path, {"train": 3})
+    path = tmp_path / "train-00000-of-00001.array_record"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="missing or damaged"):
+        sources.RecordSource(str(tmp_path), "train")
+    path.unlink()
+    with pytest.raises(ValueError, match="missing or damaged"):
+        sources.RecordSource(str(tmp_path), "train")
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    """A real TFDS data set, small enough to prepare in a test."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = None
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["even", "odd"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), description="tiny"
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(6):
+            yield i, {"image": io.BytesIO(encode(plain(40 * i))), "label": i % 2}
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """TinyPictures prepared as ArrayRecord; its version folder."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    builder = TinyPictures(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    return tmp_path / "tiny_pictures" / "1.0.0"
+
+
+def test_tfds_prepared_data(prepared):
+    source = sources.TFDSSource(str(prepared), "train")
+    assert (len(source), source.classes, source.numbers) == (6, ["even", "odd"], ("label",))
+    for i in range(6):
+        example = source[i]
+        value = images.decode(example["bytes"])[0, 0, 0]
+        assert value // 40 % 2 == example["label"]
+    assert len(sources.TFDSSource(str(prepared), "train[:50%]")) == 3
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        sources.TFDSSource(str(prepared), "validation")
+
+
+def test_tfds_data_of_another_format_name_the_remedy(prepared):
+    info = prepared / "dataset_info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "fileFormat": "tfrecord"}))
+    for file in prepared.glob("*array_record*"):
+        file.rename(prepared / file.name.replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"prepared as tfrecord.*--file_format=array_record"):
+        sources.TFDSSource(str(prepared), "train")
+
+
+def test_tfds_errors(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"'imagenet2012' is not prepared.*tfds build imagenet2012"
+    ):
+        sources.TFDSSource("imagenet2012", "train")
+    with pytest.raises(ValueError, match="no_such_data_set"):
+        sources.TFDSSource("no_such_data_set", "train")
+    with pytest.raises(ValueError, match="no single image"):
+        sources.TFDSSource("glue", "train")
+
+
+@pytest.fixture
+def mocked_imagenet(monkeypatch):
+    """imagenet2012 with made-up JPEGs. TFDS encodes them with TensorFlow; here PIL does."""
+    monkeypatch.setattr(
+        tfds.core.features.image_feature._ImageEncoder,
+        "_encode_image",
+        lambda self, image: encode(image, "JPEG"),
+    )
+    with tfds.testing.mock_data(num_examples=5):
+        yield
+
+
+@pytest.mark.usefixtures("mocked_imagenet")
+def test_tfds_imagenet():
+    source = sources.open_source("tfds", "imagenet2012", "train")
+    assert (len(source), source.numbers, len(source.classes)) == (5, ("label",), 1000)
+    example = source[0]
+    assert Image.open(io.BytesIO(example["bytes"])).format == "JPEG"
+    assert 0 <= example["label"] < 1000
