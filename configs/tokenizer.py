@@ -1,7 +1,7 @@
 """Training TokenFlow's image tokenizer.
 
-    python -m tokenflow_jax.main --config=configs/tokenizer.py              quickstart, minutes on 2 cores
-    python -m tokenflow_jax.main --config=configs/tokenizer.py:b            TokenFlow-B, the paper's recipe
+    python -m tokenflow_jax.main --config=configs/tokenizer.py        quickstart, minutes on 2 cores
+    python -m tokenflow_jax.main --config=configs/tokenizer.py:b      TokenFlow-B as in the paper
     python -m tokenflow_jax.main --config=configs/tokenizer.py:b --config.batch_size=512
 
 Variants:
@@ -11,7 +11,7 @@ Variants:
     b_256               TokenFlow-B at 256 px, position embeddings interpolated
     b_256_enhanced      the same with the wide and deep pixel decoder
     finetune_decoder    b_256: only the pixel decoder trains, from --config.init_from
-    finetune_enhanced   b_256_enhanced: a new enhanced decoder trains, the rest from --config.init_from
+    finetune_enhanced   b_256_enhanced: a new decoder trains, the rest from --config.init_from
 """
 
 import dataclasses
@@ -184,7 +184,7 @@ def _finetune_enhanced() -> ConfigDict:
 def _quickstart() -> ConfigDict:
     """Minutes on two cores: a tenth of the channels, a shipped teacher, no discriminator."""
     config = _base(QUICKSTART)
-    config.total_steps = 1500
+    config.total_steps = 1300
     config.batch_size = 8
     config.data.name = "emoji"  # 1,562 captioned pictures inside the package
     config.data.path = ""
@@ -204,6 +204,7 @@ def _quickstart() -> ConfigDict:
     config.eval_every = 500
     config.image_every = 500
     config.checkpoint_every = 500
+    config.eval.batch_size = 32
     config.eval.images = 0
     config.eval.knn_label = "group"
     return config

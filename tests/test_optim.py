@@ -34,7 +34,8 @@ def test_first_adam_step_moves_by_the_learning_rate_whatever_the_gradient():
 def test_clipping_is_global():
     config = OptimizerConfig(clip_norm=1.0)
     clip = optim.make_optimizer(config, 1)
-    reference = optax.chain(optax.scale(1 / optax.tree.norm(PARAMS)), optax.scale_by_adam(0.9, 0.95))
+    unit = optax.scale(1 / optax.tree.norm(PARAMS))
+    reference = optax.chain(unit, optax.scale_by_adam(0.9, 0.95))
     ours, theirs = clip.init(PARAMS), reference.init(PARAMS)
     ours, _ = clip.update(PARAMS, ours, PARAMS)
     theirs, _ = reference.update(PARAMS, theirs, PARAMS)

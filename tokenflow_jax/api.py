@@ -160,15 +160,15 @@ class Tokenizer:
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: this tokenizer takes (batch, {size}, {size}, "
-                "3); crop and resize first (tokenflow_jax.data.images.center_crop)"
+                f"images of shape {tuple(images.shape)}: this tokenizer takes (batch, {size}, "
+                f"{size}, 3); crop and resize first (tokenflow_jax.data.images.center_crop)"
             )
         if images.dtype == np.uint8:
             return np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images of dtype {images.dtype}: give uint8, or floats in [-1, 1]")
         low, high = float(images.min(initial=0.0)), float(images.max(initial=0.0))
-        if not (-1.001 <= low and high <= 1.001):  # also false for NaN
+        if not (low >= -1.001 and high <= 1.001):  # also false for NaN
             raise ValueError(
                 f"float images span {low:g} to {high:g}, not [-1, 1]; for 0..255 give uint8, for "
                 "0..1 give 2 * images - 1"
@@ -179,14 +179,15 @@ class Tokenizer:
         codes_BL = np.asarray(codes_BL)
         if codes_BL.ndim != 2 or not np.issubdtype(codes_BL.dtype, np.integer):
             raise ValueError(
-                f"codes of shape {codes_BL.shape} and dtype {codes_BL.dtype}: give integers of shape "
-                "(batch, codes per image)"
+                f"codes of shape {codes_BL.shape} and dtype {codes_BL.dtype}: give integers of "
+                "shape (batch, codes per image)"
             )
         self.config.pyramid.prefix(codes_BL.shape[1])
         size = self.config.codebook_size
-        if codes_BL.size and not (0 <= codes_BL.min() and codes_BL.max() < size):
+        if codes_BL.size and not (codes_BL.min() >= 0 and codes_BL.max() < size):
             raise ValueError(
-                f"codes span {codes_BL.min()} to {codes_BL.max()}; this codebook has 0 to {size - 1}"
+                f"codes span {codes_BL.min()} to {codes_BL.max()}; this codebook has 0 to "
+                f"{size - 1}"
             )
         return codes_BL.astype(np.int32)
 

@@ -28,14 +28,14 @@ def plain(value, side=16):
 
 
 def png_bomb(side=20_000):
-    """A valid PNG of side x side black pixels, well under 2 MB, built without an array of them."""
+    """A valid PNG of side x side black pixels, 5 MB, built without an array of them."""
 
     def chunk(kind, data):
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    packer, row, parts = zlib.compressobj(9), bytes(1 + 3 * side), []
+    packer, row, parts = zlib.compressobj(1), bytes(1 + 3 * side), []
     parts = [packer.compress(row) for _ in range(side)] + [packer.flush()]
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return (

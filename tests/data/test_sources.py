@@ -105,9 +105,7 @@ def test_folder_of_split_folders(tmp_path):
 
 def test_folder_with_a_train_part_only_has_no_heldout(tmp_path):
     write_folder(tmp_path, ["train/1.png"])
-    with pytest.raises(
-        ValueError, match=r"divided into \['train'\], none of which is split 'heldout'"
-    ):
+    with pytest.raises(ValueError, match=r"\['train'\], none of which is split 'heldout'"):
         sources.FolderSource(tmp_path, "heldout")
 
 
@@ -273,14 +271,12 @@ def test_tfds_data_of_another_format_name_the_remedy(prepared):
 
 def test_tfds_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"'imagenet2012' is not prepared.*tfds build imagenet2012"
-    ):
+    with pytest.raises(ValueError, match=r"'imagenet2012' is not prepared.*tfds build imagenet"):
         sources.TFDSSource("imagenet2012", "train")
     with pytest.raises(ValueError, match="no_such_data_set"):
         sources.TFDSSource("no_such_data_set", "train")
     with pytest.raises(ValueError, match="no single image"):
-        sources.TFDSSource("glue", "train")
+        sources.TFDSSource("imdb_reviews", "train")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_nearest_code_minimises_the_sum_of_both_distances(monkeypatch, pixel_wei
 
 def test_ties_go_to_the_lowest_index_within_and_across_chunks(monkeypatch):
     monkeypatch.setattr(quantizers, "_MAX_CHUNK", 8)
-    z, books = _setup(codes=32)
+    _, books = _setup(codes=32)
     doubled = Codebooks(*(jnp.concatenate([half, half[::-1]]) for half in books))
     table = doubled.normalized()
     codes = quantizers.nearest_codes(table, table, SEMANTIC)
@@ -50,7 +50,8 @@ def test_no_array_of_tokens_by_codes_in_forward_or_backward():
     tokens, codes = 4096, 32768
     z = jax.ShapeDtypeStruct((tokens, 40), jnp.float32)
     books = Codebooks(
-        jax.ShapeDtypeStruct((codes, 32), jnp.float32), jax.ShapeDtypeStruct((codes, 8), jnp.float32)
+        jax.ShapeDtypeStruct((codes, 32), jnp.float32),
+        jax.ShapeDtypeStruct((codes, 8), jnp.float32),
     )
 
     def loss(z, books):

@@ -26,7 +26,8 @@ def _config():
     spec.loader.exec_module(module)
     config = module.get_config()
     config.update(
-        vit={"image_size": 32, "width": 32, "depth": 2, "heads": 2}, inception_size=80, components=4,
+        vit={"image_size": 32, "width": 32, "depth": 2, "heads": 2}, inception_size=80,
+        components=4,
         batch_size=8, epochs=10.0, small_size=16, small_fraction=0.25, log_every=1,
         checkup_every=5,
     )  # fmt: skip

@@ -15,6 +15,7 @@ the files of each split and the class names. Files are written under a temporary
 renamed when complete, `dataset.json` last, so an interrupted run never looks finished.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -84,12 +85,14 @@ def unpack(record: bytes) -> dict[str, Any]:
     start = _HEADER.size + length
     try:
         example = json.loads(record[_HEADER.size : start])
+        if not isinstance(example, dict) or "name" not in example:
+            raise ValueError("the header is no object with a name")
         shape = example.pop("shape", None)
         if shape is None:
             example["bytes"] = record[start:]
         else:
             example["image"] = np.frombuffer(record, np.uint8, offset=start).reshape(shape)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise BrokenImage("damaged record", str(error)) from error
     return example
 
@@ -125,7 +128,8 @@ class RecordFile:
 
     def __exit__(self, kind, value, traceback):
         if kind is not None:
-            self._writer.close() if self._writer.is_open() else None
+            with contextlib.suppress(RuntimeError):  # on a full disk closing fails as writing did
+                self._writer.close()
             self._partial.unlink(missing_ok=True)
             return
         try:

@@ -1,7 +1,7 @@
 """The pixel branch: a VQGAN-style convolutional encoder and decoder (arXiv 2012.09841).
 
-Channels at level i are `channels * multipliers[i]`; each level but one changes the resolution by two.
-Attention sits on the coarsest level and in the middle. Norms are GroupNorm, eps 1e-6.
+Channels at level i are `channels * multipliers[i]`; each level but one changes the resolution by
+two. Attention sits on the coarsest level and in the middle. Norms are GroupNorm, eps 1e-6.
 """
 
 import flax.linen as nn
@@ -46,7 +46,8 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         batch, height, width, channels = x_BHWC.shape
-        h = _norm(self.groups, self.dtype, "norm")(x_BHWC).reshape(batch, height * width, 1, channels)
+        h = _norm(self.groups, self.dtype, "norm")(x_BHWC)
+        h = h.reshape(batch, height * width, 1, channels)
         q, k, v = (nn.Dense(channels, dtype=self.dtype, name=name)(h) for name in "qkv")
         out = jax.nn.dot_product_attention(q, k, v).reshape(x_BHWC.shape)
         return x_BHWC + nn.Dense(channels, dtype=self.dtype, name="out")(out)
@@ -115,7 +116,7 @@ class PixelDecoder(nn.Module):
     """A map of features to images; the mirror of `PixelEncoder` with one more block per level.
 
     Attributes:
-      channels, multipliers, groups, dtype, remat: as in `PixelEncoder` (multipliers finest level first).
+      channels, multipliers, groups, dtype, remat: as in `PixelEncoder` (multipliers finest first).
       blocks: residual blocks per level (the enhanced decoder has 256 channels and 5 blocks).
     """
 

@@ -123,4 +123,5 @@ def revive_dead_codes(
     chosen_K = jax.random.randint(key, (codebooks.size,), 0, z_NC.shape[0])
     fresh = _split(z_NC[chosen_K], codebooks.semantic_KC.shape[-1])
     dead_K1 = (count_K == 0)[:, None]
-    return Codebooks(*(jnp.where(dead_K1, new, old) for new, old in zip(fresh, codebooks)))
+    pairs = zip(fresh, codebooks, strict=True)
+    return Codebooks(*(jnp.where(dead_K1, new, old) for new, old in pairs))

@@ -6,9 +6,9 @@ For scales (1, 2, 4) and a 4 x 4 map of features f:
     r1 --area to 2x2--> quantise: 4 codes --bicubic to 4x4--> u2,   r2 = r1 - sg(u2)
     r2 --as it is-----> quantise: 16 codes ----------------> u3
 
-The quantised map is u1 + u2 + u3; the image is the row of 1 + 4 + 16 = 21 codes. Each scale explains
-what the coarser ones left over. Gradients reach the features through every scale's normalisation
-and area resize, never through the subtraction.
+The quantised map is u1 + u2 + u3; the image is the row of 1 + 4 + 16 = 21 codes. Each scale
+explains what the coarser ones left over. Gradients reach the features through every scale's
+normalisation and area resize, never through the subtraction.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ class Scales:
         ends = [s.stop for s in self.slices()]
         if tokens not in ends:
             raise ValueError(
-                f"{tokens} codes per image end inside a scale; scales {self.sides} give one of {ends}"
+                f"{tokens} codes per image end inside a scale; scales {self.sides} give "
+                f"one of {ends}"
             )
         return Scales(self.sides[: ends.index(tokens) + 1])
 
@@ -178,6 +179,6 @@ def draw_kept_scales(key: jax.Array, scales: Scales, probability: float) -> jax.
 
 
 def token_weights(scales: Scales, keep_S: jax.Array) -> jax.Array:
-    """Weights (L,) that average over a scale's tokens, then over the kept scales; they sum to one."""
+    """Weights (L,) that average over a scale's tokens, then over kept scales; their sum is 1."""
     sizes_S = jnp.array([side * side for side in scales.sides], jnp.float32)
     return scales.per_token(keep_S / (sizes_S * keep_S.sum()))

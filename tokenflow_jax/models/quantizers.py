@@ -1,19 +1,19 @@
-"""The two codebooks and their shared mapping: TokenFlow's central idea (arXiv 2412.03069, sec. 3.1).
+"""The two codebooks and their shared mapping: TokenFlow's idea (arXiv 2412.03069, sec. 3.1).
 
 A semantic and a pixel codebook have the same number of rows. One index selects a row in both: the
 one with the smallest *sum* of both distances,
 
     i* = argmin_i  |z_sem - c_sem[i]|^2 + w |z_pix - c_pix[i]|^2,
 
-so that every code stands for a meaning and an appearance at once. All four vectors are l2-normalised,
-hence |z - c|^2 = 2 - 2 z.c and the sum is smallest where
+so that every code stands for a meaning and an appearance at once. All four vectors are
+l2-normalised, hence |z - c|^2 = 2 - 2 z.c and the sum is smallest where
 
     s[i] = z_sem . c_sem[i] + w z_pix . c_pix[i]
 
 is largest: ONE inner product over the concatenated channels, with w folded into z. `nearest_codes`
-runs it over chunks of the codebook with a running maximum; no array of tokens x codes exists, in the
-forward or the backward pass. Everything here is float32 with full-precision products, whatever the
-rest of the model computes in: an argmin decides.
+runs it over chunks of the codebook with a running maximum; no array of tokens x codes exists, in
+the forward or the backward pass. Everything here is float32 with full-precision products, whatever
+the rest of the model computes in: an argmin decides.
 
 Shapes: N tokens, K codes, C = semantic + pixel channels (semantic first).
 """
@@ -60,7 +60,7 @@ class Codebooks(NamedTuple):
 
 
 def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-    """Divides the last axis by max(its norm, epsilon); zero vectors stay zero, gradient included."""
+    """Divides the last axis by max(its norm, epsilon); zero stays zero, gradient included."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     # rsqrt's gradient at 0 is infinite: the inner where keeps it out of the backward pass.
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
@@ -169,8 +169,8 @@ def entropy_loss(
 ) -> jax.Array:
     """Mean entropy of the soft assignments minus the entropy of their mean.
 
-    With p_n = softmax(-d_n / 0.01) over the codes: small when each token is sure of its code and the
-    tokens together use all codes. Two chunked passes; the backward pass recomputes each chunk.
+    With p_n = softmax(-d_n / 0.01) over the codes: small when each token is sure of its code and
+    the tokens together use all codes. Two chunked passes; the backward pass recomputes each chunk.
 
     Args:
       z_NC, codes_KC, semantic_channels, pixel_weight: as in `nearest_codes`; differentiable.

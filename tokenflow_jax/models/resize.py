@@ -15,12 +15,12 @@ import numpy as np
 _CUBIC_A = -0.75  # PyTorch's cubic coefficient (PIL and jax.image use -0.5)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def area_matrix(size_in: int, size_out: int) -> np.ndarray:
     """Returns the (size_out, size_in) matrix of adaptive average pooling.
 
-    Output cell i averages the inputs from floor(i n / m) up to ceil((i + 1) n / m), so cells overlap
-    when the sizes do not divide.
+    Output cell i averages the inputs from floor(i n / m) up to ceil((i + 1) n / m), so cells
+    overlap when the sizes do not divide.
 
     Args:
       size_in: number of input cells, n.
@@ -47,7 +47,7 @@ def _cubic(x: float) -> float:
     return 0.0
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bicubic_matrix(size_in: int, size_out: int, scale: float | None = None) -> np.ndarray:
     """Returns the (size_out, size_in) matrix of bicubic interpolation without antialiasing.
 

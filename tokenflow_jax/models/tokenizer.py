@@ -1,8 +1,10 @@
 """TokenFlow's image tokenizer: two encoders, one pyramid of shared codes, two decoders.
 
-    images --semantic encoder (ViT)--> 32 channels \\                      / 32 --> ViT --> teacher's features
-                                                     >-- quantised map --<
-    images --pixel encoder (CNN)-----> 8 channels  /    (40 channels)     \\  8 --> CNN --> images
+    images --semantic encoder (ViT)--> 32 channels \\                     / 32 --ViT--> meaning
+                                                    >-- quantised map --<
+    images --pixel encoder (CNN)------> 8 channels /     (40 channels)   \\  8 --CNN--> images
+
+The meaning is the patch features that a frozen teacher sees in the images.
 """
 
 import dataclasses
@@ -18,6 +20,8 @@ from tokenflow_jax.models.cnn import PixelDecoder, PixelEncoder
 from tokenflow_jax.models.multiscale import Pyramid, Scales
 from tokenflow_jax.models.quantizers import Codebooks
 from tokenflow_jax.models.vit import SemanticDecoder, ViT, ViTConfig
+
+_CLIP_B = ViTConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class TokenizerConfig:
     pixel_channels: int = 8
     pixel_weight: float = 1.0
     semantic_encoder: str = "clip"
-    vit: ViTConfig = ViTConfig()
+    vit: ViTConfig = _CLIP_B
     semantic_decoder_depth: int = 3
     semantic_decoder_heads: int = 12
     teacher_width: int = 512
@@ -80,8 +84,8 @@ class TokenizerConfig:
             )
         if pixel_grid != grid:
             problems.append(
-                f"image_size {self.image_size} through {len(self.multipliers)} levels gives a pixel "
-                f"grid of {pixel_grid:g}, but the scales {self.scales} end at {grid}"
+                f"image_size {self.image_size} through {len(self.multipliers)} levels gives a "
+                f"pixel grid of {pixel_grid:g}, but the scales {self.scales} end at {grid}"
             )
         if self.codebook_size < 2:
             problems.append(f"codebook_size {self.codebook_size} is below 2")
@@ -93,8 +97,8 @@ class TokenizerConfig:
         for name in ("channels", "decoder_channels"):
             if any(getattr(self, name) * m % self.norm_groups for m in self.multipliers):
                 problems.append(
-                    f"{name} {getattr(self, name)} times multipliers {self.multipliers}: every level "
-                    f"needs a multiple of norm_groups {self.norm_groups}"
+                    f"{name} {getattr(self, name)} times multipliers {self.multipliers}: every "
+                    f"level needs a multiple of norm_groups {self.norm_groups}"
                 )
         if problems:
             raise ValueError("tokenizer: " + "; ".join(problems))
@@ -217,7 +221,7 @@ class TokenFlow(nn.Module):
         cfg = self.config
         size = images_BHWC.shape[1:]
         if size != (cfg.image_size, cfg.image_size, 3):
-            raise ValueError(f"images of shape {size}: this tokenizer takes {cfg.image_size} px RGB")
+            raise ValueError(f"images of shape {size}: the tokenizer takes {cfg.image_size} px RGB")
         images_BHWC = images_BHWC.astype(self.dtype)
         tokens_BND = self.semantic_encoder(images_BHWC)
         semantic_BNC = self.semantic_in_2(jnp.tanh(self.semantic_in_1(tokens_BND)))

@@ -1,8 +1,8 @@
 """Vision transformers: the CLIP semantic encoder (and teacher), and the semantic decoder.
 
 Position embeddings are learned on one grid. On another grid the reference resizes them bicubically
-with `scale_factor = (grid + 0.1) / trained_grid`, and PyTorch then samples with exactly that factor;
-the tenth of a cell shifts the result by far more than rounding, so it is reproduced here.
+with `scale_factor = (grid + 0.1) / trained_grid`, and PyTorch then samples with exactly that
+factor; the tenth of a cell shifts the result by far more than rounding, so it is reproduced here.
 """
 
 import dataclasses

@@ -10,9 +10,9 @@ One step, on one batch of images x:
 3. Discriminator loss = hinge (or another) on D(x), D(x') for the SAME x', made before the update.
 4. Clip, Adam, moving average; usage statistics of the codes.
 
-Both updates are one jitted program. The losses on pixels are differentiated with respect to x' first,
-then pulled back through the tokenizer once: the adaptive lambda (a ratio of gradient norms at the
-last convolution) then costs two small weight gradients instead of two more backward passes.
+Both updates are one jitted program. The losses on pixels are differentiated with respect to x'
+first, then pulled back through the tokenizer once: the adaptive lambda (a ratio of gradient norms at
+the last convolution) then costs two small weight gradients instead of two more backward passes.
 """
 
 import dataclasses
@@ -416,7 +416,10 @@ class Trainer:
             # Two passes, as BatchNorm must not mix real and reconstructed images.
             real, moved = self._judge(params, batch_stats, images_BHWC)
             fake, moved = self._judge(params, moved, rec_BHWC)
-            metrics = {"adversarial/logits_real": real.mean(), "adversarial/logits_fake": fake.mean()}
+            metrics = {
+                "adversarial/logits_real": real.mean(),
+                "adversarial/logits_fake": fake.mean(),
+            }
             return weight * discriminator_loss(real, fake), (moved, metrics)
 
         (value, (batch_stats, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(

@@ -99,7 +99,7 @@ def make_teacher(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> Teacher
         if not config.weights:
             raise ValueError(
                 "this variant distils from CLIP ViT-B/16: say where its weights are with "
-                "--config.teacher.weights=ViT-B-16.pt (OpenAI's file or .safetensors with its names)"
+                "--config.teacher.weights=ViT-B-16.pt (or .safetensors with its names)"
             )
         template = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
         params = rules.to_flax(open_state_dict(config.weights), CLIP_VISUAL, template)
@@ -126,6 +126,11 @@ class _TokenizerStage:
         self.trainer = self._trainer(dtype)
         self.train_config = self._data(config.data.split, config.data.augment, config.data.flip)
         self.eval_config = self._data(config.data.eval_split, "center", False)
+        for data in (self.train_config, self.eval_config):
+            pipeline.opened(data)  # a wrong path is an error at once
+        label = config.eval.knn_label
+        if label and label not in pipeline.opened(self.eval_config).source.numbers:
+            self.notes.append(f"no k-NN figures: these data have no label {label!r}")
 
     def _dtype(self) -> jnp.dtype:
         if self.config.dtype == "auto":
@@ -328,13 +333,13 @@ class _TokenizerStage:
             self._eval_batches(self.eval_config, limit),
             self.model_config.codebook_size,
         )
-        if self.config.eval.knn_label and int(state.step) == self.config.total_steps:
-            figures |= self._knn(params)
+        label, at_end = self.config.eval.knn_label, int(state.step) == self.config.total_steps
+        if at_end and label in pipeline.opened(self.eval_config).source.numbers:
+            figures |= self._knn(params, label)
         return figures
 
-    def _knn(self, params: PyTree) -> dict[str, float]:
+    def _knn(self, params: PyTree, label: str) -> dict[str, float]:
         """k-NN accuracy of held-out labels from each half's mean quantised features."""
-        label = self.config.eval.knn_label
         bank = self._mean_features(params, dataclasses.replace(self.train_config, augment="center",
                                                                flip=False), label)  # fmt: skip
         queries = self._mean_features(params, self.eval_config, label)
@@ -350,8 +355,6 @@ class _TokenizerStage:
     def _mean_features(self, params, data: pipeline.DataConfig, label: str) -> Mapping:
         rows = {"semantic": [], "pixel": [], "label": []}
         for batch in self._eval_batches(data):
-            if label not in batch:
-                raise ValueError(f"eval.knn_label {label!r}: the data have {sorted(batch)}")
             maps = np.asarray(self._reconstruct(params, batch["image"])[2])[batch["mask"]]
             mean = maps.mean(axis=(1, 2))
             semantic, pixel = np.split(mean, [self.model_config.semantic_channels], axis=-1)
@@ -361,30 +364,40 @@ class _TokenizerStage:
         return {name: np.concatenate(parts) for name, parts in rows.items()}
 
     @functools.cached_property
+    def _features(self):
+        """Jitted (params, codes) -> quantised map; compiled once per number of scales."""
+
+        def features(params, codes_BL):
+            return self.model.apply({"params": params}, codes_BL, method="features")
+
+        return jax.jit(features)
+
+    @functools.cached_property
     def _decode(self):
-        def decode(params, codes_BL):
-            maps = self.model.apply({"params": params}, codes_BL, method="features")
-            pixels, _ = self.model.apply({"params": params}, maps, method="decode_pixels")
-            return reconstruction.to_uint8(pixels)
+        """Jitted (params, quantised map) -> pixels."""
+
+        def decode(params, maps_BHWC):
+            images, _ = self.model.apply({"params": params}, maps_BHWC, method="decode_pixels")
+            return reconstruction.to_uint8(images)
 
         return jax.jit(decode)
 
     @functools.cached_property
-    def _shown(self) -> np.ndarray:
-        """The held-out pictures of the grids, always the same."""
-        count = self.config.eval.grid_images
-        batch = next(iter(self._eval_batches(self.eval_config, count)))
-        return batch["image"][batch["mask"]][:count]
+    def _shown(self) -> Mapping[str, np.ndarray]:
+        """The held-out pictures of the grids, always the same; a whole batch, mostly padding."""
+        return next(iter(self._eval_batches(self.eval_config, self.config.eval.grid_images)))
 
     def visualize(self, state: TrainState) -> dict[str, np.ndarray]:
         """Grids: originals above reconstructions, and pictures growing scale by scale."""
-        params, images = self._weights(state), self._shown
-        codes, pixels, _ = jax.device_get(self._reconstruct(params, images))
-        grids = {"reconstruction": reconstruction.grid([images, pixels])}
+        params, real = self._weights(state), self._shown["mask"]
+        codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
+        images = self._shown["image"][real]
+        grids = {"reconstruction": reconstruction.grid([images, pixels[real]])}
         if len(self.model_config.scales) > 1:
             ends = [s.stop for s in self.model_config.pyramid.slices()]
-            steps = [np.asarray(self._decode(params, codes[:, :end])) for end in ends]
-            grids["scales"] = reconstruction.grid([*steps, images])
+            maps = [self._features(params, codes[:, :end]) for end in ends]
+            growing = [np.asarray(self._decode(params, m))[real] for m in maps]
+            grids["scales"] = reconstruction.grid([*growing, images])
         return grids
 
 

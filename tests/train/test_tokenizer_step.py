@@ -71,7 +71,8 @@ def run(trainer, frozen, batch, steps):
 
 
 def distance(a, b):
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max()) for x, y in pairs)
 
 
 def test_it_learns_all_three_things(frozen, batch):

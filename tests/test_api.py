@@ -1,0 +1,136 @@
+"""The public API: parity with the reference through files, and clear errors."""
+
+import jax
+import numpy as np
+import pytest
+from golden import weights
+from golden.loading import GOLDEN, images_uint8, manifest
+
+import tokenflow_jax as tfx
+from tokenflow_jax import api
+from tokenflow_jax.convert.torch_files import write_safetensors
+from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.models.vit import ViTConfig
+
+CASES = {"clipb_224": ("b", 224), "clipb_256_enhanced": ("b_256_enhanced", 256)}
+TINY = TokenizerConfig(
+    image_size=16,
+    scales=(1, 2, 4),
+    codebook_size=32,
+    vit=ViTConfig(image_size=16, patch_size=4, width=12, depth=1, heads=2),
+    semantic_decoder_depth=1,
+    semantic_decoder_heads=2,
+    teacher_width=10,
+    channels=4,
+    multipliers=(1, 1, 2),
+    blocks=1,
+    latent_channels=8,
+    decoder_channels=4,
+    decoder_blocks=1,
+    norm_groups=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = jax.jit(TokenFlow(TINY).init)(jax.random.key(0), images)["params"]
+    return tfx.Tokenizer(TINY, params)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_reference_parity(case, tmp_path):
+    variant, size = CASES[case]
+    path = str(tmp_path / "tokenflow.safetensors")
+    write_safetensors(path, weights.state_dict(manifest(f"tokenizer_{case}"), 0))
+    tokenizer = tfx.Tokenizer.load(path, variant=variant)
+    stored = np.load(GOLDEN / f"tokenizer_{case}.npz")
+    codes = np.asarray(tokenizer.encode(images_uint8(f"astronaut_{size}", f"coffee_{size}")))
+    np.testing.assert_array_equal(codes, stored["indices"])
+
+    maps = np.asarray(tokenizer.features(codes))
+    quantized = maps.transpose(0, 2, 1).reshape(stored["quantized"].shape)
+    np.testing.assert_allclose(quantized, stored["quantized"], rtol=0, atol=2e-5)
+    semantics = np.asarray(tokenizer.semantics(codes[:1]))[0]
+    np.testing.assert_allclose(semantics[::8], stored["semantic_recon"], rtol=0, atol=1e-4)
+
+    (partial,) = (name for name in stored.files if name.startswith("recon_partial_"))
+    tokens = tokenizer.config.pyramid.slices()[int(partial.rsplit("_", 1)[1]) - 1].stop
+    for name, count in (("recon", codes.shape[1]), (partial, tokens)):
+        image = np.asarray(tokenizer.decode(codes[:1, :count]))[0].transpose(2, 0, 1)
+        np.testing.assert_allclose(image[:, ::4, ::4], stored[name], rtol=0, atol=5e-4)
+
+
+def test_images_to_codes_and_back(tiny, pictures):
+    codes = tiny.encode(pictures)
+    assert codes.shape == (2, 21) and codes.dtype == np.int32
+    assert tiny.decode(codes).shape == (2, 16, 16, 3)
+    assert tiny.decode(np.asarray(codes)[:, :5]).shape == (2, 16, 16, 3)
+    assert tiny.features(codes).shape == (2, 16, 40)
+    assert tiny.semantics(codes).shape == (2, 16, 10)
+
+
+def test_uint8_and_float_are_the_same_picture(tiny, pictures):
+    as_float = pictures.astype(np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(tiny.encode(pictures), tiny.encode(as_float))
+
+
+def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
+    tiny.encode(pictures)
+    size = tiny._compiled["encode"]._cache_size()
+    tiny.encode(pictures[::-1])
+    assert tiny._compiled["encode"]._cache_size() == size
+
+
+@pytest.mark.parametrize(
+    "images,message",
+    [
+        (np.zeros((1, 20, 20, 3), np.uint8), r"\(batch, 16, 16, 3\)"),
+        (np.zeros((16, 16, 3), np.uint8), "16, 16, 3"),
+        (np.full((1, 16, 16, 3), 200.0), r"span 0 to 200.*give uint8"),
+        (np.full((1, 16, 16, 3), np.nan, np.float32), r"not \[-1, 1\]"),
+        (np.zeros((1, 16, 16, 3), np.int64), "dtype int64"),
+    ],
+)
+def test_bad_images(tiny, images, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.encode(images)
+
+
+@pytest.mark.parametrize(
+    "codes,message",
+    [
+        (np.zeros((1, 7), int), r"7 codes .* one of \[1, 5, 21\]"),
+        (np.full((1, 21), 32), "this codebook has 0 to 31"),
+        (np.full((1, 21), -1), "span -1"),
+        (np.zeros((1, 21)), "give integers"),
+        (np.zeros(21, int), "give integers of shape"),
+    ],
+)
+def test_bad_codes(tiny, codes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.decode(codes)
+
+
+def test_loading_says_what_is_wrong(tmp_path):
+    path = tmp_path / "some.safetensors"
+    write_safetensors(str(path), {"encoder.conv_in.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ValueError, match=r"variant=one of \['b', 'b_256'"):
+        tfx.Tokenizer.load(path)
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.weight"):
+        tfx.Tokenizer.load(path, variant="b")
+    with pytest.raises(ValueError, match=r"nowhere"):
+        tfx.Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="float16"):
+        tfx.Tokenizer.load(path, variant="b", dtype="float16")
+
+
+def test_the_template_computes_nothing():
+    shapes = api._template(TokenizerConfig())
+    assert shapes["semantic_codebook"].shape == (32768, 32)

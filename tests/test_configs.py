@@ -1,0 +1,79 @@
+"""Every variant of every config builds its model and options; the quickstart's own parts exist."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+from tokenflow_jax import mesh, optim
+from tokenflow_jax.models.tokenizer import TokenizerConfig
+from tokenflow_jax.train import tokenizer_stage
+from tokenflow_jax.train.stage import LoopOptions
+from tokenflow_jax.train.tokenizer import CodebookConfig, LossConfig
+
+FILE = pathlib.Path(__file__).parents[1] / "configs" / "tokenizer.py"
+SPEC = importlib.util.spec_from_file_location("tokenizer_config", FILE)
+configs = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(configs)
+VARIANTS = (
+    "",
+    "b",
+    "b_released",
+    "b_256",
+    "b_256_enhanced",
+    "finetune_decoder",
+    "finetune_enhanced",
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_valid(variant):
+    config = configs.get_config(variant)
+    TokenizerConfig(**config.model.to_dict())
+    LossConfig(**config.losses)
+    CodebookConfig(**config.codebook)
+    for optimizer in (config.optimizer, config.discriminator_optimizer):
+        optim.OptimizerConfig(**optimizer)
+    assert LoopOptions.from_config(config).total_steps == config.total_steps
+    assert variant in configs.__doc__
+
+
+def test_the_paper_s_recipe():
+    config = configs.get_config("b")
+    assert (config.batch_size, config.total_steps) == (256, 1_000_000)
+    assert (config.optimizer.learning_rate, config.optimizer.b2) == (1e-4, 0.95)
+    assert config.model.codebook_size == 32768 and config.losses.adversarial_weight == 0.5
+
+
+def test_unknown_variant_lists_the_known():
+    with pytest.raises(ValueError, match="finetune_decoder"):
+        configs.get_config("xxl")
+
+
+def _stage(config):
+    return tokenizer_stage.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+
+
+def test_b_without_clip_weights_says_where_to_put_them():
+    with pytest.raises(ValueError, match=r"--config\.teacher\.weights"):
+        _stage(configs.get_config("b"))
+
+
+@pytest.mark.parametrize(
+    "path,value,message",
+    [
+        ("teacher.source", "dino", "'dino' is not one of"),
+        ("model.teacher_width", 7, "teacher_width 7 is not the teacher's 192"),
+        ("dtype", "float16", "'float16' is not one of"),
+        ("trainable", ("decodr",), "no parameter matches"),
+        ("batch_size", 0, "batch_size"),
+        ("lpips", "/no/such/file", "/no/such/file"),
+    ],
+)
+def test_bad_values_name_the_remedy(path, value, message):
+    config = configs.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict({path: value})
+    with pytest.raises(ValueError, match=message):
+        _stage(config)
