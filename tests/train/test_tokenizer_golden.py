@@ -282,9 +282,11 @@ def _check_ema(state, expected):
     for name, values in expected.items():
         norm = np.linalg.norm(ema[name].astype(np.float64).ravel())
         _close(norm, values["decay_0.9"]["norm"], 1e-7)
-        start = weights.tensor(name, ema[name].shape)
+        start = weights.tensor(name, ema[name].shape).astype(np.float64)
         moved = np.linalg.norm((ema[name] - start).ravel())
-        _close(moved, values["decay_0.9"]["moved"], 2e-2)
+        # The codebook's average moves by less than the reference's own float32 rounding.
+        rounding = np.finfo(np.float32).eps / 2 * values["start_norm"]
+        _close(moved, values["decay_0.9"]["moved"], 2e-2, rounding)
 
 
 def test_adversarial_losses_on_stored_logits(golden):
