@@ -17,10 +17,7 @@ import optax
 
 from tokenflow_jax import api, mesh, optim
 from tokenflow_jax.convert import rules
-from tokenflow_jax.convert.clip import CLIP_VISUAL
 from tokenflow_jax.convert.lpips import find_lpips, load_lpips
-from tokenflow_jax.convert.teacher import load_teacher
-from tokenflow_jax.convert.torch_files import open_state_dict
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import knn, reconstruction
 from tokenflow_jax.models.codebook_learning import kmeans
@@ -28,19 +25,17 @@ from tokenflow_jax.models.discriminator import PatchGAN
 from tokenflow_jax.models.perceptual import LPIPS
 from tokenflow_jax.models.quantizers import normalize_halves
 from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
-from tokenflow_jax.models.vit import ViT, ViTConfig
+from tokenflow_jax.train.frozen import make_teacher
 from tokenflow_jax.train.loop import Stage
-from tokenflow_jax.train.tokenizer import (
+from tokenflow_jax.train.tokenizer import Trainer
+from tokenflow_jax.train.tokenizer_state import (
     CodebookConfig,
     LossConfig,
-    Trainer,
     TrainState,
     with_codebooks,
 )
 
 PyTree = Any
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def make_stage(config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh) -> Stage:
@@ -58,56 +53,6 @@ def make_stage(config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh
     """
     mesh.check_batch_size(config.batch_size, device_mesh)
     return _TokenizerStage(config, device_mesh).stage()
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A frozen teacher: module, weights, and normalisation of its input (images in [0, 1])."""
-
-    module: ViT
-    params: PyTree
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def make_teacher(config: ml_collections.ConfigDict, dtype: jnp.dtype) -> Teacher | None:
-    """Loads the teacher that `config.teacher` asks for.
-
-    Args:
-      config: `config.teacher`: source "shipped", "clip" (with `weights`), "random" (benchmarks
-        only) or "none".
-      dtype: computation dtype.
-
-    Returns:
-      The teacher, or None.
-
-    Raises:
-      ValueError: unknown source, missing or unfitting weights.
-    """
-    if config.source == "none":
-        return None
-    if config.source == "shipped":
-        metadata, params = load_teacher()
-        vit = ViTConfig(**metadata["vit"])
-        return Teacher(ViT(vit, dtype), params, tuple(metadata["mean"]), tuple(metadata["std"]))
-    vit = ViTConfig(**config.vit)
-    module = ViT(vit, dtype)
-    image = jnp.zeros((1, vit.image_size, vit.image_size, 3))
-    if config.source == "random":
-        params = jax.jit(module.init)(jax.random.key(0), image)["params"]
-    elif config.source == "clip":
-        if not config.weights:
-            raise ValueError(
-                "this variant distils from CLIP ViT-B/16: say where its weights are with "
-                "--config.teacher.weights=ViT-B-16.pt (or .safetensors with its names)"
-            )
-        template = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-        params = rules.to_flax(open_state_dict(config.weights), CLIP_VISUAL, template)
-    else:
-        raise ValueError(
-            f"teacher.source {config.source!r} is not one of ['shipped', 'clip', 'random', 'none']"
-        )
-    return Teacher(module, params, CLIP_MEAN, CLIP_STD)
 
 
 class _TokenizerStage:
@@ -181,8 +126,7 @@ class _TokenizerStage:
             optimizer=_optimizer(config.optimizer, config.total_steps, self._trainable),
             discriminator_optimizer=_optimizer(config.discriminator_optimizer, config.total_steps),
             teacher=self.teacher.module if self.teacher else None,
-            teacher_mean=self.teacher.mean if self.teacher else CLIP_MEAN,
-            teacher_std=self.teacher.std if self.teacher else CLIP_STD,
+            **self.teacher.normalisation() if self.teacher else {},
             discriminator=discriminator if losses.adversarial_weight else None,
             lpips=LPIPS(dtype=dtype) if "lpips" in self.frozen else None,
             trainable=self._trainable,
