@@ -81,6 +81,7 @@ def _flat(params):
     return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_fresh_wider_decoder(trained):
     """The enhanced decoder's recipe: other shapes start afresh, the rest is taken over."""
     workdir, state = trained
@@ -119,6 +120,7 @@ def test_the_encoder_starts_as_the_shipped_teacher():
         np.testing.assert_array_equal(value, teacher[name])
 
 
+@pytest.mark.slow
 def test_kmeans_start_uses_the_data():
     state = make(tiny_config(**{"codebook.init": "kmeans"})).init()
     plain = make(tiny_config()).init()

@@ -62,8 +62,13 @@ def batch():
     return {"image": np.asarray(jax.image.resize(corners, (8, 16, 16, 3), "linear"), np.uint8)}
 
 
+def first_state(trainer):
+    """Jitted everywhere: compiled one by one, the draws differ in the last bit."""
+    return jax.jit(trainer.init)(jax.random.key(0))
+
+
 def run(trainer, frozen, batch, steps):
-    state, step, history = trainer.init(jax.random.key(0)), jax.jit(trainer.step), []
+    state, step, history = first_state(trainer), jax.jit(trainer.step), []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
         history.append({name: float(value) for name, value in metrics.items()})
@@ -86,9 +91,10 @@ def test_it_learns_all_three_things(frozen, batch):
     assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
 
 
+@pytest.mark.slow
 def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
     trainer = make_trainer(gan=True, losses={"adaptive": True})
-    before = trainer.init(jax.random.key(0))
+    before = first_state(trainer)
     after, history = run(trainer, frozen, batch, 2)
     assert distance(before.discriminator.params, after.discriminator.params) > 0
     assert distance(before.discriminator.batch_stats, after.discriminator.batch_stats) > 0
@@ -100,6 +106,7 @@ def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
     assert m["adversarial/adaptive"] not in (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_nothing_adversarial_before_the_start(frozen, batch):
     late = make_trainer(gan=True, losses={"discriminator_start": 2})
     plain = make_trainer()
@@ -107,16 +114,17 @@ def test_nothing_adversarial_before_the_start(frozen, batch):
     without, _ = run(plain, frozen, batch, 2)
     two_steps, _ = run(late, frozen, batch, 2)
     assert distance(two_steps.params, without.params) < 1e-6
-    start = late.init(jax.random.key(0)).discriminator.params
+    start = first_state(late).discriminator.params
     assert distance(two_steps.discriminator.params, start) == 0
     assert distance(with_gan.discriminator.params, start) > 0
     assert [m["adversarial/weight"] for m in history] == [0, 0, 0.5]
 
 
+@pytest.mark.slow
 def test_adaptive_weight_equals_two_backward_passes(frozen, batch):
     """The shortcut through the last convolution against differentiating the whole losses."""
     trainer = make_trainer(gan=True, losses={"adaptive": True, "scale_drop": 0.0})
-    state = trainer.init(jax.random.key(0))
+    state = first_state(trainer)
     images = batch["image"].astype(np.float32) / 127.5 - 1
 
     def losses(kernel):
@@ -136,6 +144,7 @@ def test_adaptive_weight_equals_two_backward_passes(frozen, batch):
     np.testing.assert_allclose(history[0]["adversarial/adaptive"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gan", [False, True])
 def test_accumulation_takes_the_same_step(frozen, batch, gan):
     """Exactly without a discriminator; with one its batch statistics are per microbatch."""
@@ -158,24 +167,26 @@ def test_accumulation_takes_the_same_step(frozen, batch, gan):
 def test_only_trainable_parts_move(frozen, batch):
     shapes = jax.eval_shape(make_trainer().init, jax.random.key(0)).params
     trainer = make_trainer(trainable=optim.matching(shapes, ("pixel_decoder",)))
-    before = trainer.init(jax.random.key(0)).params
+    before = first_state(trainer).params
     after = run(trainer, frozen, batch, 2)[0].params
     for part in before:
         moved = distance(before[part], after[part])
         assert moved > 0 if part == "pixel_decoder" else moved == 0, part
 
 
+@pytest.mark.slow
 def test_moving_average_follows_slowly(frozen, batch):
     trainer = make_trainer(ema_decay=0.9)
-    start = trainer.init(jax.random.key(0)).params
+    start = first_state(trainer).params
     state, _ = run(trainer, frozen, batch, 1)
     expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, state.params)
     assert distance(state.ema, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_moving_average_codebook_gets_no_gradient(frozen, batch):
     trainer = make_trainer(codebook={"update": "ema", "ema_decay": 0.5})
-    start = trainer.init(jax.random.key(0))
+    start = first_state(trainer)
     state, history = run(trainer, frozen, batch, 3)
     assert distance(start.params["semantic_codebook"], state.params["semantic_codebook"]) > 1e-3
     adam = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
@@ -184,6 +195,7 @@ def test_moving_average_codebook_gets_no_gradient(frozen, batch):
     assert history[-1]["loss/codebook"] < history[0]["loss/codebook"]
 
 
+@pytest.mark.slow
 def test_revival_raises_usage(frozen, batch):
     plain, revived = (
         run(make_trainer(codebook={"revive_every": every}), frozen, batch, 12)[0]
@@ -193,6 +205,7 @@ def test_revival_raises_usage(frozen, batch):
     assert used[1] > used[0]
 
 
+@pytest.mark.slow
 def test_entropy_and_scale_drop_are_live(frozen, batch):
     _, history = run(
         make_trainer(losses={"entropy_weight": 0.1, "scale_drop": 1.0}), frozen, batch, 2
@@ -201,6 +214,7 @@ def test_entropy_and_scale_drop_are_live(frozen, batch):
     assert np.isfinite(history[1]["loss/total"])
 
 
+@pytest.mark.slow
 def test_a_step_is_a_function_of_seed_and_step(frozen, batch):
     trainer = make_trainer(losses={"scale_drop": 0.7})
     a, b = run(trainer, frozen, batch, 3)[0], run(trainer, frozen, batch, 3)[0]
@@ -212,7 +226,7 @@ def test_a_step_is_a_function_of_seed_and_step(frozen, batch):
 def test_the_step_is_donated_and_compiled_once(frozen, batch):
     trainer = make_trainer()
     step = jax.jit(trainer.step, donate_argnums=0)
-    state = trainer.init(jax.random.key(0))
+    state = first_state(trainer)
     old = state.params["pixel_codebook"]
     for _ in range(3):
         state, _ = step(state, frozen, batch)
