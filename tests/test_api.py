@@ -1,8 +1,11 @@
 """The public API: parity with the reference through files, and clear errors."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+import tiny as tiny_config
 from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
 
@@ -10,25 +13,9 @@ import tokenflow_jax as tfx
 from tokenflow_jax import api
 from tokenflow_jax.convert.torch_files import write_safetensors
 from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
-from tokenflow_jax.models.vit import ViTConfig
 
 CASES = {"clipb_224": ("b", 224), "clipb_256_enhanced": ("b_256_enhanced", 256)}
-TINY = TokenizerConfig(
-    image_size=16,
-    scales=(1, 2, 4),
-    codebook_size=32,
-    vit=ViTConfig(image_size=16, patch_size=4, width=12, depth=1, heads=2),
-    semantic_decoder_depth=1,
-    semantic_decoder_heads=2,
-    teacher_width=10,
-    channels=4,
-    multipliers=(1, 1, 2),
-    blocks=1,
-    latent_channels=8,
-    decoder_channels=4,
-    decoder_blocks=1,
-    norm_groups=2,
-)
+TINY = dataclasses.replace(tiny_config.TINY, semantic_channels=32, pixel_channels=8)
 
 
 @pytest.fixture(scope="module")

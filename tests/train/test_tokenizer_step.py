@@ -6,32 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TINY
 
 from tokenflow_jax import optim
 from tokenflow_jax.models.discriminator import PatchGAN
-from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
-from tokenflow_jax.models.vit import ViT, ViTConfig
+from tokenflow_jax.models.tokenizer import TokenFlow
+from tokenflow_jax.models.vit import ViT
 from tokenflow_jax.train.tokenizer import CodebookConfig, LossConfig, Trainer
 
-VIT = ViTConfig(image_size=16, patch_size=4, width=12, depth=1, heads=2)
-MODEL = TokenizerConfig(
-    image_size=16,
-    scales=(1, 2, 4),
-    codebook_size=32,
-    semantic_channels=6,
-    pixel_channels=3,
-    vit=VIT,
-    semantic_decoder_depth=1,
-    semantic_decoder_heads=2,
-    teacher_width=12,
-    channels=4,
-    multipliers=(1, 1, 2),
-    blocks=1,
-    latent_channels=8,
-    decoder_channels=4,
-    decoder_blocks=1,
-    norm_groups=2,
-)
+VIT = TINY.vit
+MODEL = dataclasses.replace(TINY, teacher_width=TINY.vit.width)
 
 
 def make_trainer(losses=None, codebook=None, learning_rate=3e-3, gan=False, **options):

@@ -306,17 +306,15 @@ class Trainer:
 
     def _fool(self, state, batch_stats, rec_BHWC):
         """The generator's adversarial loss: ((loss, batch_stats), gradient at rec_BHWC)."""
-        generator_loss = adversarial.GENERATOR_LOSSES[self.losses.generator_adversarial]
 
         def loss(rec_BHWC):
             logits, moved = self._judge(state.discriminator.params, batch_stats, rec_BHWC)
-            return generator_loss(logits), moved
+            return adversarial.generator_loss(self.losses.generator_adversarial, logits), moved
 
         return jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
 
     def _discriminate(self, state, batch_stats, images_BHWC, rec_BHWC, weight):
         """The discriminator's gradients on real images and reconstructions."""
-        discriminator_loss = adversarial.DISCRIMINATOR_LOSSES[self.losses.adversarial]
         rec_BHWC = jax.lax.stop_gradient(rec_BHWC)
 
         def loss(params):
@@ -327,7 +325,8 @@ class Trainer:
                 "adversarial/logits_real": real.mean(),
                 "adversarial/logits_fake": fake.mean(),
             }
-            return weight * discriminator_loss(real, fake), (moved, metrics)
+            value = adversarial.discriminator_loss(self.losses.adversarial, real, fake)
+            return weight * value, (moved, metrics)
 
         (value, (batch_stats, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.discriminator.params
