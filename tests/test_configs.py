@@ -22,6 +22,9 @@ VARIANTS = (
     "b_released",
     "b_256",
     "b_256_enhanced",
+    "l",
+    "l_paper",
+    "xl",
     "finetune_decoder",
     "finetune_enhanced",
 )
@@ -51,6 +54,17 @@ def test_unknown_variant_lists_the_known():
         configs.get_config("xxl")
 
 
+@pytest.mark.parametrize("variant,kind", [("l", "vitamin"), ("xl", "siglip")])
+def test_the_large_variants_learn_from_their_own_kind(variant, kind):
+    config = configs.get_config(variant)
+    assert config.model.semantic_encoder == config.teacher.source == kind
+    assert config.teacher.vit == config.model.vit
+    assert config.model.teacher_width == config.model.vit.width == 1152
+    assert config.total_steps == 500_000
+    with pytest.raises(ValueError, match=rf"distils from {kind}.*--config\.teacher\.weights"):
+        _stage(config)
+
+
 def _stage(config):
     return tokenizer_stage.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
 
@@ -69,6 +83,7 @@ def test_b_without_clip_weights_says_where_to_put_them():
         ("trainable", ("decodr",), "no parameter matches"),
         ("batch_size", 0, "batch_size"),
         ("lpips", "/no/such/file", "/no/such/file"),
+        ("discriminator.kind", "gan", "'gan' is not one of"),
     ],
 )
 def test_bad_values_name_the_remedy(path, value, message):

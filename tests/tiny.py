@@ -1,7 +1,10 @@
-"""The smallest tokenizer that has every part; tests vary it with dataclasses.replace."""
+"""The smallest tokenizers that have every part; tests vary them with dataclasses.replace."""
+
+import dataclasses
 
 from tokenflow_jax.models.tokenizer import TokenizerConfig
-from tokenflow_jax.models.vit import ViTConfig
+from tokenflow_jax.models.vit import SIGLIP_SO400M, ViTConfig
+from tokenflow_jax.models.vitamin import ViTaminConfig
 
 TINY = TokenizerConfig(
     image_size=16,
@@ -21,3 +24,32 @@ TINY = TokenizerConfig(
     decoder_blocks=1,
     norm_groups=2,
 )
+
+# The same with ViTamin; three of its stages' halvings and the stem's make 16 px of one cell.
+TINY_L = dataclasses.replace(
+    TINY,
+    image_size=64,
+    semantic_encoder="vitamin",
+    vit=ViTaminConfig(
+        image_size=64,
+        stem_width=4,
+        stage_widths=(4, 6),
+        stage_depths=(1, 2),
+        width=12,
+        depth=2,
+        heads=2,
+    ),
+    multipliers=(1, 1, 1, 1, 2),
+)
+
+# The same with SigLIP: patches of 14 that leave pixels over, and the detour of the pixel branch.
+TINY_XL = dataclasses.replace(
+    TINY_L,
+    image_size=60,
+    semantic_encoder="siglip",
+    vit=dataclasses.replace(SIGLIP_SO400M, image_size=60, width=12, depth=2, heads=2, mlp_width=44),
+    pixel_image_size=64,
+)
+
+# By the kind of semantic encoder.
+KINDS = {"clip": TINY, "vitamin": TINY_L, "siglip": TINY_XL}

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import checkpoint
-from tokenflow_jax.convert import rules
-from tokenflow_jax.convert.tokenizer import TOKENIZER
+from tokenflow_jax.convert import orbax_files, rules
+from tokenflow_jax.convert.tokenizer import tokenizer_table
 from tokenflow_jax.convert.torch_files import open_state_dict
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
 
@@ -69,9 +68,9 @@ class Tokenizer:
         if _is_torch(path):
             config = _variant(path, variant)
             table_state = open_state_dict(path, key="ema" if ema and _has_ema(path) else None)
-            params = rules.to_flax(table_state, TOKENIZER, _template(config))
+            params = rules.to_flax(table_state, tokenizer_table(config), _template(config))
         else:
-            saved, state = checkpoint.load_for_inference(path, step)
+            saved, state = orbax_files.load_for_inference(path, step)
             config = TokenizerConfig(**saved["model"])
             if variant is not None and VARIANTS.get(variant) != config:
                 raise ValueError(f"{path} does not hold variant {variant!r}, but {config}")

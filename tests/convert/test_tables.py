@@ -1,5 +1,6 @@
 """The tables of every model against our modules and the reference's complete lists of names."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -13,15 +14,19 @@ from PIL import Image
 from tokenflow_jax.convert import rules
 from tokenflow_jax.convert.clip import CLIP_VISUAL
 from tokenflow_jax.convert.discriminator import patchgan_rules
-from tokenflow_jax.convert.tokenizer import TOKENIZER
+from tokenflow_jax.convert.tokenizer import tokenizer_buffers, tokenizer_table
 from tokenflow_jax.models.discriminator import PatchGAN
-from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow
 from tokenflow_jax.models.vit import ViT, ViTConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WEIGHTS = runpy.run_path(str(GOLDEN / "weights.py"))
-ENHANCED = {"decoder_channels": 256, "decoder_blocks": 5}
-CASES = {"clipb_224": {}, "clipb_256_enhanced": ENHANCED}
+CASES = {
+    "clipb_224": "b",
+    "clipb_256_enhanced": "b_256_enhanced",
+    "vitamin_256": "l",
+    "siglip_384": "xl",
+}
 
 
 def manifest(name):
@@ -33,24 +38,33 @@ def template(module, image_size, *arguments):
     return jax.eval_shape(lambda: module.init(jax.random.key(0), images, *arguments))
 
 
-def tokenizer_template(shrink=1, **options):
-    """Shapes of TokenFlow-B, or of one whose every wide axis is `shrink` times narrower."""
-    config = TokenizerConfig(
-        vit=ViTConfig(width=768 // shrink),
-        codebook_size=32768 // shrink,
-        teacher_width=512 // shrink,
-        channels=128 // shrink,
-        latent_channels=256 // shrink,
-        norm_groups=32 // shrink,
-        **options | {"decoder_channels": options.get("decoder_channels", 128) // shrink},
+def config_of(case, shrink=1):
+    """The case's model, or one whose every wide axis is `shrink` times narrower."""
+    config = VARIANTS[CASES[case]]
+    wide = {
+        name: getattr(config.vit, name) // shrink
+        for name in ("width", "mlp_width", "stem_width")
+        if getattr(config.vit, name, 0)
+    }
+    if hasattr(config.vit, "stage_widths"):
+        wide["stage_widths"] = tuple(width // shrink for width in config.vit.stage_widths)
+    names = ("codebook_size", "teacher_width", "channels", "latent_channels", "norm_groups")
+    return dataclasses.replace(
+        config,
+        vit=dataclasses.replace(config.vit, **wide),
+        **{name: getattr(config, name) // shrink for name in (*names, "decoder_channels")},
     )
+
+
+def tokenizer_template(config):
     return template(TokenFlow(config), config.image_size)["params"]
 
 
 def narrower(shapes, shrink):
     """The same for the reference's shapes: 32 and 8 code channels, 197 tokens, ... stay."""
     return {
-        name: [size // shrink if size % 64 == 0 else size for size in shape]
+        # 4304 is the width of SigLIP's MLP.
+        name: [size // shrink if size % 64 == 0 or size == 4304 else size for size in shape]
         for name, shape in shapes.items()
     }
 
@@ -72,20 +86,35 @@ def test_every_name_and_shape_of_the_full_tokenizer(case):
         name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
         for name, shape in manifest(f"tokenizer_{case}").items()
     }
-    assert not rules.check(shapes, TOKENIZER, tokenizer_template(**CASES[case]))
-    other = next(options for name, options in CASES.items() if name != case)
-    assert len(rules.check(shapes, TOKENIZER, tokenizer_template(**other))) > 100
+    config = config_of(case)
+    assert not rules.check(shapes, tokenizer_table(config), tokenizer_template(config))
+    other = config_of(next(name for name in CASES if name != case))
+    assert len(rules.check(shapes, tokenizer_table(other), tokenizer_template(other))) > 100
+    for name, buffer in tokenizer_buffers(config).items():
+        assert buffer.shape == shapes[name].shape, name
+    parameters = sum(len(names) for names in _names(config))
+    assert parameters + len(tokenizer_buffers(config)) == len(shapes)
+
+
+def _names(config):
+    for path, leaf in rules.flatten(tokenizer_template(config)).items():
+        yield tokenizer_table(config).find(path, leaf.shape)[1]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_narrow_tokenizer_round_trip(case):
     state = WEIGHTS["state_dict"](narrower(manifest(f"tokenizer_{case}"), 8), 3)
-    tree = assert_round_trip(state, TOKENIZER, tokenizer_template(8, **CASES[case]))
+    config = config_of(case, 8)
+    tree = assert_round_trip(state, tokenizer_table(config), tokenizer_template(config))
     # Spot checks of orientation and order, spelt out rather than through the rules.
-    np.testing.assert_array_equal(
-        tree["semantic_encoder"]["blocks"]["attention"]["qkv"]["kernel"][11],
-        state["encoder_vqkd.transformer.resblocks.11.attn.in_proj_weight"].T,
-    )
+    qkv = tree["semantic_encoder"]["blocks"]["attention"]["qkv"]["kernel"][11]
+    names = {
+        "clip": ["transformer.resblocks.11.attn.in_proj_weight"],
+        "vitamin": ["blocks.11.attn.qkv.weight"],
+        "siglip": [f"vision_model.encoder.layers.11.self_attn.{p}_proj.weight" for p in "qkv"],
+    }[config.semantic_encoder]
+    parts = [state[f"encoder_vqkd.{name}"].T for name in names]
+    np.testing.assert_array_equal(qkv, np.concatenate(parts, axis=1))
     np.testing.assert_array_equal(
         tree["pixel_decoder"]["level_1_up"]["kernel"],
         state["decoder.conv_blocks.1.upsample.conv.weight"].transpose(2, 3, 1, 0),
@@ -99,10 +128,11 @@ def test_narrow_tokenizer_round_trip(case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_full_tokenizer_round_trip(case):
-    state = WEIGHTS["state_dict"](manifest(f"tokenizer_{case}"), 0)
-    assert_round_trip(state, TOKENIZER, tokenizer_template(**CASES[case]))
+    state, config = WEIGHTS["state_dict"](manifest(f"tokenizer_{case}"), 0), config_of(case)
+    assert_round_trip(state, tokenizer_table(config), tokenizer_template(config))
 
 
 def test_three_wrong_tensors_are_all_reported():
@@ -110,7 +140,8 @@ def test_three_wrong_tensors_are_all_reported():
     state["quant_conv.weight"] = state["quant_conv.weight"][:-1]
     state["encoder.conv_inn.bias"] = state.pop("encoder.conv_in.bias")
     with pytest.raises(rules.CheckpointMismatch) as caught:
-        rules.to_flax(state, TOKENIZER, tokenizer_template(8))
+        config = config_of("clipb_224", 8)
+        rules.to_flax(state, tokenizer_table(config), tokenizer_template(config))
     text = str(caught.value)
     assert "3 problems" in text
     for part in (
@@ -124,9 +155,10 @@ def test_three_wrong_tensors_are_all_reported():
 def test_a_decoder_to_be_started_afresh_can_be_left_out():
     """Switching to the enhanced decoder keeps everything else of a normal checkpoint."""
     state = WEIGHTS["state_dict"](narrower(manifest("tokenizer_clipb_224"), 8), 0)
-    shapes = tokenizer_template(8, **ENHANCED)
+    config = dataclasses.replace(config_of("clipb_224", 8), decoder_channels=32, decoder_blocks=5)
+    shapes = tokenizer_template(config)
     del shapes["pixel_decoder"]
-    tree = rules.to_flax(state, TOKENIZER, shapes, ignore=("decoder.*",))
+    tree = rules.to_flax(state, tokenizer_table(config), shapes, ignore=("decoder.*",))
     assert tree.keys() == shapes.keys()
 
 

@@ -1,4 +1,4 @@
-"""PatchGAN and the adversarial losses against the reference's outputs."""
+"""The discriminators and the adversarial losses against the reference's outputs."""
 
 import functools
 import json
@@ -15,9 +15,15 @@ import pytest
 from PIL import Image
 
 from tokenflow_jax.convert import rules
-from tokenflow_jax.convert.discriminator import patchgan_rules
+from tokenflow_jax.convert.discriminator import patchgan_rules, stylegan_rules
 from tokenflow_jax.models import losses
-from tokenflow_jax.models.discriminator import BatchNorm, PatchGAN
+from tokenflow_jax.models.discriminator import (
+    BatchNorm,
+    PatchGAN,
+    StyleGAN,
+    blur,
+    make_discriminator,
+)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 VECTORS = np.load(GOLDEN / "parts_small.npz")
@@ -194,3 +200,35 @@ def test_unknown_losses_name_the_known_ones():
     ):
         with pytest.raises(ValueError, match=r"'hing': choose one of .*'hinge'.*'vanilla'"):
             call()
+
+
+def test_stylegan_against_the_reference():
+    manifest = json.loads((GOLDEN / "parts.stylegan.manifest.json").read_text())
+    state = runpy.run_path(str(GOLDEN / "weights.py"))["state_dict"](manifest, 0)
+    shapes = jax.eval_shape(StyleGAN().init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)), False)
+    variables = rules.to_flax(state, stylegan_rules(256), shapes)
+    buffers = rules.read_buffers(state, stylegan_rules(256))
+    back = rules.to_torch(variables, stylegan_rules(256), buffers)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        np.testing.assert_array_equal(back[name], array)
+    logits = jax.jit(StyleGAN().apply, static_argnums=2)(variables, images(256), True)
+    np.testing.assert_allclose(logits, VECTORS["stylegan"], atol=1e-4)
+
+
+def test_blur_against_the_reference():
+    blurred = blur(VECTORS["blur_in"].transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(blurred.transpose(0, 3, 1, 2), VECTORS["blur_out"], atol=1e-6)
+
+
+def test_stylegan_wants_powers_of_two():
+    for shape in ((1, 224, 224, 3), (1, 32, 64, 3), (1, 4, 4, 3)):
+        with pytest.raises(ValueError, match="power of two"):
+            jax.eval_shape(StyleGAN().init, jax.random.key(0), jnp.zeros(shape), False)
+
+
+def test_discriminators_by_name():
+    assert make_discriminator("patchgan", filters=8, layers=2) == PatchGAN(filters=8, layers=2)
+    assert isinstance(make_discriminator("stylegan"), StyleGAN)
+    with pytest.raises(ValueError, match="'gan' is not one of"):
+        make_discriminator("gan")

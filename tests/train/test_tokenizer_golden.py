@@ -15,7 +15,7 @@ from tokenflow_jax.convert import rules
 from tokenflow_jax.convert.clip import CLIP_VISUAL
 from tokenflow_jax.convert.discriminator import patchgan_rules
 from tokenflow_jax.convert.lpips import LPIPS as LPIPS_TABLE
-from tokenflow_jax.convert.tokenizer import TOKENIZER
+from tokenflow_jax.convert.tokenizer import tokenizer_table
 from tokenflow_jax.models import losses
 from tokenflow_jax.models.discriminator import PatchGAN
 from tokenflow_jax.models.perceptual import LPIPS, lpips_template
@@ -25,6 +25,7 @@ from tokenflow_jax.train.tokenizer import CodebookConfig, LossConfig, Trainer
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PATCHGAN = patchgan_rules()
+TOKENIZER = tokenizer_table(TokenizerConfig())
 TEACHER = ViTConfig(projection=512)
 
 

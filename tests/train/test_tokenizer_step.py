@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import TINY
+from tiny import KINDS, TINY
 
 from tokenflow_jax import optim
-from tokenflow_jax.models.discriminator import PatchGAN
+from tokenflow_jax.models.discriminator import PatchGAN, StyleGAN
+from tokenflow_jax.models.encoders import encoder_kind
 from tokenflow_jax.models.tokenizer import TokenFlow
 from tokenflow_jax.models.vit import ViT
 from tokenflow_jax.train.tokenizer import CodebookConfig, LossConfig, Trainer
@@ -88,6 +89,40 @@ def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
     total = sum(m[f"loss/{part}"] for part in parts) + adversarial
     np.testing.assert_allclose(m["loss/total"], total, rtol=1e-4)
     assert m["adversarial/adaptive"] not in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "clip"])
+def test_a_step_with_every_encoder(kind):
+    """Encoder, teacher of its kind, detour, adaptive weight, discriminator: finite, and moving."""
+    config = dataclasses.replace(KINDS[kind], teacher_width=KINDS[kind].vit.width)
+    spec = encoder_kind(kind)
+    teacher = spec.module(config.vit)
+    gan = StyleGAN(max_channels=4) if kind == "vitamin" else PatchGAN(filters=4, layers=1)
+    trainer = dataclasses.replace(
+        make_trainer(gan=True, losses={"adaptive": True}),
+        model=TokenFlow(config),
+        teacher=teacher,
+        teacher_mean=spec.mean,
+        teacher_std=spec.std,
+        discriminator=gan,
+    )
+    shape = (2, config.image_size, config.image_size, 3)
+    batch = {"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8)}
+    frozen = {"teacher": jax.jit(teacher.init)(jax.random.key(9), jnp.zeros(shape))["params"]}
+    before = first_state(trainer)
+    after, history = run(trainer, frozen, batch, 2)
+    for metrics in history:
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert metrics["adversarial/adaptive"] not in (0.0, 1.0)
+    still = [
+        jax.tree_util.keystr(path)
+        for path, moved in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: jnp.abs(a - b).max(), before.params, after.params)
+        )
+        if moved == 0
+    ]
+    assert not still
+    assert distance(before.discriminator.params, after.discriminator.params) > 0
 
 
 @pytest.mark.slow

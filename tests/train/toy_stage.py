@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from tokenflow_jax import checkpoint, mesh, metrics, runlog
+from tokenflow_jax.convert import orbax_files
 from tokenflow_jax.train import loop
 
 SIDE = 8
@@ -140,7 +141,7 @@ def make_stage(config, device_mesh) -> loop.Stage:
         return {"reconstructions": np.concatenate(columns, axis=1)}
 
     def warm_start(state):
-        source, loaded = checkpoint.load_for_inference(config.init_from)
+        source, loaded = orbax_files.load_for_inference(config.init_from)
         del source
         params = jax.tree.map(jnp.asarray, loaded["params"])
         return state.replace(params=params), f"params of {config.init_from}"

@@ -54,4 +54,38 @@ _TEXT_TOWER = (
     "vocab_size",
 )
 
+
+def _hugging_face_rules() -> tuple[Rule, ...]:
+    """The same transformer as Hugging Face's CLIP models name it."""
+    tower = "vision_model."
+    block, torch_block = "blocks", f"{tower}encoder.layers.{{layer}}"
+    attention = [f"{torch_block}.self_attn.{part}_proj" for part in "qkv"]
+    weights, biases = (tuple(f"{a}.{kind}" for a in attention) for kind in ("weight", "bias"))
+    return (
+        Rule("patch_embed/kernel", f"{tower}embeddings.patch_embedding.weight", CONV),
+        Rule("class_embedding", f"{tower}embeddings.class_embedding"),
+        Rule("position_embedding", f"{tower}embeddings.position_embedding.weight"),
+        *layer("pre_norm", f"{tower}pre_layrnorm", norm=True),  # sic
+        *layer(f"{block}/norm1", f"{torch_block}.layer_norm1", norm=True),
+        Rule(f"{block}/attention/qkv/kernel", weights, DENSE),
+        Rule(f"{block}/attention/qkv/bias", biases),
+        *layer(f"{block}/attention/out", f"{torch_block}.self_attn.out_proj"),
+        *layer(f"{block}/norm2", f"{torch_block}.layer_norm2", norm=True),
+        *layer(f"{block}/mlp/fc1", f"{torch_block}.mlp.fc1"),
+        *layer(f"{block}/mlp/fc2", f"{torch_block}.mlp.fc2"),
+        *layer("post_norm", f"{tower}post_layernorm", norm=True),
+        Rule("projection", "visual_projection.weight", DENSE),
+    )
+
+
 CLIP_VISUAL = RuleTable("CLIP visual encoder", tuple(vit_rules("", "visual.")), ignored=_TEXT_TOWER)
+CLIP_HUGGING_FACE = RuleTable(
+    "CLIP visual encoder (Hugging Face's names)",
+    _hugging_face_rules(),
+    ignored=(
+        "text_model.*",
+        "text_projection.weight",
+        "logit_scale",
+        "vision_model.embeddings.position_ids",
+    ),
+)

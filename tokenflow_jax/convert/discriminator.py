@@ -1,4 +1,4 @@
-"""Rules for the PatchGAN discriminator."""
+"""Rules for the discriminators."""
 
 from tokenflow_jax.convert.clip import layer
 from tokenflow_jax.convert.rules import CONV, Rule, RuleTable
@@ -25,3 +25,25 @@ def patchgan_rules(layers: int = 3) -> RuleTable:
     return RuleTable(
         "PatchGAN discriminator", tuple(rules), buffers=("main.*.num_batches_tracked",)
     )
+
+
+def stylegan_rules(image_size: int) -> RuleTable:
+    """Builds the table for `models.discriminator.StyleGAN`.
+
+    Args:
+      image_size: side of the images in pixels, a power of two.
+
+    Returns:
+      Rules between the reference's names and our variables {"params": ...}.
+    """
+    rules = layer("params/conv_in", "blocks.0", CONV)
+    for i in range(image_size.bit_length() - 3):
+        ours, theirs = f"params/block_{i}", f"blocks.{i + 2}"
+        rules += layer(f"{ours}_shortcut", f"{theirs}.conv_res", CONV)
+        rules += layer(f"{ours}_conv1", f"{theirs}.net.0", CONV)
+        rules += layer(f"{ours}_conv2", f"{theirs}.net.2", CONV)
+        rules += layer(f"{ours}_down", f"{theirs}.downsample.1", CONV)
+    rules += layer("params/conv_out", "final_conv.0", CONV)
+    rules += layer("params/hidden", "final_linear.0") + layer("params/out", "final_linear.2")
+    buffers = ("blocks.*.downsample.0.f",)  # the blur's kernel
+    return RuleTable("StyleGAN discriminator", tuple(rules), buffers=buffers)

@@ -7,6 +7,10 @@ modules keep stacked in one array, on its leading axis:
     Rule("level_{i}_block_{j}/conv1/kernel", "conv_blocks.{i}.res.{j}.conv1.weight", CONV)
     Rule("blocks/mlp/fc1/bias", "blocks.{layer}.mlp.fc1.bias")
 
+Several torch names are the equal parts of one of our arrays, side by side on its last axis:
+
+    Rule("attention/qkv/bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias"))
+
 Which numbers exist is read from the model's own shapes (or parameters), so one table serves every
 depth and width of an architecture.
 """
@@ -21,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_jax.convert.torch_files import LazyTensor
+from tokenflow_jax.convert.lazy import data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +66,41 @@ CONV1X1_DENSE = Transform(squeeze=(2, 3), permutation=(1, 0))  # (out, in, 1, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a table: our path (parts joined by "/"), the torch name, and the transform."""
+    """One line of a table.
+
+    Attributes:
+      path: ours, joined by "/".
+      name: the torch name, or the names of equal parts of our last axis.
+      transform: between the layouts, of each part.
+    """
 
     path: str
-    name: str
+    name: str | tuple[str, ...]
     transform: Transform = COPY
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The torch names behind one layer of our array, with their placeholders."""
+        return (self.name,) if isinstance(self.name, str) else self.name
 
     @property
     def stacked(self) -> bool:
         """Whether our array holds the tensors of all layers on its leading axis."""
-        return "{layer}" in self.name
+        return "{layer}" in self.parts[0]
+
+    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """The shape of each torch tensor behind our array's `shape`; None if it cannot be."""
+        own, count = tuple(shape[1:] if self.stacked else shape), len(self.parts)
+        if count > 1:
+            if not own or own[-1] % count:
+                return None
+            own = (*own[:-1], own[-1] // count)
+        return self.transform.torch_shape(own)
+
+    def views(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """The parts of our array, in the order of `names`."""
+        for layer in array if self.stacked else (array,):
+            yield from np.split(layer, len(self.parts), -1) if len(self.parts) > 1 else (layer,)
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern:
@@ -79,14 +108,13 @@ class Rule:
         return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", escaped))
 
     def names(self, path: str, shape: Sequence[int]) -> list[str] | None:
-        """Torch names behind our array at `path`, one per layer if stacked; None if no match."""
+        """Torch names behind our array at `path`, layer by layer, part by part; None: no match."""
         match = self._pattern.fullmatch(path)
         if match is None:
             return None
+        layers = range(shape[0] if shape else 0) if self.stacked else (0,)
         numbers = match.groupdict()
-        if not self.stacked:
-            return [self.name.format(**numbers)]
-        return [self.name.format(**numbers, layer=i) for i in range(shape[0] if shape else 0)]
+        return [part.format(**numbers, layer=i) for i in layers for part in self.parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +132,10 @@ class RuleTable:
     rules: tuple[Rule, ...]
     buffers: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a torch name is state, not a parameter."""
+        return _matches(name, self.buffers)
 
     def find(self, path: str, shape: Sequence[int]) -> tuple[Rule, list[str]]:
         """Returns the rule for our path and the torch names behind it.
@@ -141,7 +173,7 @@ class Problems:
 class CheckpointMismatch(ValueError):
     """A checkpoint does not fit the model; `problems` holds every reason."""
 
-    def __init__(self, model: str, problems: Problems):
+    def __init__(self, model: str, problems: Problems, remedy: str | None = None):
         self.problems = problems
         kinds = (
             ("wrong shape or type", problems.mismatched),
@@ -152,7 +184,8 @@ class CheckpointMismatch(ValueError):
         for title, names in kinds:
             if names:
                 lines += [f"{title} ({len(names)}):", *(f"  {name}" for name in names)]
-        lines.append("choose the variant that the checkpoint was made for, or another checkpoint")
+        default = "choose the variant that the checkpoint was made for, or another checkpoint"
+        lines.append(remedy or default)
         super().__init__("\n".join(lines))
 
 
@@ -205,14 +238,13 @@ def check(
     for path, leaf in flatten(template).items():
         rule, names = table.find(path, leaf.shape)
         expected.update(names)
-        own = tuple(leaf.shape[1:] if rule.stacked else leaf.shape)
-        shape = rule.transform.torch_shape(own)
+        shape = rule.torch_shape(leaf.shape)
         for name in names:
             if name not in state:
                 missing.append(name)
             elif shape != tuple(state[name].shape):
                 have = tuple(state[name].shape)
-                wanted = shape if shape is not None else f"{own} in our layout"
+                wanted = shape if shape is not None else f"{tuple(leaf.shape)} in our layout"
                 mismatched.append(f"{name}: {have} in the checkpoint, {wanted} in the model")
             elif _is_float(leaf.dtype) and not _is_float(state[name].dtype):
                 mismatched.append(
@@ -225,10 +257,6 @@ def check(
 
 def _is_float(dtype: Any) -> bool:
     return np.dtype(dtype).kind in "fV"  # ml_dtypes' types (bfloat16, ...) are of kind V
-
-
-def _data(tensor: Any) -> np.ndarray:
-    return tensor.read() if isinstance(tensor, LazyTensor) else np.asarray(tensor)
 
 
 def iterate_flax(
@@ -258,8 +286,8 @@ def iterate_flax(
         rule, names = table.find(path, leaf.shape)
         dtype = leaf.dtype if cast or not names else state[names[0]].dtype
         array = np.empty(leaf.shape, dtype)
-        for i, name in enumerate(names):
-            array[i if rule.stacked else ...] = rule.transform.to_flax(_data(state[name]))
+        for name, view in zip(names, rule.views(array), strict=True):
+            view[...] = rule.transform.to_flax(data(state[name]))
         yield path, array
 
 
@@ -287,7 +315,7 @@ def to_flax(
 
 def read_buffers(state: Mapping[str, Any], table: RuleTable) -> dict[str, np.ndarray]:
     """Reads the state of a checkpoint that is not parameters, by torch name; owned arrays."""
-    return {n: np.array(_data(t)) for n, t in state.items() if _matches(n, table.buffers)}
+    return {n: np.array(data(t)) for n, t in state.items() if table.is_buffer(n)}
 
 
 def iterate_torch(tree: Mapping[str, Any], table: RuleTable) -> Iterator[tuple[str, np.ndarray]]:
@@ -311,9 +339,8 @@ def iterate_torch(tree: Mapping[str, Any], table: RuleTable) -> Iterator[tuple[s
         raise ValueError(f"{table.model}: several parameters would become {twice}; fix the rules")
     for path, (rule, names) in found.items():
         array = np.asarray(flat[path])
-        for i, name in enumerate(names):
-            layer = array[i] if rule.stacked else array
-            yield name, np.array(rule.transform.to_torch(layer), order="C")
+        for name, view in zip(names, rule.views(array), strict=True):
+            yield name, np.array(rule.transform.to_torch(view), order="C")
 
 
 def to_torch(

@@ -1,11 +1,24 @@
-"""Rules for the TokenFlow tokenizer with the CLIP semantic encoder.
+"""Rules for the TokenFlow tokenizer.
 
-The table covers both decoders (normal and enhanced) and every width and depth: which blocks,
-shortcuts and attentions exist is read from the model's shapes.
+A table covers both decoders (normal and enhanced) and every width and depth: which blocks,
+shortcuts and attentions exist is read from the model's shapes. The semantic encoder's kind decides
+which table it is.
 """
 
+import functools
+
+import numpy as np
+
+from tokenflow_jax.convert import siglip
 from tokenflow_jax.convert.clip import layer, vit_rules
 from tokenflow_jax.convert.rules import CONV, CONV1X1_DENSE, DENSE, Rule, RuleTable, Transform
+from tokenflow_jax.convert.vitamin import vitamin_rules
+from tokenflow_jax.models.encoders import encoder_kind
+from tokenflow_jax.models.tokenizer import TokenizerConfig
+
+_ENCODER = "encoder_vqkd."
+_TOWER = _ENCODER + siglip.TOWER
+_USAGE = ("quantize.codebook_used", (131072,))  # the reference's history of codes
 
 
 def _res_block(path: str, name: str) -> list[Rule]:
@@ -60,9 +73,22 @@ def _semantic_decoder(path: str, name: str) -> list[Rule]:
     ]
 
 
-def _tokenizer_rules() -> tuple[Rule, ...]:
-    return (
-        *vit_rules("semantic_encoder/", "encoder_vqkd."),
+@functools.cache
+def tokenizer_table(config: TokenizerConfig) -> RuleTable:
+    """The table of a tokenizer.
+
+    Its buffers are what a PyTorch checkpoint holds beyond our parameters: the usage history, the
+    normalisation's constants, and the layers of SigLIP that nothing reads. Conversion carries them
+    along, so that they come back bit for bit.
+    """
+    kind = config.semantic_encoder
+    encoder = {
+        "clip": lambda: vit_rules("semantic_encoder/", _ENCODER),
+        "siglip": lambda: siglip.siglip_rules("semantic_encoder/", _TOWER),
+        "vitamin": lambda: vitamin_rules("semantic_encoder/", _ENCODER),
+    }[kind]()
+    rules = (
+        *encoder,
         *layer("semantic_in_1", "encode_task_layer.0"),
         *layer("semantic_in_2", "encode_task_layer.2"),
         *_pixel_branch("pixel_encoder", "encoder", ("down", "downsample")),
@@ -75,11 +101,29 @@ def _tokenizer_rules() -> tuple[Rule, ...]:
         *layer("semantic_out_1", "decode_task_layer.0"),
         *layer("semantic_out_2", "decode_task_layer.2"),
     )
+    buffers = tuple(tokenizer_buffers(config))
+    return RuleTable(f"TokenFlow tokenizer with the {kind} encoder", rules, buffers=buffers)
 
 
-# The usage history of training is state, not a parameter.
-TOKENIZER = RuleTable(
-    "TokenFlow tokenizer with the CLIP encoder",
-    _tokenizer_rules(),
-    buffers=("quantize.codebook_used",),
-)
+def tokenizer_buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
+    """What PyTorch's strict loading wants beyond our parameters, for a model trained here.
+
+    Args:
+      config: of the tokenizer.
+
+    Returns:
+      Torch names to float32 arrays: an empty usage history, the encoder's normalisation and, for
+      the layers of SigLIP that nothing reads, zeros.
+    """
+    name, shape = _USAGE
+    buffers = {name: np.zeros(shape, np.float32)}
+    kind = encoder_kind(config.semantic_encoder)
+    if not kind.raw:
+        for name, values in (("shift", kind.mean), ("scale", kind.std)):
+            constant = np.array(values, np.float32)[None, :, None, None]
+            buffers[f"scaling_layer.{name}"] = constant
+    if config.semantic_encoder == "siglip":
+        vit = config.vit
+        unused = siglip.unused_shapes(vit.depth, vit.width, vit.mlp_width or 4 * vit.width)
+        buffers |= {_TOWER + name: np.zeros(shape, np.float32) for name, shape in unused.items()}
+    return buffers

@@ -1,4 +1,9 @@
-"""PatchGAN (arXiv 1611.07004), with PyTorch's batch norm: the discriminator of the tokenizer."""
+"""The tokenizer's discriminators: PatchGAN (arXiv 1611.07004), and StyleGAN's (arXiv 1912.04958).
+
+Both map images in [-1, 1] to logits, high for real ones.
+"""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -9,8 +14,8 @@ def _scale_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.f
     return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
 
 
-def _bias_init(fan_in: int) -> nn.initializers.Initializer:
-    """PyTorch's default for a convolution's bias; the reference resets the kernels only."""
+def _torch_init(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default for kernels and biases of dense and convolutional layers."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32):
@@ -109,6 +114,109 @@ class PatchGAN(nn.Module):
             use_bias=bias,
             dtype=self.dtype,
             kernel_init=nn.initializers.normal(0.02),
-            bias_init=_bias_init(16 * x.shape[-1]),
+            # The reference resets the kernels only.
+            bias_init=_torch_init(16 * x.shape[-1]),
             name=name,
         )(x)
+
+
+def blur(x_BHWC: jax.Array) -> jax.Array:
+    """Smooths with (1, 2, 1) / 4 along both axes, edges reflected."""
+    for axis in (1, 2):
+        pad = [(int(a == axis), int(a == axis)) for a in range(4)]
+        padded, size = jnp.pad(x_BHWC, pad, mode="reflect"), x_BHWC.shape[axis]
+        before, here, after = (
+            jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3)
+        )
+        x_BHWC = (before + 2 * here + after) / 4
+    return x_BHWC
+
+
+class StyleGAN(nn.Module):
+    """StyleGAN2's residual discriminator, as the reference has it: without minibatch statistics.
+
+    Blocks halve the image down to 4 x 4; channels double as the side halves, from 64 at 256 px up
+    to `max_channels`.
+
+    Attributes:
+      max_channels: upper bound of channels.
+      dtype: of the convolutions; logits are float32.
+    """
+
+    max_channels: int = 512
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array, train: bool) -> jax.Array:
+        """Scores images.
+
+        Args:
+          images_BHWC: (B, H, H, 3) in [-1, 1], H a power of two from 8 on.
+          train: changes nothing; every discriminator takes it.
+
+        Returns:
+          Logits (B, 1), float32.
+        """
+        del train
+        batch, height, width, _ = images_BHWC.shape
+        if height != width or height < 8 or height & (height - 1):
+            raise ValueError(
+                f"images of {height} x {width} pixels: the StyleGAN discriminator takes squares "
+                "whose side is a power of two, 8 or more; use the PatchGAN"
+            )
+        act = functools.partial(nn.leaky_relu, negative_slope=0.2)
+        x, side = images_BHWC.astype(self.dtype), height
+        x = act(self._conv(x, self._channels(side), 3, 1, "conv_in"))
+        i = 0
+        while side > 4:
+            side //= 2
+            shortcut = self._conv(x, self._channels(side), 1, 2, f"block_{i}_shortcut")
+            x = act(self._conv(x, self._channels(side), 3, 1, f"block_{i}_conv1"))
+            x = act(self._conv(x, self._channels(side), 3, 1, f"block_{i}_conv2"))
+            x = self._conv(blur(x), self._channels(side), 3, 2, f"block_{i}_down")
+            x = (x + shortcut) * 2**-0.5
+            i += 1
+        x = act(self._conv(x, self._channels(4), 3, 1, "conv_out"))
+        x = x.transpose(0, 3, 1, 2).reshape(batch, -1)  # the order of PyTorch's weights
+        x = act(self._dense(x, self._channels(4), "hidden"))
+        return self._dense(x, 1, "out").astype(jnp.float32)
+
+    def _channels(self, side: int) -> int:
+        return min(self.max_channels, 64 * 256 // side)
+
+    def _conv(self, x: jax.Array, features: int, kernel: int, stride: int, name: str) -> jax.Array:
+        init = _torch_init(kernel * kernel * x.shape[-1])
+        return nn.Conv(
+            features,
+            (kernel, kernel),
+            strides=stride,
+            padding=kernel // 2,
+            dtype=self.dtype,
+            kernel_init=init,
+            bias_init=init,
+            name=name,
+        )(x)
+
+    def _dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
+        init = _torch_init(x.shape[-1])
+        return nn.Dense(features, dtype=self.dtype, kernel_init=init, bias_init=init, name=name)(x)
+
+
+def make_discriminator(
+    kind: str = "patchgan", filters: int = 64, layers: int = 3, dtype: jnp.dtype = jnp.float32
+) -> PatchGAN | StyleGAN:
+    """Builds a discriminator.
+
+    Args:
+      kind: "patchgan" or "stylegan".
+      filters, layers: of the PatchGAN.
+      dtype: of the convolutions.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    if kind == "patchgan":
+        return PatchGAN(filters, layers, dtype)
+    if kind == "stylegan":
+        return StyleGAN(dtype=dtype)
+    raise ValueError(f"discriminator {kind!r} is not one of ['patchgan', 'stylegan']")

@@ -17,9 +17,15 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU, the activation of SigLIP."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": exact_gelu,
+    "gelu_tanh": tanh_gelu,
 }
 
 
@@ -72,25 +78,67 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between them; widens by `ratio`."""
+    """Two dense layers with an activation between them.
 
-    ratio: float = 4.0
+    Attributes:
+      width: of the hidden layer; 0 takes four times the input's.
+      activation: a key of `ACTIVATIONS`.
+      dtype: computation dtype.
+    """
+
+    width: int = 0
     activation: str = "gelu"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        width = x_BLD.shape[-1]
-        hidden = nn.Dense(int(self.ratio * width), dtype=self.dtype, name="fc1")(x_BLD)
-        return nn.Dense(width, dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](hidden))
+        features = x_BLD.shape[-1]
+        hidden = nn.Dense(self.width or 4 * features, dtype=self.dtype, name="fc1")(x_BLD)
+        hidden = ACTIVATIONS[self.activation](hidden)
+        return nn.Dense(features, dtype=self.dtype, name="fc2")(hidden)
+
+
+class GatedMLP(nn.Module):
+    """norm, then activation(gate) * value, then a dense layer (ViTamin's GeGLU).
+
+    Attributes:
+      width: of gate and value; 0 takes twice the input's.
+      activation, dtype: see `MLP`.
+      epsilon: of its own LayerNorm, which follows the block's.
+    """
+
+    width: int = 0
+    activation: str = "gelu"
+    dtype: jnp.dtype = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        features = x_BLD.shape[-1]
+        x_BLD = layer_norm(self.epsilon, self.dtype, "norm")(x_BLD)
+        gate, value = (
+            nn.Dense(self.width or 2 * features, dtype=self.dtype, name=name)(x_BLD)
+            for name in ("gate", "value")
+        )
+        hidden = ACTIVATIONS[self.activation](gate) * value
+        return nn.Dense(features, dtype=self.dtype, name="out")(hidden)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; returns (output, None), the form that `nn.scan` wants."""
+    """Pre-norm transformer block; returns (output, None), the form that `nn.scan` wants.
+
+    Attributes:
+      heads, qv_bias: see `Attention`.
+      mlp_width, activation: see `MLP`.
+      gated: takes `GatedMLP`.
+      epsilon: of both norms.
+      dtype: computation dtype.
+    """
 
     heads: int
-    mlp_ratio: float = 4.0
+    mlp_width: int = 0
     activation: str = "gelu"
+    gated: bool = False
     epsilon: float = 1e-6
     qv_bias: str = "full"
     dtype: jnp.dtype = jnp.float32
@@ -99,5 +147,7 @@ class Block(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
         attention = Attention(self.heads, self.qv_bias, self.dtype, name="attention")
         x_BLD = x_BLD + attention(layer_norm(self.epsilon, self.dtype, "norm1")(x_BLD))
-        mlp = MLP(self.mlp_ratio, self.activation, self.dtype, name="mlp")
+        mlp = (GatedMLP if self.gated else MLP)(
+            self.mlp_width, self.activation, self.dtype, name="mlp"
+        )
         return x_BLD + mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x_BLD)), None

@@ -17,9 +17,12 @@ import jax.numpy as jnp
 
 from tokenflow_jax.models import multiscale, quantizers
 from tokenflow_jax.models.cnn import PixelDecoder, PixelEncoder
+from tokenflow_jax.models.encoders import EncoderConfig, encoder_kind, normalise
 from tokenflow_jax.models.multiscale import Pyramid, Scales
 from tokenflow_jax.models.quantizers import Codebooks
-from tokenflow_jax.models.vit import SemanticDecoder, ViT, ViTConfig
+from tokenflow_jax.models.resize import bicubic_resize
+from tokenflow_jax.models.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
+from tokenflow_jax.models.vitamin import ViTaminConfig
 
 _CLIP_B = ViTConfig()
 
@@ -34,14 +37,16 @@ class TokenizerConfig:
       codebook_size: codes K, shared by both codebooks.
       semantic_channels, pixel_channels: of a code's halves.
       pixel_weight: weight of the pixel distance in the shared mapping (the reference's w_dis).
-      semantic_encoder: "clip", the kind of encoder.
-      vit: the semantic encoder's hyper-parameters.
+      semantic_encoder: kind of encoder, a key of `encoders.ENCODERS`.
+      vit: the semantic encoder's hyper-parameters, of the class that its kind wants.
       semantic_decoder_depth, semantic_decoder_heads: of the ViT that decodes the semantic half.
       teacher_width: channels of the teacher's features, which the semantic half reconstructs.
       channels, multipliers, blocks: of the pixel encoder.
       latent_channels: between the pixel encoder or decoder and the quantiser.
       decoder_channels, decoder_blocks: of the pixel decoder (enhanced: 256 and 5).
       norm_groups: groups of the pixel branch's GroupNorm.
+      pixel_image_size: side at which the pixel branch works where it is not image_size: images are
+        resized bicubically on the way in and back on the way out (TokenFlow-XL: 432); 0 if it is.
     """
 
     image_size: int = 224
@@ -51,7 +56,7 @@ class TokenizerConfig:
     pixel_channels: int = 8
     pixel_weight: float = 1.0
     semantic_encoder: str = "clip"
-    vit: ViTConfig = _CLIP_B
+    vit: EncoderConfig = _CLIP_B
     semantic_decoder_depth: int = 3
     semantic_decoder_heads: int = 12
     teacher_width: int = 512
@@ -62,10 +67,17 @@ class TokenizerConfig:
     decoder_channels: int = 128
     decoder_blocks: int = 3
     norm_groups: int = 32
+    pixel_image_size: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.vit, ViTConfig):
-            object.__setattr__(self, "vit", ViTConfig(**self.vit))
+        encoder = encoder_kind(self.semantic_encoder).config
+        if not isinstance(self.vit, EncoderConfig):
+            object.__setattr__(self, "vit", encoder(**self.vit))
+        elif not isinstance(self.vit, encoder):
+            raise ValueError(
+                f"tokenizer: semantic_encoder {self.semantic_encoder!r} needs a "
+                f"{encoder.__name__}, not a {type(self.vit).__name__}"
+            )
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         self._check()
@@ -73,10 +85,11 @@ class TokenizerConfig:
     def _check(self):
         problems = []
         grid = self.pyramid.grid
-        if self.semantic_encoder != "clip":
-            problems.append(f"semantic_encoder {self.semantic_encoder!r} is not one of ['clip']")
-        semantic_grid = self.image_size / self.vit.patch_size
-        pixel_grid = self.image_size / 2 ** (len(self.multipliers) - 1)
+        # Only an image of the very size that the encoder was trained for may leave pixels over.
+        known = self.image_size == self.vit.image_size
+        semantic_grid = self.vit.grid if known else self.image_size / self.vit.patch_size
+        pixel_image_size = self.pixel_image_size or self.image_size
+        pixel_grid = pixel_image_size / 2 ** (len(self.multipliers) - 1)
         if semantic_grid != grid:
             problems.append(
                 f"image_size {self.image_size} / patch_size {self.vit.patch_size} gives a semantic "
@@ -84,8 +97,8 @@ class TokenizerConfig:
             )
         if pixel_grid != grid:
             problems.append(
-                f"image_size {self.image_size} through {len(self.multipliers)} levels gives a "
-                f"pixel grid of {pixel_grid:g}, but the scales {self.scales} end at {grid}"
+                f"pixel_image_size {pixel_image_size} through {len(self.multipliers)} levels gives "
+                f"a pixel grid of {pixel_grid:g}, but the scales {self.scales} end at {grid}"
             )
         if self.codebook_size < 2:
             problems.append(f"codebook_size {self.codebook_size} is below 2")
@@ -114,15 +127,33 @@ class TokenizerConfig:
         return self.semantic_channels + self.pixel_channels
 
 
-_B_256_SCALES = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+_SCALES_16 = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+_L = TokenizerConfig(
+    image_size=256,
+    scales=_SCALES_16,
+    semantic_encoder="vitamin",
+    vit=ViTaminConfig(),
+    teacher_width=1152,
+)
 
 # The released tokenizers, by the name that configs, checkpoints and the API use. B at 256 px keeps
-# the position embeddings of 224 px and resizes them; its enhanced decoder is wider and deeper.
+# the position embeddings of 224 px and resizes them; its enhanced decoder is wider and deeper. The
+# paper gives L one scale more than the released code has; weights do not tell which.
 VARIANTS: dict[str, TokenizerConfig] = {
     "b": TokenizerConfig(),
-    "b_256": TokenizerConfig(image_size=256, scales=_B_256_SCALES),
+    "b_256": TokenizerConfig(image_size=256, scales=_SCALES_16),
     "b_256_enhanced": TokenizerConfig(
-        image_size=256, scales=_B_256_SCALES, decoder_channels=256, decoder_blocks=5
+        image_size=256, scales=_SCALES_16, decoder_channels=256, decoder_blocks=5
+    ),
+    "l": _L,
+    "l_paper": dataclasses.replace(_L, scales=(1, 2, 3, *_SCALES_16[2:])),
+    "xl": TokenizerConfig(
+        image_size=384,
+        scales=(*range(1, 11), 12, 14, 17, 22, 27),
+        semantic_encoder="siglip",
+        vit=SIGLIP_SO400M,
+        teacher_width=1152,
+        pixel_image_size=432,
     ),
 }
 
@@ -158,7 +189,8 @@ class TokenFlow(nn.Module):
         cfg = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         width = cfg.vit.width
-        self.semantic_encoder = ViT(cfg.vit, self.dtype, self.remat)
+        encoder = encoder_kind(cfg.semantic_encoder).module
+        self.semantic_encoder = encoder(cfg.vit, self.dtype, self.remat)
         self.semantic_in_1, self.semantic_in_2 = dense(width), dense(cfg.semantic_channels)
         self.pixel_encoder = PixelEncoder(
             cfg.channels,
@@ -213,7 +245,7 @@ class TokenFlow(nn.Module):
 
         Args:
           images_BHWC: (B, H, H, 3) with H = config.image_size. CLIP sees them as they are, without
-            its own normalisation, as in the reference.
+            its own normalisation, as in the reference; the other encoders see them normalised.
 
         Returns:
           (B, g, g, C) float32, semantic channels first.
@@ -222,8 +254,12 @@ class TokenFlow(nn.Module):
         size = images_BHWC.shape[1:]
         if size != (cfg.image_size, cfg.image_size, 3):
             raise ValueError(f"images of shape {size}: the tokenizer takes {cfg.image_size} px RGB")
+        kind, seen_BHWC = encoder_kind(cfg.semantic_encoder), images_BHWC
+        if not kind.raw:
+            seen_BHWC = normalise(images_BHWC, kind.mean, kind.std)
+        tokens_BND = self.semantic_encoder(seen_BHWC.astype(self.dtype))
+        images_BHWC = bicubic_resize(images_BHWC, cfg.pixel_image_size or cfg.image_size)
         images_BHWC = images_BHWC.astype(self.dtype)
-        tokens_BND = self.semantic_encoder(images_BHWC)
         semantic_BNC = self.semantic_in_2(jnp.tanh(self.semantic_in_1(tokens_BND)))
         pixel_BHWC = self.pixel_in(self.pixel_encoder(images_BHWC))
         semantic_BHWC = semantic_BNC.reshape(*pixel_BHWC.shape[:3], cfg.semantic_channels)
@@ -245,7 +281,11 @@ class TokenFlow(nn.Module):
         """The pixel half of a quantised map to images (B, H, W, 3) and the last hidden map."""
         pixel_BHWC = quantized_BHWC[..., self.config.semantic_channels :].astype(self.dtype)
         images_BHWC, hidden_BHWC = self.pixel_decoder(self.pixel_out(pixel_BHWC))
-        return images_BHWC.astype(jnp.float32), hidden_BHWC
+        return self.to_image_size(images_BHWC), hidden_BHWC
+
+    def to_image_size(self, images_BHWC: jax.Array) -> jax.Array:
+        """What the last convolution made, in float32 and at config.image_size."""
+        return bicubic_resize(images_BHWC.astype(jnp.float32), self.config.image_size)
 
     def decode_semantics(self, quantized_BHWC: jax.Array) -> jax.Array:
         """The semantic half of a quantised map to teacher features (B, g * g, teacher_width)."""

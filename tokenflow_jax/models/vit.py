@@ -1,4 +1,4 @@
-"""Vision transformers: the CLIP semantic encoder (and teacher), and the semantic decoder.
+"""Vision transformers: CLIP and SigLIP (semantic encoders and teachers), the semantic decoder.
 
 Position embeddings are learned on one grid. On another grid the reference resizes them bicubically
 with `scale_factor = (grid + 0.1) / trained_grid`, and PyTorch then samples with exactly that
@@ -17,15 +17,19 @@ from tokenflow_jax.models.resize import bicubic_resize
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Hyper-parameters of a CLIP-style vision transformer.
+    """Hyper-parameters of a vision transformer; the defaults are CLIP ViT-B/16.
 
     Attributes:
       image_size: side in pixels that the position embeddings are learned for.
-      patch_size: side of a patch in pixels; must divide image_size.
+      patch_size: side of a patch in pixels; pixels beyond the last whole patch are not seen.
       width, depth, heads: of the transformer.
-      projection: output width of the final projection; 0 leaves tokens after the final norm.
+      projection: output width of the final projection; 0 leaves it out.
       epsilon: of every LayerNorm.
       activation: a key of `layers.ACTIVATIONS`.
+      mlp_width: of the hidden layers; 0 takes four times the width.
+      class_token: a learned token before the patches.
+      patch_bias: the patch embedding has a bias.
+      pre_norm, post_norm: a norm before the first and after the last block.
     """
 
     image_size: int = 224
@@ -36,12 +40,17 @@ class ViTConfig:
     projection: int = 0
     epsilon: float = 1e-5
     activation: str = "quick_gelu"
+    mlp_width: int = 0
+    class_token: bool = True
+    patch_bias: bool = False
+    pre_norm: bool = True
+    post_norm: bool = True
 
     def __post_init__(self):
         problems = []
-        if self.image_size % self.patch_size:
+        if self.image_size < self.patch_size:
             problems.append(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} is smaller than patch_size {self.patch_size}"
             )
         if self.width % self.heads:
             problems.append(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -56,21 +65,41 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
+# SigLIP SO400M/14 at 384 px up to the hidden state before its last layer, which is what
+# TokenFlow-XL reads: 26 of 27 layers and no final norm. Six pixels at the right and bottom edge
+# are not seen.
+SIGLIP_SO400M = ViTConfig(
+    image_size=384,
+    patch_size=14,
+    width=1152,
+    depth=26,
+    heads=16,
+    epsilon=1e-6,
+    activation="gelu_tanh",
+    mlp_width=4304,
+    class_token=False,
+    patch_bias=True,
+    pre_norm=False,
+    post_norm=False,
+)
+
+
 def resize_positions(positions_LD: jax.Array, trained_grid: int, grid: int) -> jax.Array:
     """Resizes learned position embeddings to another grid, as the reference does.
 
     Args:
-      positions_LD: (1 + trained_grid**2, D), the class token's row first.
+      positions_LD: (trained_grid**2, D), or one more with the class token's row first.
       trained_grid, grid: cells along one side, before and after.
 
     Returns:
-      (1 + grid**2, D); unchanged when the grids are equal. The class token's row is kept.
+      (grid**2, D) or one more; unchanged when the grids are equal. The class token's row is kept.
     """
     if grid == trained_grid:
         return positions_LD
-    patches = positions_LD[1:].reshape(1, trained_grid, trained_grid, -1)
+    first_LD, patches = jnp.split(positions_LD, [positions_LD.shape[0] - trained_grid**2])
+    patches = patches.reshape(1, trained_grid, trained_grid, -1)
     resized = bicubic_resize(patches, grid, scale=(grid + 0.1) / trained_grid)
-    return jnp.concatenate([positions_LD[:1], resized.reshape(grid * grid, -1)])
+    return jnp.concatenate([first_LD, resized.reshape(grid * grid, -1)])
 
 
 def transformer(
@@ -80,6 +109,8 @@ def transformer(
     heads: int,
     activation: str,
     epsilon: float,
+    mlp_width: int = 0,
+    gated: bool = False,
     qv_bias: str = "full",
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
@@ -92,7 +123,8 @@ def transformer(
 
     Args:
       x_BLD: tokens.
-      depth, heads, activation, epsilon, qv_bias, dtype: see `layers.Block`.
+      depth: number of blocks.
+      heads, activation, epsilon, mlp_width, gated, qv_bias, dtype: see `layers.Block`.
       remat: recompute each block's activations in the backward pass.
       unroll: blocks per iteration of the compiled loop; the parameters do not depend on it.
 
@@ -111,6 +143,8 @@ def transformer(
         heads=heads,
         activation=activation,
         epsilon=epsilon,
+        mlp_width=mlp_width,
+        gated=gated,
         qv_bias=qv_bias,
         dtype=dtype,
         name="blocks",
@@ -118,19 +152,22 @@ def transformer(
     return x_BLD
 
 
-def _with_class_token(module: nn.Module, tokens_BLD: jax.Array, trained_grid: int, grid: int):
-    """Prepends the class token and adds positions; parameters belong to `module`."""
+def _with_positions(
+    module: nn.Module, tokens_BLD: jax.Array, trained_grid: int, grid: int, class_token: bool = True
+) -> jax.Array:
+    """Adds positions, after prepending a class token; parameters belong to `module`."""
     width = tokens_BLD.shape[-1]
     init = nn.initializers.truncated_normal(0.02)
-    class_D = module.param("class_embedding", init, (width,))
-    positions_LD = module.param("position_embedding", init, (1 + trained_grid**2, width))
-    class_B1D = jnp.broadcast_to(class_D.astype(tokens_BLD.dtype), tokens_BLD[:, :1].shape)
-    positions_LD = resize_positions(positions_LD, trained_grid, grid).astype(tokens_BLD.dtype)
-    return jnp.concatenate([class_B1D, tokens_BLD], axis=1) + positions_LD
+    if class_token:
+        class_D = module.param("class_embedding", init, (width,)).astype(tokens_BLD.dtype)
+        class_B1D = jnp.broadcast_to(class_D, tokens_BLD[:, :1].shape)
+        tokens_BLD = jnp.concatenate([class_B1D, tokens_BLD], axis=1)
+    positions_LD = module.param("position_embedding", init, (class_token + trained_grid**2, width))
+    return tokens_BLD + resize_positions(positions_LD, trained_grid, grid).astype(tokens_BLD.dtype)
 
 
 class ViT(nn.Module):
-    """CLIP's vision transformer, returning patch tokens instead of a pooled vector.
+    """The vision transformer of CLIP and SigLIP, returning patch tokens, not a pooled vector.
 
     Attributes:
       config: hyper-parameters.
@@ -148,38 +185,48 @@ class ViT(nn.Module):
         """Encodes images.
 
         Args:
-          images_BHWC: (B, H, H, 3), normalised as the weights expect; H a multiple of the patch.
-            A grid other than the trained one resizes the position embeddings.
+          images_BHWC: (B, H, H, 3), normalised as the weights expect; H the configured size or a
+            multiple of the patch. A grid other than the trained one resizes the positions.
 
         Returns:
-          Patch tokens after the final norm, row by row, (B, (H / patch)**2, width), or that times
-          the projection when the configuration has one. The class token is dropped.
+          Patch tokens, row by row, (B, (H // patch)**2, width), or that times the projection when
+          the configuration has one. The class token is dropped.
         """
         cfg = self.config
         batch, height, width, _ = images_BHWC.shape
-        if height != width or height % cfg.patch_size:
+        if height != width or (height != cfg.image_size and height % cfg.patch_size):
             raise ValueError(
                 f"images of {height} x {width} pixels: the encoder takes square images whose side "
-                f"is a multiple of {cfg.patch_size}"
+                f"is {cfg.image_size} or a multiple of {cfg.patch_size}"
             )
         grid = height // cfg.patch_size
         patch = (cfg.patch_size, cfg.patch_size)
         tokens = nn.Conv(
-            cfg.width, patch, patch, "VALID", use_bias=False, dtype=self.dtype, name="patch_embed"
+            cfg.width,
+            patch,
+            patch,
+            "VALID",
+            use_bias=cfg.patch_bias,
+            dtype=self.dtype,
+            name="patch_embed",
         )(images_BHWC).reshape(batch, grid * grid, cfg.width)
-        tokens = _with_class_token(self, tokens, cfg.grid, grid)
-        tokens = layers.layer_norm(cfg.epsilon, self.dtype, "pre_norm")(tokens)
+        tokens = _with_positions(self, tokens, cfg.grid, grid, cfg.class_token)
+        if cfg.pre_norm:
+            tokens = layers.layer_norm(cfg.epsilon, self.dtype, "pre_norm")(tokens)
         tokens = transformer(
             tokens,
             depth=cfg.depth,
             heads=cfg.heads,
             activation=cfg.activation,
             epsilon=cfg.epsilon,
+            mlp_width=cfg.mlp_width,
             dtype=self.dtype,
             remat=self.remat,
             unroll=self.unroll,
         )
-        tokens = layers.layer_norm(cfg.epsilon, self.dtype, "post_norm")(tokens[:, 1:])
+        tokens = tokens[:, int(cfg.class_token) :]
+        if cfg.post_norm:
+            tokens = layers.layer_norm(cfg.epsilon, self.dtype, "post_norm")(tokens)
         if cfg.projection:
             init = nn.initializers.normal(cfg.width**-0.5)
             tokens @= self.param("projection", init, (cfg.width, cfg.projection)).astype(self.dtype)
@@ -209,7 +256,7 @@ class SemanticDecoder(nn.Module):
         batch, grid, _, channels = codes_BHWC.shape
         tokens = codes_BHWC.reshape(batch, grid * grid, channels)
         tokens = nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(tokens)
-        tokens = _with_class_token(self, tokens, self.trained_grid, grid)
+        tokens = _with_positions(self, tokens, self.trained_grid, grid)
         tokens = transformer(
             tokens,
             depth=self.depth,

@@ -25,14 +25,12 @@ import jax.numpy as jnp
 import optax
 
 from tokenflow_jax import optim
+from tokenflow_jax.models import encoders, multiscale, quantizers
 from tokenflow_jax.models import losses as adversarial
-from tokenflow_jax.models import multiscale, quantizers
 from tokenflow_jax.models.codebook_learning import EMACodebook, revive_dead_codes
-from tokenflow_jax.models.discriminator import PatchGAN
 from tokenflow_jax.models.perceptual import LPIPS
 from tokenflow_jax.models.tokenizer import TokenFlow
 from tokenflow_jax.models.usage import Usage
-from tokenflow_jax.models.vit import ViT
 from tokenflow_jax.train.tokenizer_state import (
     CodebookConfig,
     Discriminator,
@@ -70,10 +68,10 @@ class Trainer:
     codebook: CodebookConfig
     optimizer: optax.GradientTransformation
     discriminator_optimizer: optax.GradientTransformation | None = None
-    teacher: ViT | None = None
+    teacher: nn.Module | None = None
     teacher_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     teacher_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    discriminator: PatchGAN | None = None
+    discriminator: nn.Module | None = None
     lpips: LPIPS | None = None
     trainable: PyTree | None = None
     ema_decay: float = 0.0
@@ -97,7 +95,7 @@ class Trainer:
             variables = self.discriminator.init(jax.random.fold_in(key, 1), image, train=False)
             discriminator = Discriminator(
                 params=variables["params"],
-                batch_stats=variables["batch_stats"],
+                batch_stats=variables.get("batch_stats", {}),
                 opt_state=self.discriminator_optimizer.init(variables["params"]),
             )
         codebook = None
@@ -208,8 +206,7 @@ class Trainer:
         """The frozen teacher's patch features (B, N, D) of images in [-1, 1]."""
         if self.teacher is None:
             return None
-        unit = jnp.clip((images_BHWC + 1) * 127.5, 0, 255) / 255
-        normal = (unit - jnp.array(self.teacher_mean)) / jnp.array(self.teacher_std)
+        normal = encoders.normalise(images_BHWC, self.teacher_mean, self.teacher_std)
         features = self.teacher.apply({"params": frozen["teacher"]}, normal)
         return jax.lax.stop_gradient(features.astype(jnp.float32))
 
@@ -302,7 +299,7 @@ class Trainer:
             train=True,
             mutable=["batch_stats"],
         )
-        return logits.astype(jnp.float32), updated["batch_stats"]
+        return logits.astype(jnp.float32), updated.get("batch_stats", {})
 
     def _fool(self, state, batch_stats, rec_BHWC):
         """The generator's adversarial loss: ((loss, batch_stats), gradient at rec_BHWC)."""
@@ -340,7 +337,7 @@ class Trainer:
 
         def apply(kernel):
             output = convolution.apply({"params": last | {"kernel": kernel}}, hidden_BHWC)
-            return output.astype(jnp.float32)
+            return self.model.to_image_size(output)
 
         _, pull_back = jax.vjp(apply, last["kernel"])
         pixel_norm, adversarial_norm = (

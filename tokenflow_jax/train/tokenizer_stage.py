@@ -19,9 +19,10 @@ from tokenflow_jax import api, mesh, optim
 from tokenflow_jax.convert import rules
 from tokenflow_jax.convert.lpips import find_lpips, load_lpips
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import knn, reconstruction
+from tokenflow_jax.evals import fid, hosts, knn, reconstruction, similarity
+from tokenflow_jax.evals.image_set import ImageSet
 from tokenflow_jax.models.codebook_learning import kmeans
-from tokenflow_jax.models.discriminator import PatchGAN
+from tokenflow_jax.models.discriminator import make_discriminator
 from tokenflow_jax.models.perceptual import LPIPS
 from tokenflow_jax.models.quantizers import normalize_halves
 from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
@@ -66,13 +67,21 @@ class _TokenizerStage:
         self.notes: list[str] = []
         dtype = self._dtype()
         self.model = TokenFlow(self.model_config, dtype, config.remat)
-        self.teacher = make_teacher(config.teacher, dtype)
+        self.teacher = make_teacher(config.teacher, self.model_config.semantic_encoder, dtype)
         self.frozen = self._frozen()
         self.trainer = self._trainer(dtype)
         self.train_config = self._data(config.data.split, config.data.augment, config.data.flip)
         self.eval_config = self._data(config.data.eval_split, "center", False)
         for data in (self.train_config, self.eval_config):
             pipeline.opened(data)  # a wrong path is an error at once
+        evaluation = config.eval
+        self._held_out = ImageSet(
+            self.eval_config, evaluation.batch_size, evaluation.images or None
+        )
+        self._fid_reference = None
+        if evaluation.fid_weights:
+            network = fid.Network(evaluation.fid_weights)
+            self._fid_reference = fid.Reference(network, self._held_out)
         label = config.eval.knn_label
         if label and label not in pipeline.opened(self.eval_config).source.numbers:
             self.notes.append(f"no k-NN figures: these data have no label {label!r}")
@@ -111,14 +120,12 @@ class _TokenizerStage:
             raise ValueError(
                 "losses.distillation_weight needs a teacher; set it to 0 with teacher.source='none'"
             )
-        if self.teacher is not None:
-            vit = self.teacher.module.config
-            if self.model_config.teacher_width != (width := vit.projection or vit.width):
-                raise ValueError(
-                    f"model.teacher_width {self.model_config.teacher_width} is not the teacher's "
-                    f"{width}"
-                )
-        discriminator = PatchGAN(**config.discriminator, dtype=dtype)
+        width = self.model_config.teacher_width
+        if self.teacher is not None and width != self.teacher.width:
+            raise ValueError(
+                f"model.teacher_width {width} is not the teacher's {self.teacher.width}"
+            )
+        discriminator = make_discriminator(**config.discriminator, dtype=dtype)
         return Trainer(
             model=self.model,
             losses=losses,
@@ -252,32 +259,37 @@ class _TokenizerStage:
 
     @functools.cached_property
     def _reconstruct(self):
-        """Jitted (params, uint8 images) -> (codes, pixels, semantic cosine, quantised map)."""
-
-        def reconstruct(params, images_BHWC):
-            images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
-            pyramid, decoded = self.model.apply({"params": params}, images_BHWC)
-            pixels = reconstruction.to_uint8(decoded.images_BHWC)
-            return pyramid.codes_BL, pixels, pyramid.quantized_BHWC
-
-        return jax.jit(reconstruct)
+        """Compiled (params, uint8 images) -> (codes, pixels, quantised map)."""
+        return reconstruction.reconstructor(self.model)
 
     def _weights(self, state: TrainState) -> PyTree:
-        return state.params if state.ema is None else state.ema
+        return hosts.to_local_devices(state.params if state.ema is None else state.ema)
 
     def _eval_batches(self, data: pipeline.DataConfig, limit: int | None = None):
         return pipeline.eval_batches(data, batch_size=self.config.eval.batch_size, limit=limit)
 
+    @functools.cached_property
+    def _measures(self) -> Mapping[str, reconstruction.Measure]:
+        """PSNR, SSIM and, with its weights, LPIPS."""
+        measures = {name: reconstruction.MEASURES[name] for name in ("psnr", "ssim")}
+        if "lpips" in self.frozen:
+            measures["lpips"] = reconstruction.lpips_measure(self.frozen["lpips"])
+        return measures
+
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out PSNR and codes in use; at the end also what the two halves know of labels."""
-        params = self._weights(state)
-        limit = self.config.eval.images or None
+        """Held-out figures; at the end also what the two halves know of labels."""
+        params, config = self._weights(state), self.config.eval
         figures = reconstruction.evaluate(
             lambda images: self._reconstruct(params, images)[:2],
-            self._eval_batches(self.eval_config, limit),
+            self._held_out,
             self.model_config.codebook_size,
+            self.model_config.pyramid,
+            measures=self._measures,
+            reference=self._fid_reference,
         )
-        label, at_end = self.config.eval.knn_label, int(state.step) == self.config.total_steps
+        shown = (*self._measures, "rfid", "codes_used", "images")
+        figures = {name: figures[name] for name in shown if name in figures}
+        label, at_end = config.knn_label, int(state.step) == self.config.total_steps
         if at_end and label in pipeline.opened(self.eval_config).source.numbers:
             figures |= self._knn(params, label)
         return figures
@@ -322,7 +334,7 @@ class _TokenizerStage:
 
         def decode(params, maps_BHWC):
             images, _ = self.model.apply({"params": params}, maps_BHWC, method="decode_pixels")
-            return reconstruction.to_uint8(images)
+            return similarity.to_uint8(images)
 
         return jax.jit(decode)
 
