@@ -1,23 +1,63 @@
-"""The device mesh and the few shardings that every stage uses.
+"""The device mesh, and the one table that says how everything lies on it.
 
-The mesh always has the three axes `data`, `fsdp` and `tensor`, in this order, so that a sharding
-written for a pod also works on a laptop. A batch is split over `data` and `fsdp` together.
+The mesh always has the four axes `slice`, `data`, `fsdp` and `tensor`, in this order, so that a
+sharding written for a pod also works on a laptop:
+
+    slice    slices of a multi-slice job; only gradients cross the slow network between them
+    data     copies of the model; a batch is split over slice, data and fsdp together
+    fsdp     parameters, their average and the optimiser's state are split; gathered where used
+    tensor   hidden layers and the rows of the codebooks are split
+
+Models name the axes of their activations (`placement.on_batch`), `PARAMETER_AXES` names those
+of parameters, and `logical_axes` says which mesh axes a name stands for.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+PyTree = Any
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
+
+# End of a parameter's path -> logical axes of its last dimensions (a scanned module's layers come
+# before them and stay whole). Optimiser state and averages end in their parameter's path. What no
+# line matches is split over fsdp along its largest dimension that divides.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("(semantic|pixel)_codebook", ("codes", None)),
+    ("codebook/sum_KC", ("codes", None)),
+    ("codebook/count_K", ("codes",)),
+    ("mlp/(fc1|gate|value)/kernel", ("embed", "mlp")),
+    ("mlp/(fc1|gate|value)/bias", ("mlp",)),
+    ("mlp/(fc2|out)/kernel", ("mlp", "embed")),
+)
+# Smaller arrays stay whole: gathering one costs more than a copy on every device.
+LEAST_SPLIT = 2**12
+
+
+def logical_axes(mesh: jax.sharding.Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The table: which mesh axes a logical axis is split over, for `nn.logical_axis_rules`."""
+    return (
+        ("batch", BATCH_AXES),
+        ("embed", ("fsdp",)),
+        ("mlp", ("tensor",)),
+        ("codes", ("tensor",) if mesh.shape["tensor"] > 1 else ("fsdp",)),
+    )
 
 
 def make_mesh(
     sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Arranges the devices in a (data, fsdp, tensor) mesh.
+    """Arranges the devices in a (slice, data, fsdp, tensor) mesh.
 
     Args:
       sizes: axis name -> number of devices along it; one size may be -1, "all that remain".
@@ -28,9 +68,9 @@ def make_mesh(
       A Mesh with Auto axis types (with Explicit ones, Linen's Dense and Conv gradients fail).
 
     Raises:
-      ValueError: an unknown axis, a size that is not a positive integer or -1, more than one -1,
-        sizes that do not multiply to the number of devices, or a sharded-parameter axis (`fsdp`,
-        `tensor`) other than 1. Everything that is wrong with the sizes is reported at once.
+      ValueError: an unknown axis, a size that is not a positive integer or -1, more than one -1, or
+        sizes that do not multiply to the number of devices. Everything that is wrong with the sizes
+        is reported at once.
     """
     sizes = dict(sizes or {})
     devices = list(jax.devices() if devices is None else devices)
@@ -43,11 +83,6 @@ def make_mesh(
         size = sizes.setdefault(axis, 1 if axis != "data" or -1 in sizes.values() else -1)
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
             problems.append(f"mesh.{axis}={size!r} must be a positive integer, or -1 for the rest")
-        elif axis != "data" and size != 1:
-            problems.append(
-                f"mesh.{axis}={size} is not available yet: it comes with sharded training; use "
-                f"mesh.data=-1 mesh.fsdp=1 mesh.tensor=1"
-            )
     if list(sizes.values()).count(-1) > 1:
         problems.append("more than one mesh size is -1; only one can be inferred")
     if problems:
@@ -61,15 +96,107 @@ def make_mesh(
             f"mesh {wanted} does not fill the {len(devices)} devices exactly; choose sizes whose "
             f"product is {len(devices)}, or give one of them as -1"
         )
-    axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if devices == jax.devices():  # lets JAX order the devices by their physical neighbourhood
-        return jax.make_mesh(shape, AXES, axis_types=axis_types)
-    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=axis_types)
+    return jax.sharding.Mesh(
+        _arrange(devices, shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    )
+
+
+def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Orders devices so that the inner axes are physical neighbours."""
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        if shape[0] % len(slices):
+            raise ValueError(
+                f"mesh.slice={shape[0]}, but the devices are in {len(slices)} slices; set "
+                f"--config.mesh.slice={len(slices)}"
+            )
+        inner = (shape[0] // len(slices), *shape[1:])
+        return mesh_utils.create_hybrid_device_mesh(inner, (len(slices), 1, 1, 1), devices)
+    if getattr(devices[0], "platform", "") == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
+
+
+@contextlib.contextmanager
+def use(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Makes the names of activations mean this mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_axes(mesh)):
+        yield
+
+
+def bind(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """A function that is always called (and traced) with the mesh in use."""
+
+    @functools.wraps(function)
+    def bound(*args, **kwargs):
+        with use(mesh):
+            return function(*args, **kwargs)
+
+    return bound
+
+
+def partition(path: str, shape: Sequence[int], mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """How a parameter, or what belongs to one, is split.
+
+    Args:
+      path: joined by "/".
+      shape: of the array.
+      mesh: of `make_mesh`.
+
+    Returns:
+      A PartitionSpec; axes of size one and dimensions that do not divide are left out.
+    """
+    table = dict(logical_axes(mesh))
+
+    def mesh_axes(name: str | None, size: int) -> tuple[str, ...]:
+        axes = tuple(a for a in table.get(name, ()) if mesh.shape[a] > 1)
+        return axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else ()
+
+    for pattern, names in PARAMETER_AXES:
+        if len(shape) >= len(names) and re.search(f"(^|/){pattern}$", path):
+            spec = [()] * (len(shape) - len(names))
+            spec += [mesh_axes(n, s) for n, s in zip(names, shape[len(spec) :], strict=True)]
+            return PartitionSpec(*(axes or None for axes in spec))
+    fsdp = mesh.shape["fsdp"]
+    fitting = [i for i, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or not fitting or math.prod(shape) < LEAST_SPLIT:
+        return PartitionSpec()
+    largest = max(fitting, key=lambda i: shape[i])
+    return PartitionSpec(*(("fsdp",) if i == largest else None for i in range(len(shape))))
+
+
+def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """The sharding of every array of a state or of parameters (anything with `shape`)."""
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+class Whole(NamedTuple):
+    """An array that every device keeps whole: its path and size."""
+
+    path: str
+    nbytes: int
+
+
+def stayed_whole(tree: PyTree, mesh: jax.sharding.Mesh) -> list[Whole]:
+    """Arrays that a mesh with `fsdp` or `tensor` does not split, largest first."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return []
+    whole = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not any(partition(name, leaf.shape, mesh)):
+            whole.append(Whole(name, math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize))
+    return sorted(whole, key=lambda w: -w.nbytes)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Splits the leading (batch) axis of an array over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Splits the leading (batch) axis of an array over `slice`, `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -84,9 +211,9 @@ def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
       batch_size: images per optimiser step, over all processes.
       mesh: the mesh of make_mesh.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
-            f"batch_size={batch_size} cannot be split over {parts} devices (data x fsdp); "
+            f"batch_size={batch_size} cannot be split over {parts} devices (slice x data x fsdp); "
             f"use a positive multiple of {parts}"
         )

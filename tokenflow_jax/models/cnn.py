@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.models.placement import on_batch
+
 
 def _norm(groups: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
     return nn.GroupNorm(
@@ -34,7 +36,7 @@ class ResBlock(nn.Module):
         h = _conv(self.features, self.dtype, "conv2")(h)
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x_BHWC)
-        return x_BHWC + h
+        return on_batch(x_BHWC + h)
 
 
 class SpatialAttention(nn.Module):
@@ -50,12 +52,10 @@ class SpatialAttention(nn.Module):
         h = h.reshape(batch, height * width, 1, channels)
         q, k, v = (nn.Dense(channels, dtype=self.dtype, name=name)(h) for name in "qkv")
         out = jax.nn.dot_product_attention(q, k, v).reshape(x_BHWC.shape)
-        return x_BHWC + nn.Dense(channels, dtype=self.dtype, name="out")(out)
+        return on_batch(x_BHWC + nn.Dense(channels, dtype=self.dtype, name="out")(out))
 
 
-def _middle(
-    x_BHWC: jax.Array, groups: int, dtype: jnp.dtype, block: type[nn.Module]
-) -> jax.Array:
+def _middle(x_BHWC: jax.Array, groups: int, dtype: jnp.dtype, block: type[nn.Module]) -> jax.Array:
     """Residual block, attention, residual block at the coarsest resolution."""
     channels = x_BHWC.shape[-1]
     x_BHWC = block(channels, groups, dtype, name="mid_block_0")(x_BHWC)
@@ -106,6 +106,7 @@ class PixelEncoder(nn.Module):
                     dtype=self.dtype,
                     name=f"level_{i}_down",
                 )(h)
+                h = on_batch(h)
         h = _middle(h, self.groups, self.dtype, block)
         return _conv(self.features, self.dtype, "conv_out")(
             nn.swish(_norm(self.groups, self.dtype, "norm_out")(h))
@@ -149,6 +150,6 @@ class PixelDecoder(nn.Module):
                     h = SpatialAttention(self.groups, self.dtype, name=f"level_{i}_attn_{j}")(h)
             if i != len(self.multipliers) - 1:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
-                h = _conv(h.shape[-1], self.dtype, f"level_{i}_up")(h)
+                h = on_batch(_conv(h.shape[-1], self.dtype, f"level_{i}_up")(h))
         h = nn.swish(_norm(self.groups, self.dtype, "norm_out")(h))
-        return _conv(3, self.dtype, "conv_out")(h), h
+        return on_batch(_conv(3, self.dtype, "conv_out")(h)), on_batch(h)

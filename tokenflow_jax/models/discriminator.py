@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.models.placement import on_batch
+
 
 def _scale_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32):
     return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
@@ -106,7 +108,7 @@ class PatchGAN(nn.Module):
         return self._conv(x, 1, 1, True, "conv_out").astype(jnp.float32)
 
     def _conv(self, x: jax.Array, features: int, stride: int, bias: bool, name: str) -> jax.Array:
-        return nn.Conv(
+        conv = nn.Conv(
             features,
             (4, 4),
             strides=stride,
@@ -117,7 +119,8 @@ class PatchGAN(nn.Module):
             # The reference resets the kernels only.
             bias_init=_torch_init(16 * x.shape[-1]),
             name=name,
-        )(x)
+        )
+        return on_batch(conv(x))
 
 
 def blur(x_BHWC: jax.Array) -> jax.Array:
@@ -174,7 +177,7 @@ class StyleGAN(nn.Module):
             x = act(self._conv(x, self._channels(side), 3, 1, f"block_{i}_conv1"))
             x = act(self._conv(x, self._channels(side), 3, 1, f"block_{i}_conv2"))
             x = self._conv(blur(x), self._channels(side), 3, 2, f"block_{i}_down")
-            x = (x + shortcut) * 2**-0.5
+            x = on_batch((x + shortcut) * 2**-0.5)
             i += 1
         x = act(self._conv(x, self._channels(4), 3, 1, "conv_out"))
         x = x.transpose(0, 3, 1, 2).reshape(batch, -1)  # the order of PyTorch's weights

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.models.placement import on_batch
+
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
@@ -94,7 +96,7 @@ class MLP(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         features = x_BLD.shape[-1]
         hidden = nn.Dense(self.width or 4 * features, dtype=self.dtype, name="fc1")(x_BLD)
-        hidden = ACTIVATIONS[self.activation](hidden)
+        hidden = on_batch(ACTIVATIONS[self.activation](hidden), "mlp")
         return nn.Dense(features, dtype=self.dtype, name="fc2")(hidden)
 
 
@@ -120,7 +122,7 @@ class GatedMLP(nn.Module):
             nn.Dense(self.width or 2 * features, dtype=self.dtype, name=name)(x_BLD)
             for name in ("gate", "value")
         )
-        hidden = ACTIVATIONS[self.activation](gate) * value
+        hidden = on_batch(ACTIVATIONS[self.activation](gate) * value, "mlp")
         return nn.Dense(features, dtype=self.dtype, name="out")(hidden)
 
 
@@ -146,8 +148,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
         attention = Attention(self.heads, self.qv_bias, self.dtype, name="attention")
-        x_BLD = x_BLD + attention(layer_norm(self.epsilon, self.dtype, "norm1")(x_BLD))
+        x_BLD = on_batch(x_BLD + attention(layer_norm(self.epsilon, self.dtype, "norm1")(x_BLD)))
         mlp = (GatedMLP if self.gated else MLP)(
             self.mlp_width, self.activation, self.dtype, name="mlp"
         )
-        return x_BLD + mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x_BLD)), None
+        return on_batch(x_BLD + mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x_BLD))), None

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.models import quantizers
+from tokenflow_jax.models import placement, quantizers
 from tokenflow_jax.models.quantizers import Codebooks
 from tokenflow_jax.models.resize import area_resize, bicubic_resize
 
@@ -124,7 +124,8 @@ def residual_quantize(
         code_N = quantizers.nearest_codes(
             z_BhwC.reshape(-1, channels), table_KC, semantic_channels, pixel_weight
         )
-        chosen_BhwC = quantizers.straight_through(z_BhwC, table_KC[code_N].reshape(z_BhwC.shape))
+        chosen_BhwC = placement.take_rows(table_KC, code_N).reshape(z_BhwC.shape)
+        chosen_BhwC = quantizers.straight_through(z_BhwC, chosen_BhwC)
         up_BHWC = bicubic_resize(chosen_BhwC, grid)
         if keep_S is not None:
             up_BHWC *= keep_S[s]

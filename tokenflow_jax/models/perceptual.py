@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.models.placement import on_batch
+
 # Convolutions per stage of VGG16: (channels, how many). A stage ends where LPIPS looks at it, and a
 # 2 x 2 max pool stands between two stages.
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -77,7 +79,7 @@ class LPIPS(nn.Module):
         for stage, (_, count) in enumerate(STAGES):
             x = _max_pool(x) if stage else x
             for _ in range(count):
-                x = nn.relu(getattr(self, f"conv_{i}")(x))
+                x = on_batch(nn.relu(getattr(self, f"conv_{i}")(x)))
                 i += 1
             outputs.append(x)
         return outputs

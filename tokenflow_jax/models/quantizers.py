@@ -23,6 +23,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.models import placement
+from tokenflow_jax.models.placement import Split
+
 _CHUNK_ELEMENTS = 2**24  # scores alive at once: 64 MiB of float32
 _MAX_CHUNK = 4096
 _ENTROPY_TEMPERATURE = 0.01
@@ -55,7 +58,8 @@ class Codebooks(NamedTuple):
 
         Only the selected rows are normalised, so the gradient is one scatter into the codebooks.
         """
-        halves = (l2_normalize(half[codes].astype(jnp.float32)) for half in self)
+        rows = (placement.take_rows(half, codes) for half in self)
+        halves = (l2_normalize(row.astype(jnp.float32)) for row in rows)
         return jnp.concatenate(list(halves), axis=-1)
 
 
@@ -117,6 +121,22 @@ def nearest_codes(
     codes_KC = jax.lax.stop_gradient(codes_KC)
     size = codes_KC.shape[0]
 
+    def nearest(split: Split, codes_kC: jax.Array, z_nC: jax.Array) -> jax.Array:
+        score_N, code_N = _best_of(z_nC, codes_kC)
+        if not split.codes:
+            return code_N
+        code_N += split.first_row(codes_kC.shape[0])
+        best_N = jax.lax.pmax(score_N, split.codes)
+        # Of equal scores on several devices the lowest index counts, as on one.
+        return jax.lax.pmin(jnp.where(score_N == best_N, code_N, size), split.codes)
+
+    return placement.over_codes(nearest, z_NC.shape[0], size)(codes_KC, z_NC)
+
+
+def _best_of(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest score (N,) and the first code (N,) that has it, chunk by chunk."""
+    size = codes_KC.shape[0]
+
     def visit(best, chunk):
         best_score_N, best_code_N = best
         chunk_RC, start = chunk
@@ -129,8 +149,8 @@ def nearest_codes(
 
     tokens = z_NC.shape[0]
     start = (jnp.full(tokens, -jnp.inf, jnp.float32), jnp.zeros(tokens, jnp.int32))
-    (_, codes_N), _ = jax.lax.scan(visit, start, _chunks(codes_KC, tokens))
-    return codes_N
+    best, _ = jax.lax.scan(visit, start, _chunks(codes_KC, tokens))
+    return best
 
 
 def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
@@ -179,10 +199,18 @@ def entropy_loss(
     Returns:
       A scalar.
     """
-    size = codes_KC.shape[0]
     # Adding a constant to the logits changes nothing, so -d is replaced by twice the inner product.
     scaled_NC = _weigh(z_NC, semantic_channels, pixel_weight) * (2 / _ENTROPY_TEMPERATURE)
-    chunks = _chunks(codes_KC, z_NC.shape[0])
+    run = placement.over_codes(_entropy, z_NC.shape[0], codes_KC.shape[0])
+    return run(codes_KC, scaled_NC, weights_N)
+
+
+def _entropy(
+    split: Split, codes_KC: jax.Array, scaled_NC: jax.Array, weights_N: jax.Array
+) -> jax.Array:
+    """The entropy loss of these rows and tokens, summed over those of all devices."""
+    size = codes_KC.shape[0]
+    chunks = _chunks(codes_KC, scaled_NC.shape[0])
 
     @jax.checkpoint
     def accumulate(carry, chunk):
@@ -196,9 +224,14 @@ def entropy_loss(
         weighted_N = weighted_N * shrink_N + (p_NR * finite_NR).sum(-1)
         return (new_top_N, total_N, weighted_N), None
 
-    zeros_N = jnp.zeros(z_NC.shape[0], jnp.float32)
+    zeros_N = jnp.zeros(scaled_NC.shape[0], jnp.float32)
     start = (zeros_N - 1e30, zeros_N, zeros_N)
     (top_N, total_N, weighted_N), _ = jax.lax.scan(accumulate, start, chunks)
+    if split.codes:
+        all_top_N = jax.lax.pmax(jax.lax.stop_gradient(top_N), split.codes)
+        shrink_N = jnp.exp(jax.lax.stop_gradient(top_N) - all_top_N)
+        total_N, weighted_N = jax.lax.psum((total_N * shrink_N, weighted_N * shrink_N), split.codes)
+        top_N = all_top_N
     log_total_N = top_N + jnp.log(total_N)
     entropy_of_tokens = jnp.sum(weights_N * (log_total_N - weighted_N / total_N))
 
@@ -206,9 +239,14 @@ def entropy_loss(
     def entropy_of_mean(carry, chunk):
         logits_NR = _scores(scaled_NC, *chunk, size)
         p_R = jnp.einsum("n,nr->r", weights_N, jnp.exp(logits_NR - log_total_N[:, None]))
+        p_R = jax.lax.psum(p_R, split.tokens) if split.tokens else p_R
         return carry - jnp.sum(p_R * jnp.log(p_R + _ENTROPY_EPSILON)), None
 
     mean_entropy, _ = jax.lax.scan(entropy_of_mean, jnp.float32(0), chunks)
+    if split.codes:
+        mean_entropy = jax.lax.psum(mean_entropy, split.codes)
+    if split.tokens:
+        entropy_of_tokens = jax.lax.psum(entropy_of_tokens, split.tokens)
     return entropy_of_tokens - mean_entropy
 
 

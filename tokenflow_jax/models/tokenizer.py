@@ -19,6 +19,7 @@ from tokenflow_jax.models import multiscale, quantizers
 from tokenflow_jax.models.cnn import PixelDecoder, PixelEncoder
 from tokenflow_jax.models.encoders import EncoderConfig, encoder_kind, normalise
 from tokenflow_jax.models.multiscale import Pyramid, Scales
+from tokenflow_jax.models.placement import on_batch
 from tokenflow_jax.models.quantizers import Codebooks
 from tokenflow_jax.models.resize import bicubic_resize
 from tokenflow_jax.models.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
@@ -263,7 +264,8 @@ class TokenFlow(nn.Module):
         semantic_BNC = self.semantic_in_2(jnp.tanh(self.semantic_in_1(tokens_BND)))
         pixel_BHWC = self.pixel_in(self.pixel_encoder(images_BHWC))
         semantic_BHWC = semantic_BNC.reshape(*pixel_BHWC.shape[:3], cfg.semantic_channels)
-        return jnp.concatenate([semantic_BHWC, pixel_BHWC], axis=-1).astype(jnp.float32)
+        features_BHWC = jnp.concatenate([semantic_BHWC, pixel_BHWC], axis=-1)
+        return on_batch(features_BHWC.astype(jnp.float32))
 
     def quantize(self, features_BHWC: jax.Array, keep_S: jax.Array | None = None) -> Pyramid:
         """Features to a pyramid of codes; see `multiscale.residual_quantize`."""

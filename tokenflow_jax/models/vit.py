@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.models import layers
+from tokenflow_jax.models.placement import on_batch
 from tokenflow_jax.models.resize import bicubic_resize
 
 
@@ -139,6 +140,7 @@ def transformer(
         length=depth,
         unroll=unroll,
     )
+    x_BLD = on_batch(x_BLD)
     x_BLD, _ = scanned(
         heads=heads,
         activation=activation,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.models import layers
+from tokenflow_jax.models.placement import on_batch
 from tokenflow_jax.models.vit import transformer
 
 _EPSILON = 1e-6
@@ -115,7 +116,7 @@ class Bottleneck(nn.Module):
         h = layers.layer_norm(_EPSILON, self.dtype, "norm")(x_BHWC)
         h = layers.exact_gelu(nn.Dense(hidden, dtype=self.dtype, name="widen")(h))
         h = layers.exact_gelu(_conv(hidden, self.stride, self.dtype, "depthwise", hidden)(h))
-        return shortcut + nn.Dense(self.features, dtype=self.dtype, name="narrow")(h)
+        return on_batch(shortcut + nn.Dense(self.features, dtype=self.dtype, name="narrow")(h))
 
 
 class ViTamin(nn.Module):

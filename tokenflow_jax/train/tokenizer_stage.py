@@ -62,7 +62,6 @@ class _TokenizerStage:
     def __init__(self, config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh):
         self.config = config
         self.mesh = device_mesh
-        self.replicated = mesh.replicated(device_mesh)
         self.model_config = TokenizerConfig(**config.model.to_dict())
         self.notes: list[str] = []
         dtype = self._dtype()
@@ -111,7 +110,7 @@ class _TokenizerStage:
             else:
                 frozen["lpips"] = load_lpips(path)
                 self.notes.append("perceptual loss: LPIPS weights loaded")
-        return jax.device_put(frozen, self.replicated)
+        return jax.device_put(frozen, mesh.shardings(frozen, self.mesh))
 
     def _trainer(self, dtype: jnp.dtype) -> Trainer:
         config = self.config
@@ -149,6 +148,11 @@ class _TokenizerStage:
         return jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
 
     @functools.cached_property
+    def _state_shardings(self) -> TrainState:
+        state = jax.eval_shape(self.trainer.init, jax.random.key(0))
+        return mesh.shardings(state, self.mesh)
+
+    @functools.cached_property
     def _trainable(self) -> PyTree | None:
         patterns = tuple(self.config.trainable)
         return optim.matching(self._shapes, patterns) if patterns else None
@@ -168,17 +172,18 @@ class _TokenizerStage:
         """Returns the assembled stage."""
         config = self.config
         batch_sharding = mesh.batch_sharding(self.mesh)
+        state = self._state_shardings
         step = jax.jit(
             self.trainer.step,
             donate_argnums=0,
-            in_shardings=(self.replicated, self.replicated, batch_sharding),
-            out_shardings=self.replicated,
+            in_shardings=(state, mesh.shardings(self.frozen, self.mesh), batch_sharding),
+            out_shardings=(state, mesh.replicated(self.mesh)),
         )
         return Stage(
             name="tokenizer",
             init=self.init,
             warm_start=self.warm_start if config.init_from else None,
-            step=step,
+            step=mesh.bind(self.mesh, step),
             frozen=self.frozen,
             train_data=self.train_data,
             batch_sharding=batch_sharding,
@@ -204,7 +209,7 @@ class _TokenizerStage:
     def init(self) -> TrainState:
         """The state from scratch: random weights, the encoder from its teacher, codebooks."""
         config = self.config
-        init = jax.jit(self.trainer.init, out_shardings=self.replicated)
+        init = jax.jit(self.trainer.init, out_shardings=self._state_shardings)
         state = init(jax.random.key(config.seed))
         if config.teacher.init_encoder and self.teacher is not None:
             encoder = {k: v for k, v in self.frozen["teacher"].items() if k != "projection"}
@@ -216,7 +221,8 @@ class _TokenizerStage:
     def _with_params(self, state: TrainState, params: PyTree) -> TrainState:
         """Replaces the weights, and their moving average, by copies of others."""
         _check_fit(self._shapes, params)
-        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=self.replicated)
+        place = mesh.shardings(self._shapes, self.mesh)
+        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=place)
         ema = copy(params) if state.ema is not None else None
         return state.replace(params=copy(params), ema=ema)
 

@@ -1,0 +1,127 @@
+"""Where activations lie, and codebooks whose rows are split over devices.
+
+Where the mesh in use (`mesh.use`) gives the logical axis "codes" more than one device, each of them
+works on its own rows, and what crosses the network is as small as the tokens: no codebook is ever
+gathered. Without a mesh everything here is the plain computation.
+
+Shapes as in `quantizers`: N tokens, K codes, C channels.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+class Split(NamedTuple):
+    """Mesh axes that the tokens and the rows of the codebooks are split over; () is not at all."""
+
+    tokens: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+
+    def first_row(self, rows: int) -> jax.Array | int:
+        """Number of this device's first row, each having `rows` of them."""
+        return rows * jax.lax.axis_index(self.codes) if self.codes else 0
+
+
+def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
+    """Says that an activation's leading axis is the batch, and how its last axes are called.
+
+    Without such words between the layers, XLA may well split the work by a parameter's axes and
+    hold the whole batch on every device. Does nothing where no mesh is in use.
+
+    Args:
+      x: (B, ...).
+      *others: logical names of the last axes.
+    """
+    names = ("batch", *(None,) * (x.ndim - 1 - len(others)), *others)
+    return nn.with_logical_constraint(x, names)
+
+
+def over_codes(function: Callable, tokens: int, size: int) -> Callable:
+    """Runs a function of tokens and codes where the rows of the codebook are.
+
+    Args:
+      function: (split, codes (k, ...), *per-token arrays) -> outputs, with this device's rows and
+        tokens; reduces over `split.codes` itself. Outputs of one dimension or more are per token;
+        scalars are to be reduced over `split.tokens` too.
+      tokens: N, the length of the per-token arrays.
+      size: K.
+
+    Returns:
+      A function of (codes, *per-token arrays), whole ones.
+
+    Raises:
+      ValueError: K rows cannot be split evenly.
+    """
+    split = _split(tokens, size)
+    if not split.codes:
+        return lambda *arrays: function(Split(), *arrays)
+
+    def call(codes: jax.Array, *per_token: jax.Array):
+        n, k = (PartitionSpec(axes or None) for axes in split)
+        local = jax.eval_shape(lambda *arrays: function(Split(), *arrays), codes, *per_token)
+        out = jax.tree.map(lambda x: n if x.ndim else PartitionSpec(), local)
+        mapped = jax.shard_map(
+            lambda *arrays: function(split, *arrays),
+            in_specs=(k, *(n for _ in per_token)),
+            out_specs=out,
+            check_vma=False,
+        )
+        return mapped(codes, *per_token)
+
+    return call
+
+
+def _split(tokens: int, size: int) -> Split:
+    """What the mesh in use makes of the logical axes "batch" and "codes"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return Split()
+    codes = _axes("codes", mesh)
+    if not codes:
+        return Split()
+    shards = _count(codes, mesh)
+    if size % shards:
+        raise ValueError(
+            f"a codebook of {size} codes cannot be split over {shards} devices ({' x '.join(codes)}"
+            "); choose a codebook_size or mesh axes that divide"
+        )
+    # Tokens that the code axes share out are gathered over them: each device has other rows.
+    batch = tuple(axis for axis in _axes("batch", mesh) if axis not in codes)
+    return Split(batch if tokens % _count(batch, mesh) == 0 else (), codes)
+
+
+def _axes(name: str, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    rules = dict(nn.get_logical_axis_rules())
+    return tuple(axis for axis in rules.get(name, ()) if mesh.shape[axis] > 1)
+
+
+def _count(axes: tuple[str, ...], mesh: jax.sharding.AbstractMesh) -> int:
+    count = 1
+    for axis in axes:
+        count *= mesh.shape[axis]
+    return count
+
+
+def take_rows(table_KC: jax.Array, codes: jax.Array) -> jax.Array:
+    """Rows of a table for int codes of any shape: (..., C).
+
+    The gradient is a scatter into the rows of the device that owns them.
+    """
+
+    def take(split: Split, table_kC: jax.Array, codes_N: jax.Array) -> jax.Array:
+        if not split.codes:
+            return table_kC[codes_N]
+        rows = table_kC.shape[0]
+        local_N = codes_N - split.first_row(rows)
+        mine_N1 = ((local_N >= 0) & (local_N < rows))[:, None]
+        rows_NC = jnp.where(mine_N1, table_kC[jnp.clip(local_N, 0, rows - 1)], 0)
+        return jax.lax.psum(rows_NC, split.codes)
+
+    flat_N = codes.reshape(-1)
+    rows_NC = over_codes(take, flat_N.shape[0], table_KC.shape[0])(table_KC, flat_N)
+    return rows_NC.reshape(*codes.shape, -1)
