@@ -175,6 +175,15 @@ def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def placed(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """The shapes and dtypes of a tree, each with its sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
 class Whole(NamedTuple):
     """An array that every device keeps whole: its path and size."""
 

