@@ -10,9 +10,8 @@ from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
 
 import tokenflow_jax as tfx
-from tokenflow_jax import api
 from tokenflow_jax.convert.torch_files import write_safetensors
-from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.models.tokenizer import TokenFlow
 
 # Variant, image size, strides of the stored arrays, tolerance of pixels.
 CASES = {
@@ -125,8 +124,3 @@ def test_loading_says_what_is_wrong(tmp_path):
         tfx.Tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="float16"):
         tfx.Tokenizer.load(path, variant="b", dtype="float16")
-
-
-def test_the_template_computes_nothing():
-    shapes = api._template(TokenizerConfig())
-    assert shapes["semantic_codebook"].shape == (32768, 32)

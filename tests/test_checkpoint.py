@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from tokenflow_jax import checkpoint
+from tokenflow_jax.convert import orbax_files
 
 
 @flax.struct.dataclass
@@ -201,7 +202,7 @@ def test_a_full_disk_is_explained_and_leaves_the_earlier_checkpoint(tmp_path):
 def test_weights_alone_can_be_read_from_any_level(tmp_path, below):
     state = make_state()
     save(tmp_path, state).close()
-    config, loaded = checkpoint.load_for_inference(tmp_path / below)
+    config, loaded = orbax_files.load_for_inference(tmp_path / below)
     assert config == CONFIG
     assert loaded["step"] == 7
     assert set(loaded) == {"params", "ema", "step"}
@@ -213,17 +214,17 @@ def test_weights_without_ema_and_by_step(tmp_path):
     checkpoints = save(tmp_path, make_state(ema=False), step=3)
     checkpoints.save(4, make_state(ema=False), Position(), CONFIG)
     checkpoints.close()
-    _, loaded = checkpoint.load_for_inference(tmp_path, step=3)
+    _, loaded = orbax_files.load_for_inference(tmp_path, step=3)
     assert set(loaded) == {"params", "step"} and loaded["step"] == 3
     with pytest.raises(checkpoint.CheckpointError, match=r"has the steps \[3, 4\] \(step 5"):
-        checkpoint.load_for_inference(tmp_path, step=5)
+        orbax_files.load_for_inference(tmp_path, step=5)
 
 
 def test_a_place_without_checkpoints_is_named(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
-        checkpoint.load_for_inference(tmp_path)
+        orbax_files.load_for_inference(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
-        checkpoint.load_for_inference(tmp_path / "absent")
+        orbax_files.load_for_inference(tmp_path / "absent")
 
 
 def test_config_becomes_plain_and_differences_are_found():

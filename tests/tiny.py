@@ -1,6 +1,7 @@
 """The smallest tokenizers that have every part; tests vary them with dataclasses.replace."""
 
 import dataclasses
+import math
 
 from tokenflow_jax.models.tokenizer import TokenizerConfig
 from tokenflow_jax.models.vit import SIGLIP_SO400M, ViTConfig
@@ -53,3 +54,26 @@ TINY_XL = dataclasses.replace(
 
 # By the kind of semantic encoder.
 KINDS = {"clip": TINY, "vitamin": TINY_L, "siglip": TINY_XL}
+
+
+def narrow(config: TokenizerConfig, shrink: int) -> TokenizerConfig:
+    """A model whose every wide axis is `shrink` times narrower; depths and sizes stay.
+
+    There are fewer heads where the width would not divide.
+    """
+    vit = {
+        name: getattr(config.vit, name) // shrink
+        for name in ("width", "mlp_width", "stem_width")
+        if getattr(config.vit, name, 0)
+    }
+    if isinstance(config.vit, ViTaminConfig):
+        vit["stage_widths"] = tuple(width // shrink for width in config.vit.stage_widths)
+    width = vit["width"]
+    vit["heads"] = math.gcd(config.vit.heads, width)
+    names = ("codebook_size", "teacher_width", "channels", "latent_channels", "norm_groups")
+    return dataclasses.replace(
+        config,
+        vit=dataclasses.replace(config.vit, **vit),
+        semantic_decoder_heads=math.gcd(config.semantic_decoder_heads, width),
+        **{name: getattr(config, name) // shrink for name in (*names, "decoder_channels")},
+    )

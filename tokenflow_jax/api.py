@@ -10,12 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.convert import orbax_files, rules
-from tokenflow_jax.convert.tokenizer import tokenizer_table
-from tokenflow_jax.convert.torch_files import open_state_dict
+from tokenflow_jax.convert import conversion
+from tokenflow_jax.convert.rules import unflatten
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
-
-_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".index.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +62,13 @@ class Tokenizer:
         path = os.fspath(path)
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
-        if _is_torch(path):
+        if variant is not None or conversion.is_torch(path):
             config = _variant(path, variant)
-            table_state = open_state_dict(path, key="ema" if ema and _has_ema(path) else None)
-            params = rules.to_flax(table_state, tokenizer_table(config), _template(config))
         else:
-            saved, state = orbax_files.load_for_inference(path, step)
-            config = TokenizerConfig(**saved["model"])
-            if variant is not None and VARIANTS.get(variant) != config:
-                raise ValueError(f"{path} does not hold variant {variant!r}, but {config}")
-            params = state["ema"] if ema and "ema" in state else state["params"]
-        return cls(config, jax.tree.map(jnp.asarray, params), dtype)
+            config = None
+        source = conversion.open_source(path, config, weights=None if ema else "raw", step=step)
+        params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
+        return cls(source.config, unflatten(params), dtype)
 
     @functools.cached_property
     def _model(self) -> TokenFlow:
@@ -191,22 +184,6 @@ class Tokenizer:
         return codes_BL.astype(np.int32)
 
 
-def _is_torch(path: str) -> bool:
-    """Whether the path is a PyTorch checkpoint: a file, or a folder that holds one."""
-    if os.path.isdir(path):
-        return any(name.endswith(_TORCH_ENDINGS) for name in os.listdir(path))
-    return path.endswith(_TORCH_ENDINGS)
-
-
-def _has_ema(path: str) -> bool:
-    """Whether a .pt file keeps a moving average beside the raw weights."""
-    try:
-        open_state_dict(path, key="ema")
-    except ValueError:
-        return False
-    return True
-
-
 def _variant(path: str, variant: str | None) -> TokenizerConfig:
     if variant not in VARIANTS:
         raise ValueError(
@@ -214,11 +191,3 @@ def _variant(path: str, variant: str | None) -> TokenizerConfig:
             f"{sorted(VARIANTS)} (got {variant!r})"
         )
     return VARIANTS[variant]
-
-
-@functools.cache
-def _template(config: TokenizerConfig) -> dict:
-    """Shapes of the parameters, without computing any."""
-    size = config.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]

@@ -128,7 +128,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it is not a checkpoint of this project, or one of a newer format.
         """
-        return _read_info(self.path(step))
+        return read_info(self.path(step))
 
     def restore(self, step: int, like: Any, data: Any) -> Any:
         """Restores the state onto the shardings of `like`, and the position in the data.
@@ -174,8 +174,7 @@ class Checkpoints:
 
     def _raise_write_error(self, step: int | None, error: Exception) -> None:
         """Raises an I/O failure as a CheckpointError, and any other error as it is."""
-        # TensorStore reports the operating system's errors as ValueError, in a page of text.
-        full = next((text for text in _FULL_DISK if text in str(error)), None)
+        full = full_disk(error)
         if full is None and not isinstance(error, OSError):
             raise error
         name = "a checkpoint" if step is None else f"checkpoint {self.path(step)}"
@@ -225,6 +224,14 @@ class WorkdirLock:
             self._file.close()
 
 
+def full_disk(error: Exception) -> str | None:
+    """The operating system's words for a full disk in an error, or None.
+
+    TensorStore reports such errors as ValueError, in a page of text.
+    """
+    return next((text for text in _FULL_DISK if text in str(error)), None)
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Turns a ConfigDict into plain JSON values (tuples become lists)."""
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -252,9 +259,14 @@ def describe_arrays(tree: Any, checksums: bool = False) -> dict[str, dict[str, A
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         if checksums and _is_whole_here(leaf):
-            entry["crc32"] = zlib.crc32(np.asarray(leaf).tobytes())
+            entry["crc32"] = checksum(np.asarray(leaf))
         described[jax.tree_util.keystr(path, simple=True, separator="/")] = entry
     return described
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def compare_arrays(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -330,46 +342,12 @@ def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Pa
     return root / str(steps[-1] if step is None else step)
 
 
-def load_for_inference(
-    path: str | epath.Path, step: int | None = None, subtrees: tuple[str, ...] = ("params", "ema")
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads config and weights without building the model or reading the optimiser's state.
-
-    Args:
-      path: a workdir, its `checkpoints` folder, or one checkpoint.
-      step: which step of a workdir; the newest when None.
-      subtrees: the fields of the training state to read; absent or empty ones are left out.
-
-    Returns:
-      (config, state): the config as plain values, and field -> nested dict of NumPy arrays, plus
-      `step` (int).
+def read_info(path: epath.Path) -> dict[str, Any]:
+    """Returns the info item of a checkpoint directory.
 
     Raises:
-      CheckpointError: no checkpoint there, one without any of the fields, or a damaged one.
+      CheckpointError: it is not a checkpoint of this project, or one of a newer format.
     """
-    path = find_checkpoint(path, step)
-    info = _read_info(path)
-    names = [n for n in subtrees if any(a == n or a.startswith(f"{n}/") for a in info["arrays"])]
-    if not names:
-        fields = sorted({name.split("/")[0] for name in info["arrays"]})
-        raise CheckpointError(f"{path} has none of {list(subtrees)}; it has {fields}")
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(path / "state").tree
-    wanted = {name: tree[name] for name in names}
-    state = handler.restore(
-        path / "state",
-        args=ocp.args.PyTreeRestore(
-            item=jax.tree.map(lambda _: 0, wanted),
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
-            partial_restore=True,
-        ),
-    )
-    handler.close()
-    check_checksums(info["arrays"], state, path)
-    return info["config"], {**state, "step": int(path.name)}
-
-
-def _read_info(path: epath.Path) -> dict[str, Any]:
     file = path / "info" / "metadata"
     if not file.exists():
         raise CheckpointError(f"{path} was not written by tokenflow_jax (no info item)")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import narrow
 
 from tokenflow_jax.convert import rules
 from tokenflow_jax.convert.clip import CLIP_VISUAL
@@ -39,21 +40,7 @@ def template(module, image_size, *arguments):
 
 
 def config_of(case, shrink=1):
-    """The case's model, or one whose every wide axis is `shrink` times narrower."""
-    config = VARIANTS[CASES[case]]
-    wide = {
-        name: getattr(config.vit, name) // shrink
-        for name in ("width", "mlp_width", "stem_width")
-        if getattr(config.vit, name, 0)
-    }
-    if hasattr(config.vit, "stage_widths"):
-        wide["stage_widths"] = tuple(width // shrink for width in config.vit.stage_widths)
-    names = ("codebook_size", "teacher_width", "channels", "latent_channels", "norm_groups")
-    return dataclasses.replace(
-        config,
-        vit=dataclasses.replace(config.vit, **wide),
-        **{name: getattr(config, name) // shrink for name in (*names, "decoder_channels")},
-    )
+    return narrow(VARIANTS[CASES[case]], shrink)
 
 
 def tokenizer_template(config):

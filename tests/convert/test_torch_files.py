@@ -42,7 +42,7 @@ def test_reads_every_kind_of_tensor():
         read = state.read(name)
         assert read.dtype == array.dtype
         np.testing.assert_array_equal(read, array, err_msg=name)
-        assert not read.flags.writeable or name == "empty"
+        assert not np.shares_memory(read, state.read(name)) or not read.size
 
 
 @pytest.mark.parametrize(("key", "offset"), [(None, 0), ("model", 0), ("ema", 0.5)])

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tokenflow_jax.convert.lazy import LazyTensor
+from tokenflow_jax.convert.lazy import LazyTensor, data, pieces, read_block
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -50,13 +50,12 @@ def read_safetensors(path: str) -> dict[str, LazyTensor]:
             header = dict(json.loads(file.read(length)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged .safetensors header ({error})") from None
-    data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else b""
     tensors, problems = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            tensors[name] = _tensor(name, entry, data)
+            tensors[name] = _tensor(name, entry, path, 8 + length, size)
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error!r}")
     if problems:
@@ -66,45 +65,44 @@ def read_safetensors(path: str) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _tensor(name: str, entry: Mapping[str, Any], data: np.ndarray) -> LazyTensor:
-    """Checks one entry of a header against the data."""
+def _tensor(name: str, entry: Mapping[str, Any], path: str, offset: int, size: int) -> LazyTensor:
+    """Checks one entry of a header against the data: bytes `offset` to `size` of the file."""
     dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if not all(type(value) is int and value >= 0 for value in (*shape, start, end)):
         raise ValueError(f"shape {shape}, bytes {start} to {end}")
-    if not start <= end <= len(data) or math.prod(shape) * dtype.itemsize != end - start:
+    if not start <= end <= size - offset or math.prod(shape) * dtype.itemsize != end - start:
         raise ValueError(
-            f"shape {shape} of {entry['dtype']} at bytes {start} to {end} of {len(data)}"
+            f"shape {shape} of {entry['dtype']} at bytes {start} to {end} of {size - offset}"
         )
 
     def load() -> np.ndarray:
-        # An empty memory map has no buffer, hence the constant.
-        return np.frombuffer(data[start:end] if start < end else b"", dtype).reshape(shape)
+        return read_block(path, offset + start, end - start).view(dtype).reshape(shape)
 
     return LazyTensor(name, tuple(shape), dtype, load)
 
 
-def write_safetensors(path: str | os.PathLike, state: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as a `.safetensors` file.
+def write_safetensors(
+    path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTensor]
+) -> None:
+    """Writes a `.safetensors` file; of lazy tensors, one is in memory at a time.
 
     Args:
       path: the file to write.
-      state: arrays by name; any dtype that the format knows.
+      state: arrays or lazy tensors by name; any dtype that the format knows.
 
     Raises:
       ValueError: a dtype that the format does not know.
     """
     codes = {dtype: code for code, dtype in _DTYPES.items()}
-    unknown = [
-        f"{name}: {array.dtype}" for name, array in state.items() if array.dtype not in codes
-    ]
+    unknown = [f"{n}: {tensor.dtype}" for n, tensor in state.items() if tensor.dtype not in codes]
     if unknown:
         raise ValueError(f"{path}: dtypes that .safetensors cannot hold: {unknown}; convert them")
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, array in state.items():
-        extent = [offset, offset + array.nbytes]
+    for name, tensor in state.items():
+        extent = [offset, offset + tensor.nbytes]
         header[name] = {
-            "dtype": codes[array.dtype],
-            "shape": list(array.shape),
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": extent,
         }
         offset = extent[1]
@@ -112,5 +110,5 @@ def write_safetensors(path: str | os.PathLike, state: Mapping[str, np.ndarray]) 
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in state.values():
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for tensor in state.values():
+            file.writelines(pieces(data(tensor)))

@@ -1,8 +1,8 @@
 """Opens PyTorch's weight files without torch: names and shapes first, data on demand.
 
 `.safetensors` (one file, an index, or a folder of shards) and the zip files that `torch.save` and
-`torch.jit.save` write. Files are memory-mapped, so a tensor costs memory only while it is used. The
-pickle inside a zip file goes through `pickles`, which executes nothing.
+`torch.jit.save` write. A tensor costs memory only while it is used. The pickle inside a zip file
+goes through `pickles`, which executes nothing.
 """
 
 import glob
@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,21 @@ from tokenflow_jax.convert.safetensors import (
 )
 from tokenflow_jax.convert.torch_zip import read_zip
 
-__all__ = ["LazyTensor", "StateDict", "UnsafeCheckpoint", "open_state_dict", "write_safetensors"]
+__all__ = [
+    "LazyTensor",
+    "NoSuchKey",
+    "StateDict",
+    "UnsafeCheckpoint",
+    "open_state_dict",
+    "write_safetensors",
+]
 
 # Wrappers of data-parallel and compiled modules put themselves in front of every name.
 _WRAPPERS = ("module.", "_orig_mod.")
+
+
+class NoSuchKey(ValueError):
+    """A file holds no state_dict under the key that was asked for."""
 
 
 class StateDict(Mapping[str, LazyTensor]):
@@ -35,11 +46,13 @@ class StateDict(Mapping[str, LazyTensor]):
 
     Attributes:
       path: where they come from.
+      files: the files that hold them; several if sharded.
       prefix: what a wrapper had put in front of every name, removed here; "" usually.
     """
 
-    def __init__(self, path: str, tensors: Mapping[str, LazyTensor]):
+    def __init__(self, path: str, tensors: Mapping[str, LazyTensor], files: Sequence[str] = ()):
         self.path = path
+        self.files = tuple(files) or (path,)
         self.prefix = ""
         while tensors:
             wrapper = next((w for w in _WRAPPERS if all(n.startswith(w) for n in tensors)), "")
@@ -59,7 +72,7 @@ class StateDict(Mapping[str, LazyTensor]):
         return len(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor's data, read-only and backed by the file."""
+        """Returns one tensor's data, read anew."""
         return self._tensors[name].read()
 
 
@@ -76,6 +89,7 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
       A mapping from names to lazy tensors.
 
     Raises:
+      NoSuchKey: the file has no state_dict under `key`.
       UnsafeCheckpoint: the pickle in the file wants to call something that is no tensor.
       ValueError: no such file, unknown or old format, damaged file, no such key.
     """
@@ -92,7 +106,7 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
         return StateDict(path, _choose(path, read_zip(path), key))
     if path.endswith(".safetensors") or looks_like_safetensors(path):
         if key is not None:
-            raise ValueError(f"{path}: a .safetensors file has no keys; leave out key={key!r}")
+            raise NoSuchKey(f"{path}: a .safetensors file has no keys; leave out key={key!r}")
         return StateDict(path, read_safetensors(path))
     with open(path, "rb") as file:
         pickled = file.read(1) == b"\x80"
@@ -156,7 +170,7 @@ def _merge(path: str, shards: Mapping[str, StateDict]) -> StateDict:
         if twice:
             raise ValueError(f"{path}: in more than one file: {twice}; name one file")
         tensors |= shard
-    return StateDict(path, tensors)
+    return StateDict(path, tensors, [file for shard in shards.values() for file in shard.files])
 
 
 def _choose(path: str, root: dict[str, Any], key: str | None) -> dict[str, LazyTensor]:
@@ -165,7 +179,7 @@ def _choose(path: str, root: dict[str, Any], key: str | None) -> dict[str, LazyT
     bare = {name: value for name, value in root.items() if isinstance(value, LazyTensor)}
     if key is not None:
         if key not in groups:
-            raise ValueError(
+            raise NoSuchKey(
                 f"{path}: no state_dict under key {key!r}; there are {sorted(groups) or 'none'}"
                 + (", and tensors without a key: leave the key out" if bare else "")
             )

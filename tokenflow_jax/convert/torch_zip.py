@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from tokenflow_jax.convert import pickles
-from tokenflow_jax.convert.lazy import LazyTensor
+from tokenflow_jax.convert.lazy import LazyTensor, read_block
 from tokenflow_jax.convert.pickles import Inert, Rebuilder, UnsafeCheckpoint
 
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "bool": np.dtype(np.bool_),
     "uint8": np.dtype(np.uint8),
     "int8": np.dtype(np.int8),
@@ -31,7 +31,7 @@ _TORCH_DTYPES = {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "Bool": "bool",
     "Byte": "uint8",
     "Char": "int8",
@@ -138,10 +138,10 @@ def _torch_names() -> dict[str, Any]:
     }
     for kind in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"):
         known[f"torch.jit._pickle.{kind}"] = first
-    for name, dtype in _TORCH_DTYPES.items():
+    for name, dtype in TORCH_DTYPES.items():
         known[f"torch.{name}"] = _Element(dtype)
-    for name, dtype in _STORAGE_DTYPES.items():
-        known[f"torch.{name}Storage"] = _Element(_TORCH_DTYPES[dtype])
+    for name, dtype in STORAGE_DTYPES.items():
+        known[f"torch.{name}Storage"] = _Element(TORCH_DTYPES[dtype])
     return known
 
 
@@ -163,7 +163,6 @@ def read_zip(path: str) -> Any:
         infos, prefix, pickled, order = _open_zip(path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged zip file ({error}); fetch it again") from error
-    data = np.memmap(path, np.uint8, "r")
 
     def persistent(pid: Any) -> _Storage:
         kind, element, name, _, numel = pid
@@ -175,38 +174,33 @@ def read_zip(path: str) -> Any:
             raise ValueError(f"storage {name!r} of {nbytes} bytes is missing or cut short")
         return _Storage(member, element.dtype, nbytes)
 
-    def view(tensor: _Tensor) -> np.ndarray:
+    def load(tensor: _Tensor) -> np.ndarray:
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, tensor.dtype)
-        info = infos[tensor.storage.member]
-        dtype = tensor.dtype.newbyteorder(">") if order.strip() == b"big" else tensor.dtype
-        block = np.frombuffer(
-            _member(path, data, info), dtype, count=info.file_size // dtype.itemsize
-        )
-        strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
-        array = np.lib.stride_tricks.as_strided(
-            block[tensor.offset :], tensor.shape, strides, writeable=False
-        )
-        return array if dtype == tensor.dtype else array.astype(tensor.dtype)
+        itemsize = tensor.dtype.itemsize
+        start = _data_start(path, infos[tensor.storage.member]) + tensor.offset * itemsize
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+        block = read_block(path, start, (last + 1) * itemsize).view(tensor.dtype)
+        if order.strip() == b"big":
+            block = block.byteswap()
+        strides = tuple(stride * itemsize for stride in tensor.strides)
+        array = np.lib.stride_tricks.as_strided(block, tensor.shape, strides)
+        return np.ascontiguousarray(array).reshape(tensor.shape)
 
     root = pickles.load_pickle(pickled, path, known=_torch_names(), persistent=persistent)
-    return _lazy(root, view)
+    return _lazy(root, load)
 
 
-def _member(path: str, data: np.ndarray, info: zipfile.ZipInfo) -> np.ndarray:
-    """The bytes of an uncompressed member, memory-mapped."""
+def _data_start(path: str, info: zipfile.ZipInfo) -> int:
+    """Where the data of an uncompressed member begins."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{path}: {info.filename} is compressed, which torch.save never does")
     # A local header has 30 bytes, then a name and extra data whose lengths are its last four bytes.
-    lengths = data[info.header_offset + 26 : info.header_offset + 30].tobytes()
-    start = info.header_offset + 30 + sum(np.frombuffer(lengths, "<u2").tolist())
-    block = data[start : start + info.file_size]
-    if len(block) != info.file_size:
-        raise ValueError(f"{path}: {info.filename} is cut short; fetch the file again")
-    return block
+    lengths = read_block(path, info.header_offset + 26, 4).view("<u2")
+    return info.header_offset + 30 + int(lengths.sum(dtype=np.int64))
 
 
-def _lazy(root: Any, view: Callable[[_Tensor], np.ndarray]) -> Any:
+def _lazy(root: Any, load: Callable[[_Tensor], np.ndarray]) -> Any:
     """Turns a pickle's root into nested dicts of LazyTensor, two levels deep; drops other data.
 
     A module saved by `torch.jit.save` is a tree of attributes and becomes one flat dict.
@@ -214,7 +208,7 @@ def _lazy(root: Any, view: Callable[[_Tensor], np.ndarray]) -> Any:
 
     def tensors(items: Mapping[Any, Any]) -> dict[str, LazyTensor]:
         return {
-            str(name): LazyTensor(str(name), t.shape, t.dtype, lambda t=t: view(t))
+            str(name): LazyTensor(str(name), t.shape, t.dtype, lambda t=t: load(t))
             for name, t in items.items()
             if isinstance(t, _Tensor)
         }

@@ -1,0 +1,108 @@
+"""Converts weights: `python -m tokenflow_jax.convert --src=PATH --dst=PATH --to=orbax|torch`.
+
+    --src=tokenflow.pt --dst=weights/b --to=orbax --variant=b     PyTorch to JAX
+    --src=weights/b --dst=tokenflow.safetensors --to=torch        and back, bit for bit
+    --src=runs/tokenizer --dst=mine.pt --to=torch                 a training run for PyTorch
+
+A source is a PyTorch checkpoint (.pt, .pth, .bin, .safetensors; also an index or a folder of
+shards), a training workdir, one of its checkpoints, or a directory that this program wrote. The
+target's form follows its ending: .safetensors; .pt, which then holds {"model": state_dict};
+anything else becomes a directory for Tokenizer.load and --config.init_from.
+
+One set of weights is written: the moving average (EMA) when the source has one, else the raw
+weights. torch is not needed, and nothing that is pickled in a file is ever executed. Memory holds
+one array at a time, and nothing appears under its final name before it is complete.
+"""
+
+import argparse
+import ctypes
+import errno
+import sys
+import time
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tokenflow_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--src", required=True, help="weights to read")
+    parser.add_argument("--dst", required=True, help="file or directory to write")
+    parser.add_argument("--to", required=True, choices=("orbax", "torch"), help="kind of target")
+    parser.add_argument("--variant", help="which model; a PyTorch file does not know, ours does")
+    parser.add_argument("--part", default="tokenizer", help="which model of TokenFlow")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="default: EMA when there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the parameters; default: as in the source",
+    )
+    parser.add_argument("--step", type=int, help="which checkpoint of a workdir; default: newest")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --dst")
+    options = parser.parse_args(argv)
+    _return_freed_memory()
+    try:
+        _convert(options)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space" in str(error)
+        return _fail(f"{error}" + ("; free some space, run the same again" if full else ""))
+    except ValueError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """Checks the flags, converts, and says what was written."""
+    torch_target = options.dst.endswith((".pt", ".safetensors"))
+    if torch_target != (options.to == "torch"):
+        raise ValueError(
+            f"--to={options.to} does not go with --dst={options.dst}: a file that ends in .pt or "
+            ".safetensors is for torch, a directory for orbax"
+        )
+    from tokenflow_jax.convert import conversion, parts  # here, so that --help is quick
+
+    if options.part not in parts.PARTS:
+        raise ValueError(f"--part={options.part}: one of {', '.join(parts.PARTS)}")
+    part = parts.PARTS[options.part]
+    if options.variant is not None and options.variant not in part.variants:
+        raise ValueError(f"--variant={options.variant}: one of {', '.join(part.variants)}")
+    if options.variant is None and conversion.is_torch(options.src):
+        raise ValueError(
+            f"{options.src} is a PyTorch checkpoint: say which model it holds, "
+            f"--variant=one of {', '.join(part.variants)}"
+        )
+    start = time.monotonic()
+    written = conversion.convert(
+        options.src,
+        options.dst,
+        part.variants[options.variant] if options.variant else None,
+        part=part,
+        weights=options.weights,
+        dtype=options.dtype,
+        step=options.step,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"wrote {options.dst}: {written.weights} weights, {written.tensors} arrays, "
+        f"{written.nbytes / 1e9:.2f} GB, {time.monotonic() - start:.0f} s"
+    )
+
+
+def _return_freed_memory() -> None:
+    """Tells glibc to give freed arrays back at once; it would keep those of up to 32 MB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_mmap_threshold = -3
+        libc.mallopt(m_mmap_threshold, 256 * 1024)
+
+
+def _fail(message: str) -> int:
+    print(f"convert: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
