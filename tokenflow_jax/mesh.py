@@ -28,6 +28,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 PyTree = Any
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
+_AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # End of a parameter's path -> logical axes of its last dimensions (a scanned module's layers come
 # before them and stay whole). Optimiser state and averages end in their parameter's path. What no
@@ -44,7 +46,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 LEAST_SPLIT = 2**12
 
 
-def logical_axes(mesh: jax.sharding.Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def logical_axes(mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The table: which mesh axes a logical axis is split over, for `nn.logical_axis_rules`."""
     return (
         ("batch", BATCH_AXES),
@@ -72,8 +74,19 @@ def make_mesh(
         sizes that do not multiply to the number of devices. Everything that is wrong with the sizes
         is reported at once.
     """
-    sizes = dict(sizes or {})
     devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    return jax.sharding.Mesh(_arrange(devices, shape), AXES, axis_types=_AXIS_TYPES)
+
+
+def make_abstract_mesh(sizes: Mapping[str, int] | None, count: int) -> jax.sharding.AbstractMesh:
+    """The mesh of `count` devices that nobody has; see `make_mesh`."""
+    return jax.sharding.AbstractMesh(mesh_shape(sizes, count), AXES, axis_types=_AXIS_TYPES)
+
+
+def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+    """The size of every axis of AXES for so many devices; see `make_mesh`."""
+    sizes = dict(sizes or {})
     problems = [
         f"mesh.{axis} is not an axis; the axes are {', '.join(AXES)}"
         for axis in sizes
@@ -89,16 +102,14 @@ def make_mesh(
         raise ValueError("; ".join(problems))
 
     known = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(len(devices) // known if sizes[a] == -1 else sizes[a] for a in AXES)
-    if math.prod(shape) != len(devices):
+    shape = tuple(count // known if sizes[a] == -1 else sizes[a] for a in AXES)
+    if math.prod(shape) != count:
         wanted = " x ".join(f"{a}={sizes[a]}" for a in AXES)
         raise ValueError(
-            f"mesh {wanted} does not fill the {len(devices)} devices exactly; choose sizes whose "
-            f"product is {len(devices)}, or give one of them as -1"
+            f"mesh {wanted} does not fill the {count} devices exactly; choose sizes whose "
+            f"product is {count}, or give one of them as -1"
         )
-    return jax.sharding.Mesh(
-        _arrange(devices, shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
-    )
+    return shape
 
 
 def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -118,9 +129,11 @@ def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def use(mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Makes the names of activations mean this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_axes(mesh)):
+def use(mesh: Mesh) -> Iterator[None]:
+    """Makes the names of activations mean this mesh; an abstract one is for tracing only."""
+    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+    entered = jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
+    with entered, nn.logical_axis_rules(logical_axes(mesh)):
         yield
 
 
@@ -135,7 +148,7 @@ def bind(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
     return bound
 
 
-def partition(path: str, shape: Sequence[int], mesh: jax.sharding.Mesh) -> PartitionSpec:
+def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How a parameter, or what belongs to one, is split.
 
     Args:
@@ -165,7 +178,7 @@ def partition(path: str, shape: Sequence[int], mesh: jax.sharding.Mesh) -> Parti
     return PartitionSpec(*(("fsdp",) if i == largest else None for i in range(len(shape))))
 
 
-def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """The sharding of every array of a state or of parameters (anything with `shape`)."""
 
     def sharding(path, leaf) -> NamedSharding:
@@ -175,7 +188,7 @@ def shardings(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def placed(tree: PyTree, mesh: Mesh) -> PyTree:
     """The shapes and dtypes of a tree, each with its sharding."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -191,7 +204,7 @@ class Whole(NamedTuple):
     nbytes: int
 
 
-def stayed_whole(tree: PyTree, mesh: jax.sharding.Mesh) -> list[Whole]:
+def stayed_whole(tree: PyTree, mesh: Mesh) -> list[Whole]:
     """Arrays that a mesh with `fsdp` or `tensor` does not split, largest first."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return []
@@ -203,24 +216,29 @@ def stayed_whole(tree: PyTree, mesh: jax.sharding.Mesh) -> list[Whole]:
     return sorted(whole, key=lambda w: -w.nbytes)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the leading (batch) axis of an array over `slice`, `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """Keeps a whole copy of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> None:
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless a global batch can be split evenly over the mesh.
 
     Args:
       batch_size: images per optimiser step, over all processes.
       mesh: the mesh of make_mesh.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = batch_parts(mesh)
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
             f"batch_size={batch_size} cannot be split over {parts} devices (slice x data x fsdp); "

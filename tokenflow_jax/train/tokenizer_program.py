@@ -36,7 +36,7 @@ class Program:
     """
 
     config: ml_collections.ConfigDict
-    mesh: jax.sharding.Mesh
+    mesh: mesh.Mesh
     platform: str
     perceptual: bool
 
@@ -111,7 +111,7 @@ class Program:
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes and places of the state."""
-        state = jax.eval_shape(self.trainer.init, jax.random.key(0))
+        state = jax.eval_shape(lambda: self.trainer.init(jax.random.key(0)))
         return mesh.placed(state, self.mesh)
 
     @functools.cached_property
@@ -132,6 +132,25 @@ class Program:
         sharding = mesh.batch_sharding(self.mesh)
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)}
 
+    @property
+    def arguments(self) -> tuple[PyTree, ...]:
+        """Shapes and places of what `trainer.step` takes."""
+        return self.state, self.frozen, self.batch
+
+    @property
+    def parts(self) -> dict[str, PyTree]:
+        """The same by what it is, for reports."""
+        state = self.state
+        return {
+            "parameters": state.params,
+            "optimiser": state.opt_state,
+            "average of parameters": state.ema,
+            "discriminator": state.discriminator,
+            "usage and sums of codes": (state.usage, state.codebook),
+            "frozen networks": self.frozen,
+            "batch": self.batch,
+        }
+
     @functools.cached_property
     def step(self) -> Any:
         """The jitted step, donating the state; to be called with the mesh in use."""
@@ -139,9 +158,16 @@ class Program:
         return jax.jit(
             self.trainer.step,
             donate_argnums=0,
-            in_shardings=tuple(map(shardings, (self.state, self.frozen, self.batch))),
+            in_shardings=tuple(map(shardings, self.arguments)),
             out_shardings=(shardings(self.state), mesh.replicated(self.mesh)),
         )
+
+
+def make_program(
+    config: ml_collections.ConfigDict, device_mesh: mesh.Mesh, platform: str
+) -> Program:
+    """The program of a whole run, for `preflight`: LPIPS included if the config asks for it."""
+    return Program(config, device_mesh, platform, bool(config.losses.perceptual_weight))
 
 
 def _parameters(module: nn.Module, image_size: int) -> PyTree:

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Trains on TPUs of a GKE cluster through XPK (pip install xpk).
+#   launch/gke_xpk.sh run ARGS   the arguments of tokenflow_jax.main; --workdir=gs://BUCKET/RUN
+#   launch/gke_xpk.sh status     the workloads of the cluster
+#   launch/gke_xpk.sh delete     end the workload; `run` with the same arguments continues it
+# --dry-run, anywhere, prints the commands and runs none. A worker that is preempted, or killed
+# otherwise, restarts the workload, which continues from the workdir; one that fails ends it.
+#
+# Environment:
+#   CLUSTER, ZONE, PROJECT   where; `xpk cluster create` makes a cluster
+#   WORKLOAD                 the name of the run: small letters, digits, hyphens
+#   TPU_TYPE                 such as v5p-128, v6e-256, tpu7x-128
+#   SLICES                   TPU slices that train together (1)
+#   IMAGE                    a container image with tokenflow_jax[tpu] and etils[epath-gcs]; without
+#                            it this checkout is added to BASE_IMAGE and installed at the start
+#   BASE_IMAGE               (python:3.12)
+#   MAX_RESTARTS             (100)
+#   SAVE_SECONDS             what a worker that must go is given to save (120)
+#   XPK_FLAGS                further flags of `xpk workload create`, such as "--priority=high"
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+set -- ${ARGS[@]+"${ARGS[@]}"}
+
+SLICES="${SLICES:-1}"
+read -r -a xpk_flags <<<"${XPK_FLAGS:-}"
+
+run() {
+  local train image folder
+  train="exec env TOKENFLOW_SIGTERM_CODE=$SIGTERM_CODE python -m tokenflow_jax.main --distributed"
+  train+=" $(quoted "$@")"
+  if [[ -n ${IMAGE:-} ]]; then
+    image=("--docker-image=$IMAGE")
+  else
+    folder="${TMPDIR:-/tmp}"
+    folder="${folder%/}/tokenflow-$WORKLOAD"
+    call mkdir -p "$folder"
+    pack "$folder.tar.gz"
+    call tar -xzf "$folder.tar.gz" -C "$folder"
+    image=("--base-docker-image=${BASE_IMAGE:-python:3.12}" "--script-dir=$folder")
+    train="pip install -q -e .[tpu] etils[epath-gcs] && $train"
+  fi
+  call xpk workload create "--workload=$WORKLOAD" "--tpu-type=$TPU_TYPE" "--num-slices=$SLICES" \
+    "${where[@]}" "${image[@]}" "--max-restarts=${MAX_RESTARTS:-100}" \
+    "--termination-grace-period-seconds=${SAVE_SECONDS:-120}" \
+    ${xpk_flags[@]+"${xpk_flags[@]}"} "--command=$train"
+}
+
+verb="${1:-}"
+(($#)) && shift
+case "$verb" in
+  run)
+    need_shared_workdir "$@"
+    need WORKLOAD "a name for the run, such as tokenflow-b"
+    need TPU_TYPE "such as v5p-128, v6e-256, tpu7x-128"
+    need_number SLICES
+    ;;
+  status | delete)
+    (($# == 0)) || fail "$verb takes no arguments, not $1"
+    [[ $verb == status ]] || need WORKLOAD "the name of the run to end"
+    ;;
+  *) fail "say what to do: run, status or delete" ;;
+esac
+need CLUSTER "the GKE cluster; xpk cluster list --project=PROJECT --zone=ZONE"
+need ZONE "the cluster's zone or region, such as us-east5-a"
+need PROJECT "the Google Cloud project; gcloud config get project"
+need_program xpk "pip install xpk"
+check_needs
+
+where=("--cluster=$CLUSTER" "--zone=$ZONE" "--project=$PROJECT")
+case "$verb" in
+  run) run "$@" ;;
+  status) call xpk workload list "${where[@]}" ;;
+  delete) call xpk workload delete "--workload=$WORKLOAD" "${where[@]}" --force ;;
+esac

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Trains on this machine, on all accelerators it has. The same command continues a run.
+#   launch/local.sh [--dry-run] --config=configs/tokenizer.py [--workdir=DIR] ...
+# PYTHON: the interpreter (python by default).
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse "$@"
+
+PYTHON="${PYTHON:-python}"
+need_program "$PYTHON" "activate the environment with tokenflow_jax, or set PYTHON"
+check_needs
+
+train=("$PYTHON" -m tokenflow_jax.main ${ARGS[@]+"${ARGS[@]}"})
+if ((DRY_RUN)); then call "${train[@]}"; else exec "${train[@]}"; fi # exec: signals reach it

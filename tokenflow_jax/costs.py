@@ -1,0 +1,175 @@
+"""What a program costs before it runs: operations, memory held at once, bytes between devices."""
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+import numpy as np
+
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
+
+
+def flops(jaxpr: jex_core.Jaxpr) -> float:
+    """Operations of all matrix products and convolutions of a program, over all devices.
+
+    Counted on the traced program, so recomputation counts, and a scan's body as often as it runs
+    (XLA's own count takes it once). A multiplication and an addition are two.
+
+    Args:
+      jaxpr: of `jax.make_jaxpr(function)(*arguments).jaxpr`.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            depth = math.prod(shape[axis] for axis in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+        elif name == "conv_general_dilated":
+            total += _convolution(equation)
+        elif name == "scan":
+            total += params["length"] * flops(params["jaxpr"].jaxpr)
+        elif name == "cond":
+            total += max(flops(branch.jaxpr) for branch in params["branches"])
+        elif name == "shard_map":
+            total += params["mesh"].size * flops(params["jaxpr"])
+        else:
+            total += sum(flops(inner) for inner in _inner_jaxprs(params))
+    return total
+
+
+def _convolution(equation: jex_core.JaxprEqn) -> float:
+    """Each output cell is a product with the kernel; zeros put between inputs are no work."""
+    params = equation.params
+    kernel = equation.invars[1].aval.shape
+    numbers = params["dimension_numbers"].rhs_spec
+    depth = kernel[numbers[1]] * math.prod(kernel[axis] for axis in numbers[2:])
+    work = 2 * math.prod(equation.outvars[0].aval.shape) * depth
+    return work / math.prod(params["lhs_dilation"])
+
+
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[jex_core.Jaxpr]:
+    for name in _INNER:
+        inner = params.get(name)
+        if inner is not None:
+            yield inner.jaxpr if isinstance(inner, jex_core.ClosedJaxpr) else inner
+            return
+
+
+def live_bytes(jaxpr: jex_core.Jaxpr) -> float:
+    """Bytes of the intermediate values alive at once, if nothing were fused: an upper estimate.
+
+    Args:
+      jaxpr: see `flops`; its arguments and results do not count.
+    """
+    last: dict[Any, int] = {}
+    for i, equation in enumerate(jaxpr.eqns):
+        for var in equation.invars:
+            if isinstance(var, jex_core.Var):
+                last[var] = i
+    results = {var for var in jaxpr.outvars if isinstance(var, jex_core.Var)}
+    dying = collections.defaultdict(list)
+    for var, i in last.items():
+        dying[i].append(var)
+    alive: dict[Any, int] = {}
+    now = peak = 0.0
+    for i, equation in enumerate(jaxpr.eqns):
+        params = equation.params
+        branches = params.get("branches") or ()
+        inner = [b.jaxpr for b in branches] or list(_inner_jaxprs(params))
+        peak = max(peak, now + max((live_bytes(j) for j in inner), default=0.0))
+        for var in equation.outvars:
+            if var not in results and var in last:
+                alive[var] = _nbytes(var.aval)
+                now += alive[var]
+        peak = max(peak, now)
+        for var in dying[i]:
+            now -= alive.pop(var, 0)
+    return peak
+
+
+def _nbytes(aval: Any) -> int:
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return 0
+    return math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes per device of shapes that carry a sharding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+_COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+_ARRAY = re.compile(r"\b([a-z]+\d+(?:[a-z]\d\w*)?|pred)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """How often each kind of collective runs in a compiled program, and the bytes of its results.
+
+    Args:
+      hlo: `compiled.as_text()`; a loop counts as often as its condition's constant says.
+
+    Returns:
+      kind -> (times, bytes per device).
+    """
+    bodies, entry = _computations(hlo)
+    totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            found = _COLLECTIVE.search(line)
+            if found:
+                sizes = [_array_bytes(*array) for array in _ARRAY.findall(found[1])]
+                # A start's result holds its operands too: the results are the larger half.
+                nbytes = max(sizes, default=0) if found[3] else sum(sizes)
+                totals[found[2]][0] += times
+                totals[found[2]][1] += times * nbytes
+                continue
+            if " while(" in line:
+                called = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))
+                limits = _LIMIT.findall("\n".join(bodies.get(called["condition"], ())))
+                visit(called["body"], times * max(map(int, limits), default=1))
+            elif " conditional(" in line or " call(" in line:
+                names = _CALLED.findall(line)
+                for group in _BRANCHES.findall(line):
+                    names += [n.strip().lstrip("%") for n in group.split(",")]
+                for called in names:
+                    visit(called, times)
+
+    visit(entry, 1)
+    return {kind: (times, nbytes) for kind, (times, nbytes) in sorted(totals.items())}
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the entry."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in hlo.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if head:
+            current = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            current.append(line)
+    return bodies, entry
+
+
+def _array_bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    count = math.prod(int(n) for n in shape.split(",") if n)
+    return count * bits // 8

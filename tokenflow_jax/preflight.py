@@ -1,0 +1,265 @@
+"""Tells whether a training job fits a pod, and how it lies there, without having one.
+
+    python -m tokenflow_jax.preflight --config=configs/tokenizer.py:xl --topology=v5p:4x4x4 \
+        --config.mesh.fsdp=16
+
+compiles the real training step for those chips with libtpu (pip install libtpu), which takes
+minutes and no TPU, and prints memory, operations, a floor of the step time and what travels between
+devices. For GPUs (h100:64) it estimates the same by arithmetic alone. Weights and data are not
+needed. Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
+"""
+
+import importlib
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+from tokenflow_jax import main as training
+from tokenflow_jax.chips import Topology, parse_topology
+
+# Stage -> module with make_program(config, mesh, platform).
+PROGRAMS = {"tokenizer": "tokenflow_jax.train.tokenizer_program"}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SHOWN = 8
+
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs h100:64."
+)
+_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
+
+
+class Compiled(NamedTuple):
+    """What the compiler, or for GPUs arithmetic, says about one device.
+
+    Attributes:
+      temporaries: bytes of activations and other temporaries.
+      code: bytes of the program itself.
+      excess: bytes that do not fit; 0 if it fits.
+      collectives: kind -> (times, bytes); None if unknown.
+      text: of the program; empty if there is none.
+    """
+
+    temporaries: int
+    code: int = 0
+    excess: int = 0
+    collectives: Mapping[str, tuple[int, int]] | None = None
+    text: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the report; returns the exit code."""
+    del argv
+    try:
+        topology = parse_topology(_TOPOLOGY.value or "")
+        fits, text, program = report(flags.FLAGS["config"].value, topology)
+    except (ValueError, ImportError) as error:
+        print(f"preflight: {error}", file=sys.stderr, flush=True)
+        return 2
+    if _HLO.value:
+        with open(_HLO.value, "w", encoding="utf-8") as file:
+            file.write(program)
+    print(text)
+    return 0 if fits else 1
+
+
+def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
+    """Compiles a config's training step for a topology and describes it.
+
+    Args:
+      config: ConfigDict of a stage.
+      topology: the machine.
+
+    Returns:
+      Whether it fits, the description, and the compiled program's text.
+
+    Raises:
+      ValueError: the config is wrong, or does not go with the topology.
+      ImportError: libtpu is not installed.
+    """
+    import jax  # after the environment is set
+
+    from tokenflow_jax import costs, mesh
+
+    if config.stage not in PROGRAMS:
+        raise ValueError(f"no preflight for the stage {config.stage!r}; one of {list(PROGRAMS)}")
+    began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
+    if chip.tpu:
+        device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
+    else:
+        device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
+    make_program = importlib.import_module(PROGRAMS[config.stage]).make_program
+    program = make_program(config, device_mesh, "tpu" if chip.tpu else "gpu")
+    held = {name: costs.shard_bytes(tree) for name, tree in program.parts.items()}
+    arguments, total = program.arguments, sum(held.values())
+    abstract = device_mesh.abstract_mesh if chip.tpu else device_mesh
+    with mesh.use(abstract):
+        jaxpr = jax.make_jaxpr(program.trainer.step)(*arguments).jaxpr
+    if chip.tpu:
+        with mesh.use(device_mesh):
+            compiled = _compile(program.step.lower(*arguments), total)
+    else:
+        temporaries = int(costs.live_bytes(jaxpr) / mesh.batch_parts(device_mesh))
+        excess = max(total + temporaries - chip.memory_bytes, 0)
+        compiled = Compiled(temporaries, excess=excess)
+    lines = [
+        f"{config.stage} on {topology}: {topology.chips} chips, {topology.devices} devices, mesh "
+        + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
+        f"parameters: {_count(program.state.params) / 1e6:.1f} million, "
+        f"batch: {config.batch_size}, compute: {program.dtype}",
+        "",
+        *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
+        "",
+        *_time(costs.flops(jaxpr), total, compiled, topology),
+        "",
+        *_traffic(compiled),
+        *_whole(mesh.stayed_whole(program.state, device_mesh)),
+    ]
+    if compiled.excess:
+        lines += ["", *_levers(config, held, compiled, topology, device_mesh)]
+    lines += ["", f"took {time.monotonic() - began:.0f} s"]
+    return compiled.excess == 0, "\n".join(lines), compiled.text
+
+
+def _tpu_devices(topology: Topology) -> list[Any]:
+    """Devices of TPUs that need not exist."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "compiling for TPUs needs their compiler: pip install libtpu (no TPU is needed)"
+        ) from error
+    from jax.experimental import topologies
+
+    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # libtpu's own kinds, whose text says what is wrong
+        raise ValueError(f"libtpu knows no topology {name}: {str(error)[:200]}") from error
+    return list(description.devices)
+
+
+def _compile(lowered: Any, held: int) -> Compiled:
+    """Compiles; a program that is too large is a result, too."""
+    from tokenflow_jax import costs
+
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # XlaRuntimeError is not public under one name
+        excess = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", str(error))
+        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        if excess is None or used is None:
+            raise
+        excess, used = (int(float(m[1]) * _UNITS[m[2]]) for m in (excess, used))
+        return Compiled(used - held, excess=excess)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Compiled(
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        collectives=costs.collectives(text),
+        text=text,
+    )
+
+
+def _count(tree: Any) -> int:
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _gb(nbytes: float) -> str:
+    return f"{nbytes / 2**30:8.2f} GiB"
+
+
+def _memory(
+    held: Mapping[str, int], compiled: Compiled, available: int, estimated: bool
+) -> list[str]:
+    temporaries = "activations, temporaries" + (" (estimate, nothing fused)" if estimated else "")
+    rows = {name: size for name, size in held.items() if size}
+    rows |= {temporaries: compiled.temporaries, "program": compiled.code}
+    total = sum(rows.values())
+    lines = ["memory per device"]
+    lines += [f"  {name:<44}{_gb(size)}" for name, size in rows.items() if size]
+    verdict = (
+        f"does NOT fit: {_gb(compiled.excess).strip()} too much" if compiled.excess else "fits"
+    )
+    return [*lines, f"  {'total':<44}{_gb(total)} of {_gb(available).strip()}: {verdict}"]
+
+
+def _time(flops: float, held: int, compiled: Compiled, topology: Topology) -> list[str]:
+    """The roofline: neither arithmetic nor memory can be faster than the chip's peak."""
+    chip = topology.chip
+    compute = flops / (topology.chips * chip.tflops * 1e12)
+    # Read and write what is held once, and write and read what is computed once.
+    moved = 2 * (held + compiled.temporaries)
+    memory = moved / (chip.bandwidth_gbs * 1e9 / chip.devices)
+    floor = max(compute, memory)
+    return [
+        f"operations: {flops / 1e12:.1f} TFLOP per step over all devices, recomputation included",
+        f"floor of the step time: {floor * 1e3:.0f} ms "
+        f"(arithmetic {compute * 1e3:.0f} ms at {chip.tflops:.0f} TFLOP/s per chip, "
+        f"memory {memory * 1e3:.0f} ms at {chip.bandwidth_gbs:.0f} GB/s per chip)",
+    ]
+
+
+def _traffic(compiled: Compiled) -> list[str]:
+    if compiled.collectives is None:
+        return []
+    lines = ["between devices, per step and device"]
+    for kind, (times, nbytes) in compiled.collectives.items():
+        lines.append(f"  {kind:<20}{times:6} times {nbytes / 2**20:10.1f} MiB")
+    return lines if len(lines) > 1 else ["between devices: nothing"]
+
+
+def _whole(whole: Sequence[Any]) -> list[str]:
+    if not whole:
+        return []
+    total = sum(array.nbytes for array in whole)
+    lines = [f"whole on every device: {len(whole)} arrays of the state, {total / 2**20:.1f} MiB"]
+    lines += [f"  {array.path:<60}{array.nbytes / 2**20:8.2f} MiB" for array in whole[:_SHOWN]]
+    return lines
+
+
+def _levers(
+    config: Any, held: Mapping[str, int], compiled: Compiled, topology: Topology, mesh: Any
+) -> list[str]:
+    """What would save most, with what it saves per device."""
+    state = sum(size for name, size in held.items() if name != "batch")
+    rows = []
+    split, count = mesh.shape["fsdp"], topology.devices // topology.slices
+    if split < count:
+        saved = state * (1 - split / count)
+        rows.append((saved, f"--config.mesh.fsdp={count} --config.mesh.data=1: split the state"))
+    if not config.get("remat", False):
+        rows.append((compiled.temporaries * 0.6, "--config.remat=True: recompute activations"))
+    parts = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    needed = max(compiled.temporaries - compiled.excess, 1)
+    smaller = max(int(config.batch_size * needed / compiled.temporaries) // parts, 1) * parts
+    smaller = min(smaller, config.batch_size // 2)
+    if smaller >= parts:
+        saved = compiled.temporaries * (1 - smaller / config.batch_size)
+        rows.append((saved, f"--config.batch_size={smaller}: fewer images per step"))
+        times = -(-config.batch_size // smaller)
+        rows.append((saved, f"--config.accumulate={times}: the same batch in parts"))
+    rows.sort(reverse=True)
+    head = "what would save most per device (estimates)"
+    return [head, *(f"  {_gb(saved)}  {text}" for saved, text in rows[:3])]
+
+
+def run() -> None:
+    """Entry point of `python -m tokenflow_jax.preflight`."""
+    # Tracing and compiling need no device; a TPU that is here shall stay free.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    app.run(main, flags_parser=training.parse_flags)
+
+
+if __name__ == "__main__":
+    run()
