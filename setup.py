@@ -34,7 +34,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
-EXTRAS["test"] = ["pytest>=8", "ruff>=0.12", *EXTRAS["tfds"]]
+# libtpu compiles for TPUs on any machine; no TPU is needed.
+EXTRAS["preflight"] = ["libtpu>=0.0.52"]
+EXTRAS["test"] = ["pytest>=8", "ruff>=0.12", *EXTRAS["tfds"], *EXTRAS["preflight"]]
 
 setup(
     name="tokenflow_jax",

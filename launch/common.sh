@@ -8,11 +8,18 @@ PROBLEMS=() # what is missing; check_needs reports all of it at once
 
 # Of the train command, when SIGTERM ended it and all was saved: 128 + 15, as the shell counts.
 # Without this variable such a run ends with 0, and nobody could tell it from one that is done.
+# shellcheck disable=SC2034 # for the scripts that source this
 SIGTERM_CODE=143
 
 note() { echo "${0##*/}: $*" >&2; }
 
 fail() {
+  note "$@"
+  exit 1
+}
+
+# Like tokenflow_jax.main: what was asked for cannot be right.
+wrong_use() {
   note "$@"
   exit 2
 }
@@ -37,10 +44,12 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# call COMMAND...: runs it, or only prints it under --dry-run.
+# call COMMAND...: runs it and says so, unless QUIET=1; under --dry-run only prints it.
 call() {
-  if ((DRY_RUN)); then quoted "$@"; else
-    note "+ $(quoted "$@")"
+  if ((DRY_RUN)); then
+    quoted "$@"
+  else
+    ((${QUIET:-0})) || note "+ $(quoted "$@")"
     "$@"
   fi
 }
@@ -85,6 +94,6 @@ check_needs() {
 
 # pack FILE: writes the last commit of this checkout, without its tests, as a tar.gz.
 pack() {
-  ((DRY_RUN)) || git -C "$ROOT" diff --quiet HEAD || note "what is not committed stays here"
+  ((DRY_RUN)) || git -C "$ROOT" diff --quiet HEAD || note "without the changes that are not committed"
   call git -C "$ROOT" archive --format=tar.gz "--output=$1" HEAD -- . ":(exclude)tests"
 }

@@ -35,11 +35,12 @@ run() {
   else
     folder="${TMPDIR:-/tmp}"
     folder="${folder%/}/tokenflow-$WORKLOAD"
-    call mkdir -p "$folder"
+    call rm -rf "$folder"
+    call mkdir "$folder"
     pack "$folder.tar.gz"
     call tar -xzf "$folder.tar.gz" -C "$folder"
     image=("--base-docker-image=${BASE_IMAGE:-python:3.12}" "--script-dir=$folder")
-    train="pip install -q -e .[tpu] etils[epath-gcs] && $train"
+    train="pip install -q -e '.[tpu]' 'etils[epath-gcs]' && $train"
   fi
   call xpk workload create "--workload=$WORKLOAD" "--tpu-type=$TPU_TYPE" "--num-slices=$SLICES" \
     "${where[@]}" "${image[@]}" "--max-restarts=${MAX_RESTARTS:-100}" \
@@ -57,10 +58,10 @@ case "$verb" in
     need_number SLICES
     ;;
   status | delete)
-    (($# == 0)) || fail "$verb takes no arguments, not $1"
+    (($# == 0)) || wrong_use "$verb takes no arguments, not $1"
     [[ $verb == status ]] || need WORKLOAD "the name of the run to end"
     ;;
-  *) fail "say what to do: run, status or delete" ;;
+  *) wrong_use "say what to do: run, status or delete" ;;
 esac
 need CLUSTER "the GKE cluster; xpk cluster list --project=PROJECT --zone=ZONE"
 need ZONE "the cluster's zone or region, such as us-east5-a"

@@ -27,6 +27,10 @@ submit() {
     "--ntasks-per-node=$GPUS" ${cpus[@]+"${cpus[@]}"} --requeue \
     "--signal=TERM@${SAVE_SECONDS:-300}" --open-mode=append "--output=%x-%j.log" \
     "--wrap=exec env TOKENFLOW_BATCH=1 bash $(quoted "$ROOT/launch/slurm.sh" "$@")"
+  if ((DRY_RUN)); then
+    echo "# in the job:"
+    run "$@"
+  fi
 }
 
 run() {

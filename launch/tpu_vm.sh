@@ -32,6 +32,7 @@ POLL="${POLL:-30}"
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
 read -r -a create_flags <<<"${TPU_CREATE_FLAGS:-}"
 read -r -a ssh_flags <<<"${TPU_SSH_FLAGS:-}"
+packed=0 restarts=0 failed_before=0
 
 qr() { # VERB WORDS...: gcloud on the queued resource
   call gcloud compute tpus queued-resources "$@" "--zone=$ZONE" "--project=$PROJECT" --quiet
@@ -61,7 +62,7 @@ create() {
 # Prints the state of the pod, nothing if there is none. `list` because `describe` fails alike for
 # a pod that does not exist and for one that cannot be asked about.
 pod_state() {
-  qr list "--format=value(name.basename(),state.state)" 2>/dev/null |
+  QUIET=1 qr list "--format=value(name.basename(),state.state)" |
     awk -v name="$TPU_NAME" '$1 == name { print $2 }'
 }
 
@@ -72,7 +73,7 @@ wait_for_pod() {
     return
   fi
   while true; do
-    state="$(pod_state)"
+    state="$(pod_state)" || fail "gcloud cannot tell whether $TPU_NAME is there"
     [[ $state == "$previous" ]] || note "$TPU_NAME is ${state:-not there}"
     case "$state" in
       ACTIVE) return 0 ;;
@@ -85,13 +86,14 @@ wait_for_pod() {
 }
 
 install() {
-  local folder archive
-  folder="${TMPDIR:-/tmp}"
+  local folder="${TMPDIR:-/tmp}" archive
   archive="${folder%/}/tokenflow-$TPU_NAME.tar.gz"
-  pack "$archive" &&
-    qr scp "$archive" "$TPU_NAME:tokenflow.tar.gz" --node=all --worker=all \
-      ${ssh_flags[@]+"${ssh_flags[@]}"} &&
-    everywhere "rm -rf tokenflow && mkdir tokenflow && tar -xzf tokenflow.tar.gz -C tokenflow \
+  if ((!packed)); then pack "$archive" || return; fi
+  packed=1 # a later pod of the same `keep` gets the same code
+  qr scp "$archive" "$TPU_NAME:tokenflow.tar.gz" --node=all --worker=all \
+    ${ssh_flags[@]+"${ssh_flags[@]}"} || return
+  everywhere "test ! -e tokenflow || bash tokenflow/launch/worker.sh idle && rm -rf tokenflow \
+&& mkdir tokenflow && tar -xzf tokenflow.tar.gz -C tokenflow \
 && bash tokenflow/launch/worker.sh install"
 }
 
@@ -99,54 +101,75 @@ start() { everywhere "bash tokenflow/launch/worker.sh start $(quoted "$@")"; }
 stop() { everywhere "bash tokenflow/launch/worker.sh stop"; }
 delete() { qr delete "$TPU_NAME" --force; }
 
+follow_log() {
+  qr ssh "$TPU_NAME" --node=0 --worker=0 ${ssh_flags[@]+"${ssh_flags[@]}"} \
+    "--command=tail -n 100 -F tokenflow_run/log"
+}
+
+status() {
+  local state
+  if ((DRY_RUN)); then
+    wait_for_pod
+  else
+    state="$(pod_state)"
+    echo "$TPU_NAME: ${state:-not there}"
+    [[ $state == ACTIVE ]] || return 0
+  fi
+  worker_status
+}
+
+# worker_status [ARGS]: one line per worker; see worker.sh.
 worker_status() {
-  everywhere "if test -e tokenflow_run; then bash tokenflow/launch/worker.sh status; \
-else echo tokenflow: absent; fi"
+  everywhere "if test -e tokenflow_run; then bash tokenflow/launch/worker.sh status \
+$(quoted "$@"); else echo tokenflow: absent; fi"
 }
 
 # look ARGS: one look at the pod, and what follows from it. Returns 0 when the run is done, 75
-# when there is more to do, another code when something went wrong.
+# when there is more to do, another code when the look itself went wrong.
 look() {
   local state workers
   state="$(pod_state)" || return 1
   case "$state" in
-    "") restart "asking for a pod" && create && return 75 ;;
-    SUSPENDED | FAILED) note "$TPU_NAME is $state" && delete && return 75 ;;
     ACTIVE) ;;
+    "") count_restart "asking for a pod" && create && return 75 || return 1 ;;
+    SUSPENDED | FAILED) note "$TPU_NAME is $state" && delete && return 75 || return 1 ;;
     *) return 75 ;; # waiting for resources, being made or being taken away
   esac
-  workers="$(worker_status 2>/dev/null)" || return 1
-  workers="$(sed -n 's/^tokenflow: //p' <<<"$workers" | sort -u)"
-  if grep -q running <<<"$workers"; then
-    failed_before="" # the others will end as well, if one has
-  elif grep -q absent <<<"$workers"; then
-    install && start "$@" || return
-  elif [[ $workers == "exit 0" ]]; then
-    return 0
-  elif grep -Eqx "none|lost|exit (12[89]|1[3-9][0-9]|2[0-9]{2})" <<<"$workers"; then
-    restart "starting again after: ${workers//$'\n'/, }" && start "$@" || return
-  elif [[ $workers == "$failed_before" ]]; then # nor has the pod been taken away since
-    note "the run failed ($workers): $0 tail"
-    exit "$(sed -n 's/^exit \([1-9][0-9]*\)$/\1/p' <<<"$workers" | sort -rn | head -n 1)"
-  else
-    failed_before="$workers"
+  if ! workers="$(QUIET=1 worker_status "$@" 2>&1)"; then
+    note "$workers"
+    return 1
   fi
+  workers="$(sed -n 's/^tokenflow: //p' <<<"$workers" | sort -u)"
+  case $'\n'"$workers"$'\n' in
+    $'\n\n') return 1 ;;
+    *running*) ;; # if one has ended, the others soon will
+    *absent*) install && start "$@" || return 1 ;;
+    $'\nexit 0\n') return 0 ;;
+    *none* | *lost* | *"exit 12"[89]* | *"exit 1"[3-9][0-9]* | *"exit 2"[0-9][0-9]*)
+      count_restart "starting the run, it was: ${workers//$'\n'/, }" && start "$@" || return 1
+      ;;
+    *) # Training failed; or the pod is being taken away, which its state tells with a delay.
+      ((failed_before)) || { failed_before=1 && return 75; }
+      note "the run failed with ${workers//$'\n'/, }: $0 tail"
+      exit "${workers##*exit }"
+      ;;
+  esac
+  failed_before=0
   return 75
 }
 
-restart() { # WHY: counts what costs a start
+count_restart() { # WHY
   ((restarts++ <= MAX_RESTARTS)) || fail "gave up after MAX_RESTARTS=$MAX_RESTARTS restarts"
   note "$@"
 }
 
 keep() {
   local code trouble=0
-  restarts=0 failed_before=""
   if ((DRY_RUN)); then
     create && wait_for_pod && install && start "$@"
     echo "# every $POLL s, until the run is done:"
-    wait_for_pod && worker_status
-    echo "# when the pod was preempted, and all from the beginning:"
+    wait_for_pod && worker_status "$@"
+    echo "# when the pod was preempted, and then all from the beginning:"
     delete
     return
   fi
@@ -167,8 +190,8 @@ verb="${1:-}"
 case "$verb" in
   run | keep) need_shared_workdir "$@" ;;
   create | wait | install | tail | status | stop | delete)
-    (($# == 0)) || fail "$verb takes no arguments, not $1" ;;
-  *) fail "say what to do: create, wait, install, run, tail, status, stop, delete or keep" ;;
+    (($# == 0)) || wrong_use "$verb takes no arguments, not $1" ;;
+  *) wrong_use "say what to do: create, wait, install, run, tail, status, stop, delete, keep" ;;
 esac
 need TPU_NAME "a name for the pod, such as tokenflow"
 need ZONE "such as us-east5-a; gcloud compute tpus accelerator-types list --zone=ZONE"
@@ -185,18 +208,9 @@ fi
 check_needs
 
 case "$verb" in
-  create | install | stop | delete | keep)
-    [[ $verb != install ]] || wait_for_pod
-    "$verb" "$@"
-    ;;
+  create | status | stop | delete | keep) "$verb" "$@" ;;
   wait) wait_for_pod ;;
+  install) wait_for_pod && install ;;
   run) start "$@" ;;
-  status)
-    qr describe "$TPU_NAME" "--format=value(state.state)"
-    worker_status
-    ;;
-  tail)
-    qr ssh "$TPU_NAME" --node=0 --worker=0 ${ssh_flags[@]+"${ssh_flags[@]}"} \
-      "--command=tail -n 100 -F tokenflow_run/log"
-    ;;
+  tail) follow_log ;;
 esac

@@ -2,7 +2,9 @@
 # What tpu_vm.sh does on every worker, in the copy of this checkout there.
 #   install      Python and this package for TPUs, in an environment of their own
 #   start ARGS   trains in the background; log, process and exit code are kept in ~/tokenflow_run
-#   status       one line, "tokenflow: " and: none, running, exit CODE, lost (reboot or kill)
+#   status       one line, "tokenflow: " and: none, running, exit CODE, lost (reboot or kill);
+#                with ARGS, an earlier run with other arguments counts as none
+#   idle         fails if a run is under way
 #   stop         SIGTERM, so that the run saves; returns when it has ended
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -12,32 +14,43 @@ RUN="$HOME/tokenflow_run"
 ENVIRONMENT="$HOME/tokenflow_env"
 
 install() {
+  idle
   mkdir -p "$RUN"
+  rm -f "$RUN"/{pid,code,args}
   curl -LsSf https://astral.sh/uv/install.sh | sh
   local uv="$HOME/.local/bin/uv" # the images' own Python may be too old
   "$uv" venv --quiet --clear --python 3.12 "$ENVIRONMENT"
-  "$uv" pip install --quiet --python "$ENVIRONMENT" --editable "$ROOT[tpu]" "etils[epath-gcs]"
+  "$uv" pip install --quiet --python "$ENVIRONMENT" --editable "${ROOT}[tpu]" "etils[epath-gcs]"
+}
+
+running() {
+  # Its name as well: after a reboot the number may be another process.
+  [[ -e $RUN/pid ]] && grep -qs worker.sh "/proc/$(cat "$RUN/pid")/cmdline"
 }
 
 status() {
-  local pid
-  pid="$(cat "$RUN/pid" 2>/dev/null || true)"
-  # The name as well: after a reboot the number may be another process.
-  if [[ -n $pid ]] && grep -qs worker.sh "/proc/$pid/cmdline"; then
+  if running; then
     echo "tokenflow: running"
+  elif (($#)) && [[ $(quoted "$@") != "$(cat "$RUN/args" 2>/dev/null)" ]]; then
+    echo "tokenflow: none"
   elif [[ -s $RUN/code ]]; then
     echo "tokenflow: exit $(cat "$RUN/code")"
-  elif [[ -n $pid ]]; then
+  elif [[ -e $RUN/pid ]]; then
     echo "tokenflow: lost"
   else
     echo "tokenflow: none"
   fi
 }
 
+idle() {
+  ! running || fail "a run is under way here: stop it first"
+}
+
 start() {
-  [[ $(status) != "tokenflow: running" ]] || fail "a run is under way here: stop it first"
+  idle
   mkdir -p "$RUN"
   rm -f "$RUN/code"
+  quoted "$@" >"$RUN/args"
   setsid nohup bash "$ROOT/launch/worker.sh" supervise "$@" >>"$RUN/log" 2>&1 </dev/null &
   echo "$!" >"$RUN/pid"
 }
@@ -53,16 +66,16 @@ supervise() {
 
 stop() {
   local seconds
-  [[ $(status) == "tokenflow: running" ]] || return 0
+  running || return 0
   pkill -TERM -P "$(cat "$RUN/pid")" || true # it may just have ended
   for ((seconds = 0; seconds < 600; seconds++)); do
-    [[ $(status) == "tokenflow: running" ]] || return 0
+    running || return 0
     sleep 1
   done
   fail "the run has not ended in ten minutes"
 }
 
 case "${1:-}" in
-  install | start | status | stop | supervise) "$@" ;;
-  *) fail "say what to do: install, start, status or stop" ;;
+  install | start | status | idle | stop | supervise) "$@" ;;
+  *) wrong_use "say what to do: install, start, status or stop" ;;
 esac

@@ -27,6 +27,16 @@ from tokenflow_jax.chips import Topology, parse_topology
 PROGRAMS = {"tokenizer": "tokenflow_jax.train.tokenizer_program"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SHOWN = 8
+# libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "none",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs h100:64."
@@ -89,10 +99,10 @@ def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
     if config.stage not in PROGRAMS:
         raise ValueError(f"no preflight for the stage {config.stage!r}; one of {list(PROGRAMS)}")
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
+    device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
+    mesh.check_batch_size(config.batch_size, device_mesh)
     if chip.tpu:
         device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
-    else:
-        device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     make_program = importlib.import_module(PROGRAMS[config.stage]).make_program
     program = make_program(config, device_mesh, "tpu" if chip.tpu else "gpu")
     held = {name: costs.shard_bytes(tree) for name, tree in program.parts.items()}
@@ -255,8 +265,9 @@ def _levers(
 def run() -> None:
     """Entry point of `python -m tokenflow_jax.preflight`."""
     # Tracing and compiling need no device; a TPU that is here shall stay free.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     absl_logging.set_verbosity(absl_logging.WARNING)
     app.run(main, flags_parser=training.parse_flags)
 

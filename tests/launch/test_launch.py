@@ -1,0 +1,186 @@
+"""The launch scripts: exact calls, arguments that arrive unchanged, failures that are told."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import ARGUMENTS, LAUNCH
+
+TRAIN = ["python", "-m", "tokenflow_jax.main"]
+
+
+def test_scripts_are_shellcheck_clean():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    program = str(shellcheck) if shellcheck.exists() else shutil.which("shellcheck")
+    assert program, "shellcheck is missing; it comes with: pip install -e '.[test]'"
+    scripts = sorted(LAUNCH.glob("*.sh"))
+    assert len(scripts) >= 6
+    result = subprocess.run(
+        [program, "--external-sources", *map(str, scripts)],
+        capture_output=True,
+        text=True,
+        cwd=LAUNCH.parent,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_one_machine(machine):
+    assert machine.check("local.sh", *ARGUMENTS) == [[*TRAIN, *ARGUMENTS]]
+    mine = f"{machine.bin}/python"
+    assert machine.dry_run("local.sh", PYTHON=mine) == [[mine, *TRAIN[1:]]]
+    machine.reply(main=[(130, "")])
+    assert machine.run("local.sh").returncode == 130
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_dry_run_is_one_wherever_it_is_asked_for(machine, place):
+    arguments = ["--config=a", "--workdir=b"]
+    arguments.insert(place, "--dry-run")
+    result = machine.run("local.sh", *arguments)
+    assert result.stdout == "python -m tokenflow_jax.main --config=a --workdir=b\n"
+    assert machine.calls == []
+
+
+XPK = ["--cluster=cluster", "--zone=zone-a", "--project=project"]
+
+
+def test_gke_with_an_image(machine):
+    settings = {"IMAGE": "image:1", "SLICES": "4", "XPK_FLAGS": "--priority=high --quiet"}
+    [call] = machine.check("gke_xpk.sh", "run", *ARGUMENTS, **settings)
+    assert call[:-1] == [
+        "xpk", "workload", "create", "--workload=workload", "--tpu-type=v5p-128",
+        "--num-slices=4", *XPK, "--docker-image=image:1", "--max-restarts=100",
+        "--termination-grace-period-seconds=120", "--priority=high", "--quiet",
+    ]  # fmt: skip
+    command = shlex.split(call[-1].removeprefix("--command="))
+    # exec, so that the container's SIGTERM reaches it; 143 is one of XPK's codes for a restart.
+    assert command == [
+        "exec", "env", "TOKENFLOW_SIGTERM_CODE=143", *TRAIN, "--distributed", *ARGUMENTS
+    ]  # fmt: skip
+
+
+def test_gke_with_this_checkout(machine, checkout):
+    (machine.bin / "git").unlink()
+    launch = checkout / "launch"
+    [call] = machine.check("gke_xpk.sh", "run", *ARGUMENTS, launch=launch, dry_run=False)
+    assert "--base-docker-image=python:3.12" in call
+    folder = machine.folder / "tokenflow-workload"
+    assert f"--script-dir={folder}" in call
+    assert (folder / "launch" / "common.sh").exists()
+    assert call[-1].startswith("--command=pip install -q -e '.[tpu]' 'etils[epath-gcs]' && exec ")
+    printed = machine.dry_run("gke_xpk.sh", "run", *ARGUMENTS, launch=launch)
+    assert [line[0] for line in printed] == ["rm", "mkdir", "git", "tar", "xpk"]
+    assert printed[-1] == call
+
+
+def test_gke_status_and_delete(machine):
+    assert machine.check("gke_xpk.sh", "status") == [["xpk", "workload", "list", *XPK]]
+    machine.reply()
+    delete = ["xpk", "workload", "delete", "--workload=workload", *XPK, "--force"]
+    assert machine.check("gke_xpk.sh", "delete") == [delete]
+
+
+@pytest.mark.parametrize("verb", ["run", "status", "delete"])
+def test_gke_failures_are_told(machine, verb):
+    machine.reply(workload=[(7, "")])
+    arguments = ARGUMENTS if verb == "run" else ()
+    assert machine.run("gke_xpk.sh", verb, *arguments, IMAGE="i").returncode == 7
+
+
+SRUN = [
+    "srun", "--kill-on-bad-exit=1", "--gpu-bind=none", "env", "TOKENFLOW_SIGTERM_CODE=143", *TRAIN,
+    "--distributed",
+]  # fmt: skip
+
+
+def test_slurm_submits_a_job_that_starts_one_process_per_gpu(machine):
+    settings = {"NODES": "4", "GPUS": "8"}
+    [call] = machine.check("slurm.sh", *ARGUMENTS, dry_run=False, **settings)
+    assert call[:-1] == [
+        "sbatch", "--job-name=tokenflow", "--nodes=4", "--gpus-per-node=8",
+        "--ntasks-per-node=8", "--requeue", "--signal=TERM@300", "--open-mode=append",
+        "--output=%x-%j.log",
+    ]  # fmt: skip
+    assert machine.dry_run("slurm.sh", *ARGUMENTS, **settings) == [call, [*SRUN, *ARGUMENTS]]
+    machine.reply()
+    job = {**machine.environment, "SLURM_JOB_ID": "42"}
+    subprocess.run(["sh", "-c", call[-1].removeprefix("--wrap=")], env=job, check=True)
+    assert machine.calls == [[*SRUN, *ARGUMENTS]]
+
+
+def test_slurm_cpus_reach_the_job_and_its_processes(machine):
+    settings = {"NODES": "1", "GPUS": "2", "CPUS_PER_TASK": "12"}
+    for call in machine.dry_run("slurm.sh", **settings):
+        assert "--cpus-per-task=12" in call
+
+
+@pytest.mark.parametrize(
+    ("code", "batch", "requeued"),
+    [(0, "1", False), (1, "1", False), (143, "1", True), (143, None, False), (134, "1", False)],
+)
+def test_slurm_queues_a_saved_run_again(machine, code, batch, requeued):
+    machine.reply(srun=[(code, "")])
+    result = machine.run("slurm.sh", *ARGUMENTS, SLURM_JOB_ID="42", TOKENFLOW_BATCH=batch)
+    assert result.returncode == code
+    requeue = [["scontrol", "requeue", "42"]] if requeued else []
+    assert machine.calls == [[*SRUN, *ARGUMENTS], *requeue]
+
+
+def test_slurm_failures_are_told(machine):
+    machine.reply(sbatch=[(7, "")], srun=[(143, "")], requeue=[(3, "")])
+    assert machine.run("slurm.sh", NODES="1", GPUS="1").returncode == 7
+    result = machine.run("slurm.sh", SLURM_JOB_ID="42", TOKENFLOW_BATCH="1")
+    assert result.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "missing"),
+    [
+        ("tpu_vm.sh", ["create"], ["TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE"]),
+        ("tpu_vm.sh", ["keep"], ["--workdir", "TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE"]),
+        ("tpu_vm.sh", ["run", "--workdir=runs/x"], ["--workdir=runs/x", "TPU_NAME"]),
+        ("tpu_vm.sh", ["run", "--workdir", "runs/x"], ["--workdir=runs/x", "ZONE"]),
+        ("tpu_vm.sh", ["delete"], ["TPU_NAME", "ZONE", "PROJECT"]),
+        ("gke_xpk.sh", ["run"], ["--workdir", "WORKLOAD", "TPU_TYPE", "CLUSTER", "ZONE"]),
+        ("gke_xpk.sh", ["status"], ["CLUSTER", "ZONE", "PROJECT"]),
+        ("slurm.sh", [], ["NODES", "GPUS"]),
+    ],
+)
+def test_everything_missing_is_told_at_once(machine, script, arguments, missing):
+    settings = dict.fromkeys(("TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE", "CLUSTER", "WORKLOAD"))
+    result = machine.run(script, *arguments, **settings)
+    assert result.returncode == 2 and machine.calls == []
+    lines = result.stderr.splitlines()
+    assert len(lines) >= len(missing)
+    for name in missing:  # every line has a remedy
+        assert any(line.startswith(f"{script}: {name} is ") and ": " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "program"),
+    [
+        ("tpu_vm.sh", ["wait"], "gcloud"),
+        ("gke_xpk.sh", ["status"], "xpk"),
+        ("slurm.sh", [], "sbatch"),
+        ("local.sh", [], "python"),
+    ],
+)
+def test_a_program_that_is_not_installed_is_named(machine, script, arguments, program):
+    (machine.bin / program).unlink()
+    path = f"{machine.bin}"
+    for name in ("bash", "dirname"):
+        (machine.bin / name).symlink_to(shutil.which(name))
+    result = machine.run(script, *arguments, NODES="1", GPUS="1", PATH=path)
+    assert result.returncode == 2
+    assert f"{program} is not installed: " in result.stderr
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_xpk.sh", "worker.sh"])
+@pytest.mark.parametrize("arguments", [[], ["--config=x"], ["delete", "stray"]])
+def test_wrong_use_is_one_line(machine, script, arguments):
+    result = machine.run(script, *arguments)
+    assert result.returncode == 2 and machine.calls == []
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,48 @@
+"""Eight fake devices against one: the same codes, losses and gradients, and nothing gathered."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+MESHES = ("1,8,1,1", "1,1,8,1", "1,1,1,8", "1,2,2,2")
+
+
+def run(kind, *meshes):
+    flags = "--xla_force_host_platform_device_count=8"
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    command = [sys.executable, str(HERE / "sharding_program.py"), kind, *meshes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_quantiser_is_the_same_wherever_its_rows_are():
+    one, *others = run("quantiser", *MESHES, "2,2,1,2")
+    for name, result in zip((*MESHES, "2,2,1,2"), others, strict=True):
+        assert result["codes"] == one["codes"], name
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=2e-6, err_msg=name)
+        for ours, theirs in zip(result["gradients"], one["gradients"], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-8, err_msg=name)
+        # Tokens may be gathered (40 channels of 8 images), rows of a codebook never.
+        rows = [
+            shape for shape in result["gathered"] if int(shape.split("[")[1].split(",")[0]) > 200
+        ]
+        assert not rows, (name, rows)
+        assert result["largest"] < 168 * 8192, name  # no tokens x codes
+
+
+@pytest.mark.slow
+def test_five_steps_of_both_players_are_the_same():
+    one, *others = run("step", *MESHES)
+    for name, result in zip(MESHES, others, strict=True):
+        assert result["codes"] == one["codes"], name
+        for ours, theirs in zip(result["losses"], one["losses"], strict=True):
+            for loss, value in theirs.items():
+                np.testing.assert_allclose(ours[loss], value, rtol=1e-5, err_msg=f"{name} {loss}")
