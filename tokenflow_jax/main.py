@@ -6,31 +6,26 @@
 
 The same command continues a run that was stopped. Exit codes: 0 done, or stopped and saved on
 SIGTERM; 1 training failed (a loss that is not finite, a full disk); 2 wrong flags or config;
-130 stopped and saved on Ctrl-C.
+130 stopped and saved on Ctrl-C. $TOKENFLOW_SIGTERM_CODE, if set, takes the place of 0 when SIGTERM
+stopped a run that was not done (launch/ sets 143, so that schedulers start it again).
 """
 
-import ast
-import difflib
 import errno
 import importlib
-import importlib.util
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+
+from tokenflow_jax import command_line
+from tokenflow_jax.command_line import fail
 
 # Stage -> module with make_stage(config, mesh); imported only when chosen, to start fast.
 STAGES = {"tokenizer": "tokenflow_jax.train.tokenizer_stage"}
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with an optional variant: configs/tokenizer.py:b"
-)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -47,10 +42,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def main(argv: Sequence[str]) -> int:
     """Trains the stage of the config; returns the exit code."""
     if len(argv) > 1:
-        _fail(f"unexpected argument {argv[1]!r}; options begin with --")
-    config = _CONFIG.value
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = _WORKDIR.value or default_workdir(config_file)
+        fail(f"unexpected argument {argv[1]!r}; options begin with --")
+    config = command_line.CONFIG.value
+    workdir = _WORKDIR.value or default_workdir(command_line.config_file())
     import jax  # here, so that a wrong flag is reported at once
 
     if _DISTRIBUTED.value:
@@ -66,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if absl_logging.level_debug():
             raise
-        _fail(str(error))
+        fail(str(error))
     try:
         result = loop.train_and_evaluate(config, workdir, stage)
     except (checkpoint.CheckpointError, metrics.NonFiniteError) as error:
@@ -77,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
             raise
         runlog.log.error("the disk of %s is full: free some space, run the same again", workdir)
         return 1
+    if result.stopped_by == "SIGTERM" and int(result.state.step) < config.total_steps:
+        return int(os.environ.get("TOKENFLOW_SIGTERM_CODE", "0"))
     return 130 if result.stopped_by == "SIGINT" else 0
 
 
@@ -104,130 +100,10 @@ def stage_module_name(config: Mapping[str, Any]) -> str:
     return STAGES[stage]
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; whatever is wrong with it is one line on stderr and exit code 2."""
-    wants_help = any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv)
-    if not wants_help:
-        check_config_arguments(argv)
-    try:
-        return app.parse_flags_with_usage(argv) if wants_help else flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(" ".join(str(error).split("Traceback")[0].split()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(f"wrong --config flag: {' '.join(str(error).split())}")
-
-
-def check_config_arguments(argv: Sequence[str]) -> None:
-    """Loads the config file and checks every --config.<key>=<value> against it.
-
-    ml_collections would report these mistakes as tracebacks. Exits with code 2 on the first one.
-    """
-    arguments = [arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")]
-    values = {a.partition("=")[0]: a.partition("=")[2] for a in arguments}
-    config_file = values.get("config")
-    if config_file == "" and "--config" in argv[:-1]:  # the form with a space
-        config_file = argv[list(argv).index("--config") + 1]
-    if not config_file:
-        near = difflib.get_close_matches("config", [a for a in values if "." not in a], n=1)
-        hint = f" (--{near[0]} is not an option)" if near else ""
-        _fail(f"say what to train with --config=configs/tokenizer.py{hint}; --help tells more")
-    config = _load_config(config_file)
-    keys = _key_types(config)
-    for argument in arguments:
-        name, has_value, text = argument.partition("=")
-        if not name.startswith("config."):
-            continue
-        key = name.removeprefix("config.")
-        if key not in keys:
-            near = _nearest_key(key, list(keys))
-            hint = f"; did you mean config.{near}?" if near else ""
-            _fail(f"there is no config.{key} in {config_file}{hint}")
-        if has_value:
-            _check_value(key, text, keys[key])
-
-
-def _nearest_key(key: str, keys: Sequence[str]) -> str | None:
-    """The closest key by its whole dotted name, else by its last part alone (a wrong section)."""
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if near:
-        return near[0]
-    by_name = {k.split(".")[-1]: k for k in keys}
-    near = difflib.get_close_matches(key.split(".")[-1], list(by_name), n=1, cutoff=0.7)
-    return by_name[near[0]] if near else None
-
-
-def _load_config(config_file: str) -> Any:
-    """Runs get_config of the file; a missing file or a wrong variant ends the program."""
-    path, _, variant = config_file.partition(":")
-    if not os.path.isfile(path):
-        folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
-        there = sorted(str(p) for p in folder.glob("*.py"))
-        near = difflib.get_close_matches(path, there, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else (
-            f"; there are: {', '.join(there)}" if there else ""
-        )
-        _fail(f"there is no config file {path}{hint}")
-    spec = importlib.util.spec_from_file_location("_tokenflow_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(variant) if variant else module.get_config()
-    except ValueError as error:
-        _fail(f"{path}: {error}")
-
-
-def _key_types(config: Any, prefix: str = "") -> dict[str, type]:
-    """Dotted key -> type of every value and section of a ConfigDict."""
-    types: dict[str, type] = {}
-    for key in config:
-        types[f"{prefix}{key}"] = config.get_type(key)
-        if isinstance(config[key], ml_collections.ConfigDict):
-            types.update(_key_types(config[key], f"{prefix}{key}."))
-    return types
-
-
-_EXAMPLES: dict[type, str] = {int: "1000", float: "1e-4", bool: "true or false", tuple: "(1,2,4)"}
-
-
-def _check_value(key: str, text: str, kind: type) -> None:
-    """Checks a number, flag or tuple before ml_collections does, with a friendlier message."""
-    parsers: dict[type, Callable[[str], Any]] = {
-        int: int, float: float, bool: _parse_bool, tuple: _parse_tuple, list: _parse_tuple,
-    }  # fmt: skip
-    if kind not in parsers:
-        return
-    try:
-        parsers[kind](text)
-    except (ValueError, SyntaxError):
-        hint = _EXAMPLES.get(kind, "[1,2,4]")
-        try:
-            if kind is int and float(text) == int(float(text)):
-                hint = str(int(float(text)))
-        except (ValueError, OverflowError):
-            pass
-        _fail(f"config.{key} takes a value of type {kind.__name__}, such as {hint}, not {text!r}")
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "t", "f", "1", "0", "y", "n", "yes", "no"):
-        raise ValueError(text)
-    return text.lower() in ("true", "t", "1", "y", "yes")
-
-
-def _parse_tuple(text: str) -> Any:
-    return ast.literal_eval(text)
-
-
-def _fail(message: str) -> NoReturn:
-    """Prints one line and ends the program with code 2."""
-    print(f"tokenflow_jax: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
 def run() -> None:
     """Entry point of `python -m tokenflow_jax.main`."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries; the run has its own log
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)
 
 
 if __name__ == "__main__":

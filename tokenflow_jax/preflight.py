@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import main as training
+from tokenflow_jax import command_line
 from tokenflow_jax.chips import Topology, parse_topology
 
 # Stage -> module with make_program(config, mesh, platform).
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     try:
         topology = parse_topology(_TOPOLOGY.value or "")
-        fits, text, program = report(flags.FLAGS["config"].value, topology)
+        fits, text, program = report(command_line.CONFIG.value, topology)
     except (ValueError, ImportError) as error:
         print(f"preflight: {error}", file=sys.stderr, flush=True)
         return 2
@@ -269,7 +269,7 @@ def run() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     absl_logging.set_verbosity(absl_logging.WARNING)
-    app.run(main, flags_parser=training.parse_flags)
+    app.run(main, flags_parser=command_line.parse_flags)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ FAKES = ("gcloud", "git", "python", "sbatch", "scontrol", "srun", "xpk")
 ARGUMENTS = (
     "--config=configs/tokenizer.py:b",
     "--workdir=gs://bucket/a run",
-    "--config.name=it's \"$HOME\" `id` \\ *",
+    '--config.name=it\'s "$HOME" `id` \\ *',
     "--config.empty=",
     "",
 )

@@ -207,9 +207,7 @@ def test_keep_ends_with_the_code_of_a_run_that_failed(machine, ended, code):
 
 
 def test_keep_does_not_blame_the_run_for_a_pod_that_is_taken_away(machine):
-    machine.reply(
-        list=states("ACTIVE", "SUSPENDING", "ACTIVE"), status=workers("exit 1", "exit 0")
-    )
+    machine.reply(list=states("ACTIVE", "SUSPENDING", "ACTIVE"), status=workers("exit 1", "exit 0"))
     assert machine.run("tpu_vm.sh", "keep", *RUN).returncode == 0
 
 
