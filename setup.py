@@ -21,7 +21,9 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=11",
     "safetensors>=0.5",
+    "scipy>=1.14",
     "tensorboardX>=2.6.2",
+    "tensorstore>=0.1.70",
 ]
 
 EXTRAS = {

@@ -10,6 +10,9 @@ from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
 
 import tokenflow_jax as tfx
+from tokenflow_jax.convert import rules
+from tokenflow_jax.convert.conversion import convert
+from tokenflow_jax.convert.tokenizer import tokenizer_buffers, tokenizer_table
 from tokenflow_jax.convert.torch_files import write_safetensors
 from tokenflow_jax.models.tokenizer import TokenFlow
 
@@ -111,6 +114,24 @@ def test_bad_images(tiny, images, message):
 def test_bad_codes(tiny, codes, message):
     with pytest.raises(ValueError, match=message):
         tiny.decode(codes)
+
+
+def test_what_weights_do_not_tell(tiny, tmp_path, monkeypatch):
+    """The pyramid and the distance's weight of a PyTorch file can be said; ours know."""
+    monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
+    path = tmp_path / "tiny.safetensors"
+    buffers = tokenizer_buffers(TINY)
+    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    loaded = tfx.Tokenizer.load(path, variant="tiny", scales=(2, 4), pixel_weight=3.0)
+    assert (loaded.config.scales, loaded.config.pixel_weight) == ((2, 4), 3.0)
+    assert tfx.Tokenizer.load(path, variant="tiny").config == TINY
+    with pytest.raises(ValueError, match=r"scales \(1, 2\) end at 2"):
+        tfx.Tokenizer.load(path, variant="tiny", scales=(1, 2))
+    convert(path, tmp_path / "ours", TINY)
+    with pytest.raises(ValueError, match="knows its own scales"):
+        tfx.Tokenizer.load(tmp_path / "ours", scales=(2, 4))
+    with pytest.raises(ValueError, match=r"ours is a checkpoint of ours.*got 'tinny'"):
+        tfx.Tokenizer.load(tmp_path / "ours", variant="tinny")
 
 
 def test_loading_says_what_is_wrong(tmp_path):

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +42,22 @@ class Tokenizer:
         ema: bool = True,
         step: int | None = None,
         dtype: str = "float32",
+        scales: Sequence[int] | None = None,
+        pixel_weight: float | None = None,
     ) -> "Tokenizer":
         """Loads a tokenizer.
 
         Args:
-          path: a training workdir or one of its checkpoints, or a PyTorch file (.pt, .pth, .bin,
-            .safetensors, a folder or index of sharded ones). Pickled code is never executed.
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` wrote, or a
+            PyTorch file (.pt, .pth, .bin, .safetensors, a folder or index of sharded ones). Pickled
+            code is never executed.
           variant: for a PyTorch file which model it is, one of `models.tokenizer.VARIANTS`; a
             checkpoint of ours knows.
           ema: takes the moving average of the weights when the checkpoint has one.
           step: which checkpoint of a workdir; the newest when None.
           dtype: "float32" or "bfloat16".
+          scales, pixel_weight: of a PyTorch file whose pyramid or weight of the pixel distance are
+            not its variant's; weights do not tell.
 
         Returns:
           A `Tokenizer`.
@@ -62,10 +68,7 @@ class Tokenizer:
         path = os.fspath(path)
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
-        if variant is not None or conversion.is_torch(path):
-            config = _variant(path, variant)
-        else:
-            config = None
+        config = _config(path, variant, {"scales": scales, "pixel_weight": pixel_weight})
         source = conversion.open_source(path, config, weights=None if ema else "raw", step=step)
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
         return cls(source.config, unflatten(params), dtype)
@@ -184,10 +187,18 @@ class Tokenizer:
         return codes_BL.astype(np.int32)
 
 
-def _variant(path: str, variant: str | None) -> TokenizerConfig:
+def _config(path: str, variant: str | None, options: Mapping[str, Any]) -> TokenizerConfig | None:
+    """The config that was asked for; None for a checkpoint of ours, which knows its own."""
+    options = {name: value for name, value in options.items() if value is not None}
+    is_torch = conversion.is_torch(path)
+    if options and not is_torch:
+        raise ValueError(f"{path} knows its own {' and '.join(options)}: leave them out")
+    if variant is None and not is_torch:
+        return None
     if variant not in VARIANTS:
+        kind = "a PyTorch checkpoint" if is_torch else "a checkpoint of ours"
         raise ValueError(
-            f"{path} is a PyTorch checkpoint: say which model it holds, variant=one of "
-            f"{sorted(VARIANTS)} (got {variant!r})"
+            f"{path} is {kind}: say which model it holds, variant=one of {sorted(VARIANTS)} "
+            f"(got {variant!r})"
         )
-    return VARIANTS[variant]
+    return dataclasses.replace(VARIANTS[variant], **options)

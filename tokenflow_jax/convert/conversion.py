@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax.checkpoint import full_disk
 from tokenflow_jax.convert import orbax_files
 from tokenflow_jax.convert.lazy import LazyTensor
 from tokenflow_jax.convert.parts import PARTS, Part
@@ -104,21 +105,21 @@ def convert(
       OSError: the target exists or cannot be written.
     """
     source = open_source(src, config, part=part, weights=weights, step=step)
-    arrays = {path: cast(tensor, dtype) for path, tensor in source.arrays.items()}
-    table = part.table(source.config)
     with complete(dst, overwrite) as partial:
         if os.fspath(dst).endswith((".pt", ".safetensors")):
             missing = {
                 name: LazyTensor(name, array.shape, array.dtype, lambda array=array: array)
                 for name, array in part.buffers(source.config).items()
             }
-            tensors = torch_tensors(arrays, table) | missing | source.buffers
+            parameters = torch_tensors(source.arrays, part.table(source.config))
+            parameters = {name: cast(tensor, dtype) for name, tensor in parameters.items()}
+            tensors = parameters | missing | source.buffers
             if os.fspath(dst).endswith(".pt"):
                 write_torch_zip(partial, {"model": tensors})
             else:
                 write_safetensors(partial, tensors)
         else:
-            tensors = {f"params/{path}": tensor for path, tensor in arrays.items()}
+            tensors = {f"params/{path}": cast(t, dtype) for path, t in source.arrays.items()}
             for name, tensor in source.buffers.items():
                 tensors["buffers/" + name.replace(".", "/")] = tensor
             saved_config = {"model": dataclasses.asdict(source.config), "stage": part.stage}
@@ -162,8 +163,8 @@ def _open_torch(path: str | os.PathLike, config: Any, part: Part, weights: str |
     part.check(state, config)
     table = part.table(config)
     buffers = {name: tensor for name, tensor in state.items() if table.is_buffer(name)}
-    about = {"weights": weights, "sha256": {os.path.basename(f): _sha256(f) for f in state.files}}
-    return Source(config, flax_arrays(state, table, part.template(config)), buffers, weights, about)
+    arrays = flax_arrays(state, table, part.template(config))
+    return Source(config, arrays, buffers, weights, state.files)
 
 
 def _open_key(path: str | os.PathLike, key: str) -> StateDict | None:
@@ -183,9 +184,9 @@ def _open_ours(
         raise ValueError(f"{path} is a checkpoint of stage {stage!r}, not of {part.stage!r}")
     saved = part.config_class(**info["config"]["model"])
     if config is not None and saved != config:
-        names = [name for name, other in part.variants.items() if other == saved]
-        holds = f"variant {names[0]}" if names else f"a model of its own, {saved}"
-        raise ValueError(f"{path} does not hold the variant asked for, but {holds}; leave it out")
+        raise ValueError(
+            f"{path} does not hold {part.describe(config)}, but {part.describe(saved)}"
+        )
 
     def field(name: str) -> Tensors:
         """The arrays of one field of the state, by their paths in it."""
@@ -273,7 +274,7 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
         array = tensor.read()
         with np.errstate(over="ignore"):
             out = array.astype(target)
-        if np.isinf(out).any() and not np.isinf(array).any():
+        if np.isinf(out).sum() > np.isinf(array).sum():
             raise ValueError(f"{tensor.name} has values beyond {dtype}; take bfloat16 or float32")
         return out
 
@@ -290,6 +291,7 @@ def complete(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathl
 
     Raises:
       FileExistsError: there is something and `overwrite` is false.
+      OSError: it cannot be written; what was there is intact.
     """
     path = pathlib.Path(path).absolute()
     if path.exists() and not overwrite:
@@ -308,6 +310,13 @@ def complete(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathl
             _remove(old)
         else:
             os.replace(partial, path)
+    except OSError as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"{path} could not be written ({reason}); free some space, run the same again"
+        ) from error
     finally:
         _remove(partial)
 

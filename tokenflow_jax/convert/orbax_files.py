@@ -65,7 +65,8 @@ def open_checkpoint(
     """
     path = checkpoint.find_checkpoint(path, step)
     info = checkpoint.read_info(path)
-    info.setdefault("step", int(path.name))  # a training checkpoint is named after its step
+    if "step" not in info:  # a training checkpoint is named after its step
+        info["step"] = int(path.name)
     names = [name for name in info["arrays"] if name.split("/")[0] in subtrees]
     if not names:
         fields = sorted({name.split("/")[0] for name in info["arrays"]})
@@ -167,7 +168,7 @@ def save_weights(
         reason = checkpoint.full_disk(error)
         if reason is None:
             raise
-        raise OSError(f"{path}: {reason}") from error
+        raise OSError(reason) from error
     described = checkpoint.describe_arrays(tree)
     info = {
         "format": checkpoint.FORMAT,

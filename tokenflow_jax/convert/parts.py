@@ -35,6 +35,11 @@ class Part:
     template: Callable[[Any], Mapping[str, Any]]
     buffers: Callable[[Any], dict[str, np.ndarray]]
 
+    def describe(self, config: Any) -> str:
+        """The variant's name, or the config itself if it has none."""
+        names = [name for name, other in self.variants.items() if other == config]
+        return f"variant {names[0]!r}" if names else str(config)
+
     def check(self, state: Mapping[str, Any], config: Any) -> None:
         """Compares a PyTorch checkpoint with the model, without reading data.
 
