@@ -10,6 +10,7 @@ from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
 
 import tokenflow_jax as tfx
+from tokenflow_jax import api
 from tokenflow_jax.convert import rules
 from tokenflow_jax.convert.conversion import convert
 from tokenflow_jax.convert.tokenizer import tokenizer_buffers, tokenizer_table
