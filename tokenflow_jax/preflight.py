@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, ImportError) as error:
         print(f"preflight: {error}", file=sys.stderr, flush=True)
         return 2
-    if _HLO.value:
+    if _HLO.value and program:
         with open(_HLO.value, "w", encoding="utf-8") as file:
             file.write(program)
     print(text)
@@ -157,6 +157,8 @@ def _tpu_devices(topology: Topology) -> list[Any]:
 
 def _compile(lowered: Any, held: int) -> Compiled:
     """Compiles; a program that is too large is a result, too."""
+    import jax
+
     from tokenflow_jax import costs
 
     try:
@@ -168,11 +170,15 @@ def _compile(lowered: Any, held: int) -> Compiled:
             raise
         excess, used = (int(float(m[1]) * _UNITS[m[2]]) for m in (excess, used))
         return Compiled(used - held, excess=excess)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # some libtpu programs cannot be printed by this jaxlib
+        text = ""
     return Compiled(
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        collectives=costs.collectives(text),
+        collectives=costs.collectives(text) if text else None,
         text=text,
     )
 
@@ -220,7 +226,7 @@ def _time(flops: float, held: int, compiled: Compiled, topology: Topology) -> li
 
 def _traffic(compiled: Compiled) -> list[str]:
     if compiled.collectives is None:
-        return []
+        return ["between devices: unknown (there is no compiled program that can be read)"]
     lines = ["between devices, per step and device"]
     for kind, (times, nbytes) in compiled.collectives.items():
         lines.append(f"  {kind:<20}{times:6} times {nbytes / 2**20:10.1f} MiB")
