@@ -202,7 +202,15 @@ class _TokenizerStage:
         return reconstruction.reconstructor(self.model)
 
     def _weights(self, state: TrainState) -> PyTree:
-        return hosts.to_local_devices(state.params if state.ema is None else state.ema)
+        return self._whole(state.params if state.ema is None else state.ema)
+
+    def _whole(self, tree: PyTree) -> PyTree:
+        """Copies of split weights, whole on each of this process's devices."""
+        return hosts.to_local_devices(self._gather(tree))
+
+    @functools.cached_property
+    def _gather(self):
+        return jax.jit(lambda tree: tree, out_shardings=mesh.replicated(self.mesh))
 
     def _eval_batches(self, data: pipeline.DataConfig, limit: int | None = None):
         return pipeline.eval_batches(data, batch_size=self.config.eval.batch_size, limit=limit)
@@ -212,7 +220,7 @@ class _TokenizerStage:
         """PSNR, SSIM and, with its weights, LPIPS."""
         measures = {name: reconstruction.MEASURES[name] for name in ("psnr", "ssim")}
         if "lpips" in self.frozen:
-            measures["lpips"] = reconstruction.lpips_measure(self.frozen["lpips"])
+            measures["lpips"] = reconstruction.lpips_measure(self._whole(self.frozen["lpips"]))
         return measures
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
