@@ -75,7 +75,11 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.total_steps = 1_000_000  # paper, B; L and XL 500,000
     config.batch_size = 256  # images per step over all devices (paper, released script: 32)
     config.accumulate = 1  # microbatches per step, scanned on the device
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; -1: the rest
+    config.mesh = ConfigDict()  # devices per axis; -1: the rest
+    config.mesh.slice = 1  # slices of a multi-slice job
+    config.mesh.data = -1  # copies of the model
+    config.mesh.fsdp = 1  # parameters and optimiser state split, gathered where used
+    config.mesh.tensor = 1  # hidden layers and codebook rows split
 
     # Where weights come from when the workdir has no checkpoint yet.
     config.init_from = ""  # a workdir, a checkpoint of ours, or a PyTorch file

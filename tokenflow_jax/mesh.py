@@ -216,6 +216,17 @@ def stayed_whole(tree: PyTree, mesh: Mesh) -> list[Whole]:
     return sorted(whole, key=lambda w: -w.nbytes)
 
 
+def describe_whole(tree: PyTree, mesh: Mesh, shown: int = 8) -> list[str]:
+    """Lines that name what `stayed_whole`, by size; none where nothing is to be split."""
+    whole = stayed_whole(tree, mesh)
+    if not whole:
+        return []
+    total = sum(array.nbytes for array in whole)
+    lines = [f"whole on every device: {len(whole)} arrays, {total / 2**20:.2f} MiB"]
+    lines += [f"  {array.path}: {array.nbytes / 2**20:.3f} MiB" for array in whole[:shown]]
+    return lines + (["  ..."] if len(whole) > shown else [])
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Splits the leading (batch) axis of an array over `slice`, `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

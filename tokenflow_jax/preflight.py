@@ -26,7 +26,6 @@ from tokenflow_jax.chips import Topology, parse_topology
 # Stage -> module with make_program(config, mesh, platform).
 PROGRAMS = {"tokenizer": "tokenflow_jax.train.tokenizer_program"}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SHOWN = 8
 # libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -128,7 +127,7 @@ def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
         *_time(costs.flops(jaxpr), total, compiled, topology),
         "",
         *_traffic(compiled),
-        *_whole(mesh.stayed_whole(program.state, device_mesh)),
+        *mesh.describe_whole(program.state, device_mesh),
     ]
     if compiled.excess:
         lines += ["", *_levers(config, held, compiled, topology, device_mesh)]
@@ -231,15 +230,6 @@ def _traffic(compiled: Compiled) -> list[str]:
     for kind, (times, nbytes) in compiled.collectives.items():
         lines.append(f"  {kind:<20}{times:6} times {nbytes / 2**20:10.1f} MiB")
     return lines if len(lines) > 1 else ["between devices: nothing"]
-
-
-def _whole(whole: Sequence[Any]) -> list[str]:
-    if not whole:
-        return []
-    total = sum(array.nbytes for array in whole)
-    lines = [f"whole on every device: {len(whole)} arrays of the state, {total / 2**20:.1f} MiB"]
-    lines += [f"  {array.path:<60}{array.nbytes / 2**20:8.2f} MiB" for array in whole[:_SHOWN]]
-    return lines
 
 
 def _levers(

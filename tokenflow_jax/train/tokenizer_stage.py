@@ -60,6 +60,7 @@ class _TokenizerStage:
         self.program = Program(config, device_mesh, jax.default_backend(), lpips is not None)
         self.model_config, self.model = self.program.model_config, self.program.model
         self.frozen = self._frozen(lpips)
+        self.notes += mesh.describe_whole(self.program.state, device_mesh)
         self.train_config = self._data(config.data.split, config.data.augment, config.data.flip)
         self.eval_config = self._data(config.data.eval_split, "center", False)
         for data in (self.train_config, self.eval_config):
