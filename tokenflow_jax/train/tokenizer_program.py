@@ -154,12 +154,15 @@ class Program:
     @functools.cached_property
     def step(self) -> Any:
         """The jitted step, donating the state; to be called with the mesh in use."""
-        shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+        state, frozen = (
+            jax.tree.map(lambda x: x.sharding, tree) for tree in (self.state, self.frozen)
+        )
         return jax.jit(
             self.trainer.step,
             donate_argnums=0,
-            in_shardings=tuple(map(shardings, self.arguments)),
-            out_shardings=(shardings(self.state), mesh.replicated(self.mesh)),
+            # A batch may hold more than images (labels), all of it split alike.
+            in_shardings=(state, frozen, mesh.batch_sharding(self.mesh)),
+            out_shardings=(state, mesh.replicated(self.mesh)),
         )
 
 
