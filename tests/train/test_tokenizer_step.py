@@ -91,6 +91,7 @@ def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
     assert m["adversarial/adaptive"] not in (0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "clip"])
 def test_a_step_with_every_encoder(kind):
     """Encoder, teacher of its kind, detour, adaptive weight, discriminator: finite, and moving."""

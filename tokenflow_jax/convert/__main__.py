@@ -46,11 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint of a workdir; default: newest")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --dst")
     options = parser.parse_args(argv)
-    # Orbax logs tracebacks of errors that are told below in one line.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: an accelerator stays free
-    _return_freed_memory()
     try:
         _convert(options)
     except (OSError, ValueError) as error:
@@ -96,6 +91,15 @@ def _convert(options: argparse.Namespace) -> None:
     )
 
 
+def _prepare_process() -> None:
+    """Settings of a process that does nothing else."""
+    # Orbax logs tracebacks of errors that are told in one line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: an accelerator stays free
+    _return_freed_memory()
+
+
 def _return_freed_memory() -> None:
     """Tells glibc to give freed arrays back at once; it would keep those of up to 32 MB."""
     libc = ctypes.CDLL(None)
@@ -105,4 +109,5 @@ def _return_freed_memory() -> None:
 
 
 if __name__ == "__main__":
+    _prepare_process()
     sys.exit(main())
