@@ -143,7 +143,7 @@ MEASURE = """
     sys.path.insert(0, "tests")
     import numpy as np, tiny
     from tokenflow_jax.convert import conversion, parts
-    from tokenflow_jax.convert.__main__ import main
+    from tokenflow_jax.convert.__main__ import main, prepare_process
     from tokenflow_jax.models.vit import ViTConfig
 
     config = dataclasses.replace(
@@ -165,6 +165,7 @@ MEASURE = """
     else:
         def peak():
             return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        prepare_process()
         before = peak()
         for target in sys.argv[4:]:
             flags = [f"--src={folder}/{sys.argv[2]}", f"--to={sys.argv[3]}", "--variant=deep"]

@@ -91,7 +91,7 @@ def _convert(options: argparse.Namespace) -> None:
     )
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """Settings of a process that does nothing else."""
     # Orbax logs tracebacks of errors that are told in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
@@ -109,5 +109,5 @@ def _return_freed_memory() -> None:
 
 
 if __name__ == "__main__":
-    _prepare_process()
+    prepare_process()
     sys.exit(main())
