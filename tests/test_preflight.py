@@ -52,7 +52,7 @@ def test_wrong_arguments_are_one_line():
 
 @pytest.mark.slow
 def test_the_quickstart_compiles_for_a_tpu():
-    """Needs libtpu, which the test extra installs."""
+    """Needs libtpu: pip install -e '.[test,preflight]'."""
     code, text, error = preflight("", "--topology=v5e:2x2", "--config.mesh.fsdp=2")
     assert code == 0, error
     assert "all-reduce" in text and "whole on every device" in text and ": fits" in text
