@@ -36,7 +36,7 @@ def place(tree, device_mesh):
     return jax.tree.map(jax.device_put, tree, mesh.shardings(tree, device_mesh))
 
 
-def quantiser(sizes, codes=8192, batch=8, grid=4):
+def quantiser(sizes, codes=131_072, batch=8, grid=4):
     """Losses and gradients of the whole pyramid, and what the compiled program holds."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((batch, grid, grid, 40)).astype(np.float32)
