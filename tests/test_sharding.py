@@ -45,4 +45,7 @@ def test_five_steps_of_both_players_are_the_same():
         assert result["codes"] == one["codes"], name
         for ours, theirs in zip(result["losses"], one["losses"], strict=True):
             for loss, value in theirs.items():
-                np.testing.assert_allclose(ours[loss], value, rtol=1e-5, err_msg=f"{name} {loss}")
+                # The adversarial loss is a mean of logits of both signs, near zero at times.
+                np.testing.assert_allclose(
+                    ours[loss], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} {loss}"
+                )
