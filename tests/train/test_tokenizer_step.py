@@ -205,6 +205,7 @@ def test_accumulation_takes_the_same_step(frozen, batch, gan):
         run(make_trainer(accumulate=3), frozen, batch, 1)
 
 
+@pytest.mark.slow
 def test_only_trainable_parts_move(frozen, batch):
     shapes = jax.eval_shape(make_trainer().init, jax.random.key(0)).params
     trainer = make_trainer(trainable=optim.matching(shapes, ("pixel_decoder",)))
