@@ -79,9 +79,9 @@ def over_codes(function: Callable, tokens: int, size: int, always: bool = False)
 
 
 def _split(tokens: int, size: int) -> Split | None:
-    """What the mesh in use makes of the logical axes "batch" and "codes"; None: no mesh to split over.
+    """What the mesh in use makes of the logical axes "batch" and "codes"; None without a mesh.
 
-    Inside a `shard_map` over the whole mesh all arrays are a device's own already.
+    Inside a `shard_map` over the whole mesh all arrays are a device's own: there is none, either.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:

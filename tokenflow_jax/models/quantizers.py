@@ -11,9 +11,10 @@ l2-normalised, hence |z - c|^2 = 2 - 2 z.c and the sum is smallest where
     s[i] = z_sem . c_sem[i] + w z_pix . c_pix[i]
 
 is largest: ONE inner product over the concatenated channels, with w folded into z. `nearest_codes`
-runs it over chunks of the codebook with a running maximum, on TPUs in one kernel
-(`nearest_kernel`); no array of tokens x codes exists, in the forward or the backward pass. Everything here is float32 with full-precision products, whatever
-the rest of the model computes in: an argmin decides.
+runs it over chunks of the codebook with a running maximum (TPUs do so in one kernel, see
+`nearest_kernel`); no array of tokens x codes exists, in the forward or the backward pass.
+Everything here is float32 with full-precision products, whatever the rest of the model computes
+in: an argmin decides.
 
 Shapes: N tokens, K codes, C = semantic + pixel channels (semantic first).
 """
