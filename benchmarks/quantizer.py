@@ -4,7 +4,8 @@
     python -m benchmarks.quantizer --tokens=4096 --dense   both ways, each in a process of its own
 
 One step is: nearest codes, codebook and commitment loss, gradient to tokens and both codebooks.
-Extra memory is the process's peak above what it held with its inputs ready.
+TOKENFLOW_NEAREST_KERNEL=never or always in the environment compares the ways of a TPU. Extra memory
+is the process's peak above what it held with its inputs ready.
 """
 
 import argparse

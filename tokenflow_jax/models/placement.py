@@ -41,7 +41,7 @@ def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, names)
 
 
-def over_codes(function: Callable, tokens: int, size: int) -> Callable:
+def over_codes(function: Callable, tokens: int, size: int, always: bool = False) -> Callable:
     """Runs a function of tokens and codes where the rows of the codebook are.
 
     Args:
@@ -50,6 +50,8 @@ def over_codes(function: Callable, tokens: int, size: int) -> Callable:
         scalars are to be reduced over `split.tokens` too.
       tokens: N, the length of the per-token arrays.
       size: K.
+      always: gives each device of the mesh in use its own tokens also where every device has all
+        the rows; kernels need that, for XLA cannot split them.
 
     Returns:
       A function of (codes, *per-token arrays), whole ones.
@@ -58,7 +60,7 @@ def over_codes(function: Callable, tokens: int, size: int) -> Callable:
       ValueError: K rows cannot be split evenly.
     """
     split = _split(tokens, size)
-    if not split.codes:
+    if split is None or not (split.codes or always):
         return lambda *arrays: function(Split(), *arrays)
 
     def call(codes: jax.Array, *per_token: jax.Array):
@@ -76,14 +78,15 @@ def over_codes(function: Callable, tokens: int, size: int) -> Callable:
     return call
 
 
-def _split(tokens: int, size: int) -> Split:
-    """What the mesh in use makes of the logical axes "batch" and "codes"."""
+def _split(tokens: int, size: int) -> Split | None:
+    """What the mesh in use makes of the logical axes "batch" and "codes"; None without a mesh.
+
+    Inside a `shard_map` over the whole mesh all arrays are a device's own: there is none, either.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return Split()
+    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+        return None
     codes = _axes("codes", mesh)
-    if not codes:
-        return Split()
     shards = _count(codes, mesh)
     if size % shards:
         raise ValueError(

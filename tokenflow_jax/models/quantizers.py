@@ -11,9 +11,10 @@ l2-normalised, hence |z - c|^2 = 2 - 2 z.c and the sum is smallest where
     s[i] = z_sem . c_sem[i] + w z_pix . c_pix[i]
 
 is largest: ONE inner product over the concatenated channels, with w folded into z. `nearest_codes`
-runs it over chunks of the codebook with a running maximum; no array of tokens x codes exists, in
-the forward or the backward pass. Everything here is float32 with full-precision products, whatever
-the rest of the model computes in: an argmin decides.
+runs it over chunks of the codebook with a running maximum (TPUs do so in one kernel, see
+`nearest_kernel`); no array of tokens x codes exists, in the forward or the backward pass.
+Everything here is float32 with full-precision products, whatever the rest of the model computes
+in: an argmin decides.
 
 Shapes: N tokens, K codes, C = semantic + pixel channels (semantic first).
 """
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tokenflow_jax.models import placement
+from tokenflow_jax.models import nearest_kernel, placement
 from tokenflow_jax.models.placement import Split
 
 _CHUNK_ELEMENTS = 2**24  # scores alive at once: 64 MiB of float32
@@ -130,11 +131,18 @@ def nearest_codes(
         # Of equal scores on several devices the lowest index counts, as on one.
         return jax.lax.pmin(jnp.where(score_N == best_N, code_N, size), split.codes)
 
-    return placement.over_codes(nearest, z_NC.shape[0], size)(codes_KC, z_NC)
+    run = placement.over_codes(nearest, z_NC.shape[0], size, always=True)
+    return run(codes_KC, z_NC)
 
 
 def _best_of(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest score (N,) and the first code (N,) that has it, chunk by chunk."""
+    """The largest score (N,) and the first code (N,) that has it, the fastest way."""
+    search = nearest_kernel.where_faster(z_NC, codes_KC, _best_by_chunks)
+    return search(z_NC, codes_KC)
+
+
+def _best_by_chunks(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_best_of` for all machines, chunk by chunk."""
     size = codes_KC.shape[0]
 
     def visit(best, chunk):
