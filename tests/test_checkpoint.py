@@ -27,17 +27,14 @@ class State:
 class Position:
     """The part of the data iterator that checkpoints see."""
 
-    def __init__(self, position=b"{}"):
-        self.position = position
+    def __init__(self, position=0):
+        self.position = {"next": position}
 
     def get_state(self):
         return self.position
 
-    def set_state(self, position):
-        self.position = position
-
-    def start_prefetch(self):
-        pass
+    def set_state(self, positions):
+        (self.position,) = positions
 
 
 CONFIG = {"model": {"width": 4, "scales": [1, 2]}, "seed": 0}
@@ -55,7 +52,7 @@ def make_state(width=4, ema=True, extra=False):
     return jax.tree.map(jnp.copy, state)
 
 
-def save(workdir, state, step=7, position=b'{"next": 5}', keep=2):
+def save(workdir, state, step=7, position=5, keep=2):
     checkpoints = checkpoint.Checkpoints(workdir, keep)
     checkpoints.save(step, state, Position(position), CONFIG)
     checkpoints.wait()
@@ -77,7 +74,7 @@ def test_round_trip_of_state_data_and_config(tmp_path):
     position = Position()
     restored = checkpoints.restore(7, jax.tree.map(jnp.zeros_like, state), position)
     assert_same(restored, state)
-    assert position.position == b'{"next": 5}'
+    assert position.position == {"next": 5}
     assert checkpoints.read_info(7)["config"] == CONFIG
     checkpoints.close()
 
@@ -134,42 +131,69 @@ def test_every_array_that_does_not_fit_is_listed(tmp_path):
     checkpoints.close()
 
 
-def test_one_flipped_byte_is_found(tmp_path):
-    state = make_state()
-    state = state.replace(params={"noise": jax.random.normal(jax.random.key(0), (64, 64))})
-    checkpoints = save(tmp_path, state)
-    needle = np.asarray(state.params["noise"]).tobytes()[4000:4008]
-    files = [p for p in (tmp_path / "checkpoints" / "7" / "state").rglob("*") if p.is_file()]
-    hit = False
+def flip_a_byte(checkpoint_path, array):
+    """Damages a stored array: a bit of its own bytes, or of the largest file if those are packed.
+
+    Returns:
+      Whether it was the array's own.
+    """
+    needle = np.asarray(array).tobytes()[4000:4008]
+    files = [p for p in (checkpoint_path / "state").rglob("*") if p.is_file()]
     for path in files:
         data = bytearray(path.read_bytes())
         at = bytes(data).find(needle)
         if at >= 0:
             data[at] ^= 1
             path.write_bytes(data)
-            hit = True
-    if not hit:  # compressed: flip a byte in the middle of the largest file
-        path = max(files, key=lambda p: p.stat().st_size)
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    # Orbax itself notices damage in a compressed chunk only.
-    noticed = r"damaged|checksum|CRC|decompress|corrupt|DATA_LOSS"
-    with pytest.raises(ValueError, match=noticed) as caught:
+            return True
+    path = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return False
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_one_flipped_byte_is_found(tmp_path, earlier):
+    state = make_state()
+    state = state.replace(params={"noise": jax.random.normal(jax.random.key(0), (64, 64))})
+    checkpoints = save(tmp_path, state, step=6 if earlier else 7)
+    if earlier:
+        checkpoints.save(7, state, Position(), CONFIG)
+        checkpoints.wait()
+    path = tmp_path / "checkpoints" / "7"
+    own = flip_a_byte(path, state.params["noise"])
+    with pytest.raises(checkpoint.CheckpointError, match="damaged") as caught:
         checkpoints.restore(7, state, Position())
-    if hit:
-        assert isinstance(caught.value, checkpoint.CheckpointError)
-        assert "params/noise" in str(caught.value)
+    message = str(caught.value)
+    # Orbax itself notices damage in a compressed chunk only, and names the array as well.
+    assert "noise" in message or not own
+    if earlier:
+        assert f"The checkpoint before it is {path.parent / '6'}: remove {path}" in message
+        assert_same(checkpoints.restore(6, state, Position()), state)
+    else:
+        assert "no earlier checkpoint" in message
     checkpoints.close()
 
 
-def test_another_number_of_processes_is_explained(tmp_path):
-    checkpoints = save(tmp_path, make_state())
+def test_numbers_changed_without_a_broken_file_are_found(tmp_path):
+    """As when an array was written from memory that something had overwritten."""
+    state = make_state()
+    checkpoints = save(tmp_path, state)
     file = tmp_path / "checkpoints" / "7" / "info" / "metadata"
     info = json.loads(file.read_text())
-    info["process_count"] = 4
+    info["arrays"]["params/encoder/bias"]["sum32"] ^= 1
     file.write_text(json.dumps(info))
-    with pytest.raises(checkpoint.CheckpointError, match="saved by 4 processes, this run has 1"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"differ from those saved in:\n.*bias"):
+        checkpoints.restore(7, state, Position())
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_an_older_format_is_explained(tmp_path):
+    checkpoints = save(tmp_path, make_state())
+    file = tmp_path / "checkpoints" / "7" / "info" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+    with pytest.raises(checkpoint.CheckpointError, match="has format 1, this version reads 2"):
         checkpoints.restore(7, make_state(), Position())
     checkpoints.close()
 

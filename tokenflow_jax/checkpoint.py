@@ -1,30 +1,33 @@
 """Checkpoints: training state + data iterator + config, complete or absent, never half.
 
-A checkpoint is the directory `<workdir>/checkpoints/<step>` with three items:
+A checkpoint is the directory `<workdir>/checkpoints/<step>` with two items:
   state   the arrays, as Orbax writes them;
-  data    the position in the training data, one small JSON file per process;
-  info    JSON: the config, and name, shape, dtype and CRC-32 of every array.
+  info    JSON: the config, every process's position in the training data, and name, shape, dtype
+          and checksum of every array.
 Orbax renames the directory into place when all is written, so a killed process leaves only a
-temporary one, which the next start removes. The CRCs are there because nothing in Orbax notices a
-damaged byte.
+temporary one, which the next start removes. The checksums are there because nothing in Orbax
+notices a damaged byte.
+
+Nothing in a checkpoint depends on how many devices or processes wrote it: it is restored onto any
+mesh and into any number of processes.
 """
 
 import fcntl
 import json
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax
-import grain
-import grain.checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-FORMAT = 1
+from tokenflow_jax import checksums
+
+FORMAT = 2
 _MAX_LINES = 20
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -78,7 +81,8 @@ class Checkpoints:
         Args:
           step: the number of finished steps, which names the checkpoint.
           state: a pytree of arrays.
-          data: an object with `get_state() -> bytes`, the position in the training data.
+          data: an object with `get_state()`: this process's position in the training data, as
+            JSON-able values.
           config: JSON-able config (see config_to_dict).
 
         Raises:
@@ -89,15 +93,14 @@ class Checkpoints:
             "config": dict(config),
             "process_count": jax.process_count(),
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
-            "arrays": describe_arrays(state, checksums=True),
+            "data": _of_all_processes(data.get_state()),
+            "arrays": describe_arrays(state, with_sums=True),
         }
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    data=grain.checkpoint.CheckpointSave(data),
-                    info=ocp.args.JsonSave(info),
+                    state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)
                 ),
                 force=True,
             )
@@ -136,23 +139,17 @@ class Checkpoints:
         Args:
           step: which checkpoint.
           like: pytree of arrays or jax.ShapeDtypeStruct with shardings; only shapes are used.
-          data: an object with `set_state(bytes)`; see `save`.
+          data: an object with `set_state(positions)`, which gets those of all processes that saved.
 
         Returns:
           The state, with the structure of `like`.
 
         Raises:
           CheckpointError: arrays are absent, left over, or of another shape or dtype (all of them
-            are listed); a number of processes other than that of the save; damaged bytes.
+            are listed); damaged bytes; a position in other data.
         """
         info = self.read_info(step)
         problems = compare_arrays(info["arrays"], describe_arrays(like))
-        if info["process_count"] != jax.process_count():
-            problems.append(
-                f"the data position was saved by {info['process_count']} processes, this run has "
-                f"{jax.process_count()}; use the same number, or begin another workdir with "
-                f"--config.init_from={self.path(step)}"
-            )
         if problems:
             raise CheckpointError(
                 f"checkpoint {self.path(step)} does not fit this run:\n"
@@ -162,14 +159,21 @@ class Checkpoints:
         template = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
+            )
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"checkpoint {self.path(step)} cannot be read, it may be damaged ({reason})"
+                + _before(self.path(step))
+            ) from error
         check_checksums(info["arrays"], restored.state, self.path(step))
+        try:
+            data.set_state(info["data"])
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {self.path(step)}: {error}") from error
         return restored.state
 
     def _raise_write_error(self, step: int | None, error: Exception) -> None:
@@ -248,25 +252,26 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
     }
 
 
-def describe_arrays(tree: Any, checksums: bool = False) -> dict[str, dict[str, Any]]:
-    """Lists the arrays of a pytree: path -> shape, dtype and, if asked, CRC-32.
+def describe_arrays(tree: Any, with_sums: bool = False) -> dict[str, dict[str, Any]]:
+    """Lists the arrays of a pytree: path -> shape, dtype and, if asked, checksum.
 
     Args:
       tree: arrays or anything with shape and dtype.
-      checksums: also read the bytes; arrays that are spread over processes have none.
+      with_sums: also read the arrays (see `checksums`), in all processes together.
     """
-    described = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-        if checksums and _is_whole_here(leaf):
-            entry["crc32"] = checksum(np.asarray(leaf))
-        described[jax.tree_util.keystr(path, simple=True, separator="/")] = entry
+    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    described = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+        }
+        for path, leaf in named
+    }
+    if with_sums:
+        sums = checksums.sums_of([leaf for _, leaf in named])
+        for entry, value in zip(described.values(), sums, strict=True):
+            entry["sum32"] = value
     return described
-
-
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes in C order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def compare_arrays(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -288,26 +293,52 @@ def compare_arrays(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     return problems
 
 
-def check_checksums(saved: Mapping[str, Any], tree: Any, path: Any, prefix: str = "") -> None:
+def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> None:
     """Raises CheckpointError naming the restored arrays whose bytes are not those saved.
 
     Args:
       saved: the `arrays` of the info item.
       tree: the restored arrays.
       path: the checkpoint, for the message.
-      prefix: prepended to the names of `tree`'s arrays to find them in `saved`.
     """
-    damaged = [
-        name
-        for name, entry in describe_arrays(tree, checksums=True).items()
-        if entry.get("crc32") != saved[prefix + name].get("crc32", entry.get("crc32"))
-    ]
+    found = describe_arrays(tree, with_sums=True)
+    damaged = [name for name, entry in found.items() if entry["sum32"] != saved[name]["sum32"]]
     if damaged:
         raise CheckpointError(
             f"checkpoint {path} is damaged on disk; the bytes differ from those saved in:\n"
             + _bullets(damaged)
-            + "\nRemove that directory to continue from the checkpoint before it."
+            + _before(path)
         )
+
+
+def _before(path: epath.Path) -> str:
+    """What to do about a damaged checkpoint."""
+    steps = [
+        int(p.name)
+        for p in path.parent.iterdir()
+        if p.name.isdigit() and p.name != path.name and (p / "info").exists()
+    ]
+    earlier = [step for step in steps if path.name.isdigit() and step < int(path.name)]
+    if not earlier:
+        return "\nThere is no earlier checkpoint beside it; use a copy, or begin another --workdir."
+    return (
+        f"\nThe checkpoint before it is {path.parent / str(max(earlier))}: remove {path} and run "
+        "the same command again to continue from there."
+    )
+
+
+def _of_all_processes(value: Any) -> list[Any]:
+    """The JSON-able values of all processes, by process, in each of them."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([text.size]))
+    padded = np.pad(text, (0, int(lengths.max()) - text.size))
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        json.loads(row[:length].tobytes())
+        for row, length in zip(texts, lengths.reshape(-1), strict=True)
+    ]
 
 
 def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Path:
@@ -361,14 +392,6 @@ def read_info(path: epath.Path) -> dict[str, Any]:
             f"version of tokenflow_jax that wrote it"
         )
     return info
-
-
-def _is_whole_here(array: Any) -> bool:
-    if not isinstance(array, jax.Array):
-        return isinstance(array, np.ndarray)
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return False
-    return array.is_fully_addressable or array.is_fully_replicated
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ stopped a run that was not done (launch/ sets 143, so that schedulers start it a
 import errno
 import importlib
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import command_line
+from tokenflow_jax import command_line, distributed
 from tokenflow_jax.command_line import fail
 
 # Stage -> module with make_stage(config, mesh); imported only when chosen, to start fast.
@@ -31,12 +32,7 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where checkpoints, curves and the report go; runs/<config>-<variant> by default.",
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "Several processes train together: call jax.distributed.initialize() first (a TPU pod, or "
-    "a cluster that JAX recognises).",
-)
+distributed.define_flags()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,8 +43,10 @@ def main(argv: Sequence[str]) -> int:
     workdir = _WORKDIR.value or default_workdir(command_line.config_file())
     import jax  # here, so that a wrong flag is reported at once
 
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    try:
+        distributed.start(flags.FLAGS)
+    except ValueError as error:
+        fail(str(error))
     from tokenflow_jax import checkpoint, mesh, metrics, runlog
     from tokenflow_jax.train import loop
 
@@ -63,14 +61,24 @@ def main(argv: Sequence[str]) -> int:
         fail(str(error))
     try:
         result = loop.train_and_evaluate(config, workdir, stage)
-    except (checkpoint.CheckpointError, metrics.NonFiniteError) as error:
+    except metrics.NonFiniteError as error:  # in all processes alike
         runlog.log.error("%s", error)
+        return 1
+    except checkpoint.CheckpointError as error:
+        runlog.log.error("%s", error)
+        distributed.leave("it cannot go on with its checkpoints")
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         runlog.log.error("the disk of %s is full: free some space, run the same again", workdir)
+        distributed.leave("its disk is full")
         return 1
+    except Exception:
+        if jax.process_count() > 1:
+            traceback.print_exc()
+        distributed.leave("it failed as above; if a collective failed, another process was lost")
+        raise
     if result.stopped_by == "SIGTERM" and int(result.state.step) < config.total_steps:
         return int(os.environ.get("TOKENFLOW_SIGTERM_CODE", "0"))
     return 130 if result.stopped_by == "SIGINT" else 0

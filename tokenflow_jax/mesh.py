@@ -255,3 +255,33 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
             f"batch_size={batch_size} cannot be split over {parts} devices (slice x data x fsdp); "
             f"use a positive multiple of {parts}"
         )
+
+
+def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
+    """Which rows of every global batch this process reads.
+
+    Processes whose devices hold the same rows (those that split only `tensor` among them) read the
+    same share. Example: 16 devices in 4 processes as data=2, tensor=8 have 2 shares.
+
+    Args:
+      mesh: the mesh of make_mesh.
+      batch_size: rows of a global batch.
+
+    Returns:
+      (index, count): the share, from 0, and how many there are; each has batch_size / count rows.
+
+    Raises:
+      ValueError: processes hold parts of each other's rows.
+    """
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+        rows.setdefault(device.process_index, set()).add(part.start or 0)
+    shares = sorted({frozenset(starts) for starts in rows.values()}, key=min)
+    if sum(map(len, shares)) != batch_parts(mesh) or len(set(map(len, shares))) != 1:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} splits a batch across processes unevenly: process "
+            "boundaries must not cut through `tensor`; make tensor a multiple or a divisor of the "
+            "devices per process"
+        )
+    mine = frozenset(rows[jax.process_index()])
+    return shares.index(mine), len(shares)

@@ -123,7 +123,7 @@ class NoPosition:
     """Stands for the data iterator, which the weights do not need."""
 
     def get_state(self):
-        return b"{}"
+        return {}
 
 
 def test_a_training_run_for_pytorch(tmp_path, random_state):

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -244,50 +243,3 @@ def test_two_runs_cannot_share_a_workdir(tmp_path):
 def test_metrics_file_is_json_lines(uninterrupted):
     for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line)["step"], int)
-
-
-PROCESS = """
-import sys
-sys.path.insert(0, {folder!r})
-import jax
-jax.distributed.initialize("localhost:{port}", num_processes=2, process_id=int(sys.argv[1]))
-import toy_stage
-from tokenflow_jax import checkpoint
-try:
-    toy_stage.run(sys.argv[2], total_steps=int(sys.argv[3]))
-except checkpoint.CheckpointError as error:
-    sys.exit(str(error))
-"""
-
-
-def run_two_processes(workdir, total_steps):
-    """Trains in two processes of one JAX cluster on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    code = PROCESS.format(folder=str(Path(toy_stage.__file__).parent), port=port)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(i), str(workdir), str(total_steps)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=150)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
-
-@pytest.mark.slow
-def test_two_processes_resume_exactly_and_explain_another_number(tmp_path):
-    run_two_processes(tmp_path / "all", 30)
-    run_two_processes(tmp_path / "parts", 13)
-    run_two_processes(tmp_path / "parts", 30)
-    assert_same_end(tmp_path / "parts", tmp_path / "all")
-    data = tmp_path / "all" / "checkpoints" / "30" / "data"
-    assert {p.name for p in data.glob("*.json")} == {"process_0-of-2.json", "process_1-of-2.json"}
-    with pytest.raises(checkpoint.CheckpointError, match="saved by 2 processes, this run has 1"):
-        toy_stage.run(tmp_path / "all", total_steps=31)

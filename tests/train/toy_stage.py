@@ -8,7 +8,6 @@ import time
 
 import flax.linen as nn
 import flax.struct
-import grain
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -17,6 +16,7 @@ import optax
 
 from tokenflow_jax import checkpoint, mesh, metrics, runlog
 from tokenflow_jax.convert import orbax_files
+from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.train import loop
 
 SIDE = 8
@@ -64,24 +64,34 @@ class ToyState:
     opt_state: optax.OptState
 
 
-class _Picture(grain.transforms.RandomMap):
-    def __init__(self, delay):
-        self._delay = delay
+class _Ending(DealtBatches):
+    """Data that somebody forgot to repeat."""
 
-    def random_map(self, index, rng):
-        time.sleep(self._delay)
-        base = np.random.default_rng(int(index)).integers(0, 256, (SIDE, SIDE, 3))
-        return (base + rng.integers(0, 5, base.shape)).clip(0, 255).astype(np.uint8)
+    def __next__(self):
+        if self.get_state()["done"] >= self._count:
+            raise StopIteration
+        return super().__next__()
 
 
-def _data(config):
-    dataset = grain.MapDataset.range(config.data.images).seed(config.seed).shuffle()
-    if not config.data.end:
-        dataset = dataset.repeat()
+def _data(config, device_mesh):
+    def picture(index, rng):
+        time.sleep(config.data_delay)
+        base = np.random.default_rng(index).integers(0, 256, (SIDE, SIDE, 3))
+        return {"image": (base + rng.integers(0, 5, base.shape)).clip(0, 255).astype(np.uint8)}
+
+    share, shares = mesh.batch_share(device_mesh, config.batch_size)
+    kind = _Ending if config.data.end else DealtBatches
     # One thread and a short buffer, so that the delay shows.
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    dataset = dataset.random_map(_Picture(config.data_delay)).to_iter_dataset(reading)
-    return iter(dataset.batch(config.batch_size, drop_remainder=True))
+    return kind(
+        picture,
+        config.data.images,
+        batch_size=config.batch_size // shares,
+        seed=config.seed,
+        share=share,
+        shares=shares,
+        threads=1,
+        buffer=8,
+    )
 
 
 def make_stage(config, device_mesh) -> loop.Stage:
@@ -103,7 +113,7 @@ def make_stage(config, device_mesh) -> loop.Stage:
     sharded_init = jax.jit(init, out_shardings=mesh.replicated(device_mesh))
 
     def step(state, frozen, batch):
-        images_BHWC = as_floats(batch) * frozen["gain"]
+        images_BHWC = as_floats(batch["image"]) * frozen["gain"]
 
         def loss_of(params):
             noise = jax.random.fold_in(key, state.step)
@@ -150,7 +160,7 @@ def make_stage(config, device_mesh) -> loop.Stage:
         name="toy",
         init=sharded_init,
         step=slowed if config.step_delay else jitted,
-        train_data=lambda: _data(config),
+        train_data=lambda: _data(config, device_mesh),
         batch_sharding=sharding,
         evaluate=evaluate,
         visualize=visualize,

