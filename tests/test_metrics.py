@@ -142,3 +142,19 @@ def test_events_can_be_read_back(tmp_path):
         data = data[16 + length :]
         found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
     assert found["loss/total"] == (7, 0.25)
+
+
+def test_where_files_cannot_grow_the_history_is_written_with_each_flush(tmp_path, monkeypatch):
+    """As on gs://, where appending to a file replaces it."""
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    path = tmp_path / "metrics.jsonl"
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(1, {"loss/total": 2.0})
+    assert metrics.read_history(path) == []
+    writer.flush()
+    writer.scalars(2, {"loss/total": 1.0})
+    writer.close()
+    again = metrics.Writer(tmp_path, resume_step=1)
+    again.scalars(2, {"loss/total": 1.5})
+    again.close()
+    assert [(x["step"], x["loss/total"]) for x in metrics.read_history(path)] == [(1, 2), (2, 1.5)]

@@ -173,6 +173,11 @@ def evaluation_line(step: int, figures: Mapping[str, float]) -> str:
     return f"step {step}  held-out: " + "  ".join(texts)
 
 
+def is_remote(path: str | epath.Path) -> bool:
+    """Whether a path is in an object store (gs://...), where files cannot grow."""
+    return "://" in str(path)
+
+
 def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl: one dict with `step` and scalars per line, in order of writing.
 
@@ -216,14 +221,13 @@ class Writer:
         (self._workdir / "images").mkdir(exist_ok=True)
         old = read_history(self._history_path)
         self.history = [line for line in old if 0 < line["step"] <= resume_step]
-        # Written beside and renamed: a kill in between must not lose the history.
-        rewritten = self._workdir / "metrics.jsonl.new"
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        rewritten.replace(self._history_path)
+        self._rewrite()
         for path in (self._workdir / "images").glob("*_[0-9]*.png"):
             if int(path.stem.rsplit("_", 1)[1]) > resume_step:
                 path.unlink()
-        self._file = self._history_path.open("a")
+        # Object stores cannot append: there the file is written anew at each flush, that is, with
+        # each checkpoint; a run continues from there, so a kill loses nothing that counts.
+        self._file = None if is_remote(self._workdir) else self._history_path.open("a")
         # purge_step tells TensorBoard to hide what an earlier start logged from there on.
         self._events = SummaryWriter(
             str(self._workdir / "tensorboard"),
@@ -237,8 +241,9 @@ class Writer:
         finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
         line = {"step": int(step), **finite}
         self.history.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         for key, value in scalars.items():
             self._events.add_scalar(key, float(value), step)
 
@@ -260,12 +265,23 @@ class Writer:
 
     def flush(self) -> None:
         """Makes everything written so far readable by others."""
-        if self._enabled:
-            self._file.flush()
-            self._events.flush()
+        if not self._enabled:
+            return
+        if self._file is None:
+            self._rewrite()
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        if self._enabled:
+        if not self._enabled:
+            return
+        self.flush()
+        if self._file is not None:
             self._file.close()
-            self._events.close()
+        self._events.close()
+
+    def _rewrite(self) -> None:
+        """Writes the whole history beside and renames: a kill in between must not lose it."""
+        rewritten = self._workdir / "metrics.jsonl.new"
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        rewritten.replace(self._history_path)

@@ -141,7 +141,9 @@ def test_sigterm_saves_everywhere_and_a_process_that_hangs_is_told(uninterrupted
     output, _ = both[0].communicate(timeout=60)
     print(f"the other process ended after {time.time() - began:.0f} s")
     assert both[0].returncode != 0
-    assert "has ended before its time" in output and "Start the same command again" in output
+    # JAX either aborts the process or fails its collective, whichever notices first.
+    assert "has ended before its time" in output or "process 0 of 2 ends: it failed" in output
+    assert "Start the same command again" in output
     both[1].kill()
     both[1].communicate()
     finish(start("toy", tmp_path, processes=4))
