@@ -203,7 +203,7 @@ _TILE = 128
 
 def _splash(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask) -> jax.Array:
     """Splash attention. Padding reads padding only: its rows differ from XLA's and mean nothing."""
-    batch, length, heads, width = q_BLHD.shape
+    batch, length, _, width = q_BLHD.shape
     padded = -(-length // _TILE) * _TILE
     real_BL = mask.real_BK
     if real_BL is None:
