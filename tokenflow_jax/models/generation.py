@@ -304,9 +304,21 @@ class Generation(nn.Module):
         return self.lm.logits(hidden_BLC, rows)
 
     def decode(
-        self, inputs_BLC: jax.Array, start: int, mask: Mask, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """Runs the decoder on the tokens from index `start` on, with a cache of those before."""
+        self, inputs_BLC: jax.Array, start: int, mask: Mask, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the decoder on the tokens from index `start` on.
+
+        Args:
+          inputs_BLC: of `embed_text` and `embed_features`.
+          start: index of the first of them.
+          mask: of all tokens up to the last of them, or more.
+          cache: holds the tokens before them; None where there are none.
+
+        Returns:
+          (B, L, C) after the final norm, and the cache with these tokens.
+        """
         length = inputs_BLC.shape[1]
         positions = start + jnp.arange(length)[None]
-        return self.lm(inputs_BLC, positions, mask, cache.at(start, start + length))
+        if cache is not None:
+            cache = cache.at(start, start + length)
+        return self.lm(inputs_BLC, positions, mask, cache)
