@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "convert": {"convert", "models", *EDGE},
     "api": {"models", "convert", "checkpoint", "data"},
     "evals": {"evals", "api", "models", "data", "convert", *EDGE},
-    "train": {"train", "models", "data", "convert", "evals", "api", *EDGE},
+    "encoding": {"models", "data", "evals", "api", *EDGE},
+    "train": {"train", "models", "data", "convert", "evals", "api", "encoding", *EDGE},
     "main": {"train", *EDGE},
     "chips": set(),
     "costs": set(),
@@ -32,7 +33,16 @@ MAY_IMPORT = {
 # but what is forbidden everywhere.
 MAY_USE = {
     "models": {"jax", "flax", "numpy"},
-    "data": {"numpy", "grain", "PIL", "absl", "array_record", "tensorflow_datasets", "etils"},
+    "data": {
+        "numpy",
+        "grain",
+        "PIL",
+        "absl",
+        "array_record",
+        "tensorflow_datasets",
+        "etils",
+        "transformers",
+    },
 }
 FORBIDDEN = {"torch", "torchvision", "tensorflow"}
 

@@ -38,9 +38,14 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("(semantic|pixel)_codebook", ("codes", None)),
     ("codebook/sum_KC", ("codes", None)),
     ("codebook/count_K", ("codes",)),
-    ("mlp/(fc1|gate|value)/kernel", ("embed", "mlp")),
+    ("mlp/(fc1|gate|value|up)/kernel", ("embed", "mlp")),
     ("mlp/(fc1|gate|value)/bias", ("mlp",)),
-    ("mlp/(fc2|out)/kernel", ("mlp", "embed")),
+    ("mlp/(fc2|out|down)/kernel", ("mlp", "embed")),
+    ("attention/(q|k|v)/kernel", ("embed", "heads")),
+    ("attention/(q|k|v)/bias", ("heads",)),
+    ("blocks/attention/out/kernel", ("heads", "embed")),
+    ("embed/embedding", ("vocabulary", "embed")),
+    ("head/kernel", ("embed", "vocabulary")),
 )
 # Smaller arrays stay whole: gathering one costs more than a copy on every device.
 LEAST_SPLIT = 2**12
@@ -52,6 +57,8 @@ def logical_axes(mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
         ("batch", BATCH_AXES),
         ("embed", ("fsdp",)),
         ("mlp", ("tensor",)),
+        ("heads", ("tensor",)),
+        ("vocabulary", ("tensor",)),
         ("codes", ("tensor",) if mesh.shape["tensor"] > 1 else ("fsdp",)),
     )
 

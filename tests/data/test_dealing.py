@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tokenflow_jax.data.dealing import DealtBatches
+from tokenflow_jax.data.dealing import DealtBatches, NumberedBatches
 
 COUNT = 20
 BROKEN = frozenset({3, 4, 5, 11})
@@ -125,3 +125,18 @@ def test_repeated_states_are_one():
     reference = deal()
     next(reference)
     assert step([after]) == step([reference])
+
+
+def test_numbered_batches_go_on_in_any_number_of_processes():
+    def batches(**identity):
+        return NumberedBatches(lambda n: {"n": np.int32(n)}, identity={"data": "a", **identity})
+
+    before = batches()
+    assert [int(next(before)["n"]) for _ in range(4)] == [0, 1, 2, 3]
+    state = json.loads(json.dumps(before.get_state()))
+    after = batches()
+    assert int(next(after)["n"]) == 0
+    after.set_state([state, state, state])
+    assert [int(next(after)["n"]) for _ in range(2)] == [4, 5]
+    with pytest.raises(ValueError, match="data was 'a' and is 'b'"):
+        batches(data="b").set_state(state)

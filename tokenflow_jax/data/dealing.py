@@ -104,8 +104,7 @@ class DealtBatches:
         Raises:
           ValueError: a position in another stream (other data or seed), or one that lacks shares.
         """
-        states = [states] if isinstance(states, Mapping) else list(states)
-        self._check(states)
+        states = _checked(states, self._stream)
         by_share = {state["share"]: state for state in states}
         first = states[0]
         old = _Deal(first["origin"], first["shares"], first["block"])
@@ -124,20 +123,6 @@ class DealtBatches:
             origin, self._ahead = _remaining(old, done, first["ahead"])
             self._deal, self._done = dataclasses.replace(new, origin=origin), 0
         self.close()
-
-    def _check(self, states: Sequence[Mapping[str, Any]]) -> None:
-        saved = states[0].get("stream", {}) if states else {}
-        changed = [
-            f"{key} was {saved.get(key)!r} and is {value!r}"
-            for key, value in self._stream.items()
-            if saved.get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                "the saved position in the training data does not fit these data: "
-                f"{'; '.join(changed)}. Restore these settings, or start in a new workdir "
-                "(init_from takes over the weights)"
-            )
 
     def close(self) -> None:
         """Ends the reading ahead; a later `next` begins it again."""
@@ -203,6 +188,79 @@ class _Share(grain.MapDataset):
         return self._parent[self._deal.place(self._share, index)]
 
 
+class NumberedBatches:
+    """An endless iterator of batches each of which follows from its number alone."""
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        *,
+        identity: Mapping[str, Any],
+        threads: int = 0,
+        buffer: int = 8,
+    ):
+        """Begins with batch 0; nothing is made before the first `next`.
+
+        Args:
+          make: number -> this process's part of that batch. Called from several threads.
+          identity: JSON-able facts about the batches; a position in other ones is refused. What
+            differs between processes, or may change when a run goes on, is not one of them.
+          threads: threads that call `make`; 0 takes one per core, at most 32.
+          buffer: batches kept ready.
+        """
+        self._make, self._stream = make, dict(identity)
+        self._reading = reading(threads, buffer)
+        self._next = 0
+        self._batches: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> "NumberedBatches":
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        if self._batches is None:
+            numbers = grain.MapDataset.range(self._next, 2**31 - 1)
+            self._batches = iter(numbers.map(self._make).to_iter_dataset(self._reading))
+        batch = next(self._batches)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch taken, JSON-able; the same in all processes."""
+        return {"stream": self._stream, "next": self._next}
+
+    def set_state(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Continues at a position; see `DealtBatches.set_state`, any one state is enough."""
+        self._next = _checked(states, self._stream)[0]["next"]
+        self.close()
+
+    def close(self) -> None:
+        """Ends the reading ahead; a later `next` begins it again."""
+        if self._batches is not None and hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = None
+
+
+def _checked(
+    states: Mapping[str, Any] | Sequence[Mapping[str, Any]], stream: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """The states as a list; ValueError if they are positions in another stream."""
+    states = [states] if isinstance(states, Mapping) else list(states)
+    saved = states[0].get("stream", {}) if states else {}
+    changed = [
+        f"{key} was {saved.get(key)!r} and is {value!r}"
+        for key, value in stream.items()
+        if saved.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            "the saved position in the training data does not fit these data: "
+            f"{'; '.join(changed)}. Restore these settings, or start in a new workdir "
+            "(init_from takes over the weights)"
+        )
+    return states
+
+
 def check_share(share: int, shares: int, count: int) -> None:
     """Raises ValueError unless `count` items can be dealt to `shares`, of which `share` is one."""
     if not 0 <= share < shares <= count:
@@ -217,6 +275,36 @@ def reading(threads: int, buffer: int) -> grain.ReadOptions:
     return grain.ReadOptions(
         num_threads=threads or min(os.cpu_count() or 1, 32), prefetch_buffer_size=buffer
     )
+
+
+def evaluation_places(
+    examples: int, batch_size: int, limit: int | None, shard_index: int, shard_count: int
+) -> np.ndarray:
+    """The indices of one host's evaluation, in order, -1 where its last batches are padding.
+
+    All hosts get the same number of batches, so that computations across hosts stay in step.
+
+    Args:
+      examples: how many there are.
+      batch_size: per batch of this host.
+      limit: uses only so many, evenly spaced, so that a few of a data set sorted by class still
+        show all classes; None all.
+      shard_index, shard_count: this host, and how many there are.
+
+    Returns:
+      int (n,), n a multiple of batch_size.
+
+    Raises:
+      ValueError: a bad shard, batch size or limit.
+    """
+    check_share(shard_index, shard_count, examples)
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
+    count = min(limit or examples, examples)
+    places = (np.arange(count) * examples // count)[shard_index::shard_count]
+    mine = np.full(-(-count // (shard_count * batch_size)) * batch_size, -1)
+    mine[: len(places)] = places
+    return mine
 
 
 def _remaining(

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from tokenflow_jax.data import images, sources
-from tokenflow_jax.data.dealing import DealtBatches, check_share, reading
+from tokenflow_jax.data.dealing import DealtBatches, evaluation_places, reading
 from tokenflow_jax.data.images import BrokenImage
 from tokenflow_jax.data.skipped import Skipped
 
@@ -282,14 +282,7 @@ def eval_batches(
       ValueError: no data, a bad shard, or no usable picture in this host's share.
     """
     decoded = opened(config)
-    check_share(shard_index, shard_count, len(decoded))
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
-    count = min(limit or len(decoded), len(decoded))
-    places = np.arange(count) * len(decoded) // count
-    batches = -(-count // (shard_count * batch_size))
-    mine = np.full(batches * batch_size, -1)
-    mine[: len(places[shard_index::shard_count])] = places[shard_index::shard_count]
+    mine = evaluation_places(len(decoded), batch_size, limit, shard_index, shard_count)
 
     def crop(index: int) -> dict[str, np.ndarray] | None:
         example = decoded[int(index)] if index >= 0 else None

@@ -1,4 +1,4 @@
-"""Transformer parts shared by the vision encoders and decoders."""
+"""Transformer parts shared by the vision encoders and decoders and by the language model."""
 
 from collections.abc import Callable
 
@@ -46,6 +46,41 @@ def dot_product_attention(q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Arra
       (batch, length, heads, head width); the softmax is float32.
     """
     return jax.nn.dot_product_attention(q_BLHD, k_BLHD, v_BLHD)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 whatever the dtype.
+
+    Attributes:
+      epsilon: added to the mean square.
+      dtype: of the result.
+    """
+
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
+        return (x * scale).astype(self.dtype)
+
+
+def rope(positions_BL: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles: float32 (B, L, 1, head_width // 2) each."""
+    half = head_width // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BLHD: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs of channels (j, j + D / 2) by the angles of `rope`."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.astype(x_BLHD.dtype)
 
 
 class Attention(nn.Module):

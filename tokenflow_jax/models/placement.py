@@ -35,10 +35,48 @@ def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
 
     Args:
       x: (B, ...).
-      *others: logical names of the last axes.
+      *others: logical names of the last axes; one that the mesh cannot split evenly stays whole.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
     names = ("batch", *(None,) * (x.ndim - 1 - len(others)), *others)
-    return nn.with_logical_constraint(x, names)
+    fitting = (
+        name if name is None or size % _count(_axes(name, mesh), mesh) == 0 else None
+        for name, size in zip(names, x.shape, strict=True)
+    )
+    return nn.with_logical_constraint(x, tuple(fitting))
+
+
+def over_batch(function: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...]):
+    """Runs a kernel that XLA cannot split on every device's own rows and heads.
+
+    Args:
+      function: of the arrays; returns one array that is split as the first one is.
+      arrays: each (B, ...).
+      heads: for each array, its axis of attention heads, or None.
+
+    Returns:
+      What the function returns, whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays)
+    batch, split = (_axes(name, mesh) for name in ("batch", "heads"))
+    if arrays[0].shape[0] % _count(batch, mesh):
+        batch = ()
+    sizes = [x.shape[axis] for x, axis in zip(arrays, heads, strict=True) if axis is not None]
+    if any(size % _count(split, mesh) for size in sizes):
+        split = ()
+
+    def spec(x: jax.Array, axis: int | None) -> PartitionSpec:
+        return PartitionSpec(
+            batch or None, *((split or None) if i == axis else None for i in range(1, x.ndim))
+        )
+
+    specs = tuple(spec(x, axis) for x, axis in zip(arrays, heads, strict=True))
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*arrays)
 
 
 def over_codes(function: Callable, tokens: int, size: int, always: bool = False) -> Callable:
