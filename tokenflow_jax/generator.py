@@ -1,7 +1,7 @@
 """The public Python API of generation: prompts to pictures.
 
-    generator = tfx.Generator.load("runs/generation")
-    pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
+generator = tfx.Generator.load("runs/generation")
+pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
 """
 
 import dataclasses
@@ -17,13 +17,21 @@ import numpy as np
 
 from tokenflow_jax.api import Tokenizer
 from tokenflow_jax.convert import conversion, orbax_files
-from tokenflow_jax.convert.parts import PARTS
+from tokenflow_jax.convert.generation import (
+    generation_buffers,
+    generation_table,
+    generation_template,
+)
+from tokenflow_jax.convert.parts import Part
 from tokenflow_jax.convert.rules import unflatten
 from tokenflow_jax.data.codes import check_tokenizer
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
+from tokenflow_jax.evals.similarity import to_uint8
 from tokenflow_jax.models import generate
 from tokenflow_jax.models.generation import Generation, GenerationConfig
+from tokenflow_jax.models.lm import LMConfig
 from tokenflow_jax.models.quantizers import Codebooks
+from tokenflow_jax.models.tokenizer import TokenFlow
 
 # What guidance leads away from in the reference, whose training drops no captions.
 REFERENCE_NEGATIVE = (
@@ -32,6 +40,41 @@ REFERENCE_NEGATIVE = (
     "username, blurry."
 )
 _LARGEST_BATCH = 64
+
+_LLAMA2_7B = GenerationConfig(
+    lm=LMConfig(
+        vocabulary_size=32001 + 32768,  # LLaMA-2's 32,000, padding, codes
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        mlp_width=11008,
+        norm_eps=1e-5,
+        norms="after",
+        qk_norm=True,
+    ),
+    scales=(1, 2, 4, 6, 8, 10, 12, 14, 16),
+    codebook_size=32768,
+    image_start=32001,
+)
+# The paper's model, and one of a billion parameters with the same text and the same codes.
+VARIANTS: dict[str, GenerationConfig] = {
+    "7b": _LLAMA2_7B,
+    "1b": dataclasses.replace(
+        _LLAMA2_7B,
+        lm=dataclasses.replace(
+            _LLAMA2_7B.lm, width=2048, layers=20, heads=16, kv_heads=16, mlp_width=5504
+        ),
+    ),
+}
+PART = Part(
+    config_class=GenerationConfig,
+    variants=VARIANTS,
+    stage="generation",
+    table=generation_table,
+    template=generation_template,
+    buffers=generation_buffers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +86,7 @@ class Recipe:
         half the time.
       passes: (top_k, top_p) of each pass over a scale; a number takes the reference's settings for
         one, two or three passes. 0 switches a filter off.
-      negative_prompt: what guidance leads away from; "" for a model whose training dropped captions.
+      negative_prompt: what guidance leads away from; "" for a model that learnt it.
       seed: of all draws.
     """
 
@@ -150,7 +193,7 @@ class Generator:
         saved = _saved_config(path, step)
         config = _torch_config(path, variant)
         source = conversion.open_source(
-            path, config, part=PARTS["generation"], weights=None if ema else "raw", step=step
+            path, config, part=PART, weights=None if ema else "raw", step=step
         )
         held = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
         params = {name: jnp.asarray(t.read(), held) for name, t in source.arrays.items()}
@@ -191,6 +234,12 @@ class Generator:
             )
         if problems:
             raise ValueError("these tokenizers are not the model's: " + "; ".join(problems))
+
+    def with_params(self, params: dict) -> "Generator":
+        """The same with other weights; what is compiled is shared."""
+        other = dataclasses.replace(self, params=params)
+        other.__dict__.update(_compiled=self._compiled, _decoders=self._decoders)
+        return other
 
     @functools.cached_property
     def codebooks(self) -> Codebooks:
@@ -246,9 +295,8 @@ class Generator:
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             texts, keys = list(prompts[some]), _keys(prompts[some], numbers[some], recipe.seed)
-            filled = min(1 << (len(texts) - 1).bit_length(), batch_size)
-            texts += texts[-1:] * (filled - len(texts))
-            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], filled - len(keys), axis=0)])
+            texts += texts[-1:] * _filling(len(texts))
+            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], _filling(len(keys)), axis=0)])
             ids = self.prompts.encode_all([*texts, recipe.negative_prompt], shortest=True)
             codes = sampler(
                 self.params, self.codebooks, ids[:-1], ids[-1:], keys, jnp.float32(recipe.guidance)
@@ -258,8 +306,26 @@ class Generator:
 
     def decode(self, codes_BL: np.ndarray) -> np.ndarray:
         """Pictures of codes, or of their coarsest scales: uint8 (B, H, W, 3)."""
-        images = np.asarray(self.tokenizer.decode(codes_BL))
-        return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+        count = len(codes_BL)
+        filled = np.concatenate([codes_BL, np.repeat(codes_BL[-1:], _filling(count), axis=0)])
+        features, pixels = self._decoders
+        return np.asarray(pixels(self.tokenizer.params, features(self.tokenizer.params, filled)))[
+            :count
+        ]
+
+    @functools.cached_property
+    def _decoders(self):
+        """Jitted (weights, codes) -> quantised map, for any number of scales, and -> pixels."""
+        model = TokenFlow(self.tokenizer.config, dtype=jnp.dtype(self.tokenizer.dtype))
+
+        def features(params, codes_BL):
+            return model.apply({"params": params}, codes_BL, method="features")
+
+        def pixels(params, maps_BHWC):
+            images_BHWC, _ = model.apply({"params": params}, maps_BHWC, method="decode_pixels")
+            return to_uint8(images_BHWC)
+
+        return jax.jit(features), jax.jit(pixels)
 
     def generate(
         self,
@@ -317,6 +383,11 @@ class Generator:
         }
 
 
+def _filling(count: int) -> int:
+    """How many rows are missing to a power of two, the numbers for which programs are compiled."""
+    return (1 << (count - 1).bit_length()) - count
+
+
 def _keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
     """One random key per image."""
     hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
@@ -345,17 +416,16 @@ def _saved_config(path: str, step: int | None) -> Mapping[str, Any]:
 
 def _torch_config(path: str, variant: str | None) -> GenerationConfig | None:
     """Which model a PyTorch checkpoint holds; a checkpoint of ours knows."""
-    variants = PARTS["generation"].variants
     if not conversion.is_torch(path):
         if variant is not None:
             raise ValueError(f"{path} knows its own variant: leave it out")
         return None
-    if variant not in variants:
+    if variant not in VARIANTS:
         raise ValueError(
             f"{path} is a PyTorch checkpoint: say which model it holds, variant=one of "
-            f"{sorted(variants)} (got {variant!r})"
+            f"{sorted(VARIANTS)} (got {variant!r})"
         )
-    return variants[variant]
+    return VARIANTS[variant]
 
 
 def _tokenizer(
