@@ -14,8 +14,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tokenflow_jax.generator import REFERENCE_NEGATIVE, VARIANTS
-from tokenflow_jax.models.generation import GenerationConfig
+from tokenflow_jax.generator import REFERENCE_NEGATIVE
+from tokenflow_jax.models.generation import VARIANTS, GenerationConfig
 from tokenflow_jax.models.lm import LMConfig
 
 
@@ -61,7 +61,9 @@ def _base(model: GenerationConfig) -> ConfigDict:
 
     config.tokenizer = ConfigDict()  # the frozen image tokenizer
     config.tokenizer.path = ""  # a workdir of stage tokenizer, or a PyTorch file
-    config.tokenizer.variant = "b_256"  # which model a PyTorch file holds; "" for a workdir
+    config.tokenizer.variant = (
+        "b_256_enhanced"  # which model a PyTorch file holds; "" for a workdir
+    )
     config.text = ConfigDict()
     config.text.tokenizer = ""  # LLaMA-2's folder; bytes or words need none
     config.text.budget = 128  # ids of a prompt, the start id included; longer ones are cut
@@ -137,10 +139,14 @@ def _parity() -> ConfigDict:
 
 
 def _1b() -> ConfigDict:
-    config = _base(VARIANTS["1b"])
+    """A smaller network, from scratch."""
+    lm = dataclasses.replace(
+        VARIANTS["7b"].lm, width=2048, layers=20, heads=16, kv_heads=16, mlp_width=5504
+    )
+    config = _base(dataclasses.replace(VARIANTS["7b"], lm=lm))
+    config.losses.vocabulary = "codes"
     config.optimizer.schedule = "cosine"
     config.optimizer.b2 = 0.95
-    config.losses.vocabulary = "codes"
     config.ema_decay = 0.9999
     return config
 

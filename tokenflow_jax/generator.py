@@ -17,19 +17,13 @@ import numpy as np
 
 from tokenflow_jax.api import Tokenizer
 from tokenflow_jax.convert import conversion, orbax_files
-from tokenflow_jax.convert.generation import (
-    generation_buffers,
-    generation_table,
-    generation_template,
-)
-from tokenflow_jax.convert.parts import Part
+from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.convert.rules import unflatten
 from tokenflow_jax.data.codes import check_tokenizer
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
 from tokenflow_jax.evals.similarity import to_uint8
 from tokenflow_jax.models import generate
-from tokenflow_jax.models.generation import Generation, GenerationConfig
-from tokenflow_jax.models.lm import LMConfig
+from tokenflow_jax.models.generation import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.models.quantizers import Codebooks
 from tokenflow_jax.models.tokenizer import TokenFlow
 
@@ -40,41 +34,6 @@ REFERENCE_NEGATIVE = (
     "username, blurry."
 )
 _LARGEST_BATCH = 64
-
-_LLAMA2_7B = GenerationConfig(
-    lm=LMConfig(
-        vocabulary_size=32001 + 32768,  # LLaMA-2's 32,000, padding, codes
-        width=4096,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        mlp_width=11008,
-        norm_eps=1e-5,
-        norms="after",
-        qk_norm=True,
-    ),
-    scales=(1, 2, 4, 6, 8, 10, 12, 14, 16),
-    codebook_size=32768,
-    image_start=32001,
-)
-# The paper's model, and one of a billion parameters with the same text and the same codes.
-VARIANTS: dict[str, GenerationConfig] = {
-    "7b": _LLAMA2_7B,
-    "1b": dataclasses.replace(
-        _LLAMA2_7B,
-        lm=dataclasses.replace(
-            _LLAMA2_7B.lm, width=2048, layers=20, heads=16, kv_heads=16, mlp_width=5504
-        ),
-    ),
-}
-PART = Part(
-    config_class=GenerationConfig,
-    variants=VARIANTS,
-    stage="generation",
-    table=generation_table,
-    template=generation_template,
-    buffers=generation_buffers,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +152,7 @@ class Generator:
         saved = _saved_config(path, step)
         config = _torch_config(path, variant)
         source = conversion.open_source(
-            path, config, part=PART, weights=None if ema else "raw", step=step
+            path, config, part=PARTS["generation"], weights=None if ema else "raw", step=step
         )
         held = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
         params = {name: jnp.asarray(t.read(), held) for name, t in source.arrays.items()}

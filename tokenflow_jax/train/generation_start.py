@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import generator
 from tokenflow_jax.convert import conversion, rules
 from tokenflow_jax.convert.llama import load_language_model, read_config
+from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.models.generation import GenerationConfig
 
 PyTree = Any
@@ -51,7 +51,7 @@ def start_from(
         text = f"language model {path} ({len(taken)} of {len(ours)} arrays), the rest from scratch"
     else:
         source = conversion.open_source(
-            path, config if conversion.is_torch(path) else None, part=generator.PART
+            path, config if conversion.is_torch(path) else None, part=PARTS["generation"]
         )
         wrong = [
             f"{name}: {source.arrays[name].shape if name in source.arrays else None} there, "
