@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenflow_jax.api import Tokenizer
+    from tokenflow_jax.generator import Generator
 
 __version__ = "0.1.0"
-__all__ = ["Tokenizer", "__version__"]
+__all__ = ["Generator", "Tokenizer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from tokenflow_jax.api import Tokenizer
 
         return Tokenizer
+    if name == "Generator":
+        from tokenflow_jax.generator import Generator
+
+        return Generator
     raise AttributeError(f"module 'tokenflow_jax' has no attribute {name!r}")
