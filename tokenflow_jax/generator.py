@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax import mesh
 from tokenflow_jax.api import Tokenizer
 from tokenflow_jax.convert import conversion, orbax_files
 from tokenflow_jax.convert.parts import PARTS
@@ -106,6 +107,8 @@ class Generator:
       recipe: defaults of `generate`.
       dtype: what the model computes in.
       source: what it was loaded from, for recipes.
+      device_mesh: over which `params` are spread, where one device cannot hold them (a training
+        run's); all its processes must then draw together.
     """
 
     config: GenerationConfig
@@ -115,6 +118,7 @@ class Generator:
     recipe: Recipe = Recipe()
     dtype: str = "float32"
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    device_mesh: mesh.Mesh | None = None
 
     @classmethod
     def load(
@@ -229,7 +233,13 @@ class Generator:
                     guidance, passes=passes,
                 )  # fmt: skip
 
-            self._compiled[key] = jax.jit(run)
+            if self.device_mesh is None:
+                self._compiled[key] = jax.jit(run)
+            else:
+                whole = mesh.replicated(self.device_mesh)
+                self._compiled[key] = mesh.bind(
+                    self.device_mesh, jax.jit(run, out_shardings=whole)
+                )
         return self._compiled[key]
 
     def codes(
@@ -254,14 +264,21 @@ class Generator:
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             texts, keys = list(prompts[some]), _keys(prompts[some], numbers[some], recipe.seed)
-            texts += texts[-1:] * _filling(len(texts))
-            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], _filling(len(keys)), axis=0)])
+            missing = self._filling(len(texts))
+            texts += texts[-1:] * missing
+            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], missing, axis=0)])
             ids = self.prompts.encode_all([*texts, recipe.negative_prompt], shortest=True)
             codes = sampler(
                 self.params, self.codebooks, ids[:-1], ids[-1:], keys, jnp.float32(recipe.guidance)
             )
             rows.append(np.asarray(codes)[: len(prompts[some])])
         return np.concatenate(rows)
+
+    def _filling(self, count: int) -> int:
+        """How many rows are missing to a number that programs are compiled for."""
+        parts = 1 if self.device_mesh is None else mesh.batch_parts(self.device_mesh)
+        rows = count + _filling(count)
+        return rows + -rows % parts - count
 
     def decode(self, codes_BL: np.ndarray) -> np.ndarray:
         """Pictures of codes, or of their coarsest scales: uint8 (B, H, W, 3)."""

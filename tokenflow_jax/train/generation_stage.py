@@ -17,7 +17,7 @@ from tokenflow_jax import api, encoding, generator, mesh
 from tokenflow_jax.data import captions, pipeline
 from tokenflow_jax.data.codes import CodeRecords, CodesError, check_tokenizer
 from tokenflow_jax.data.text import PromptEncoder
-from tokenflow_jax.evals import hosts, reconstruction
+from tokenflow_jax.evals import reconstruction
 from tokenflow_jax.train import generation_start, retrieval
 from tokenflow_jax.train.generation import TrainState
 from tokenflow_jax.train.generation_program import Program
@@ -140,15 +140,15 @@ class _GenerationStage:
 
     def train_data(self) -> Any:
         """This process's share of the training data, infinite."""
-        processes = jax.process_count()
+        share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
         return captions.train_batches(
             self.train_set,
             self.captions,
             self.prompts,
-            batch_size=self.config.batch_size // processes,
+            batch_size=self.config.batch_size // shares,
             seed=self.config.seed,
-            shard_index=jax.process_index(),
-            shard_count=processes,
+            shard_index=share,
+            shard_count=shares,
         )
 
     def init(self) -> TrainState:
@@ -167,49 +167,44 @@ class _GenerationStage:
         return state.replace(params=params, ema=ema), text
 
     def _weights(self, state: TrainState) -> PyTree:
-        """The weights that are evaluated, whole on each of this process's devices."""
-        weights = state.params if state.ema is None else state.ema
-        return hosts.to_local_devices(self._gather(weights))
+        """The weights that are evaluated, spread as they are: no device may hold all of them."""
+        return state.params if state.ema is None else state.ema
 
     @functools.cached_property
-    def _gather(self):
-        return jax.jit(lambda tree: tree, out_shardings=mesh.replicated(self.mesh))
-
-    @functools.cached_property
-    def _token_losses(self):
-        """Compiled ((params, frozen), prefixes, codes or images) -> each row's loss, accuracy."""
+    def _held_out_sums(self):
+        """Compiled (weights, frozen, batch) -> sums of rows' losses and accuracies, and rows."""
         trainer = self.program.trainer
 
-        def losses(weights, prefix_BP, array):
-            params, frozen = weights
-            batch = {"prefix": prefix_BP, self.train_set.array: array}
+        def sums(params, frozen, batch):
             codes_BN = trainer.codes(frozen, batch)
-            found = trainer.token_losses(params, frozen, prefix_BP, codes_BN)
-            count = codes_BN.shape[1]
-            return found.image.mean(axis=1), found.image_right[:, :count].mean(axis=1)
+            found = trainer.token_losses(params, frozen, batch["prefix"], codes_BN)
+            right_BN = found.image_right[:, : codes_BN.shape[1]]
+            rows = (found.image.mean(axis=1), right_BN.mean(axis=1), 1.0)
+            return jnp.stack([jnp.sum(jnp.where(batch["mask"], row, 0)) for row in rows])
 
-        return hosts.over_local_devices(losses)
+        return mesh.bind(self.mesh, jax.jit(sums, out_shardings=mesh.replicated(self.mesh)))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out loss; at the end also whether pictures can be told from their captions."""
-        weights = self._weights(state)
-        sums = np.zeros(3)
+        weights, sums = self._weights(state), np.zeros(3)
+        size = self.config.eval.batch_size
+        size += -size % mesh.batch_parts(self.mesh)
+        share, shares = mesh.batch_share(self.mesh, size)
         batches = captions.eval_batches(
             self.eval_set,
             self.prompts,
-            batch_size=self.config.eval.batch_size,
+            batch_size=size // shares,
             limit=self.config.eval.images or None,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            shard_index=share,
+            shard_count=shares,
         )
-        frozen = hosts.to_local_devices(self._gather(self.frozen))
+        sharding = mesh.batch_sharding(self.mesh)
         for batch in batches:
-            loss_B, right_B = self._token_losses(
-                (weights, frozen), batch["prefix"], batch[self.eval_set.array]
-            )
-            mask = batch["mask"]
-            sums += [np.asarray(loss_B)[mask].sum(), np.asarray(right_B)[mask].sum(), mask.sum()]
-        sums = hosts.sum_over_processes({"sums": sums})["sums"]
+            rows = {
+                name: jax.make_array_from_process_local_data(sharding, batch[name])
+                for name in ("prefix", "mask", self.eval_set.array)
+            }
+            sums += np.asarray(self._held_out_sums(weights, self.frozen, rows))
         figures = {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2], "images": sums[2]}
         if int(state.step) == self.config.total_steps and self.config.eval.retrieval:
             figures |= self._retrieval(weights)
@@ -242,6 +237,7 @@ class _GenerationStage:
             self.prompts,
             self.recipe,
             str(self.program.dtype),
+            device_mesh=self.mesh,
         )
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
