@@ -39,7 +39,7 @@ class DataConfig:
     """One data set and how its pictures become arrays.
 
     Attributes:
-      name: "emoji", "folder", "array_record" or "tfds".
+      name: "emoji", "folder", "jsonl", "array_record" or "tfds".
       path: folder, ArrayRecord files, or TFDS name; not used by "emoji".
       split: which part of the data set; see `data.sources`.
       image_size: side of the square crops in pixels.
@@ -49,6 +49,7 @@ class DataConfig:
       min_side: pictures with a shorter side than this count as broken.
       threads: decoding threads; 0 takes one per core, at most 32.
       buffer: cropped pictures kept ready.
+      image_folder: of "jsonl", where its images are; the file's own folder when empty.
       cache_megabytes: a data set whose decoded pictures fit in this much memory is decoded once.
     """
 
@@ -63,6 +64,7 @@ class DataConfig:
     threads: int = 0
     buffer: int = 256
     cache_megabytes: int = 256
+    image_folder: str = ""
 
     def __post_init__(self):
         problems = []
@@ -81,7 +83,9 @@ class Decoded:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.source = sources.open_source(config.name, config.path, config.split)
+        self.source = sources.open_source(
+            config.name, config.path, config.split, config.image_folder
+        )
         self.skipped = Skipped()
         # Pictures by index; None once the data set turned out not to fit.
         self._cache: dict[int, dict[str, Any]] | None = {}
@@ -128,6 +132,8 @@ class Decoded:
             height, width = example["image"].shape[:2]
             images.check_size(width, height, max_pixels=config.max_pixels, min_side=config.min_side)
             return example["image"]
+        if "codes" in example:
+            raise BrokenImage("codes instead of a picture", "only generation trains on such data")
         # In training a JPEG may be decoded at a fraction of its size; twice the crop's side leaves
         # a true averaging by two. Evaluation decodes fully: its figures are compared.
         training = config.augment == "random_crop"
