@@ -115,6 +115,7 @@ def test_a_run_leaves_what_people_look_for(trained):
     assert any((workdir / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not(trained, tokenizer, data, tmp_path):
     first = tiny(tokenizer, data, **{"eval.retrieval": 0})
     stage = make(first)
@@ -151,6 +152,7 @@ def test_another_tokenizer_is_refused(trained, tokenizer, data, tmp_path):
         make(config)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_change_its_tokenizer(trained, data, tmp_path, tokenizer):
     """Same workdir, other codes: refused before anything is overwritten."""
     other = tiny_config.write_tokenizer(tmp_path / "other", seed=1)
@@ -244,6 +246,7 @@ def test_the_padding_row_becomes_the_mean_of_the_others():
     np.testing.assert_array_equal(joined, [[0, 1], [2, 3], [4, 5], [2, 3], [9, 9], [9, 9]])
 
 
+@pytest.mark.slow
 def test_codes_in_memory_and_pictures_on_the_fly_are_the_same_training(tokenizer, tmp_path):
     batches = {}
     for encode_when in ("once", "step"):
