@@ -174,7 +174,8 @@ def test_large_codebooks_keep_their_codes(largest, kind):
 
 
 def test_codes_in_memory(tokenizer, folder):
-    examples = encoding.encode_in_memory(tokenizer, pictures(folder)["train"], 4)
+    encoder = encoding.image_encoder(tokenizer)
+    examples = encoding.encode_in_memory(encoder, pictures(folder)["train"], 4)
     assert len(examples) == 11 and examples[4] is None
     assert examples.skipped.counts() == {"not an image": 1}
     seen = list(captions.eval_batches(examples, PROMPTS, batch_size=4))

@@ -85,3 +85,39 @@ def test_moving_average():
 def test_bad_values(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)
+
+
+def test_decay_of_all_but_biases_and_norms():
+    params = {"embed": {"embedding": jnp.ones((2, 2))}, "norm": {"scale": jnp.ones(2)},
+              "fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}  # fmt: skip
+    moved = {}
+    for decayed in ("kernels", "all"):
+        config = OptimizerConfig("adamw", learning_rate=1.0, weight_decay=0.1, decayed=decayed)
+        optimizer = optim.make_optimizer(config, 10)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        moved[decayed] = {name for name, part in updates.items() for x in jax.tree.leaves(part)
+                          if np.allclose(x, -0.1)}  # fmt: skip
+        assert all(np.allclose(x, 0) or np.allclose(x, -0.1) for x in jax.tree.leaves(updates))
+    assert moved == {"kernels": {"fc"}, "all": {"fc", "embed"}}
+    with pytest.raises(ValueError, match="decayed 'biases' is not one of"):
+        OptimizerConfig(decayed="biases")
+
+
+def test_muon_makes_updates_of_hidden_layers_orthogonal_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = {
+        "blocks": {"mlp": {"kernel": jnp.asarray(rng.normal(size=(2, 6, 9)), jnp.float32)}},
+        "head": {"kernel": jnp.ones((4, 4))},
+    }
+    gradients = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    config = OptimizerConfig("muon", learning_rate=1.0, clip_norm=0.0)
+    optimizer = optim.make_optimizer(config, 10)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    adam = optax.scale_by_adam(0.9, 0.95, nesterov=True)
+    expected, _ = adam.update(gradients, adam.init(params))
+    np.testing.assert_allclose(updates["head"]["kernel"], -expected["head"]["kernel"], rtol=1e-5)
+    for layer in np.asarray(updates["blocks"]["mlp"]["kernel"]):
+        values = np.linalg.svd(layer, compute_uv=False)
+        assert values.max() / values.min() < 2.5  # Newton-Schulz is rough, a gradient's is 5 or so
+        assert 0.1 < np.sqrt(np.mean(layer**2)) < 0.3

@@ -91,11 +91,13 @@ def encode_pictures(
                     yield {**known, "codes": codes_L}
 
 
-def encode_in_memory(tokenizer: Tokenizer, pictures: Pictures, batch_size: int) -> CodesInMemory:
+def encode_in_memory(
+    encode: Callable[[np.ndarray], jax.Array], pictures: Pictures, batch_size: int
+) -> CodesInMemory:
     """The codes of a whole data set, for one that is small.
 
     Args:
-      tokenizer: makes the codes.
+      encode: of `image_encoder`.
       pictures: the data set; every process encodes all of it.
       batch_size: pictures at a time.
 
@@ -103,7 +105,7 @@ def encode_in_memory(tokenizer: Tokenizer, pictures: Pictures, batch_size: int) 
       ValueError: not one picture is usable.
     """
     total = len(pictures)
-    rows = encode_pictures(image_encoder(tokenizer), pictures, range(total), batch_size)
+    rows = encode_pictures(encode, pictures, range(total), batch_size)
     return CodesInMemory(
         f"{pictures.name} as codes",
         list(with_progress(rows, total, f"codes of {pictures.name}")),

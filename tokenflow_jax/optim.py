@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 PyTree = Any
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw", "muon")
 DECAYED = ("kernels", "all")
+_ADAMW_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are given, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +21,15 @@ class OptimizerConfig:
     """Hyper-parameters of one optimiser.
 
     Attributes:
-      name: "adam", or "adamw" (decoupled weight decay).
+      name: "adam", "adamw" (decoupled weight decay), or "muon": orthogonalised momentum (Jordan et
+        al. 2024) for the kernels of blocks, at AdamW's step size, and for the rest AdamW with
+        Nesterov's momentum.
       learning_rate: peak value.
       schedule: "constant", or "cosine" or "linear" decay to `final_fraction` of the peak.
       warmup_steps: of linear warm-up from zero.
       final_fraction: of the peak, reached at the last step.
       b1, b2, epsilon: Adam's moments and denominator.
-      weight_decay: for "adamw".
+      weight_decay: for "adamw" and "muon".
       decayed: what it acts on: "kernels", or "all" but biases and norms (embeddings and tables by
         position, too).
       clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
@@ -53,8 +57,8 @@ class OptimizerConfig:
             problems.append(f"decayed {self.decayed!r} is not one of {DECAYED}")
         if self.learning_rate < 0 or self.warmup_steps < 0 or self.clip_norm < 0:
             problems.append("learning_rate, warmup_steps and clip_norm must not be negative")
-        if self.weight_decay and self.name != "adamw":
-            problems.append(f"weight_decay {self.weight_decay} needs name='adamw'")
+        if self.weight_decay and self.name == "adam":
+            problems.append(f"weight_decay {self.weight_decay} needs name='adamw' or 'muon'")
         if problems:
             raise ValueError("optimizer: " + "; ".join(problems))
 
@@ -91,15 +95,43 @@ def make_optimizer(
     parts = []
     if config.clip_norm:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    parts.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_MASKS[config.decayed]))
-    parts.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
+    schedule, mask = make_schedule(config, total_steps), _MASKS[config.decayed]
+    if config.name == "muon":
+        parts.append(
+            optax.contrib.muon(
+                schedule,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=mask,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=_hidden_matrices,
+                consistent_rms=_ADAMW_RMS,
+            )
+        )
+    else:
+        parts.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
+        if config.weight_decay:
+            parts.append(optax.add_decayed_weights(config.weight_decay, mask=mask))
+        parts.append(optax.scale_by_learning_rate(schedule))
     if trainable is None:
         return optax.chain(*parts)
     labels = jax.tree.map(lambda trains: "trains" if trains else "frozen", trainable)
     transforms = {"trains": optax.chain(*parts), "frozen": optax.set_to_zero()}
     return optax.multi_transform(transforms, labels)
+
+
+def _hidden_matrices(params: PyTree) -> PyTree:
+    """How each kernel of a hidden layer is a matrix, layers of a scan apart; None for the rest."""
+
+    def matrix(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not re.search(r"blocks/.*kernel$", name) or leaf.ndim not in (2, 3):
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def _is_matrix(params: PyTree) -> PyTree:

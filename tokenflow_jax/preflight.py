@@ -245,8 +245,10 @@ def _levers(
     if split < count:
         saved = state * (1 - split / count)
         rows.append((saved, f"--config.mesh.fsdp={count} --config.mesh.data=1: split the state"))
-    if not config.get("remat", False):
-        rows.append((compiled.temporaries * 0.6, "--config.remat=True: recompute activations"))
+    remat = config.get("remat", False)  # of language models a policy, of the tokenizer yes or no
+    if remat in (False, "none"):
+        text = f"--config.remat={'block' if remat else True}: recompute activations"
+        rows.append((compiled.temporaries * 0.6, text))
     parts = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
     needed = max(compiled.temporaries - compiled.excess, 1)
     smaller = max(int(config.batch_size * needed / compiled.temporaries) // parts, 1) * parts

@@ -113,7 +113,12 @@ class _GenerationStage:
         )
         if self.program.encodes:
             return pictures
-        return encoding.encode_in_memory(self.tokenizer, pictures, self.config.eval.batch_size)
+        return encoding.encode_in_memory(self._encode, pictures, self.config.eval.batch_size)
+
+    @functools.cached_property
+    def _encode(self):
+        """Compiled: uint8 images to codes."""
+        return encoding.image_encoder(self.tokenizer)
 
     def stage(self) -> Stage:
         """Returns the assembled stage."""
