@@ -29,7 +29,16 @@ MAY_IMPORT = {
 # but what is forbidden everywhere.
 MAY_USE = {
     "models": {"jax", "flax", "numpy"},
-    "data": {"numpy", "grain", "PIL", "absl", "array_record", "tensorflow_datasets", "etils"},
+    "data": {
+        "numpy",
+        "grain",
+        "PIL",
+        "absl",
+        "array_record",
+        "tensorflow_datasets",
+        "etils",
+        "transformers",
+    },
 }
 FORBIDDEN = {"torch", "torchvision", "tensorflow"}
 

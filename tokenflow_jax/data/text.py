@@ -1,0 +1,206 @@
+"""Text tokenizers, and how a prompt becomes the fixed prefix of an image.
+
+    [pad ... pad, start, text]  <img>  codes of the image  </img>  end
+     `budget` ids, left-padded  `open`  `image_start + code` `close`
+
+`<img>` and `</img>` are ordinary text, so that a pretrained vocabulary needs no new rows for them;
+with LLaMA-2's they are three pieces each. Text ids come first, then a row for padding where the
+vocabulary has none of its own, then the codes.
+
+A text tokenizer is anything with the part of transformers' interface that is used here: `encode(
+text, add_special_tokens=)`, `decode(ids, skip_special_tokens=)`, `bos_token_id`, `eos_token_id`,
+`pad_token_id` and `len`.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+OPEN, CLOSE = "<img>", "</img>"
+BYTES = "bytes"  # the name of the built-in tokenizer
+_SHOWN = 40  # characters of a prompt in messages
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids; knows every language, needs no file.
+
+    Ids 0, 1 and 2 are padding (and unknown), start and end; byte b is b + 3.
+    """
+
+    pad_token_id = unk_token_id = 0
+    bos_token_id = 1
+    eos_token_id = 2
+    name_or_path = BYTES
+    _OFFSET = 3
+
+    def __len__(self) -> int:
+        return 256 + self._OFFSET
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns the ids of a text.
+
+        Args:
+          text: any text; half of a surrogate pair, which has no bytes, becomes "?".
+          add_special_tokens: whether the start id comes first.
+        """
+        ids = [byte + self._OFFSET for byte in text.encode(errors="replace")]
+        return [self.bos_token_id, *ids] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Returns the text of ids; broken UTF-8 becomes U+FFFD.
+
+        Args:
+          ids: such as `encode` gives.
+          skip_special_tokens: leaves out padding, start and end; else <pad>, <s> and </s>.
+
+        Raises:
+          ValueError: an id that is no byte's.
+        """
+        special = (b"<pad>", b"<s>", b"</s>")
+        parts = []
+        for i in map(int, ids):
+            if not 0 <= i < len(self):
+                raise ValueError(f"id {i} is not one of the byte tokenizer's 0 to {len(self) - 1}")
+            if i >= self._OFFSET:
+                parts.append(bytes([i - self._OFFSET]))
+            elif not skip_special_tokens:
+                parts.append(special[i])
+        return b"".join(parts).decode(errors="replace")
+
+
+def load_text_tokenizer(name: str | os.PathLike) -> Any:
+    """Opens a text tokenizer; never downloads one.
+
+    Args:
+      name: "bytes", or a folder with the tokenizer files of a Hugging Face model.
+
+    Returns:
+      A text tokenizer, see this module's docstring.
+
+    Raises:
+      ValueError: no such folder, no tokenizer in it, or transformers is not installed.
+    """
+    name = os.fspath(name)
+    if name == BYTES:
+        return ByteTokenizer()
+    if not os.path.isdir(name):
+        raise ValueError(
+            f"text tokenizer {name!r} is neither {BYTES!r} (built in) nor a folder; give the one "
+            "that holds tokenizer.json or tokenizer.model of a Hugging Face model"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"the text tokenizer in {name} needs the package transformers: "
+            "pip install 'tokenflow_jax[text]'"
+        ) from error
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(
+            f"{name} holds no text tokenizer that transformers can open: {str(error)[:300]}"
+        ) from error
+
+
+class PromptEncoder:
+    """Turns prompts into prefixes of one length, and knows the ids around them.
+
+    Attributes:
+      text_tokenizer: see this module's docstring.
+      budget: ids of a padded prompt, the start id included.
+      start_id: of a prompt: the tokenizer's start, or its end id where it has no start.
+      end_id: of the whole sequence.
+      pad_id: an id that stands for nothing else: the tokenizer's, or one past its last.
+      open_ids, close_ids: of `<img>` and `</img>`.
+      image_start: id of code 0; all ids below are text and padding.
+    """
+
+    def __init__(self, text_tokenizer: Any, budget: int):
+        """Looks up the ids.
+
+        Raises:
+          ValueError: a budget below 1, or a tokenizer with neither start nor end id.
+        """
+        if budget < 1:
+            raise ValueError(f"text budget {budget} must be at least 1, for the start id")
+        self.text_tokenizer, self.budget = text_tokenizer, budget
+        self.end_id = text_tokenizer.eos_token_id
+        start = text_tokenizer.bos_token_id
+        self.start_id = self.end_id if start is None else start
+        if self.start_id is None or self.end_id is None:
+            raise ValueError("the text tokenizer has no end id (eos_token); prompts need one")
+        size, pad = len(text_tokenizer), text_tokenizer.pad_token_id
+        own = pad is not None and pad not in (self.start_id, self.end_id)
+        self.pad_id = pad if own else size
+        self.image_start = size if own else size + 1
+        self.open_ids, self.close_ids = (
+            tuple(text_tokenizer.encode(mark, add_special_tokens=False)) for mark in (OPEN, CLOSE)
+        )
+        self._lock = threading.Lock()
+        self._cut: dict[int, int] = {}  # hash of a prompt -> its length
+        self._example = ""
+
+    @property
+    def prefix_length(self) -> int:
+        """Ids of a prefix: the budget and `<img>`."""
+        return self.budget + len(self.open_ids)
+
+    def length(self, prompt: str) -> int:
+        """Ids that a prompt would need, the start id included."""
+        return len(self._ids(prompt))
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """Returns the prefix of a prompt.
+
+        A prompt that is too long loses its end, is named in the log (the first one) and counted.
+
+        Args:
+          prompt: any text; the empty one is the start id alone.
+
+        Returns:
+          int32 (prefix_length,): padding, start, text, `<img>`.
+        """
+        ids = self._ids(prompt)
+        if len(ids) > self.budget:
+            self._note_cut(prompt, len(ids))
+        ids = ids[: self.budget]
+        return np.array([*[self.pad_id] * (self.budget - len(ids)), *ids, *self.open_ids], np.int32)
+
+    def encode_all(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns the prefixes of prompts, int32 (B, prefix_length)."""
+        return np.stack([self.encode(prompt) for prompt in prompts])
+
+    def _ids(self, prompt: str) -> list[int]:
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {prompt!r:.80}")
+        ids = list(self.text_tokenizer.encode(prompt, add_special_tokens=True))
+        return ids if ids and ids[0] == self.start_id else [self.start_id, *ids]
+
+    def _note_cut(self, prompt: str, length: int) -> None:
+        with self._lock:
+            first = not self._cut
+            self._cut[hash(prompt)] = length
+            if first:
+                self._example = prompt
+        if first:
+            logging.warning(
+                "a prompt of %d ids is cut to the %d that there is room for: %r...",
+                length, self.budget, prompt[:_SHOWN],
+            )  # fmt: skip
+
+    def cut_notes(self) -> list[str]:
+        """A line on the prompts that were too long; empty when none was."""
+        with self._lock:
+            lengths, example = list(self._cut.values()), self._example
+        if not lengths:
+            return []
+        return [
+            f"{len(lengths)} different prompts were longer than the {self.budget} ids of the text "
+            f"budget and lost their end (the longest has {max(lengths)}), for example "
+            f"{example[:_SHOWN]!r}..."
+        ]
