@@ -7,9 +7,7 @@ import pytest
 
 from tokenflow_jax.data import grouping
 
-GOLDEN = json.loads(
-    (pathlib.Path(__file__).parents[1] / "golden" / "i2t_sampler.json").read_text()
-)
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "i2t_sampler.json").read_text())
 
 
 @pytest.mark.parametrize("case", GOLDEN["grouped"], ids=lambda c: str(len(c["lengths"])))
@@ -21,9 +19,7 @@ def test_order(case):
         assert len(permutation) == count
         return permutation
 
-    order = grouping.grouped_order(
-        case["lengths"], case["batch_size"], case["world_size"], permute
-    )
+    order = grouping.grouped_order(case["lengths"], case["batch_size"], case["world_size"], permute)
     assert order == case["indices"]
     assert next(permutations, None) is None
 

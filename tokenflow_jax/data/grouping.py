@@ -69,7 +69,10 @@ def grouped_order(
     zeros = [i for i, length in enumerate(lengths) if length == 0]
     if zeros:
         raise ValueError(f"samples {zeros[:5]} have length 0, whose sign cannot tell their kind")
-    kinds = [[i for i, n in enumerate(lengths) if n > 0], [i for i, n in enumerate(lengths) if n < 0]]
+    kinds = [
+        [i for i, n in enumerate(lengths) if n > 0],
+        [i for i, n in enumerate(lengths) if n < 0],
+    ]
     if not all(kinds):
         return _by_length(lengths, batch_size, world_size, permute)
     mega, whole, rest = batch_size * world_size, [], []
