@@ -210,7 +210,7 @@ def test_pictures_by_place(folder):
 def test_no_usable_conversation(tmp_path):
     (tmp_path / "chat.jsonl").write_text("nothing\n")
     data = Conversations(config(tmp_path))
-    with pytest.raises(ValueError, match="no usable conversation.*invalid JSON"):
+    with pytest.raises(ValueError, match=r"no usable conversation.*invalid JSON"):
         conversation_batches.train_batches(data, batch_size=1, seed=0)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ def parse_line(line: bytes) -> Sample:
     if not isinstance(turns, list) or not turns:
         raise BrokenSample("no conversations", "the key must hold a list of turns")
     image = row.get("image")
-    if isinstance(image, float) and image != image or image is None:
+    if image is None or (isinstance(image, float) and image != image):
         image = ""  # NaN and null, as tables write them
     if not isinstance(image, str):
         raise BrokenSample("bad image", f"must be the path of one picture, not {image!r:.80}")
@@ -274,5 +274,3 @@ def distinct_images(source: Any) -> list[str]:
         except BrokenSample:  # counted and named where the sample is wanted
             continue
     return [name for name in names if name]
-
-

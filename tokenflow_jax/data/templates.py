@@ -1,8 +1,8 @@
 """Conversation templates: from turns to the prompt's text, its ids, and which of them are learnt.
 
     template = get_template("vicuna_v1")
-    tokens = template.tokenize(text_tokenizer, turns)       # training: ids_L and labels_L
-    ids_L = template.prompt_ids(text_tokenizer, turns)      # inference: ends where the answer begins
+    tokens = template.tokenize(text_tokenizer, turns)    # training: ids_L and labels_L
+    ids_L = template.prompt_ids(text_tokenizer, turns)   # inference: the answer begins at the end
 
 Turns are (role, text) with role "human" or "gpt"; an image stands where the text has `<image>`, as
 id IMAGE_ID. Labels are the ids that carry loss and IGNORE elsewhere, not shifted. The four families
