@@ -274,7 +274,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", _INIT, (self.size, self.width))
 
     def __call__(self, ids_BL: jax.Array) -> jax.Array:
-        return self.embedding[ids_BL]
+        return jnp.asarray(self.embedding)[ids_BL]  # NumPy parameters outside jit, too
 
 
 class Head(nn.Module):
