@@ -56,7 +56,7 @@ def test_there_and_back(here, capsys):
         (["--dst=x", "--to=torch", "--variant=clip"], "--to=torch does not go with --dst=x:"),
         (["--dst=x", "--to=orbax", "--variant=small"], "--variant=small: one of clip, vitamin"),
         (["--dst=x", "--to=orbax"], "say which model it holds, --variant=one of clip"),
-        (["--dst=x", "--to=orbax", "--part=lm"], "--part=lm: one of tokenizer"),
+        (["--dst=x", "--to=orbax", "--part=lm"], "--part=lm: one of tokenizer, generation"),
         (
             ["--dst=x", "--to=orbax", "--variant=clip", "--weights=ema"],
             "no ema weights; it has raw",

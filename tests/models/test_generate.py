@@ -32,12 +32,11 @@ def sampler(name, passes, cached):
     )
 
 
+QUICK = (("s4", 1, True), ("s3", 2, True), ("s4", 3, True), ("s3", 3, False))
 SETTINGS = [
-    pytest.param(name, passes, cached, marks=[pytest.mark.slow] if name == "s9" else [])
-    for name, passes, cached in (
-        *(("s3", passes, True) for passes in (1, 2, 3)),
-        *(("s4", passes, True) for passes in (1, 2, 3)),
-        *(("s9", passes, True) for passes in (1, 2, 3)),
+    pytest.param(*setting, marks=[] if setting in QUICK else [pytest.mark.slow])
+    for setting in (
+        *((name, passes, True) for name in ("s3", "s4", "s9") for passes in (1, 2, 3)),
         ("s3", 3, False),
         ("s4", 2, False),
         ("s9", 1, False),

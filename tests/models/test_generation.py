@@ -50,11 +50,11 @@ def test_features_are_a_chain_and_the_decoders_input_is_not(name):
         want = data.get(f"refined_features_block{i}")
         if want is not None:
             compared += 1
-            np.testing.assert_allclose(refined.reshape(want.shape), want, atol=2e-6)
+            np.testing.assert_allclose(refined.reshape(want.shape), want, atol=5e-6)
     assert compared >= 2
     decoder_input = multiscale.features_from_codes(codes, case.codebooks, scales)
     want = data["decoder_input"].transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(decoder_input, want, atol=2e-6)
+    np.testing.assert_allclose(decoder_input, want, atol=5e-6)
     project = jax.jit(lambda p, x: Generation(case.config).apply(p, x, method=_project))
     every = case.config.lm.width // data["projected_features"].shape[-1]
     projected = project(case.params, got)[..., ::every]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.convert.llama import decoder_rules
+from tokenflow_jax.convert.decoder import decoder_rules
 from tokenflow_jax.convert.rules import DENSE, Rule, RuleTable
 from tokenflow_jax.models.generation import Generation, GenerationConfig
 

@@ -10,8 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.convert import rules
+from tokenflow_jax.convert.generation import (
+    generation_buffers,
+    generation_table,
+    generation_template,
+)
 from tokenflow_jax.convert.rules import CheckpointMismatch, RuleTable
 from tokenflow_jax.convert.tokenizer import tokenizer_buffers, tokenizer_table
+from tokenflow_jax.models import generation
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
 
 
@@ -78,5 +84,13 @@ PARTS = {
         table=tokenizer_table,
         template=tokenizer_template,
         buffers=tokenizer_buffers,
+    ),
+    "generation": Part(
+        config_class=generation.GenerationConfig,
+        variants=generation.VARIANTS,
+        stage="generation",
+        table=generation_table,
+        template=generation_template,
+        buffers=generation_buffers,
     ),
 }

@@ -86,6 +86,28 @@ class GenerationConfig:
         return Blocks(prefix - 1, tuple(side * side for side in self.scales))
 
 
+# The published text-to-image model: LLaMA-2-7B with a row for padding and 32,768 codes of the
+# enhanced 256-pixel tokenizer.
+VARIANTS: dict[str, GenerationConfig] = {
+    "7b": GenerationConfig(
+        lm=LMConfig(
+            vocabulary_size=64769,
+            width=4096,
+            layers=32,
+            heads=32,
+            kv_heads=32,
+            mlp_width=11008,
+            norm_eps=1e-5,
+            norms="after",
+            qk_norm=True,
+        ),
+        scales=(1, 2, 4, 6, 8, 10, 12, 14, 16),
+        codebook_size=32768,
+        image_start=32001,
+    ),
+}
+
+
 def scale_inputs(
     codes_BN: jax.Array, codebooks: Codebooks, scales: Scales
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
