@@ -3,7 +3,10 @@
 import dataclasses
 import math
 
-from tokenflow_jax.models.tokenizer import TokenizerConfig
+import jax
+import numpy as np
+
+from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
 from tokenflow_jax.models.vit import SIGLIP_SO400M, ViTConfig
 from tokenflow_jax.models.vitamin import ViTaminConfig
 
@@ -77,3 +80,11 @@ def narrow(config: TokenizerConfig, shrink: int) -> TokenizerConfig:
         semantic_decoder_heads=math.gcd(config.semantic_decoder_heads, width),
         **{name: getattr(config, name) // shrink for name in (*names, "decoder_channels")},
     )
+
+
+def random_params(config: TokenizerConfig, seed: int):
+    """Weights of a tokenizer without compiling its initialisers; NumPy arrays."""
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
+    shapes = jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.convert import conversion
-from tokenflow_jax.convert.rules import unflatten
+from tokenflow_jax.convert.rules import flatten, unflatten
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
+
+# What decides on codes: hyper-parameters, and top-level parts of the weights.
+_CODE_FIELDS = ("image_size", "scales", "pixel_weight", "semantic_encoder", "pixel_image_size")
+_CODE_PARTS = (
+    "semantic_encoder",
+    "semantic_in_1",
+    "semantic_in_2",
+    "pixel_encoder",
+    "pixel_in",
+    "semantic_codebook",
+    "pixel_codebook",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +86,31 @@ class Tokenizer:
         source = conversion.open_source(path, config, weights=None if ema else "raw", step=step)
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
         return cls(source.config, unflatten(params), dtype)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that two tokenizers share if they give the same codes.
+
+        A hash of all that decides on codes: encoders, codebooks, scales and how distances are
+        weighed. The decoders are not in it, so a finer decoder reads the codes of its predecessor.
+        """
+        config = {name: getattr(self.config, name) for name in _CODE_FIELDS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, array in sorted(flatten(self.params).items()):
+            if name.split("/")[0] in _CODE_PARTS:
+                array = np.ascontiguousarray(array, np.float32)
+                digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a data set of codes, or a model trained on codes, notes of its tokenizer."""
+        return {
+            "fingerprint": self.fingerprint,
+            "codebook_size": self.config.codebook_size,
+            "scales": list(self.config.scales),
+            "image_size": self.config.image_size,
+        }
 
     @functools.cached_property
     def _model(self) -> TokenFlow:

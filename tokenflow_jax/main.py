@@ -24,7 +24,10 @@ from tokenflow_jax import command_line
 from tokenflow_jax.command_line import fail
 
 # Stage -> module with make_stage(config, mesh); imported only when chosen, to start fast.
-STAGES = {"tokenizer": "tokenflow_jax.train.tokenizer_stage"}
+STAGES = {
+    "tokenizer": "tokenflow_jax.train.tokenizer_stage",
+    "generation": "tokenflow_jax.train.generation_stage",
+}
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",

@@ -11,6 +11,7 @@ PyTree = Any
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adam", "adamw")
+DECAYED = ("kernels", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +19,15 @@ class OptimizerConfig:
     """Hyper-parameters of one optimiser.
 
     Attributes:
-      name: "adam", or "adamw" (decoupled weight decay on matrices and kernels only).
+      name: "adam", or "adamw" (decoupled weight decay).
       learning_rate: peak value.
       schedule: "constant", or "cosine" or "linear" decay to `final_fraction` of the peak.
       warmup_steps: of linear warm-up from zero.
       final_fraction: of the peak, reached at the last step.
       b1, b2, epsilon: Adam's moments and denominator.
       weight_decay: for "adamw".
+      decayed: what it acts on: "kernels", or "all" but biases and norms (embeddings and tables by
+        position, too).
       clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
     """
 
@@ -37,6 +40,7 @@ class OptimizerConfig:
     b2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    decayed: str = "kernels"
     clip_norm: float = 1.0
 
     def __post_init__(self):
@@ -45,6 +49,8 @@ class OptimizerConfig:
             problems.append(f"name {self.name!r} is not one of {OPTIMIZERS}")
         if self.schedule not in SCHEDULES:
             problems.append(f"schedule {self.schedule!r} is not one of {SCHEDULES}")
+        if self.decayed not in DECAYED:
+            problems.append(f"decayed {self.decayed!r} is not one of {DECAYED}")
         if self.learning_rate < 0 or self.warmup_steps < 0 or self.clip_norm < 0:
             problems.append("learning_rate, warmup_steps and clip_norm must not be negative")
         if self.weight_decay and self.name != "adamw":
@@ -87,7 +93,7 @@ def make_optimizer(
         parts.append(optax.clip_by_global_norm(config.clip_norm))
     parts.append(optax.scale_by_adam(config.b1, config.b2, config.epsilon))
     if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_is_matrix))
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask=_MASKS[config.decayed]))
     parts.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
     if trainable is None:
         return optax.chain(*parts)
@@ -103,6 +109,19 @@ def _is_matrix(params: PyTree) -> PyTree:
         return jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel")
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _is_no_bias_or_norm(params: PyTree) -> PyTree:
+    """True for all but biases and the scales of norms."""
+
+    def decays(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return not name.endswith(("bias", "scale"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+_MASKS = {"kernels": _is_matrix, "all": _is_no_bias_or_norm}
 
 
 def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:

@@ -24,7 +24,10 @@ from tokenflow_jax import command_line
 from tokenflow_jax.chips import Topology, parse_topology
 
 # Stage -> module with make_program(config, mesh, platform).
-PROGRAMS = {"tokenizer": "tokenflow_jax.train.tokenizer_program"}
+PROGRAMS = {
+    "tokenizer": "tokenflow_jax.train.tokenizer_program",
+    "generation": "tokenflow_jax.train.generation_program",
+}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
 _QUIET = {

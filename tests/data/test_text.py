@@ -8,7 +8,7 @@ import pytest
 from golden.loading import GOLDEN
 
 from tokenflow_jax.data import text
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder, WordTokenizer
 
 REFERENCE = json.loads((GOLDEN / "t2i_prompts.json").read_text(encoding="utf-8"))
 
@@ -107,6 +107,20 @@ def test_a_tokenizer_without_start_begins_with_its_end_and_pads_with_a_new_id():
     np.testing.assert_array_equal(encoder.encode("a")[:4], [259, 259, 2, 100])
 
 
+def test_words():
+    tokenizer = WordTokenizer()
+    ids = tokenizer.encode("Red apple, 赤い")
+    assert ids[0] == 1 and len(ids) == 5 and max(ids) < len(tokenizer)
+    assert ids == tokenizer.encode("red  APPLE , 赤い")
+    assert ids[1:3] == tokenizer.encode("red apple", add_special_tokens=False)
+    assert tokenizer.decode([0, 1, ids[1], 2], skip_special_tokens=True) == f"#{ids[1]}"
+    encoder = PromptEncoder(tokenizer, 6)
+    assert len(encoder.open_ids) == len(encoder.close_ids) == 1
+    assert list(encoder.encode("red apple")[:6]) == [0, 0, 0, *ids[:3]]
+    # Saved models carry these ids: a change here makes them forget what words mean.
+    assert tokenizer.encode("red apple <img>") == [1, 2721, 3851, 2147]
+
+
 def test_what_is_no_prompt():
     encoder = PromptEncoder(ByteTokenizer(), 8)
     with pytest.raises(ValueError, match="a prompt is text, not NoneType"):
@@ -117,7 +131,8 @@ def test_what_is_no_prompt():
 
 def test_loading(tmp_path):
     assert isinstance(text.load_text_tokenizer("bytes"), ByteTokenizer)
-    with pytest.raises(ValueError, match=r"neither 'bytes'.*nor a folder"):
+    assert isinstance(text.load_text_tokenizer("words"), WordTokenizer)
+    with pytest.raises(ValueError, match=r"is not 'bytes', 'words' or a folder"):
         text.load_text_tokenizer("meta-llama/Llama-2-7b-hf")
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="holds no text tokenizer"):

@@ -6,15 +6,10 @@ Evaluation: the pictures in order, centre crops, every one once, broken ones and
 
 A batch is a function of (config, seed, host) and of how many batches came before; the iterator's
 state is that count, so a resumed run sees exactly the pictures that the stopped one would have.
-All hosts deal from one shuffled stream, each its own cards: in every epoch each picture is seen by
-exactly one host, with crops drawn for its place in the stream, so the global batch does not depend
-on the number of hosts. A broken picture is left out after decoding and its host goes on with its
-next one, so no host waits for another.
 """
 
 import dataclasses
 import itertools
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from tokenflow_jax.data import images, sources
+from tokenflow_jax.data import images, sources, stream
 from tokenflow_jax.data.images import BrokenImage
 from tokenflow_jax.data.skipped import Skipped
 
@@ -43,7 +38,7 @@ class DataConfig:
     """One data set and how its pictures become arrays.
 
     Attributes:
-      name: "emoji", "folder", "array_record" or "tfds".
+      name: "emoji", "folder", "jsonl", "array_record" or "tfds".
       path: folder, ArrayRecord files, or TFDS name; not used by "emoji".
       split: which part of the data set; see `data.sources`.
       image_size: side of the square crops in pixels.
@@ -53,6 +48,7 @@ class DataConfig:
       min_side: pictures with a shorter side than this count as broken.
       threads: decoding threads; 0 takes one per core, at most 32.
       buffer: cropped pictures kept ready.
+      image_folder: of "jsonl", where its images are; the file's own folder when empty.
       cache_megabytes: a data set whose decoded pictures fit in this much memory is decoded once.
     """
 
@@ -67,6 +63,7 @@ class DataConfig:
     threads: int = 0
     buffer: int = 256
     cache_megabytes: int = 256
+    image_folder: str = ""
 
     def __post_init__(self):
         problems = []
@@ -85,7 +82,9 @@ class Decoded:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.source = sources.open_source(config.name, config.path, config.split)
+        self.source = sources.open_source(
+            config.name, config.path, config.split, config.image_folder
+        )
         self.skipped = Skipped()
         # Pictures by index; None once the data set turned out not to fit.
         self._cache: dict[int, dict[str, Any]] | None = {}
@@ -132,6 +131,8 @@ class Decoded:
             height, width = example["image"].shape[:2]
             images.check_size(width, height, max_pixels=config.max_pixels, min_side=config.min_side)
             return example["image"]
+        if "codes" in example:
+            raise BrokenImage("codes instead of a picture", "only generation trains on such data")
         # In training a JPEG may be decoded at a fraction of its size; twice the crop's side leaves
         # a true averaging by two. Evaluation decodes fully: its figures are compared.
         training = config.augment == "random_crop"
@@ -211,60 +212,7 @@ def _features(
 
 
 def _read_options(config: DataConfig) -> grain.ReadOptions:
-    threads = config.threads or min(os.cpu_count() or 1, 32)
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.buffer)
-
-
-def _check_shard(index: int, count: int, pictures: int) -> None:
-    if not 0 <= index < count <= pictures:
-        raise ValueError(
-            f"shard_index {index} of shard_count {count} with {pictures} pictures: "
-            "need 0 <= shard_index < shard_count <= pictures"
-        )
-
-
-class TrainIterator(grain.DatasetIterator):
-    """A Grain iterator whose state also says which stream it is a position in."""
-
-    def __init__(self, batches: grain.DatasetIterator, stream: dict[str, Any]):
-        """Wraps an iterator.
-
-        Args:
-          batches: the iterator.
-          stream: JSON-able facts on which a position depends; a state with others is refused.
-        """
-        super().__init__(batches)
-        self._stream = stream
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._parent)
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position after the last batch taken, JSON-able."""
-        return {"stream": self._stream, "position": self._parent.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a position.
-
-        Args:
-          state: of `get_state`, of an iterator over the same stream.
-
-        Raises:
-          ValueError: the state belongs to another stream: other data, seed or number of hosts.
-        """
-        saved = state.get("stream", {})
-        changed = [
-            f"{key} was {saved.get(key)!r} and is {value!r}"
-            for key, value in self._stream.items()
-            if saved.get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                "the saved position in the training data does not fit these data: "
-                f"{'; '.join(changed)}. Restore these settings, or start in a new workdir "
-                "(init_from takes over the weights)"
-            )
-        self._parent.set_state(state["position"])
+    return stream.read_options(config.threads, config.buffer)
 
 
 def train_batches(
@@ -288,9 +236,6 @@ def train_batches(
         pictures not one was usable.
     """
     decoded = opened(config)
-    _check_shard(shard_index, shard_count, len(decoded))
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     size = config.image_size
 
     def augment(index: int, rng: np.random.Generator):
@@ -303,20 +248,15 @@ def train_batches(
             image = images.center_crop(example["image"], size)
         return _features(decoded, example, images.random_flip(image, rng) if config.flip else image)
 
-    stream = grain.MapDataset.source(np.arange(len(decoded))).seed(seed).shuffle().repeat()
-    # random_map derives its generator from (seed, place in the stream): any one can be redrawn.
-    examples = stream.random_map(augment)[shard_index::shard_count]
-    usable = examples.filter(lambda example: example is not None)
-    batches = usable.to_iter_dataset(_read_options(config)).batch(batch_size)
-    return TrainIterator(
-        iter(batches),
-        {
-            "data": f"{config.name} {config.split}",
-            "pictures": len(decoded),
-            "seed": seed,
-            "shard_index": shard_index,
-            "shard_count": shard_count,
-        },
+    return stream.shuffled_batches(
+        augment,
+        len(decoded),
+        data=f"{config.name} {config.split}",
+        batch_size=batch_size,
+        seed=seed,
+        shard_index=shard_index,
+        shard_count=shard_count,
+        options=_read_options(config),
     )
 
 
@@ -350,14 +290,7 @@ def eval_batches(
       ValueError: no data, a bad shard, or no usable picture in this host's share.
     """
     decoded = opened(config)
-    _check_shard(shard_index, shard_count, len(decoded))
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
-    count = min(limit or len(decoded), len(decoded))
-    places = np.arange(count) * len(decoded) // count
-    batches = -(-count // (shard_count * batch_size))
-    mine = np.full(batches * batch_size, -1)
-    mine[: len(places[shard_index::shard_count])] = places[shard_index::shard_count]
+    mine = stream.evaluation_places(len(decoded), batch_size, limit, shard_index, shard_count)
 
     def crop(index: int) -> dict[str, np.ndarray] | None:
         example = decoded[int(index)] if index >= 0 else None

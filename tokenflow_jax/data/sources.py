@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import pathlib
-import zlib
 from typing import Any
 
 from absl import logging
@@ -18,9 +17,10 @@ from array_record.python import array_record_data_source, array_record_module
 
 from tokenflow_jax.data import records
 from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.jsonl import JsonlSource
+from tokenflow_jax.data.splits import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, is_heldout
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
-SPLITS = ("train", "heldout", "all")
 GROUPS = (
     "smileys-emotion",
     "people-body",
@@ -33,15 +33,6 @@ GROUPS = (
 )
 NUMBERS = ("label", "group")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# Names under which people ask for the part of a folder that never trains.
-_HELDOUT_NAMES = ("heldout", "validation", "val", "test")
-# A tenth of fewer pictures than this is too few to measure anything.
-MIN_TO_SPLIT = 100
-
-
-def is_heldout(name: str) -> bool:
-    """Whether a picture is in the fixed tenth that never trains; depends on its name alone."""
-    return zlib.crc32(name.encode()) % 10 == 0
 
 
 class EmojiSource:
@@ -134,15 +125,15 @@ class FolderSource:
 
 def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
     """Returns where a split's pictures lie, and whether they are to be divided by name."""
-    if split not in (*SPLITS, *_HELDOUT_NAMES):
+    if split not in (*SPLITS, *HELDOUT_NAMES):
         raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
     if split == "all":
         return root, False
     subfolders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
     # All of them, because "train" may well be a class of vehicles among other classes.
-    if not subfolders or not subfolders <= {"train", *_HELDOUT_NAMES}:
+    if not subfolders or not subfolders <= {"train", *HELDOUT_NAMES}:
         return root, True
-    for name in [split] if split == "train" else [split, *_HELDOUT_NAMES]:
+    for name in [split] if split == "train" else [split, *HELDOUT_NAMES]:
         if name in subfolders:
             return root / name, False
     raise ValueError(
@@ -323,13 +314,14 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
         raise ValueError(f"TFDS data set {name!r}, split {split!r}: {error}") from error
 
 
-def open_source(name: str, path: str, split: str) -> Any:
+def open_source(name: str, path: str, split: str, image_folder: str = "") -> Any:
     """Opens a source.
 
     Args:
-      name: "emoji", "folder", "array_record" or "tfds".
+      name: "emoji", "folder", "jsonl", "array_record" or "tfds".
       path: folder, files, or TFDS name; not used by "emoji".
       split: which part; see the sources.
+      image_folder: of "jsonl", where the paths of its images begin; its own folder when empty.
 
     Returns:
       A source as this module's docstring describes.
@@ -340,6 +332,7 @@ def open_source(name: str, path: str, split: str) -> Any:
     kinds = {
         "emoji": lambda: EmojiSource(split),
         "folder": lambda: FolderSource(path, split),
+        "jsonl": lambda: JsonlSource(path, split, image_folder),
         "array_record": lambda: RecordSource(path, split),
         "tfds": lambda: TFDSSource(path, split),
     }

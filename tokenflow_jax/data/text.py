@@ -12,8 +12,11 @@ text, add_special_tokens=)`, `decode(ids, skip_special_tokens=)`, `bos_token_id`
 `pad_token_id` and `len`.
 """
 
+import dataclasses
 import os
+import re
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +24,8 @@ import numpy as np
 from absl import logging
 
 OPEN, CLOSE = "<img>", "</img>"
-BYTES = "bytes"  # the name of the built-in tokenizer
+BYTES, WORDS = "bytes", "words"  # the built-in tokenizers
+_SHORTEST = 8  # prefixes for sampling are at least this long
 _SHOWN = 40  # characters of a prompt in messages
 
 
@@ -72,11 +76,43 @@ class ByteTokenizer:
         return b"".join(parts).decode(errors="replace")
 
 
+class WordTokenizer:
+    """Whole words as ids, by a hash of their letters; needs no file and no training.
+
+    A word is a run of letters and digits, a mark (`<img>`) or any other sign that is not a space,
+    case folded. A small model learns what a word means far faster than what its bytes mean; words
+    that were not in its captions mean nothing to it, and few words share an id. There is no way
+    back from ids to words.
+    """
+
+    pad_token_id = unk_token_id = 0
+    bos_token_id = 1
+    eos_token_id = 2
+    name_or_path = WORDS
+    _OFFSET = 3
+    _IDS = 4093  # a prime
+
+    def __len__(self) -> int:
+        return self._IDS + self._OFFSET
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns the ids of a text; see `ByteTokenizer.encode`."""
+        words = re.findall(r"</?img>|[^\W_]+|[^\w\s]|_", text.casefold())
+        ids = [zlib.crc32(w.encode(errors="replace")) % self._IDS + self._OFFSET for w in words]
+        return [self.bos_token_id, *ids] if add_special_tokens else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Shows ids: "#17" for a word."""
+        special = ("<pad>", "<s>", "</s>")
+        shown = [special[i] if i < self._OFFSET else f"#{i}" for i in map(int, ids)]
+        return " ".join(s for s in shown if not (skip_special_tokens and s in special))
+
+
 def load_text_tokenizer(name: str | os.PathLike) -> Any:
     """Opens a text tokenizer; never downloads one.
 
     Args:
-      name: "bytes", or a folder with the tokenizer files of a Hugging Face model.
+      name: "bytes", "words", or a folder with the tokenizer files of a Hugging Face model.
 
     Returns:
       A text tokenizer, see this module's docstring.
@@ -85,11 +121,11 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
       ValueError: no such folder, no tokenizer in it, or transformers is not installed.
     """
     name = os.fspath(name)
-    if name == BYTES:
-        return ByteTokenizer()
+    if name in (BYTES, WORDS):
+        return ByteTokenizer() if name == BYTES else WordTokenizer()
     if not os.path.isdir(name):
         raise ValueError(
-            f"text tokenizer {name!r} is neither {BYTES!r} (built in) nor a folder; give the one "
+            f"text tokenizer {name!r} is not {BYTES!r}, {WORDS!r} or a folder; give the one "
             "that holds tokenizer.json or tokenizer.model of a Hugging Face model"
         )
     try:
@@ -107,11 +143,11 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
         ) from error
 
 
-class PromptEncoder:
-    """Turns prompts into prefixes of one length, and knows the ids around them.
+@dataclasses.dataclass
+class PromptIds:
+    """The ids around a prompt.
 
     Attributes:
-      text_tokenizer: see this module's docstring.
       budget: ids of a padded prompt, the start id included.
       start_id: of a prompt: the tokenizer's start, or its end id where it has no start.
       end_id: of the whole sequence.
@@ -120,35 +156,56 @@ class PromptEncoder:
       image_start: id of code 0; all ids below are text and padding.
     """
 
+    budget: int
+    start_id: int
+    end_id: int
+    pad_id: int
+    open_ids: tuple[int, ...]
+    close_ids: tuple[int, ...]
+    image_start: int
+
+    def __post_init__(self):
+        if self.budget < 1:
+            raise ValueError(f"text budget {self.budget} must be at least 1, for the start id")
+
+    @property
+    def prefix_length(self) -> int:
+        """Ids of a prefix: the budget and `<img>`."""
+        return self.budget + len(self.open_ids)
+
+    @property
+    def suffix(self) -> tuple[int, ...]:
+        """What follows the codes: `</img>` and the end."""
+        return (*self.close_ids, self.end_id)
+
+
+def llama2_ids(budget: int) -> PromptIds:
+    """Those of LLaMA-2's vocabulary, for when its files are not at hand and shapes are enough."""
+    return PromptIds(budget, 1, 2, 32000, (529, 2492, 29958), (1533, 2492, 29958), 32001)
+
+
+class PromptEncoder(PromptIds):
+    """Turns prompts into prefixes of one length; `text_tokenizer` is what it was made with."""
+
     def __init__(self, text_tokenizer: Any, budget: int):
         """Looks up the ids.
 
         Raises:
           ValueError: a budget below 1, or a tokenizer with neither start nor end id.
         """
-        if budget < 1:
-            raise ValueError(f"text budget {budget} must be at least 1, for the start id")
-        self.text_tokenizer, self.budget = text_tokenizer, budget
-        self.end_id = text_tokenizer.eos_token_id
-        start = text_tokenizer.bos_token_id
-        self.start_id = self.end_id if start is None else start
-        if self.start_id is None or self.end_id is None:
+        end, start = text_tokenizer.eos_token_id, text_tokenizer.bos_token_id
+        if end is None:
             raise ValueError("the text tokenizer has no end id (eos_token); prompts need one")
+        start = end if start is None else start
         size, pad = len(text_tokenizer), text_tokenizer.pad_token_id
-        own = pad is not None and pad not in (self.start_id, self.end_id)
-        self.pad_id = pad if own else size
-        self.image_start = size if own else size + 1
-        self.open_ids, self.close_ids = (
-            tuple(text_tokenizer.encode(mark, add_special_tokens=False)) for mark in (OPEN, CLOSE)
-        )
+        own = pad is not None and pad not in (start, end)
+        marks = (tuple(text_tokenizer.encode(m, add_special_tokens=False)) for m in (OPEN, CLOSE))
+        pad, image_start = (pad, size) if own else (size, size + 1)
+        super().__init__(budget, start, end, pad, *marks, image_start)
+        self.text_tokenizer = text_tokenizer
         self._lock = threading.Lock()
         self._cut: dict[int, int] = {}  # hash of a prompt -> its length
         self._example = ""
-
-    @property
-    def prefix_length(self) -> int:
-        """Ids of a prefix: the budget and `<img>`."""
-        return self.budget + len(self.open_ids)
 
     def length(self, prompt: str) -> int:
         """Ids that a prompt would need, the start id included."""
@@ -171,9 +228,23 @@ class PromptEncoder:
         ids = ids[: self.budget]
         return np.array([*[self.pad_id] * (self.budget - len(ids)), *ids, *self.open_ids], np.int32)
 
-    def encode_all(self, prompts: Sequence[str]) -> np.ndarray:
-        """Returns the prefixes of prompts, int32 (B, prefix_length)."""
-        return np.stack([self.encode(prompt) for prompt in prompts])
+    def encode_all(self, prompts: Sequence[str], shortest: bool = False) -> np.ndarray:
+        """Returns the prefixes of prompts.
+
+        Args:
+          prompts: any texts.
+          shortest: leaves out padding that none of them needs, as far as the lengths are powers of
+            two (or the budget). Positions are relative, so a model gives the same for less work.
+
+        Returns:
+          int32 (B, prefix_length), or less wide.
+        """
+        ids_BP = np.stack([self.encode(prompt) for prompt in prompts])
+        if not shortest:
+            return ids_BP
+        longest = int((ids_BP != self.pad_id).sum(axis=1).max()) - len(self.open_ids)
+        width = min(self.budget, max(_SHORTEST, 1 << (longest - 1).bit_length()))
+        return ids_BP[:, self.budget - width :]
 
     def _ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str):

@@ -1,0 +1,392 @@
+"""The public Python API of generation: prompts to pictures.
+
+    generator = tfx.Generator.load("runs/generation")
+    pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
+"""
+
+import dataclasses
+import functools
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenflow_jax.api import Tokenizer
+from tokenflow_jax.convert import conversion, orbax_files
+from tokenflow_jax.convert.parts import PARTS
+from tokenflow_jax.convert.rules import unflatten
+from tokenflow_jax.data.codes import check_tokenizer
+from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
+from tokenflow_jax.models import generate
+from tokenflow_jax.models.generation import Generation, GenerationConfig
+from tokenflow_jax.models.quantizers import Codebooks
+
+# What guidance leads away from in the reference, whose training drops no captions.
+REFERENCE_NEGATIVE = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, "
+    "cropped, worst quality, low quality, normal quality, jpeg artifacts, signature, watermark, "
+    "username, blurry."
+)
+_LARGEST_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How pictures are drawn; the defaults are the reference's.
+
+    Attributes:
+      guidance: strength of classifier-free guidance at the finest scale; 0 draws without it, in
+        half the time.
+      passes: (top_k, top_p) of each pass over a scale; a number takes the reference's settings for
+        one, two or three passes. 0 switches a filter off.
+      negative_prompt: what guidance leads away from; "" for a model whose training dropped captions.
+      seed: of all draws.
+    """
+
+    guidance: float = generate.GUIDANCE
+    passes: tuple[tuple[int, float], ...] | int = 1
+    negative_prompt: str = REFERENCE_NEGATIVE
+    seed: int = 0
+
+    def __post_init__(self):
+        passes = self.passes
+        if isinstance(passes, int):
+            if passes not in generate.PASSES:
+                raise ValueError(f"passes {passes} must be one of {sorted(generate.PASSES)}")
+            passes = generate.PASSES[passes]
+        object.__setattr__(self, "passes", tuple((int(k), float(p)) for k, p in passes))
+
+    def check(self, config: GenerationConfig) -> None:
+        """Raises ValueError that names all that a model cannot do."""
+        size, problems = config.codebook_size, []
+        if not self.guidance >= 0:
+            problems.append(f"guidance {self.guidance} must not be negative")
+        if not self.passes:
+            problems.append("there is no pass")
+        for top_k, top_p in self.passes:
+            if not 0 <= top_k <= size:
+                problems.append(f"top_k {top_k} must be 0 (off) to {size}, the codebook's size")
+            if not 0 <= top_p <= 1:
+                problems.append(f"top_p {top_p} must be 0 (off) to 1")
+        if problems:
+            raise ValueError("sampling: " + "; ".join(problems))
+
+
+class Generated(NamedTuple):
+    """Pictures and how they came to be.
+
+    Attributes:
+      images: uint8 (B, H, W, 3).
+      codes: int32 (B, N), coarse to fine.
+      recipe: JSON-able: what it takes to draw the same again.
+    """
+
+    images: np.ndarray
+    codes: np.ndarray
+    recipe: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A trained generation model with its two tokenizers.
+
+    Everything is compiled once per number of images (powers of two) and length of prompts.
+
+    Attributes:
+      config: the model's hyper-parameters.
+      params: its weights.
+      tokenizer: makes pictures of codes.
+      prompts: makes ids of text.
+      recipe: defaults of `generate`.
+      dtype: what the model computes in.
+      source: what it was loaded from, for recipes.
+    """
+
+    config: GenerationConfig
+    params: dict
+    tokenizer: Tokenizer
+    prompts: PromptEncoder
+    recipe: Recipe = Recipe()
+    dtype: str = "float32"
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        tokenizer: str | os.PathLike | Tokenizer | None = None,
+        *,
+        text_tokenizer: str | None = None,
+        variant: str | None = None,
+        tokenizer_variant: str | None = None,
+        ema: bool = True,
+        step: int | None = None,
+        dtype: str = "auto",
+    ) -> "Generator":
+        """Loads a generation model.
+
+        Args:
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` wrote, or a
+            PyTorch checkpoint.
+          tokenizer: the image tokenizer that the model was trained with, or where it is; a
+            checkpoint of a training run knows.
+          text_tokenizer: "bytes", "words" or a folder; a checkpoint of a training run knows.
+          variant: for a PyTorch checkpoint which model it is.
+          tokenizer_variant: for a PyTorch tokenizer which model it is.
+          ema: takes the moving average of the weights when there is one.
+          step: which checkpoint of a workdir; the newest when None.
+          dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators.
+
+        Raises:
+          CodesError: the tokenizer is not the one that the model was trained with.
+          ValueError: no such path, or weights that do not fit.
+        """
+        path = os.fspath(path)
+        dtype = _dtype(dtype)
+        saved = _saved_config(path, step)
+        config = _torch_config(path, variant)
+        source = conversion.open_source(
+            path, config, part=PARTS["generation"], weights=None if ema else "raw", step=step
+        )
+        held = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+        params = {name: jnp.asarray(t.read(), held) for name, t in source.arrays.items()}
+        tokenizer = _tokenizer(path, tokenizer, tokenizer_variant, saved)
+        text = dict(saved.get("text", {"tokenizer": "", "budget": 128}))
+        text_tokenizer = text_tokenizer or text["tokenizer"]
+        if not text_tokenizer:
+            raise ValueError(
+                f"{path} does not say which text tokenizer it was trained with: give it"
+                " (--text_tokenizer=FOLDER), for released checkpoints LLaMA-2's"
+            )
+        generator = cls(
+            config=source.config,
+            params=unflatten(params),
+            tokenizer=tokenizer,
+            prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), text["budget"]),
+            recipe=Recipe(**_recipe(saved.get("sampling", {}))),
+            dtype=dtype,
+            source={"checkpoint": path, "weights": source.weights},
+        )
+        generator.check()
+        return generator
+
+    def check(self) -> None:
+        """Raises ValueError that names all in which model and tokenizers differ."""
+        config, tokenizer, problems = self.config, self.tokenizer.config, []
+        for name, ours, theirs in (
+            ("scales", config.scales, tokenizer.scales),
+            ("codebook_size", config.codebook_size, tokenizer.codebook_size),
+            ("code channels", config.code_channels, tokenizer.code_channels),
+        ):
+            if ours != theirs:
+                problems.append(f"{name} are {theirs}, the model's {ours}")
+        if self.prompts.image_start != config.image_start:
+            problems.append(
+                f"the text tokenizer has {self.prompts.image_start} ids (padding included), the "
+                f"model {config.image_start}"
+            )
+        if problems:
+            raise ValueError("these tokenizers are not the model's: " + "; ".join(problems))
+
+    @functools.cached_property
+    def codebooks(self) -> Codebooks:
+        """The image tokenizer's."""
+        params = self.tokenizer.params
+        return Codebooks(
+            jnp.asarray(params["semantic_codebook"]), jnp.asarray(params["pixel_codebook"])
+        )
+
+    @functools.cached_property
+    def _compiled(self) -> dict:
+        return {}
+
+    def _sampler(self, passes: tuple[tuple[int, float], ...], guided: bool):
+        """The jitted sampling loop of some passes; made once."""
+        key = (passes, guided)
+        if key not in self._compiled:
+            model = Generation(self.config, jnp.dtype(self.dtype))
+            pad_id = self.prompts.pad_id
+
+            def run(params, codebooks, ids_BP, negative_1P, keys_B, guidance):
+                def prompt(ids):
+                    return generate.Prompt(ids, ids != pad_id)
+
+                negative = prompt(negative_1P) if guided else None
+                return generate.sample(
+                    model, {"params": params}, codebooks, prompt(ids_BP), negative, keys_B,
+                    guidance, passes=passes,
+                )  # fmt: skip
+
+            self._compiled[key] = jax.jit(run)
+        return self._compiled[key]
+
+    def codes(
+        self, prompts: Sequence[str], numbers: Sequence[int], recipe: Recipe, batch_size: int = 16
+    ) -> np.ndarray:
+        """Draws codes.
+
+        Args:
+          prompts: one per image.
+          numbers: of each image among those of its prompt; prompt, seed and number alone decide
+            what is drawn, not what else is asked for.
+          recipe: how.
+          batch_size: images at a time.
+
+        Returns:
+          int32 (B, N).
+        """
+        recipe.check(self.config)
+        guided = recipe.guidance > 0
+        sampler = self._sampler(recipe.passes, guided)
+        rows = []
+        for start in range(0, len(prompts), batch_size):
+            some = slice(start, start + batch_size)
+            texts, keys = list(prompts[some]), _keys(prompts[some], numbers[some], recipe.seed)
+            filled = min(1 << (len(texts) - 1).bit_length(), batch_size)
+            texts += texts[-1:] * (filled - len(texts))
+            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], filled - len(keys), axis=0)])
+            ids = self.prompts.encode_all([*texts, recipe.negative_prompt], shortest=True)
+            codes = sampler(
+                self.params, self.codebooks, ids[:-1], ids[-1:], keys, jnp.float32(recipe.guidance)
+            )
+            rows.append(np.asarray(codes)[: len(prompts[some])])
+        return np.concatenate(rows)
+
+    def decode(self, codes_BL: np.ndarray) -> np.ndarray:
+        """Pictures of codes, or of their coarsest scales: uint8 (B, H, W, 3)."""
+        images = np.asarray(self.tokenizer.decode(codes_BL))
+        return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        images_per_prompt: int = 1,
+        batch_size: int = 16,
+        **changes: Any,
+    ) -> Generated:
+        """Draws pictures.
+
+        Args:
+          prompts: one text or several; a long one is cut (see `prompts.cut_notes`), the empty one
+            draws whatever the model likes.
+          images_per_prompt: how many of each, one after the other.
+          batch_size: images at a time; up to 64.
+          **changes: of the default recipe: guidance, passes, negative_prompt, seed.
+
+        Returns:
+          Pictures, codes and the recipe, prompts in order.
+
+        Raises:
+          ValueError: nothing asked for, or values that this model cannot do.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or images_per_prompt < 1 or not 1 <= batch_size <= _LARGEST_BATCH:
+            raise ValueError(
+                f"{len(prompts)} prompts, {images_per_prompt} images of each, {batch_size} at a "
+                f"time: give at least one prompt and image, and 1 to {_LARGEST_BATCH} at a time"
+            )
+        recipe = dataclasses.replace(self.recipe, **changes)
+        texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        numbers = list(range(images_per_prompt)) * len(prompts)
+        codes = self.codes(texts, numbers, recipe, batch_size)
+        images = np.concatenate(
+            [self.decode(codes[i : i + batch_size]) for i in range(0, len(codes), batch_size)]
+        )
+        return Generated(images, codes, self.describe(recipe))
+
+    def previews(self, codes_BN: np.ndarray) -> Iterator[np.ndarray]:
+        """The pictures after each scale, coarse to fine: uint8 (B, H, W, 3)."""
+        for where in self.config.pyramid.slices():
+            yield self.decode(codes_BN[:, : where.stop])
+
+    def describe(self, recipe: Recipe) -> dict[str, Any]:
+        """A recipe with all that decides on the pictures, JSON-able."""
+        return {
+            **dataclasses.asdict(recipe),
+            "passes": [list(one) for one in recipe.passes],
+            "model": dict(self.source),
+            "tokenizer": self.tokenizer.identity,
+            "text_tokenizer": getattr(self.prompts.text_tokenizer, "name_or_path", ""),
+            "text_budget": self.prompts.budget,
+            "dtype": self.dtype,
+        }
+
+
+def _keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
+    """One random key per image."""
+    hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
+
+    def key(prompt: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+
+    return jax.vmap(key)(jnp.array(hashes, jnp.uint32), jnp.array(numbers, jnp.uint32))
+
+
+def _dtype(name: str) -> str:
+    if name == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r}: one of 'auto', 'float32', 'bfloat16'")
+    return name
+
+
+def _saved_config(path: str, step: int | None) -> Mapping[str, Any]:
+    """The config in a checkpoint of ours; empty for a PyTorch one."""
+    if conversion.is_torch(path):
+        return {}
+    info, _ = orbax_files.open_checkpoint(path, step)
+    return info["config"]
+
+
+def _torch_config(path: str, variant: str | None) -> GenerationConfig | None:
+    """Which model a PyTorch checkpoint holds; a checkpoint of ours knows."""
+    variants = PARTS["generation"].variants
+    if not conversion.is_torch(path):
+        if variant is not None:
+            raise ValueError(f"{path} knows its own variant: leave it out")
+        return None
+    if variant not in variants:
+        raise ValueError(
+            f"{path} is a PyTorch checkpoint: say which model it holds, variant=one of "
+            f"{sorted(variants)} (got {variant!r})"
+        )
+    return variants[variant]
+
+
+def _tokenizer(
+    path: str,
+    tokenizer: str | os.PathLike | Tokenizer | None,
+    variant: str | None,
+    saved: Mapping[str, Any],
+) -> Tokenizer:
+    """The image tokenizer, checked against the one that the model was trained with."""
+    known = saved.get("tokenizer", {})
+    if tokenizer is None:
+        tokenizer, variant = known.get("path", ""), variant or known.get("variant")
+        if not tokenizer:
+            raise ValueError(
+                f"{path} does not say where its image tokenizer is: give it (--tokenizer=)"
+            )
+    if not isinstance(tokenizer, Tokenizer):
+        if not os.path.exists(tokenizer):
+            raise ValueError(
+                f"the image tokenizer {os.fspath(tokenizer)!r} of {path} is not there; say where "
+                "it is (--tokenizer=)"
+            )
+        tokenizer = Tokenizer.load(tokenizer, variant or None)
+    fingerprint = saved.get("data", {}).get("fingerprint")
+    if fingerprint:
+        identity = {**tokenizer.identity, "fingerprint": fingerprint}
+        check_tokenizer(path, identity, tokenizer.identity)
+    return tokenizer
+
+
+def _recipe(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that a training run left."""
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    return {name: value for name, value in sampling.items() if name in names}

@@ -1,0 +1,266 @@
+"""The generation stage's training step as a program: shapes and places, no weights and no data.
+
+The stage runs it; `preflight` compiles it for machines that nobody has yet.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from tokenflow_jax import checkpoint, mesh, optim
+from tokenflow_jax.convert.conversion import is_torch
+from tokenflow_jax.convert.parts import tokenizer_template
+from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
+from tokenflow_jax.models.generation import Generation, GenerationConfig
+from tokenflow_jax.models.lm import LMConfig
+from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
+from tokenflow_jax.train.generation import LossConfig, Trainer, TrainState
+
+PyTree = Any
+ENCODE = ("once", "step")
+CODEBOOKS = ("semantic_codebook", "pixel_codebook")
+_DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything about a run but its weights and its data.
+
+    Attributes:
+      config: such as `configs/generation.py`.
+      mesh: of `mesh.make_mesh`.
+      platform: "tpu", "gpu" or "cpu", where it will run.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: mesh.Mesh
+    platform: str
+
+    def __post_init__(self):
+        mesh.check_batch_size(self.config.batch_size, self.mesh)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """What the language model computes in; the tokenizer encodes in float32."""
+        name = self.config.dtype
+        if name == "auto":
+            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
+        if name not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {name!r} is not one of ['auto', 'float32', 'bfloat16']")
+        return jnp.dtype(name)
+
+    @functools.cached_property
+    def prompts(self) -> PromptIds:
+        """The ids around prompts; those of LLaMA-2 where no text tokenizer is named."""
+        text = self.config.text
+        if not text.tokenizer:
+            return llama2_ids(text.budget)
+        return PromptEncoder(load_text_tokenizer(text.tokenizer), text.budget)
+
+    @functools.cached_property
+    def tokenizer_config(self) -> TokenizerConfig:
+        """The frozen tokenizer's hyper-parameters."""
+        return find_tokenizer_config(self.config.tokenizer)
+
+    @functools.cached_property
+    def model_config(self) -> GenerationConfig:
+        """The model's hyper-parameters; `complete_model` says what may be left out."""
+        model = complete_model(self.config.model, self.tokenizer_config, self.prompts)
+        lm = dataclasses.replace(
+            LMConfig(**model["lm"]), remat=self.config.remat, attention=self.config.attention
+        )
+        return GenerationConfig(**{**model, "lm": lm})
+
+    @functools.cached_property
+    def model(self) -> Generation:
+        """The generation model."""
+        return Generation(self.model_config, self.dtype)
+
+    @functools.cached_property
+    def encodes(self) -> bool:
+        """Whether the step makes codes of images."""
+        data = self.config.data
+        if data.encode not in ENCODE:
+            raise ValueError(f"data.encode {data.encode!r} is not one of {ENCODE}")
+        return data.name != "codes" and data.encode == "step"
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """What steps."""
+        config, prompts = self.config, self.prompts
+        return Trainer(
+            model=self.model,
+            losses=LossConfig(**config.losses),
+            optimizer=optim.make_optimizer(
+                optim.OptimizerConfig(**config.optimizer), config.total_steps, self.trainable
+            ),
+            pad_id=prompts.pad_id,
+            suffix=prompts.suffix,
+            prefix_length=prompts.prefix_length,
+            tokenizer=TokenFlow(self.tokenizer_config) if self.encodes else None,
+            trainable=self.trainable,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+        )
+
+    @functools.cached_property
+    def parameters(self) -> PyTree:
+        """Shapes of the model's parameters."""
+        return jax.eval_shape(_untrained(self).init_params, jax.random.key(0))
+
+    @functools.cached_property
+    def trainable(self) -> PyTree | None:
+        """Which parameters train; None when all of them do."""
+        patterns = tuple(self.config.trainable)
+        return optim.matching(self.parameters, patterns) if patterns else None
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Shapes and places of the state."""
+        state = jax.eval_shape(lambda: self.trainer.init(jax.random.key(0)))
+        return mesh.placed(state, self.mesh)
+
+    def frozen_parts(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What the step reads of a tokenizer's parameters."""
+        if self.encodes:
+            return {name: part for name, part in params.items() if name not in _DECODERS}
+        return {name: params[name] for name in CODEBOOKS}
+
+    @functools.cached_property
+    def frozen(self) -> PyTree:
+        """Shapes and places of the frozen tokenizer."""
+        frozen = {"tokenizer": self.frozen_parts(tokenizer_template(self.tokenizer_config))}
+        return mesh.placed(frozen, self.mesh)
+
+    @functools.cached_property
+    def batch(self) -> PyTree:
+        """Shapes and places of a global batch."""
+        sharding, size = mesh.batch_sharding(self.mesh), self.config.batch_size
+        side = self.tokenizer_config.image_size
+
+        def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
+
+        prefix = array(jnp.int32, self.prompts.prefix_length)
+        if self.encodes:
+            return {"prefix": prefix, "image": array(jnp.uint8, side, side, 3)}
+        return {"prefix": prefix, "codes": array(jnp.int32, self.model_config.pyramid.tokens)}
+
+    @property
+    def arguments(self) -> tuple[PyTree, ...]:
+        """Shapes and places of what `trainer.step` takes."""
+        return self.state, self.frozen, self.batch
+
+    @property
+    def parts(self) -> dict[str, PyTree]:
+        """The same by what it is, for reports."""
+        return {
+            "parameters": self.state.params,
+            "optimiser": self.state.opt_state,
+            "average of parameters": self.state.ema,
+            "frozen tokenizer": self.frozen,
+            "batch": self.batch,
+        }
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The jitted step, donating the state; to be called with the mesh in use."""
+        state, frozen = (
+            jax.tree.map(lambda x: x.sharding, tree) for tree in (self.state, self.frozen)
+        )
+        return jax.jit(
+            self.trainer.step,
+            donate_argnums=0,
+            in_shardings=(state, frozen, mesh.batch_sharding(self.mesh)),
+            out_shardings=(state, mesh.replicated(self.mesh)),
+        )
+
+
+def _untrained(program: Program) -> Trainer:
+    """A trainer good for initial weights only: shapes are needed before the optimiser is made."""
+    return Trainer(program.model, LossConfig(), optax.identity(), 0, (), 0)
+
+
+def make_program(
+    config: ml_collections.ConfigDict, device_mesh: mesh.Mesh, platform: str
+) -> Program:
+    """The program of a whole run, for `preflight`."""
+    return Program(config, device_mesh, platform)
+
+
+def find_tokenizer_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
+    """The hyper-parameters of the tokenizer that `config.tokenizer` names.
+
+    Args:
+      tokenizer: `path`, of a checkpoint of ours or a PyTorch file, and `variant`, which a PyTorch
+        file needs, and which is enough where shapes are.
+
+    Raises:
+      ValueError: an unknown variant, or a path without one that holds no checkpoint of ours.
+    """
+    path, variant = tokenizer.path, tokenizer.variant
+    if variant:
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"tokenizer.variant {variant!r} is unknown; the variants are {sorted(VARIANTS)}"
+            )
+        return VARIANTS[variant]
+    if not path or is_torch(path):
+        raise ValueError(
+            f"tokenizer.path {path!r}: say which model it is with --config.tokenizer.variant=, one "
+            f"of {sorted(VARIANTS)}"
+        )
+    try:
+        saved = checkpoint.read_info(checkpoint.find_checkpoint(path))["config"]
+    except checkpoint.CheckpointError as error:
+        raise ValueError(
+            f"tokenizer.path: {error}; the quickstart's tokenizer comes from python -m "
+            "tokenflow_jax.main --config=configs/tokenizer.py --workdir=runs/quickstart"
+        ) from error
+    if saved.get("stage") != "tokenizer":
+        raise ValueError(f"tokenizer.path {path!r} is a run of stage {saved.get('stage')!r}")
+    return TokenizerConfig(**saved["model"])
+
+
+def complete_model(
+    model: ml_collections.ConfigDict, tokenizer: TokenizerConfig, prompts: PromptIds
+) -> dict[str, Any]:
+    """Fills in what the tokenizers decide, and checks what is given.
+
+    Args:
+      model: `config.model`: hyper-parameters of `GenerationConfig`, of which `scales`,
+        `codebook_size`, `code_channels`, `image_start` and `lm.vocabulary_size` may be empty or 0.
+      tokenizer: of the images.
+      prompts: of the text.
+
+    Returns:
+      All hyper-parameters.
+
+    Raises:
+      ValueError: values that differ from what the tokenizers decide, all of them.
+    """
+    given = model.to_dict()
+    decided = {
+        "scales": tuple(tokenizer.scales),
+        "codebook_size": tokenizer.codebook_size,
+        "code_channels": tokenizer.code_channels,
+        "image_start": prompts.image_start,
+    }
+    size = prompts.image_start + tokenizer.codebook_size
+    problems = []
+    for name, value in decided.items():
+        own = tuple(given[name]) if name == "scales" else given[name]
+        if own and own != value:
+            problems.append(f"model.{name} is {own}, the tokenizers have {value}")
+    rows = given["lm"]["vocabulary_size"] or size
+    if rows < size:
+        problems.append(f"model.lm.vocabulary_size {rows} does not hold {size} ids")
+    if problems:
+        raise ValueError("; ".join(problems) + " (0 or () takes the tokenizers' values)")
+    return {**given, **decided, "lm": {**given["lm"], "vocabulary_size": rows}}
