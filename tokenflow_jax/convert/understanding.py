@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokenflow_jax.convert.llama import decoder_rules
+from tokenflow_jax.convert.decoder import decoder_rules
 from tokenflow_jax.convert.rules import DENSE, Rule, RuleTable
 from tokenflow_jax.models.understanding import Understanding, UnderstandingConfig
 

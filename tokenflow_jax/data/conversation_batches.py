@@ -21,8 +21,8 @@ import numpy as np
 from tokenflow_jax.data import conversations, grouping, insertion, text
 from tokenflow_jax.data.conversations import BrokenSample, Sample
 from tokenflow_jax.data.emoji_conversations import EmojiConversations
-from tokenflow_jax.data.pipeline import TrainIterator
 from tokenflow_jax.data.skipped import Skipped
+from tokenflow_jax.data.stream import TrainIterator
 from tokenflow_jax.data.templates import get_template
 
 ORDERS = ("random", "grouped")
@@ -111,6 +111,7 @@ class Conversations:
         self.text_tokenizer = text.load_text_tokenizer(config.text_tokenizer)
         self.template = get_template(config.template, config.system)
         self.skipped = Skipped()
+        self.broken_images: set[str] = set()
         self._rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
         self._lock = threading.Lock()
 
@@ -142,6 +143,7 @@ class Conversations:
             return conversations.load_image(data, config.image_size, config.image_mode)
         except BrokenSample as error:
             self.skipped.add(label or image, error)
+            self.broken_images.add(image)
             return None
 
     @functools.cached_property
@@ -233,7 +235,9 @@ def collate(
         image = blank
         if name and pixels:
             image = data.image(name, data.source.label(place))
-            tokens, image = (tokens, image) if image is not None else ({}, blank)
+            image = blank if image is None else image
+        if name in data.broken_images:
+            tokens = {}
         rows.append(tokens)
         images.append(image)
         numbers.append(data.image_places[name] if name and not pixels else 0)

@@ -257,3 +257,44 @@ class Understanding(nn.Module):
             self.lm.embed(ids_B[:, None]), positions_B[:, None], Mask(real_BK), cache
         )
         return self.lm.logits(hidden_B1C)[:, 0], cache
+
+
+# The language models of the paper's understanding variants, and a small one for real text.
+VARIANTS: dict[str, UnderstandingConfig] = {
+    "qwen2_5_14b": UnderstandingConfig(
+        LMConfig(
+            vocabulary_size=152064,
+            width=5120,
+            layers=48,
+            heads=40,
+            kv_heads=8,
+            mlp_width=13824,
+            rope_theta=1e6,
+            qkv_bias=True,
+        )
+    ),
+    "vicuna_13b": UnderstandingConfig(
+        LMConfig(
+            vocabulary_size=32000,
+            width=5120,
+            layers=40,
+            heads=40,
+            kv_heads=40,
+            mlp_width=13824,
+            norm_eps=1e-5,
+        )
+    ),
+    "smollm2": UnderstandingConfig(
+        LMConfig(
+            vocabulary_size=49152,
+            width=576,
+            layers=30,
+            heads=9,
+            kv_heads=3,
+            mlp_width=1536,
+            rope_theta=1e5,
+            norm_eps=1e-5,
+            tied_head=True,
+        )
+    ),
+}
