@@ -17,14 +17,15 @@ MAY_IMPORT = {
     **{name: set(EDGE) for name in EDGE},
     "convert": {"convert", "models", *EDGE},
     "api": {"models", "convert", "checkpoint", "data"},
-    "evals": {"evals", "api", "models", "data", "convert", *EDGE},
+    "assistant": {"api", "models", "data", "convert", *EDGE},
+    "evals": {"evals", "api", "assistant", "models", "data", "convert", *EDGE},
     "encoding": {"models", "data", "evals", "api", *EDGE},
     "train": {"train", "models", "data", "convert", "evals", "api", "encoding", *EDGE},
     "main": {"train", *EDGE},
     "chips": set(),
     "costs": set(),
     "preflight": {"train", "chips", "costs", *EDGE},
-    "__init__": {"api"},
+    "__init__": {"api", "assistant"},
 }
 # Third-party roots that a part may import; a part that is not named here may import anything
 # but what is forbidden everywhere.
