@@ -22,7 +22,7 @@ from tokenflow_jax.models.lm import LMConfig
 from tokenflow_jax.models.understanding import VARIANTS, UnderstandingConfig
 
 QUICKSTART = UnderstandingConfig(
-    LMConfig(vocabulary_size=259, width=192, layers=3, heads=4, kv_heads=4, mlp_width=512)
+    LMConfig(vocabulary_size=259, width=128, layers=2, heads=4, kv_heads=4, mlp_width=384)
 )
 
 
@@ -206,9 +206,9 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
 
 
 def _quickstart(strategy: str = "last_scale") -> ConfigDict:
-    """A model of a million parameters that has never seen text reads and writes bytes."""
+    """Half a million parameters that have never seen text read and write bytes."""
     config = _base(dataclasses.replace(QUICKSTART, strategy=strategy))
-    config = _on_emoji(config, 32, 800, 160)
+    config = _on_emoji(config, 32, 400, 160)
     config.data.template = "vicuna_v1"
     config.data.own_system = True  # none: bytes are many
     config.data.text_tokenizer = "bytes"
@@ -219,5 +219,5 @@ def _quickstart(strategy: str = "last_scale") -> ConfigDict:
     config.optimizer.warmup_steps = 40
     config.optimizer.b2 = 0.98
     config.optimizer.weight_decay = 0.1
-    config.log_every, config.eval_every, config.checkpoint_every = 50, 200, 200
+    config.log_every, config.eval_every, config.checkpoint_every = 20, 100, 200
     return config

@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "assistant": {"api", "models", "data", "convert", *EDGE},
     "evals": {"evals", "api", "assistant", "models", "data", "convert", *EDGE},
     "encoding": {"models", "data", "evals", "api", *EDGE},
-    "train": {"train", "models", "data", "convert", "evals", "api", "encoding", *EDGE},
+    "generator": {"models", "convert", "data", "evals", "api", *EDGE},
+    "train": {"train", "models", "data", "convert", "evals", "api", "encoding", "generator", *EDGE},
     "main": {"train", *EDGE},
     "chips": set(),
     "costs": set(),
     "preflight": {"train", "chips", "costs", *EDGE},
-    "__init__": {"api", "assistant"},
+    "__init__": {"api", "assistant", "generator"},
 }
 # Third-party roots that a part may import; a part that is not named here may import anything
 # but what is forbidden everywhere.

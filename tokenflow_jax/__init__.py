@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenflow_jax.api import Tokenizer
     from tokenflow_jax.assistant import Assistant
+    from tokenflow_jax.generator import Generator
 
 __version__ = "0.1.0"
-__all__ = ["Assistant", "Tokenizer", "__version__"]
+__all__ = ["Assistant", "Generator", "Tokenizer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from tokenflow_jax.api import Tokenizer
 
         return Tokenizer
+    if name == "Generator":
+        from tokenflow_jax.generator import Generator
+
+        return Generator
     raise AttributeError(f"module 'tokenflow_jax' has no attribute {name!r}")

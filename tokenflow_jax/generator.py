@@ -1,7 +1,7 @@
 """The public Python API of generation: prompts to pictures.
 
-    generator = tfx.Generator.load("runs/generation")
-    pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
+generator = tfx.Generator.load("runs/generation")
+pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.convert.rules import unflatten
 from tokenflow_jax.data.codes import check_tokenizer
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
+from tokenflow_jax.evals.similarity import to_uint8
 from tokenflow_jax.models import generate
-from tokenflow_jax.models.generation import Generation, GenerationConfig
+from tokenflow_jax.models.generation import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.models.quantizers import Codebooks
+from tokenflow_jax.models.tokenizer import TokenFlow
 
 # What guidance leads away from in the reference, whose training drops no captions.
 REFERENCE_NEGATIVE = (
@@ -43,7 +45,7 @@ class Recipe:
         half the time.
       passes: (top_k, top_p) of each pass over a scale; a number takes the reference's settings for
         one, two or three passes. 0 switches a filter off.
-      negative_prompt: what guidance leads away from; "" for a model whose training dropped captions.
+      negative_prompt: what guidance leads away from; "" for a model that learnt it.
       seed: of all draws.
     """
 
@@ -192,6 +194,12 @@ class Generator:
         if problems:
             raise ValueError("these tokenizers are not the model's: " + "; ".join(problems))
 
+    def with_params(self, params: dict) -> "Generator":
+        """The same with other weights; what is compiled is shared."""
+        other = dataclasses.replace(self, params=params)
+        other.__dict__.update(_compiled=self._compiled, _decoders=self._decoders)
+        return other
+
     @functools.cached_property
     def codebooks(self) -> Codebooks:
         """The image tokenizer's."""
@@ -246,9 +254,8 @@ class Generator:
         for start in range(0, len(prompts), batch_size):
             some = slice(start, start + batch_size)
             texts, keys = list(prompts[some]), _keys(prompts[some], numbers[some], recipe.seed)
-            filled = min(1 << (len(texts) - 1).bit_length(), batch_size)
-            texts += texts[-1:] * (filled - len(texts))
-            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], filled - len(keys), axis=0)])
+            texts += texts[-1:] * _filling(len(texts))
+            keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], _filling(len(keys)), axis=0)])
             ids = self.prompts.encode_all([*texts, recipe.negative_prompt], shortest=True)
             codes = sampler(
                 self.params, self.codebooks, ids[:-1], ids[-1:], keys, jnp.float32(recipe.guidance)
@@ -258,8 +265,26 @@ class Generator:
 
     def decode(self, codes_BL: np.ndarray) -> np.ndarray:
         """Pictures of codes, or of their coarsest scales: uint8 (B, H, W, 3)."""
-        images = np.asarray(self.tokenizer.decode(codes_BL))
-        return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+        count = len(codes_BL)
+        filled = np.concatenate([codes_BL, np.repeat(codes_BL[-1:], _filling(count), axis=0)])
+        features, pixels = self._decoders
+        return np.asarray(pixels(self.tokenizer.params, features(self.tokenizer.params, filled)))[
+            :count
+        ]
+
+    @functools.cached_property
+    def _decoders(self):
+        """Jitted (weights, codes) -> quantised map, for any number of scales, and -> pixels."""
+        model = TokenFlow(self.tokenizer.config, dtype=jnp.dtype(self.tokenizer.dtype))
+
+        def features(params, codes_BL):
+            return model.apply({"params": params}, codes_BL, method="features")
+
+        def pixels(params, maps_BHWC):
+            images_BHWC, _ = model.apply({"params": params}, maps_BHWC, method="decode_pixels")
+            return to_uint8(images_BHWC)
+
+        return jax.jit(features), jax.jit(pixels)
 
     def generate(
         self,
@@ -317,6 +342,11 @@ class Generator:
         }
 
 
+def _filling(count: int) -> int:
+    """How many rows are missing to a power of two, the numbers for which programs are compiled."""
+    return (1 << (count - 1).bit_length()) - count
+
+
 def _keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
     """One random key per image."""
     hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
@@ -345,17 +375,16 @@ def _saved_config(path: str, step: int | None) -> Mapping[str, Any]:
 
 def _torch_config(path: str, variant: str | None) -> GenerationConfig | None:
     """Which model a PyTorch checkpoint holds; a checkpoint of ours knows."""
-    variants = PARTS["generation"].variants
     if not conversion.is_torch(path):
         if variant is not None:
             raise ValueError(f"{path} knows its own variant: leave it out")
         return None
-    if variant not in variants:
+    if variant not in VARIANTS:
         raise ValueError(
             f"{path} is a PyTorch checkpoint: say which model it holds, variant=one of "
-            f"{sorted(variants)} (got {variant!r})"
+            f"{sorted(VARIANTS)} (got {variant!r})"
         )
-    return variants[variant]
+    return VARIANTS[variant]
 
 
 def _tokenizer(

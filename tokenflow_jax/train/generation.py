@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tokenflow_jax import optim
@@ -38,18 +39,22 @@ class LossConfig:
       vocabulary: over what the softmax of a code runs: "all" ids, as in the reference, or "codes",
         which is all that sampling chooses from. Then `</img>` and the end are not learnt either,
         and leave the sequence.
+      scale_power: a code of a scale counts side ** -power, so that 1 lets all sides count in
+        proportion to their length; 0 lets all codes count alike, as in the reference.
       tokens: positions whose logits exist at the same time.
     """
 
     text_weight: float = 0.0
     log_text: bool = False
     vocabulary: str = "all"
+    scale_power: float = 0.0
     tokens: int = 4096
 
     def __post_init__(self):
         problems = []
-        if self.text_weight < 0:
-            problems.append(f"text_weight {self.text_weight} must not be negative")
+        for name in ("text_weight", "scale_power"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} {getattr(self, name)} must not be negative")
         if self.vocabulary not in VOCABULARIES:
             problems.append(f"vocabulary {self.vocabulary!r} is not one of {VOCABULARIES}")
         if self.vocabulary == "codes" and self.text:
@@ -222,7 +227,7 @@ class Trainer:
           text_labels: by how many labels the caption's loss is divided; its own when None.
         """
         losses = self.token_losses(params, frozen, prefix_BP, codes_BN)
-        image, total = losses.image_loss(), losses.image_loss()
+        image = total = jnp.mean(losses.image * self._weights(losses.image.shape[1]))
         metrics = {"loss/image": image}
         if losses.text is not None:
             text = losses.text_loss()
@@ -236,6 +241,13 @@ class Trainer:
         for side, where in zip(pyramid.sides, pyramid.slices(), strict=True):
             metrics[f"scale/loss_{side}"] = losses.image[:, where].mean()
         return total, metrics | {"loss/total": total}
+
+    def _weights(self, count: int) -> np.ndarray:
+        """What each of an image's labels counts, 1 on average; the suffix counts as the finest."""
+        sides = np.repeat(self.model.config.scales, np.square(self.model.config.scales))
+        sides = np.concatenate([sides, np.full(count - len(sides), sides[-1])])
+        weights = sides.astype(np.float32) ** -self.losses.scale_power
+        return weights / weights.mean()
 
     def token_losses(
         self, params: PyTree, frozen: PyTree, prefix_BP: jax.Array, codes_BN: jax.Array

@@ -1,0 +1,208 @@
+"""Training the model that draws images from text, scale by scale.
+
+    python -m tokenflow_jax.main --config=configs/generation.py       the quickstart's second part
+    python -m tokenflow_jax.main --config=configs/generation.py:7b    the paper's recipe
+
+Variants:
+    (none)    a small model from scratch on the quickstart tokenizer's codes of the emoji
+    7b        LLaMA-2 7B, recipe of the paper (arXiv 2412.03069), with captions dropped for guidance
+    parity    the same with all quirks of the released training code
+    1b        a model of 1.3 B parameters from scratch, same text and codes
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from tokenflow_jax.generator import REFERENCE_NEGATIVE
+from tokenflow_jax.models.generation import VARIANTS, GenerationConfig
+from tokenflow_jax.models.lm import LMConfig
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns the config of a variant; the docstring of this file lists them."""
+    known = {"": _quickstart, "7b": _7b, "parity": _parity, "1b": _1b}
+    if variant not in known:
+        names = ", ".join(name for name in known if name)
+        raise ValueError(f"variant {variant!r} is unknown; the variants are: {names}")
+    return known[variant]()
+
+
+def _model(model: GenerationConfig) -> ConfigDict:
+    """Hyper-parameters; what is empty or 0 is as the tokenizers have it."""
+    fields = dataclasses.asdict(model)
+    for name in ("remat", "attention"):  # config.remat, config.attention
+        fields["lm"].pop(name)
+    return ConfigDict(fields)
+
+
+def _base(model: GenerationConfig) -> ConfigDict:
+    """What the large variants share: the paper's settings."""
+    config = ConfigDict()
+    config.stage = "generation"
+    config.seed = 0  # of weights, data order and captions
+    config.model = _model(model)  # see models.generation.GenerationConfig and models.lm.LMConfig
+    config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
+    config.remat = "block"  # what the backward pass recomputes: none, block or dots
+    config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)
+
+    config.total_steps = 100_000
+    config.batch_size = 256  # captioned images per step over all devices (released: 16 a device)
+    config.accumulate = 1  # microbatches per step, scanned on the device
+    config.mesh = ConfigDict()  # devices per axis; -1: the rest
+    config.mesh.slice = 1  # slices of a multi-slice job
+    config.mesh.data = 1  # copies of the model
+    config.mesh.fsdp = -1  # parameters and optimiser state split, gathered where used
+    config.mesh.tensor = 1  # heads, hidden layers and vocabulary split
+
+    # Where weights come from when the workdir has no checkpoint yet.
+    config.init_from = ""  # a language model (Hugging Face folder), or a generation model
+    config.trainable = ()  # patterns of parameters that train; () all of them
+
+    config.tokenizer = ConfigDict()  # the frozen image tokenizer
+    config.tokenizer.path = ""  # a workdir of stage tokenizer, or a PyTorch file
+    config.tokenizer.variant = (
+        "b_256_enhanced"  # which model a PyTorch file holds; "" for a workdir
+    )
+    config.text = ConfigDict()
+    config.text.tokenizer = ""  # LLaMA-2's folder; bytes or words need none
+    config.text.budget = 128  # ids of a prompt, the start id included; longer ones are cut
+
+    config.data = ConfigDict()
+    config.data.name = "jsonl"  # jsonl, array_record, codes (of tokenflow_jax.encode) or emoji
+    config.data.path = ""  # captions.jsonl, or the folder of a data set
+    config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
+    config.data.split = "train"  # what trains
+    config.data.eval_split = "heldout"  # what is held out
+    config.data.encode = "step"  # codes of images are made in every step; once: before training
+    config.data.captions = ("{caption}",)  # see data.captions
+    config.data.drop_rate = 0.1  # captions left out, for guidance
+    config.data.fingerprint = ""  # of the tokenizer; filled in, and checked where it is given
+
+    config.losses = ConfigDict()
+    config.losses.text_weight = 0.0  # of the caption's own loss
+    config.losses.log_text = False  # computes it for the curves
+    config.losses.vocabulary = "all"  # softmax over all ids, or over the codes
+    config.losses.scale_power = 0.0  # a code counts side ** -power, for the side of its scale
+    config.losses.tokens = 4096  # positions whose logits exist at the same time
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "constant"  # or cosine, linear
+    config.optimizer.warmup_steps = 5_000
+    config.optimizer.final_fraction = 0.0  # of the learning rate, at the end of a decay
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.decayed = "all"  # but biases and norms; or kernels
+    config.optimizer.clip_norm = 0.5  # global gradient norm
+    config.ema_decay = 0.0  # moving average of the weights; 0 keeps none
+
+    config.sampling = ConfigDict()  # defaults of a checkpoint, see generator.Recipe
+    config.sampling.guidance = 7.5
+    config.sampling.passes = ((600, 0.6),)  # (top_k, top_p) of every pass over a scale
+    config.sampling.negative_prompt = ""  # "": no caption, as in training
+
+    config.log_every = 100  # steps between progress lines
+    config.eval_every = 5_000  # steps between held-out figures
+    config.image_every = 2_500  # steps between grids
+    config.checkpoint_every = 2_500  # steps between checkpoints
+    config.keep_checkpoints = 3  # the newest ones
+    config.eval = ConfigDict()
+    config.eval.batch_size = 64
+    config.eval.images = 5_000  # held-out images per evaluation; 0 all
+    config.eval.sample_batch = 16  # images drawn at a time
+    config.eval.retrieval = 256  # captions drawn at the end and looked up; 0 leaves it out
+    config.eval.prompts = (
+        "An elephant walking under the sea.",
+        "A castle above the clouds, oil painting.",
+        "A red bicycle leaning against a yellow wall.",
+        "A portrait of a woman.",
+    )
+    return config
+
+
+def _7b() -> ConfigDict:
+    """The paper's model and recipe, with an unconditional branch of its own for guidance."""
+    return _base(VARIANTS["7b"])
+
+
+def _parity() -> ConfigDict:
+    """As the released code trains: no caption is dropped, the caption's loss is only logged."""
+    config = _7b()
+    config.data.drop_rate = 0.0
+    config.losses.log_text = True
+    config.sampling.negative_prompt = REFERENCE_NEGATIVE
+    return config
+
+
+def _1b() -> ConfigDict:
+    """A smaller network, from scratch."""
+    lm = dataclasses.replace(
+        VARIANTS["7b"].lm, width=2048, layers=20, heads=16, kv_heads=16, mlp_width=5504
+    )
+    config = _base(dataclasses.replace(VARIANTS["7b"], lm=lm))
+    config.losses.vocabulary = "codes"
+    config.optimizer.schedule = "cosine"
+    config.optimizer.b2 = 0.95
+    config.ema_decay = 0.9999
+    return config
+
+
+QUICKSTART = GenerationConfig(
+    lm=LMConfig(
+        vocabulary_size=2**16,  # filled in
+        width=128,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        mlp_width=352,
+        norms="after",
+        qk_norm=True,
+    ),
+    scales=(1,),
+    codebook_size=1,
+    image_start=1,
+)
+
+
+def _quickstart() -> ConfigDict:
+    """Minutes on two cores: a small model learns the emoji by heart."""
+    config = _base(QUICKSTART)
+    config.model.update(scales=(), codebook_size=0, code_channels=0, image_start=0)
+    config.model.lm.vocabulary_size = 0
+    config.remat = "none"
+    config.total_steps = 1_400
+    config.batch_size = 16
+    config.mesh.data, config.mesh.fsdp = -1, 1
+    config.tokenizer.path = "runs/quickstart"  # of configs/tokenizer.py
+    config.tokenizer.variant = ""
+    config.text.tokenizer = "words"
+    config.text.budget = 12
+    config.data.name = "emoji"  # 1,562 captioned pictures inside the package
+    config.data.encode = "once"
+    config.data.captions = ("{caption}", "{caption}", "{caption}", "{caption}, {tags}", "{tags}")
+    config.losses.vocabulary = "codes"
+    config.losses.scale_power = 1.0  # what coarse scales get wrong, fine ones cannot mend
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.02
+    config.optimizer.b2 = 0.95
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.sampling.guidance = 1.5
+    config.sampling.passes = ((50, 0.7),)
+    config.log_every = 50
+    config.eval_every = 0
+    config.image_every = 700
+    config.checkpoint_every = 350
+    config.eval.images = 0
+    config.eval.retrieval = 128
+    config.eval.prompts = (
+        "red apple", "dog face", "blue car", "panda", "pineapple", "rainbow", "blue heart",
+        "soccer ball",
+    )  # fmt: skip
+    return config
