@@ -64,6 +64,18 @@ def test_draws_follow_the_softmax_and_the_row():
     assert (np.asarray(draw(keys, many, 1)) == 3).all()
 
 
+def test_ties_beyond_k_are_drawn_as_often():
+    """Five equal values, of which top-k counts two: each is drawn, and none of the others."""
+    logits = jnp.broadcast_to(jnp.array([0.0, 1, 1, -1, 1, 1, 0, 1]), (1, 20000, 8))
+    keys = jax.random.split(jax.random.key(3), 1)
+    for top_k in (1, 2, 4):
+        shares = np.bincount(np.asarray(draw(keys, logits, top_k)).ravel(), minlength=8) / 20000
+        np.testing.assert_allclose(shares, [0, 0.2, 0.2, 0, 0.2, 0.2, 0, 0.2], atol=0.02)
+    # 1 - p removes two of the five, each of probability 0.2.
+    drawn = np.asarray(draw(keys, logits, 2, 0.55))
+    assert len(np.unique(drawn)) == keep_likely(logits[0, 0], 2, 0.55).sum() == 3
+
+
 def test_wrong_filters_are_refused():
     with pytest.raises(ValueError, match=r"top_k=-1.*top_p=-0\.5"):
         keep_likely(jnp.zeros(3), -1, -0.5)

@@ -1,24 +1,38 @@
 """Filters of a distribution over codes, with the reference's rules for ties, and draws from it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 
-def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
-    """Which entries survive the top-k and then the top-p filter.
+class Survivors(NamedTuple):
+    """What the filters leave of each row of V logits; of equal values across a cut, the first ones.
+
+    Attributes:
+      values_k: (..., k), the k largest logits, largest first.
+      indices_k: int32 (..., k), where they are.
+      kept_1: int32 (..., 1), how many of them survive.
+      beyond_1: int32 (..., 1), how many more entries survive; they equal the last of `values_k`.
+    """
+
+    values_k: jax.Array
+    indices_k: jax.Array
+    kept_1: jax.Array
+    beyond_1: jax.Array
+
+
+def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivors:
+    """Applies the top-k and then the top-p filter.
 
     Top-k keeps everything not below the k-th largest value, so that ties can leave more than k.
     Top-p sorts the rest in ascending order and removes while the running sum of its renormalised
-    probabilities is at most 1 - p, equality included; the largest value always stays. Of equal
-    values across that cut, the last ones are kept, as a stable sort has it.
+    probabilities is at most 1 - p, equality included; the largest value always stays.
 
     Args:
       logits: (..., V); minus infinity is a probability of zero.
       top_k: how many; 0 is off, and so is V or more.
       top_p: the probability to keep; 0 is off, and so is 1 or more.
-
-    Returns:
-      bool (..., V).
 
     Raises:
       ValueError: a negative top_k or top_p.
@@ -30,61 +44,65 @@ def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Ar
         raise ValueError("; ".join(problems))
     size = logits.shape[-1]
     count = min(top_k, size) or size
-    if count == size and not top_p:
-        return jnp.ones(logits.shape, bool)
-    if count == 1:
-        return logits == logits.max(-1, keepdims=True)
-    # Sorted, largest first. Ties beyond the k-th are not among them: they are only counted.
-    values_k = jax.lax.top_k(logits, count)[0]
-    least = values_k[..., -1:]
+    # The barrier keeps XLA from seeing that little of this is used, and sorting everything instead.
+    values_k, indices_k = jax.lax.optimization_barrier(jax.lax.top_k(logits, count))
+    beyond_1 = jnp.sum(logits >= values_k[..., -1:], axis=-1, keepdims=True) - count
     if not top_p:
-        return logits >= least
-    beyond = jnp.sum(logits >= least, axis=-1, keepdims=True) - count
-    return _keep_probable(logits, values_k, beyond, top_p)
-
-
-def _keep_probable(
-    logits: jax.Array, values_k: jax.Array, beyond: jax.Array, top_p: float
-) -> jax.Array:
-    """The top-p filter.
-
-    Args:
-      logits: (..., V).
-      values_k: (..., k), what top-k has left, largest first.
-      beyond: (..., 1), how many more of it there are that equal the last of `values_k`.
-      top_p: the probability to keep.
-    """
+        kept_1 = jnp.full_like(beyond_1, count)
+        return Survivors(values_k, indices_k, kept_1, beyond_1)
     weights_k = jnp.exp(values_k - values_k[..., :1])
-    tail = beyond * weights_k[..., -1:]
-    total = weights_k.sum(-1, keepdims=True) + tail
-    # Running sums from the smallest upwards: first the ties beyond k, then these.
-    sums_k = (jnp.cumsum(weights_k[..., ::-1], axis=-1)[..., ::-1] + tail) / total
-    removed_k = sums_k <= 1 - top_p
-    removed_k = removed_k.at[..., 0].set(False)
-    kept = jnp.sum(~removed_k, axis=-1, keepdims=True)
-    cut = jnp.take_along_axis(values_k, kept - 1, axis=-1)
-    # How many of the values that equal the cut are kept: of those among the k, and, where the cut
-    # is the k-th value and all k stay, of those beyond.
-    equal_kept = jnp.sum((values_k == cut) & ~removed_k, axis=-1, keepdims=True)
-    share = weights_k[..., -1:] / total
-    fitting = jnp.floor((1 - top_p) / jnp.maximum(share, jnp.finfo(share.dtype).tiny))
-    beyond_kept = jnp.maximum(beyond - fitting.astype(jnp.int32), 0)
-    equal_kept += jnp.where(kept == values_k.shape[-1], beyond_kept, 0)
-    equal = logits == cut
-    from_the_end = jnp.cumsum(equal[..., ::-1], axis=-1)[..., ::-1]
-    return (logits > cut) | (equal & (from_the_end <= equal_kept))
+    least_1 = weights_k[..., -1:]
+    total_1 = weights_k.sum(-1, keepdims=True) + beyond_1 * least_1
+    # Running sums from the smallest upwards: first the ties beyond k, then the k.
+    sums_k = jnp.cumsum(weights_k[..., ::-1], axis=-1)[..., ::-1] + beyond_1 * least_1
+    stays_k = (sums_k / total_1 > 1 - top_p).at[..., 0].set(True)
+    kept_1 = jnp.sum(stays_k, axis=-1, keepdims=True)
+    removed = jnp.floor((1 - top_p) * total_1 / jnp.maximum(least_1, jnp.finfo(jnp.float32).tiny))
+    left_1 = jnp.maximum(beyond_1 - jnp.minimum(removed, size).astype(jnp.int32), 0)
+    return Survivors(values_k, indices_k, kept_1, jnp.where(kept_1 == count, left_1, 0))
+
+
+def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
+    """Which entries survive the filters, bool (..., V); see `survivors`."""
+    values_k, _, kept_1, beyond_1 = survivors(logits, top_k, top_p)
+    cut_1 = jnp.take_along_axis(values_k, kept_1 - 1, axis=-1)
+    above_1 = jnp.sum(logits > cut_1, axis=-1, keepdims=True)
+    equal = logits == cut_1
+    rank = jnp.cumsum(equal, axis=-1)
+    return (logits > cut_1) | (equal & (rank <= kept_1 + beyond_1 - above_1))
 
 
 def draw(keys_B: jax.Array, logits_BLV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
-    """Draws one entry per position from the filtered softmax.
+    """Draws one entry per position from the softmax of what survives the filters.
 
     Args:
       keys_B: one key per row, so that a row's draws do not depend on what else is in the batch.
       logits_BLV: scores.
-      top_k, top_p: see `keep_likely`.
+      top_k, top_p: see `survivors`.
 
     Returns:
       int32 (B, L).
     """
-    filtered = jnp.where(keep_likely(logits_BLV, top_k, top_p), logits_BLV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys_B, filtered).astype(jnp.int32)
+    values_BLk, indices_BLk, kept_BL1, beyond_BL1 = survivors(logits_BLV, top_k, top_p)
+    count = values_BLk.shape[-1]
+    keys_B2 = jax.vmap(jax.random.split)(keys_B)
+    # All ties beyond k are one more entry, of the weight of all of them.
+    ties_BL1 = values_BLk[..., -1:] + jnp.log(beyond_BL1.astype(jnp.float32))
+    first_BLk = jnp.where(jnp.arange(count) < kept_BL1, values_BLk, -jnp.inf)
+    choices_BLn = jnp.concatenate([first_BLk, ties_BL1], axis=-1)
+    choice_BL = jax.vmap(jax.random.categorical)(keys_B2[:, 0], choices_BLn)
+    place_BL1 = jnp.minimum(choice_BL, count - 1)[..., None]
+    drawn_BL = jnp.take_along_axis(indices_BLk, place_BL1, axis=-1)[..., 0]
+
+    def among_ties(drawn_BL: jax.Array) -> jax.Array:
+        """Which of the ties: those among the k come first in the row, as top-k is stable."""
+        beyond_BL = jnp.maximum(beyond_BL1[..., 0], 1)
+        pick = jax.vmap(lambda key, most: jax.random.randint(key, most.shape, 0, most))
+        least_BL1 = values_BLk[..., -1:]
+        known_BL = jnp.sum(values_BLk == least_BL1, axis=-1)
+        rank_BL = known_BL + 1 + pick(keys_B2[:, 1], beyond_BL)
+        ranks_BLV = jnp.cumsum(logits_BLV == least_BL1, axis=-1)
+        tied_BL = jnp.argmax(ranks_BLV == rank_BL[..., None], axis=-1)
+        return jnp.where(choice_BL == count, tied_BL.astype(jnp.int32), drawn_BL)
+
+    return jax.lax.cond(jnp.any(choice_BL == count), among_ties, lambda x: x, drawn_BL)
