@@ -6,6 +6,8 @@ import math
 import jax
 import numpy as np
 
+from tokenflow_jax.convert import orbax_files, rules
+from tokenflow_jax.convert.lazy import LazyTensor
 from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
 from tokenflow_jax.models.vit import SIGLIP_SO400M, ViTConfig
 from tokenflow_jax.models.vitamin import ViTaminConfig
@@ -88,3 +90,15 @@ def random_params(config: TokenizerConfig, seed: int):
     shapes = jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+def write_tokenizer(path, config: TokenizerConfig = TINY, seed: int = 0):
+    """A checkpoint of random weights, as the conversion tool writes one; returns its path."""
+    params = rules.flatten(random_params(config, seed))
+    tensors = {
+        f"params/{name}": LazyTensor(name, array.shape, array.dtype, lambda array=array: array)
+        for name, array in params.items()
+    }
+    about = {"model": dataclasses.asdict(config), "stage": "tokenizer"}
+    orbax_files.save_weights(path, tensors, about, {"weights": "raw"})
+    return path
