@@ -21,34 +21,34 @@ def prompts(case, data):
 
 
 @functools.cache
-def sampler(name, passes, cached):
+def sampler(name, passes, method):
     """The compiled program; all passes greedy, as the stored results."""
     case = golden.load(name)
     greedy = ((1, 0.0),) * passes
     return jax.jit(
         functools.partial(
-            generate.sample_traced, Generation(case.config), passes=greedy, cached=cached
+            generate.sample_traced, Generation(case.config), passes=greedy, method=method
         )
     )
 
 
-QUICK = (("s4", 1, True), ("s3", 2, True), ("s4", 3, True), ("s3", 3, False))
+QUICK = (("s4", 1, "cache"), ("s3", 2, "cache"), ("s4", 3, "cache"), ("s3", 3, "whole"))
 SETTINGS = [
     pytest.param(*setting, marks=[] if setting in QUICK else [pytest.mark.slow])
     for setting in (
-        *((name, passes, True) for name in ("s3", "s4", "s9") for passes in (1, 2, 3)),
-        ("s3", 3, False),
-        ("s4", 2, False),
-        ("s9", 1, False),
+        *((name, passes, "cache") for name in ("s3", "s4", "s9") for passes in (1, 2, 3)),
+        ("s3", 3, "whole"),
+        ("s4", 2, "so_far"),
+        ("s9", 1, "whole"),
     )
 ]
 
 
-@pytest.mark.parametrize("name, passes, cached", SETTINGS)
-def test_equals_the_reference(name, passes, cached):
+@pytest.mark.parametrize("name, passes, method", SETTINGS)
+def test_equals_the_reference(name, passes, method):
     """Codes, the code of every pass, and guided logits; guidance 7.5 and 0 in one program."""
     case, data = golden.load(name), golden.stored(name, "generate")
-    run = sampler(name, passes, cached)
+    run = sampler(name, passes, method)
     keys = jax.random.split(jax.random.key(0), 2)
     watched = jnp.asarray(data[f"steps{passes}_cfg7p5:probe_ids"]) - case.config.image_start
     for key, guidance in (("7p5", 7.5), ("0", 0.0)):
@@ -117,7 +117,16 @@ def test_what_does_not_fit_is_said_at_once():
     prompt, negative = prompts(case, data)
     wrong = Prompt(*(x[:, 1:] for x in negative))
     keys = jax.random.split(jax.random.key(0), 3)
-    with pytest.raises(ValueError, match=r"passes is empty.*3 keys for 2.*\(2, 18\)"):
+    with pytest.raises(
+        ValueError, match=r"method 'quick'.*passes is empty.*3 keys for 2.*\(2, 18\)"
+    ):
         generate.sample(
-            Generation(case.config), case.params, case.codebooks, prompt, wrong, keys, passes=()
+            Generation(case.config),
+            case.params,
+            case.codebooks,
+            prompt,
+            wrong,
+            keys,
+            passes=(),
+            method="quick",
         )

@@ -33,6 +33,7 @@ PASSES: dict[int, tuple[tuple[int, float], ...]] = {
     3: ((1200, 0.8), (100, 0.8), (1, 0.0)),
 }
 GUIDANCE = 7.5
+METHODS = ("cache", "so_far", "whole")
 
 
 class Draw(NamedTuple):
@@ -72,7 +73,7 @@ def sample(
     guidance: jax.Array | float = GUIDANCE,
     *,
     passes: tuple[tuple[int, float], ...] = PASSES[1],
-    cached: bool = True,
+    method: str = "cache",
 ) -> jax.Array:
     """Draws the codes of B images.
 
@@ -88,15 +89,16 @@ def sample(
         (1 + t) conditional - t unconditional: none at the first scale, g at the last.
       passes: (top_k, top_p) of each pass; the first scale, which has no input of its own, has one.
         See `sampling.keep_likely`.
-      cached: keep keys and values; False computes everything so far anew in every pass. The codes
-        are the same.
+      method: one of METHODS: keep keys and values in a "cache"; or, for comparison, compute the
+        prefix and all scales "so_far" anew in every pass, or the "whole" sequence with zeros for
+        the scales to come, as the reference does. The codes are the same.
 
     Returns:
       int32 (B, N), coarse to fine. The first codes, up to the end of a scale, are a preview:
       `multiscale.features_from_codes` takes them.
     """
     codes_BN, _ = sample_traced(
-        model, params, codebooks, prompt, negative, keys_B, guidance, passes=passes, cached=cached
+        model, params, codebooks, prompt, negative, keys_B, guidance, passes=passes, method=method
     )
     return codes_BN
 
@@ -111,7 +113,7 @@ def sample_traced(
     guidance: jax.Array | float = GUIDANCE,
     *,
     passes: tuple[tuple[int, float], ...] = PASSES[1],
-    cached: bool = True,
+    method: str = "cache",
     watched: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Draw]]:
     """As `sample`, and says what every pass did.
@@ -123,12 +125,15 @@ def sample_traced(
       The codes, and a `Draw` for every pass over every scale.
 
     Raises:
-      ValueError: no pass, no key for each image, or a negative prompt that does not fit.
+      ValueError: no pass, no key for each image, an unknown method, or a negative prompt that does
+        not fit.
     """
-    _check(model, prompt, negative, keys_B, passes)
+    _check(prompt, negative, keys_B, passes, method)
     rows = _rows(prompt, negative)
-    run = _Cached if cached else _Recomputed
-    steps = run(model, params, rows)
+    if method == "cache":
+        steps = _Cached(model, params, rows)
+    else:
+        steps = _Recomputed(model, params, rows, to_come=method == "whole")
     pyramid = model.config.pyramid
     batch = prompt.ids_BP.shape[0]
     watched = jnp.zeros(0, jnp.int32) if watched is None else watched
@@ -137,9 +142,11 @@ def sample_traced(
         up_BhwC = None if scale == 0 else bicubic_resize(features_BhwC, side)
         inputs_BhwC = up_BhwC
         for index, (top_k, top_p) in enumerate(passes if scale else passes[:1]):
-            logits_RLK = steps(scale, index, inputs_BhwC)
-            strength = guidance * scale / max(len(pyramid) - 1, 1)
-            logits_BLK = guided(logits_RLK, strength) if negative is not None else logits_RLK
+            hidden_BLC = steps(scale, index, inputs_BhwC)
+            if negative is not None:
+                strength = guidance * scale / max(len(pyramid) - 1, 1)
+                hidden_BLC = guided(hidden_BLC, strength)
+            logits_BLK = model.apply(params, hidden_BLC, method="code_logits")
             own_B = _fold(keys_B, scale * len(passes) + index)
             codes_BL = sampling.draw(own_B, logits_BLK, top_k, top_p)
             draws.append(Draw(scale, index, codes_BL, logits_BLK[..., watched]))
@@ -151,9 +158,12 @@ def sample_traced(
     return jnp.concatenate(all_codes, axis=1), draws
 
 
-def guided(logits_RLK: jax.Array, strength: jax.Array | float) -> jax.Array:
-    """(1 + t) conditional - t unconditional of (2 B, L, K), conditional rows first: (B, L, K)."""
-    conditional, unconditional = jnp.split(logits_RLK, 2)
+def guided(hidden_RLC: jax.Array, strength: jax.Array | float) -> jax.Array:
+    """(1 + t) conditional - t unconditional: float32 (B, L, C) of (2 B, L, C).
+
+    The head is linear, so that guiding its input guides the logits, for half of the products.
+    """
+    conditional, unconditional = jnp.split(hidden_RLC.astype(jnp.float32), 2)
     return (1 + strength) * conditional - strength * unconditional
 
 
@@ -161,8 +171,8 @@ def _fold(keys_B: jax.Array, number: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_B)
 
 
-def _check(model, prompt, negative, keys_B, passes) -> None:
-    problems = []
+def _check(prompt, negative, keys_B, passes, method) -> None:
+    problems = [] if method in METHODS else [f"method {method!r}: one of {', '.join(METHODS)}"]
     batch, prefix = prompt.ids_BP.shape
     if not passes:
         problems.append("passes is empty; give (top_k, top_p) of at least one")
@@ -190,7 +200,7 @@ def _rows(prompt: Prompt, negative: Prompt | None) -> Prompt:
 
 
 class _Cached:
-    """Computes the logits of a scale from its own tokens and the cache of those before it."""
+    """Computes a scale from its own tokens and the cache of those before it."""
 
     def __init__(self, model: Generation, params: Any, rows: Prompt):
         self.model, self.params, self.rows = model, params, rows
@@ -207,7 +217,7 @@ class _Cached:
         return self.model.apply(self.params, *args, method=method)
 
     def __call__(self, scale: int, index: int, inputs_BhwC: jax.Array | None) -> jax.Array:
-        """Logits (R, L, K) of a scale's codes; of the prefix's last position for the first one."""
+        """Last hidden states (R, L, C) of a scale; of the prefix's last position for the first."""
         if scale == 0:
             inputs_RLC, start = self._apply("embed_text", self.rows.ids_BP, True), 0
         else:
@@ -219,7 +229,7 @@ class _Cached:
                 x[:, :, start : start + inputs_RLC.shape[1]] for x in _arrays(self.cache)
             )
         hidden_RLC, self.cache = self._apply("decode", inputs_RLC, start, self.mask, self.cache)
-        return self._apply("code_logits", hidden_RLC if scale else hidden_RLC[:, -1:])
+        return hidden_RLC if scale else hidden_RLC[:, -1:]
 
     def scale_is_done(self, scale: int) -> None:
         """Puts the first pass's keys and values back."""
@@ -235,39 +245,41 @@ class _Cached:
 
 
 class _Recomputed:
-    """Computes the logits of a scale from the whole sequence so far, as the reference does."""
+    """Computes a scale from the whole sequence: so far, or with zeros for the scales to come."""
 
-    def __init__(self, model: Generation, params: Any, rows: Prompt):
-        self.model, self.params, self.rows = model, params, rows
+    def __init__(self, model: Generation, params: Any, rows: Prompt, to_come: bool):
+        self.model, self.params, self.rows, self.to_come = model, params, rows, to_come
         self.prefix = rows.ids_BP.shape[1]
-        self.earlier_RMC: list[jax.Array] = []
+        self.earlier_RLC: list[jax.Array] = []
         self.regular_RLC: jax.Array | None = None
 
     def _apply(self, method: str, *args: Any) -> Any:
         return self.model.apply(self.params, *args, method=method)
 
     def __call__(self, scale: int, index: int, inputs_BhwC: jax.Array | None) -> jax.Array:
-        """Logits (R, L, K) of a scale's codes."""
-        parts = [self._apply("embed_text", self.rows.ids_BP, True), *self.earlier_RMC]
-        count = 1
+        """Last hidden states (R, L, C) of a scale."""
+        where = self.model.config.pyramid.slices()[scale]
+        parts = [self._apply("embed_text", self.rows.ids_BP, True), *self.earlier_RLC]
         if scale:
-            tokens_RLC = _scale_tokens(self, scale, inputs_BhwC)
-            count = tokens_RLC.shape[1]
-            parts.append(tokens_RLC)
-            if index == 0:
-                self.regular_RLC = tokens_RLC
+            parts.append(_scale_tokens(self, scale, inputs_BhwC))
+        if index == 0:
+            self.regular_RLC = parts[-1]
+        if self.to_come:
+            count = self.model.config.pyramid.tokens - where.stop
+            parts.append(jnp.zeros((parts[0].shape[0], count, parts[0].shape[2]), parts[0].dtype))
         inputs_RLC = jnp.concatenate(parts, axis=1)
         rows, length, _ = inputs_RLC.shape
         ones = jnp.ones((rows, length - self.prefix), bool)
         real_RL = jnp.concatenate([self.rows.real_BP, ones], axis=1)
         mask = Mask(real_RL, self.model.config.blocks(self.prefix))
-        hidden_RLC = self._apply("decode", inputs_RLC, 0, mask, None)[0]
-        return self._apply("code_logits", hidden_RLC[:, -count:])
+        hidden_RLC, _ = self._apply("decode", inputs_RLC, 0, mask, None)
+        before = self.prefix - 1
+        return hidden_RLC[:, before + where.start : before + where.stop]
 
     def scale_is_done(self, scale: int) -> None:
-        """Later passes of other scales see this one's regular input."""
+        """Passes of later scales see this one's regular input."""
         if scale:
-            self.earlier_RMC.append(self.regular_RLC)
+            self.earlier_RLC.append(self.regular_RLC)
 
 
 def _scale_tokens(steps: _Cached | _Recomputed, scale: int, inputs_BhwC: jax.Array) -> jax.Array:
