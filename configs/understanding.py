@@ -193,15 +193,16 @@ def _on_emoji(config: ConfigDict, batch_size: int, steps: int, length: int) -> C
 def _smollm2(config: ConfigDict) -> ConfigDict:
     """SmolLM2-135M-Instruct reads the quickstart's codes."""
     pretrain = config.data.template == "plain"
-    config = _on_emoji(config, 16, 150, 128 if pretrain else 160)
+    config = _on_emoji(config, 8 if pretrain else 4, 60, 80 if pretrain else 112)
     config.data.own_system = True  # none
     config.data.questions = ("name",) if pretrain else ("kind", "name", "words")
+    config.eval.conversations = 40
     config.eval.questions = ("name",) if pretrain else ("kind",)
-    config.eval.batch_size = 16
-    config.eval.max_new = 16
+    config.eval.batch_size = 8
+    config.eval.max_new = 12
     config.optimizer.learning_rate = 3e-3 if pretrain else 2e-4
-    config.optimizer.warmup_steps = 10
-    config.log_every, config.eval_every, config.checkpoint_every = 10, 0, 0
+    config.optimizer.warmup_steps = 5
+    config.log_every, config.eval_every, config.checkpoint_every = 5, 0, 0
     return config
 
 
@@ -212,7 +213,7 @@ def _quickstart(strategy: str = "last_scale") -> ConfigDict:
     config.data.template = "vicuna_v1"
     config.data.own_system = True  # none: bytes are many
     config.data.text_tokenizer = "bytes"
-    config.data.questions = ("kind", "name")
+    config.data.questions = ("kind", "kind", "name")  # the first counts twice
     config.data.buckets = (128, 160)
     config.eval.max_new = 24
     config.optimizer.learning_rate = 2e-3
