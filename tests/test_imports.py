@@ -20,7 +20,8 @@ MAY_IMPORT = {
     **{name: set(EDGE) for name in EDGE},
     "convert": {"convert", "models", *EDGE},
     "api": {"models", "convert", "checkpoint", "data"},
-    "evals": {"evals", "api", "models", "data", "convert", *EDGE},
+    "assistant": {"api", "models", "data", "convert", *EDGE},
+    "evals": {"evals", "api", "assistant", "models", "data", "convert", *EDGE},
     "encoding": {"models", "data", "evals", "api", *EDGE},
     "generator": {"models", "convert", "data", "evals", "api", *EDGE},
     "train": {"train", "models", "data", "convert", "evals", "api", "encoding", "generator", *EDGE},
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "chips": set(),
     "costs": set(),
     "preflight": {"train", "chips", "costs", *EDGE},
-    "__init__": {"api", "generator"},
+    "__init__": {"api", "assistant", "generator"},
 }
 # Third-party roots that a part may import; a part that is not named here may import anything
 # but what is forbidden everywhere.

@@ -4,14 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenflow_jax.api import Tokenizer
+    from tokenflow_jax.assistant import Assistant
     from tokenflow_jax.generator import Generator
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "Tokenizer", "__version__"]
+__all__ = ["Assistant", "Generator", "Tokenizer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that the data pipeline's processes and `--help` do not load jax.
+    if name == "Assistant":
+        from tokenflow_jax.assistant import Assistant
+
+        return Assistant
     if name == "Tokenizer":
         from tokenflow_jax.api import Tokenizer
 

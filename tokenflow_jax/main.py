@@ -28,6 +28,7 @@ from tokenflow_jax.command_line import fail
 STAGES = {
     "tokenizer": "tokenflow_jax.train.tokenizer_stage",
     "generation": "tokenflow_jax.train.generation_stage",
+    "understanding": "tokenflow_jax.train.understanding_stage",
 }
 
 _WORKDIR = flags.DEFINE_string(

@@ -27,6 +27,7 @@ from tokenflow_jax.chips import Topology, parse_topology
 PROGRAMS = {
     "tokenizer": "tokenflow_jax.train.tokenizer_program",
     "generation": "tokenflow_jax.train.generation_program",
+    "understanding": "tokenflow_jax.train.understanding_program",
 }
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.

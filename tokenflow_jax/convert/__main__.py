@@ -7,7 +7,9 @@
 A source is a PyTorch checkpoint (.pt, .pth, .bin, .safetensors; also an index or a folder of
 shards), a training workdir, one of its checkpoints, or a directory that this program wrote. The
 target's form follows its ending: .safetensors; .pt, which then holds {"model": state_dict};
-anything else becomes a directory for Tokenizer.load and --config.init_from.
+anything else becomes a directory for Tokenizer.load and --config.init_from. With
+--part=understanding and --to=torch it may also be a folder, which gets the released layout:
+config.json and sharded .safetensors. As a source such a folder needs no --variant.
 
 One set of weights is written: the moving average (EMA) when the source has one, else the raw
 weights. torch is not needed, and nothing that is pickled in a file is ever executed. Memory holds
@@ -21,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging as absl_logging
 
@@ -57,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> None:
     """Checks the flags, converts, and says what was written."""
     torch_target = options.dst.endswith((".pt", ".safetensors"))
+    if options.part == "understanding" and options.to == "torch":
+        torch_target = True
     if torch_target != (options.to == "torch"):
         raise ValueError(
             f"--to={options.to} does not go with --dst={options.dst}: a file that ends in .pt or "
@@ -69,6 +74,9 @@ def _convert(options: argparse.Namespace) -> None:
     part = parts.PARTS[options.part]
     if options.variant is not None and options.variant not in part.variants:
         raise ValueError(f"--variant={options.variant}: one of {', '.join(part.variants)}")
+    if options.part == "understanding":
+        _convert_understanding(options, part)
+        return
     if options.variant is None and conversion.is_torch(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
@@ -85,8 +93,30 @@ def _convert(options: argparse.Namespace) -> None:
         step=options.step,
         overwrite=options.overwrite,
     )
+    _report(options.dst, written, start)
+
+
+def _convert_understanding(options: argparse.Namespace, part: Any) -> None:
+    """The same for a model that goes with a tokenizer, and may lie in a folder."""
+    from tokenflow_jax.convert import understanding_folder
+
+    start = time.monotonic()
+    written = understanding_folder.convert(
+        options.src,
+        options.dst,
+        part,
+        config=part.variants[options.variant] if options.variant else None,
+        folder=options.to == "torch" and not options.dst.endswith((".pt", ".safetensors")),
+        dtype=options.dtype,
+        step=options.step,
+        overwrite=options.overwrite,
+    )
+    _report(options.dst, written, start)
+
+
+def _report(dst: str, written: Any, start: float) -> None:
     print(
-        f"wrote {options.dst}: {written.weights} weights, {written.tensors} arrays, "
+        f"wrote {dst}: {written.weights} weights, {written.tensors} arrays, "
         f"{written.nbytes / 1e9:.2f} GB, {time.monotonic() - start:.0f} s"
     )
 

@@ -80,6 +80,7 @@ def convert(
     dtype: str | None = None,
     step: int | None = None,
     overwrite: bool = False,
+    more: Mapping[str, Any] | None = None,
 ) -> Written:
     """Converts one set of weights.
 
@@ -94,6 +95,7 @@ def convert(
       dtype: of the parameters, one of DTYPES; None keeps the source's. Buffers stay as they are.
       step: which checkpoint of a workdir; the newest when None.
       overwrite: whether something at `dst` may be replaced; it stays until the new one is complete.
+      more: further entries of the config that a directory of ours notes.
 
     Returns:
       What was written.
@@ -123,6 +125,7 @@ def convert(
             for name, tensor in source.buffers.items():
                 tensors["buffers/" + name.replace(".", "/")] = tensor
             saved_config = {"model": dataclasses.asdict(source.config), "stage": part.stage}
+            saved_config |= more or {}
             about = {
                 "weights": source.weights,
                 "path": os.path.basename(os.path.normpath(src)),

@@ -248,14 +248,14 @@ def save_language_model(
         partial.mkdir(parents=True)
         text = json.dumps(fields | dict(more or {}), indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        _write_shards(partial, tensors, shard_bytes)
+        write_shards(partial, tensors, shard_bytes)
 
 
 def _shape(flat: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
     return tuple(flat[name].shape) if name in flat else None
 
 
-def _write_shards(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> None:
+def write_shards(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> None:
     """One file, or several with Hugging Face's index."""
     shards: list[Tensors] = [{}]
     for name, tensor in tensors.items():

@@ -17,7 +17,8 @@ from tokenflow_jax.convert.generation import (
 )
 from tokenflow_jax.convert.rules import CheckpointMismatch, RuleTable
 from tokenflow_jax.convert.tokenizer import tokenizer_buffers, tokenizer_table
-from tokenflow_jax.models import generation
+from tokenflow_jax.convert.understanding import understanding_table, understanding_template
+from tokenflow_jax.models import generation, understanding
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
 
 
@@ -92,5 +93,13 @@ PARTS = {
         table=generation_table,
         template=generation_template,
         buffers=generation_buffers,
+    ),
+    "understanding": Part(
+        config_class=understanding.UnderstandingConfig,
+        variants=understanding.VARIANTS,
+        stage="understanding",
+        table=understanding_table,
+        template=understanding_template,
+        buffers=lambda config: {},
     ),
 }

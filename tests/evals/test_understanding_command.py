@@ -1,0 +1,81 @@
+"""The evaluation command: files, answers that are saved and gone on with, scores."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tokenflow_jax.evals import understanding
+from tokenflow_jax.evals.understanding_scores import TASKS
+
+QUESTIONS = [
+    {"question_id": "a", "image": "x.png", "text": "Is there a dog?", "label": "yes"},
+    {"question_id": "b", "image": "y.png", "text": "Is there a cat?", "label": "no"},
+    {"question_id": "c", "text": "Is ice cold?", "label": "yes"},
+]
+
+
+class Known:
+    """Stands for a model: says what it was told to, and remembers what it was asked."""
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+    def answer(self, questions, images, max_new):
+        self.asked += zip(questions, images, strict=True)
+        return [self.answers[question.splitlines()[0]] for question in questions]
+
+
+def test_asking(tmp_path):
+    model = Known({"Is there a dog?": "Yes", "Is there a cat?": "Yes", "Is ice cold?": "no"})
+    found = dict(understanding.ask(model, TASKS["pope"], QUESTIONS, tmp_path, batch_size=2))
+    assert found == {"a": "Yes", "b": "Yes", "c": "no"}
+    text, image = model.asked[0]
+    assert text.endswith("single word or phrase.") and image == tmp_path / "x.png"
+    assert model.asked[2][1] is None
+    figures = understanding.score("pope", QUESTIONS, found)
+    assert figures["accuracy"] == pytest.approx(1 / 3) and figures["questions"] == 3
+    with pytest.raises(ValueError, match="1 questions have no answer"):
+        understanding.score("pope", QUESTIONS, {"a": "yes", "b": "no"})
+
+
+def test_files(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_bytes("\ufeff".encode() + b"\n".join(json.dumps(q).encode() for q in QUESTIONS))
+    assert understanding.read_questions(file) == QUESTIONS
+    assert [q["question_id"] for q in understanding.read_questions(file, 2)] == ["a", "b"]
+    file.write_text('{"text": "x"}\n[1]\n\nno\n')
+    with pytest.raises(ValueError, match=r"\[2, 4\]"):
+        understanding.read_questions(file)
+    answers = tmp_path / "a.jsonl"
+    answers.write_text('{"question_id": 1, "answer": "ä"}\n{"question_id": 2, "text": "b"}\n{"que')
+    assert understanding.read_answers(answers) == {1: "ä", 2: "b"}
+
+
+def test_going_on_where_a_run_was_killed(tmp_path):
+    """Only what has no answer yet is asked."""
+    model = Known({"Is there a cat?": "No.", "Is ice cold?": "Yes"})
+    out = tmp_path / "answers.jsonl"
+    out.write_text('{"question_id": "a", "answer": "yes"}\n{"question_id": "b", "ans')
+    understanding.answers_to(out, QUESTIONS, model, TASKS["pope"], tmp_path)
+    assert [question.splitlines()[0] for question, _ in model.asked] == list(model.answers)
+    figures = understanding.score("pope", QUESTIONS, understanding.read_answers(out))
+    assert figures["accuracy"] == 1.0
+
+
+def test_the_command_scores_any_answers(tmp_path):
+    file, answers = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    answers.write_text("\n".join(json.dumps({"question_id": q["question_id"], "answer": "yes"})
+                                 for q in QUESTIONS))  # fmt: skip
+    run = [sys.executable, "-m", "tokenflow_jax.evals.understanding", f"--file={file}"]
+    done = subprocess.run(
+        [*run, "--task=pope", f"--predictions={answers}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "accuracy: 0.6667" in done.stdout + done.stderr
+    wrong = subprocess.run([*run, "--task=pope"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "checkpoint (or predictions)" in wrong.stderr

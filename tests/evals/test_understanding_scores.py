@@ -1,0 +1,111 @@
+"""Scores of answers: the official normalisation, and counts done by hand."""
+
+import pytest
+
+from tokenflow_jax.evals import understanding_scores as scores
+from tokenflow_jax.evals.vqa_text import normalize, vqa_accuracy
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("The  Red, car!", "red car"),
+        ("two dogs.", "2 dogs"),
+        ("None", "0"),
+        ("10,000", "10000"),
+        ("3.5", "3.5"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldntve", "couldntve"),
+        ("yes/no", "yes no"),
+        ("a-b - c", "ab c"),  # one mark beside a space: all of its kind go without trace
+        ("somebody'd", "somebodyd"),
+        ("an apple\n", "apple"),
+    ],
+)
+def test_normalisation(text, want):
+    assert normalize(text) == want
+
+
+@pytest.mark.parametrize("count, want", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0)])
+def test_vqa_accuracy(count, want):
+    """Ten people: leaving out one of those that agree costs a third of a tenth each."""
+    references = ["Cat."] * count + [f"dog {i}" for i in range(10 - count)]
+    assert vqa_accuracy("the cat", references) == pytest.approx(want)
+
+
+def test_vqa_reads_the_published_forms():
+    forms = [
+        {"answers": [{"answer": "2"}, {"answer": "two"}, {"answer": "2"}, {"answer": "2"}]},
+        {"answers": ["2"] * 4}, {"answer": "two"}, {"label": 2},
+    ]  # fmt: skip
+    assert scores.score_vqa(forms, ["2"] * 4) == {"vqa_accuracy": 1.0}
+    assert scores.score_exact(forms, ["2", "3", "The 2", "two!"]) == {"exact_match": 0.75}
+    with pytest.raises(ValueError, match="no answer"):
+        scores.score_vqa([{"question": "x"}], ["y"])
+
+
+@pytest.mark.parametrize(
+    "text, want", [("Yes, there is.", "yes"), ("No.", "no"), ("There is not one. Yes", "no"),
+                   ("Nothing", "yes"), ("", "yes")],
+)  # fmt: skip
+def test_reading_of_pope(text, want):
+    assert scores.pope_answer(text) == want
+
+
+def test_pope():
+    """3 hits, 1 false alarm, 1 miss, 1 correct rejection."""
+    labels = ["yes", "yes", "yes", "no", "yes", "no"]
+    said = ["Yes.", "yes", "Yes it is", "Yes", "No", "no, it is not"]
+    questions = [
+        {"label": label, "category": "random" if i < 4 else "popular"}
+        for i, label in enumerate(labels)
+    ]
+    figures = scores.score_pope(questions, said)
+    assert figures["accuracy"] == pytest.approx(4 / 6)
+    assert figures["precision"] == figures["recall"] == figures["f1"] == pytest.approx(3 / 4)
+    assert figures["yes_rate"] == pytest.approx(4 / 6)
+    assert figures["random/recall"] == 1.0 and figures["popular/precision"] == 0.0
+    with pytest.raises(ValueError, match="yes or no"):
+        scores.score_pope([{"label": "perhaps"}], ["yes"])
+
+
+def test_mme():
+    """Two questions per picture; acc+ wants both right; sums over the published categories."""
+    questions = [
+        {"category": c, "image": image, "question": "?", "answer": answer}
+        for c in ("existence", "code_reasoning")
+        for image in ("a.png", "b.png")
+        for answer in ("Yes", "No")
+    ]
+    figures = scores.score_mme(questions, ["yes", "no", "Yes.", "Yes", "n", "no", "Noo", "maybe"])
+    assert figures["existence/accuracy"] == 0.75 and figures["existence/accuracy_plus"] == 0.5
+    assert figures["existence/score"] == figures["perception"] == 125.0
+    assert figures["code_reasoning/accuracy"] == 0.25 and figures["cognition"] == 25.0
+
+
+OPTIONS = {"A": "a cat", "B": "a red dog", "C": "a dog"}
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [("B", "B"), ("(b)", "B"), ("C. a dog", "C"), ("A: because", "A"), ("Answer: B.", "B"),
+     ("Cat", "A"), ("a dog", "C"), ("it is a cat", "A"), ("a bird", None), ("", None),
+     ("cat or a dog", None)],
+)  # fmt: skip
+def test_reading_of_a_choice(text, want):
+    assert scores.choice_of(text, OPTIONS) == want
+
+
+def test_choice_in_the_published_forms():
+    questions = [
+        {"question": "q", "options": OPTIONS, "answer": "B"},
+        {"question": "q", "choices": ["x", "y"], "answer": 1},
+        {"question": "q", "hint": "h", "A": "u", "B": "v", "C": "nan", "answer": "A"},
+        {"question": "q", "options": ["x", "y"], "answer": "y"},
+    ]
+    figures = scores.score_choice(questions, ["B", "B", "B.", "neither"])
+    assert figures == {"accuracy": 0.5, "unclear": 0.25}
+    prompt = scores.TASKS["choice"].prompt(questions[2])
+    assert prompt.splitlines()[:-1] == ["h", "q", "A. u", "B. v"]
+    assert scores.TASKS["pope"].prompt({"text": "<image>\nA cat?"}, "") == "A cat?"

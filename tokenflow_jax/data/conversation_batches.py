@@ -1,0 +1,321 @@
+"""Batches of conversations: deterministic, resumable, sharded by host, of a few static shapes.
+
+    samples -> order of the epoch -> global batch -> ids of all rows -> bucket -> own pictures
+
+All hosts compute the ids of a whole batch and so agree on its length, one of few buckets, for each
+of which the training step is compiled once; pictures are read by the host that trains on them. A
+sample that is broken is counted and its row left empty (it carries no loss), so no sample is
+trained twice in its place and no host waits for another.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tokenflow_jax.data import conversations, grouping, insertion, text
+from tokenflow_jax.data.conversations import BrokenSample, Sample
+from tokenflow_jax.data.dealing import NumberedBatches
+from tokenflow_jax.data.emoji_conversations import EmojiConversations
+from tokenflow_jax.data.skipped import Skipped
+from tokenflow_jax.data.templates import get_template
+
+ORDERS = ("random", "grouped")
+_KEPT_ROWS = 100_000  # tokenised samples kept in memory
+_TEXTLESS = "no usable conversation"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationConfig:
+    """One data set of conversations and how they become arrays.
+
+    Attributes:
+      name: "emoji" or "jsonl".
+      path: the file of conversations; not used by "emoji".
+      image_folder: where the paths of images begin; the file's folder when empty.
+      split: "train", "heldout" or "all".
+      questions: of "emoji", which ones; all when empty.
+      template: one of `templates.TEMPLATES`.
+      system: what conversations begin with instead of the template's own; None keeps that.
+      text_tokenizer: see `text.load_text_tokenizer`.
+      image_mode: "pad" or "square", see `conversations.fit_image`.
+      image_size: side of the pictures in pixels.
+      vectors: that the tokenizer makes of a picture.
+      max_length: tokens of a conversation, vectors included; longer ones are cut.
+      buckets: lengths of batches, ascending; the last one is `max_length`.
+      order: of an epoch: "random", or "grouped" by kind and length.
+      threads: that prepare batches; 0 takes one per core, at most 32.
+    """
+
+    name: str
+    path: str = ""
+    image_folder: str = ""
+    split: str = "train"
+    questions: tuple[str, ...] = ()
+    template: str = "vicuna_v1"
+    system: str | None = None
+    text_tokenizer: str = "bytes"
+    image_mode: str = "pad"
+    image_size: int = 64
+    vectors: int = 64
+    max_length: int = 2048
+    buckets: tuple[int, ...] = (2048,)
+    order: str = "random"
+    threads: int = 0
+
+    def __post_init__(self):
+        problems = []
+        for field, allowed in (
+            ("name", ("emoji", "jsonl")),
+            ("image_mode", conversations.IMAGE_MODES),
+            ("order", ORDERS),
+        ):
+            if getattr(self, field) not in allowed:
+                problems.append(f"{field} {getattr(self, field)!r} is not one of {allowed}")
+        for field in ("image_size", "vectors", "max_length"):
+            if getattr(self, field) < 1:
+                problems.append(f"{field} is {getattr(self, field)}, must be at least 1")
+        if list(self.buckets) != sorted({*self.buckets, self.max_length}):
+            problems.append(
+                f"buckets {self.buckets} must ascend and end with max_length {self.max_length}"
+            )
+        try:
+            get_template(self.template)
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("data: " + "; ".join(problems))
+
+
+class Conversations:
+    """A data set of conversations, opened: rows, pictures, and what is broken."""
+
+    def __init__(self, config: ConversationConfig):
+        """Opens the source and the text tokenizer.
+
+        Raises:
+          ValueError: see `JsonlConversations`, `EmojiConversations` and `load_text_tokenizer`.
+        """
+        self.config = config
+        if config.name == "emoji":
+            self.source: Any = EmojiConversations(config.split, config.questions)
+        else:
+            self.source = conversations.JsonlConversations(
+                config.path, config.split, config.image_folder
+            )
+        self.text_tokenizer = text.load_text_tokenizer(config.text_tokenizer)
+        self.template = get_template(config.template, config.system)
+        self.skipped = Skipped()
+        self.broken_images: set[str] = set()
+        self._rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def row(self, index: int) -> tuple[dict[str, np.ndarray], str] | None:
+        """The tokens of a sample and the name of its picture; None where it is broken."""
+        if index in self._rows:
+            return self._rows[index]
+        try:
+            sample: Sample = self.source[index]
+            row = conversations.prepare(
+                sample, self.template, self.text_tokenizer, self.config.vectors,
+                self.config.max_length,
+            )  # fmt: skip
+        except BrokenSample as error:
+            self.skipped.add(self.source.label(index), error)
+            return None
+        if len(self._rows) < _KEPT_ROWS:
+            self._rows[index] = row, sample.image
+        return row, sample.image
+
+    def image(self, image: str, label: str = "") -> np.ndarray | None:
+        """A picture, uint8 (size, size, 3); None where it is broken."""
+        config = self.config
+        try:
+            data = self.source.image_bytes(image)
+            return conversations.load_image(data, config.image_size, config.image_mode)
+        except BrokenSample as error:
+            self.skipped.add(label or image, error)
+            self.broken_images.add(image)
+            return None
+
+    @functools.cached_property
+    def images(self) -> list[str]:
+        """The names of all pictures."""
+        return conversations.distinct_images(self.source)
+
+    @functools.cached_property
+    def image_places(self) -> dict[str, int]:
+        """The place of each picture in `images`."""
+        return {name: place for place, name in enumerate(self.images)}
+
+    def order(self, epoch: int, seed: int, batch_size: int) -> np.ndarray:
+        """The samples of an epoch in the order in which they train."""
+        permute = grouping.random_permutations([seed, epoch])
+        if self.config.order == "random":
+            return np.array(permute(len(self)))
+        return np.array(
+            grouping.grouped_order(self.source.lengths().tolist(), batch_size, 1, permute)
+        )
+
+    def notes(self) -> list[str]:
+        """A line on what was skipped, if anything was."""
+        counts, names = self.skipped.counts(), self.skipped.names()
+        if not counts:
+            return []
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return [
+            f"{self.source.name} {self.config.split}: skipped {len(names)} of {len(self)} "
+            f"conversations ({reasons}): {', '.join(names[:5])}{more}"
+        ]
+
+
+class _Batches:
+    """Random access to the endless stream of batches."""
+
+    def __init__(
+        self, data: Conversations, batch_size: int, seed: int, shard: tuple[int, int], pixels: bool
+    ):
+        self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._shard, self._pixels = shard, pixels
+        # Threads work on neighbouring batches: at most two epochs at a time.
+        self._order = functools.lru_cache(maxsize=3)(
+            lambda epoch: data.order(epoch, seed, batch_size)
+        )
+        self._lock = threading.Lock()
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        count, places = len(self._data), []
+        for position in range(number * self._batch_size, (number + 1) * self._batch_size):
+            with self._lock:
+                order = self._order(position // count)
+            places.append(int(order[position % count]))
+        return collate(self._data, places, self._shard, pixels=self._pixels)
+
+
+def collate(
+    data: Conversations,
+    places: list[int],
+    shard: tuple[int, int] = (0, 1),
+    *,
+    pixels: bool = True,
+    length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """One host's part of a batch.
+
+    Args:
+      data: opened.
+      places: samples of the whole batch; -1 for none.
+      shard: (this host, number of hosts).
+      pixels: whether pictures themselves are wanted, or their places in `data.images`.
+      length: of the rows; by default the smallest bucket that holds the longest of the batch.
+
+    Returns:
+      {"ids", "labels", "places": int32 (B, L), "real": bool (B, L)} on the right padded, and either
+      "image" uint8 (B, 1, size, size, 3) or "image_index" int32 (B, 1). Broken rows are empty.
+    """
+    config = data.config
+    found = [data.row(place) if place >= 0 else None for place in places]
+    longest = max((len(row[0]["ids"]) for row in found if row), default=1)
+    length = length or insertion.bucket_for(longest, config.buckets)
+    per_host = len(places) // shard[1]
+    mine = slice(shard[0] * per_host, (shard[0] + 1) * per_host)
+    rows, images, numbers = [], [], []
+    blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
+    for place, row in zip(places[mine], found[mine], strict=True):
+        tokens, name = row or ({}, "")
+        image = blank
+        if name and pixels:
+            image = data.image(name, data.source.label(place))
+            image = blank if image is None else image
+        if name in data.broken_images:
+            tokens = {}
+        rows.append(tokens)
+        images.append(image)
+        numbers.append(data.image_places[name] if name and not pixels else 0)
+    batch = insertion.pad_rows(rows, length)
+    del batch["positions"]  # 0, 1, 2, ... with padding on the right
+    if pixels:
+        return {**batch, "image": np.stack(images)[:, None]}
+    return {**batch, "image_index": np.array(numbers, np.int32)[:, None]}
+
+
+def train_batches(
+    data: Conversations,
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    pixels: bool = True,
+) -> NumberedBatches:
+    """An endless iterator of this host's part of every batch.
+
+    Args:
+      data: opened.
+      batch_size: conversations of a batch over all hosts.
+      seed: of the order.
+      shard_index, shard_count: this host, and how many there are.
+      pixels: see `collate`.
+
+    Returns:
+      An iterator (`get_state`, `set_state`) of what `collate` returns.
+
+    Raises:
+      ValueError: a batch that cannot be shared out, or not one usable conversation.
+    """
+    if batch_size < 1 or batch_size % shard_count or not 0 <= shard_index < shard_count:
+        raise ValueError(
+            f"batch_size {batch_size} for host {shard_index} of {shard_count}: must be a positive "
+            "multiple of the number of hosts"
+        )
+    check_usable(data)
+    make = _Batches(data, batch_size, seed, (shard_index, shard_count), pixels)
+    return NumberedBatches(
+        make,
+        identity={
+            "data": f"{data.source.name} {data.config.split}",
+            "conversations": len(data),
+            "batch_size": batch_size,
+            "order": data.config.order,
+            "seed": seed,
+        },
+        threads=data.config.threads,
+    )
+
+
+def check_usable(data: Conversations) -> None:
+    """Raises ValueError when none of the first thousand conversations can be used."""
+    tried = range(min(len(data), 1000))
+    if not any(data.row(i) for i in tried):
+        raise ValueError(
+            f"{_TEXTLESS} among the first {len(tried)} of {data.source.name}: "
+            f"{data.skipped.counts()}; see python -m tokenflow_jax.data.validate"
+        )
+
+
+def eval_batches(
+    data: Conversations, *, batch_size: int, limit: int | None = None, pixels: bool = True
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every conversation once, in order; the last batch is filled up with empty rows.
+
+    Args:
+      data: opened.
+      batch_size: conversations of a batch.
+      limit: uses only so many, evenly spaced.
+      pixels: see `collate`.
+
+    Yields:
+      What `collate` returns.
+    """
+    count = min(limit or len(data), len(data))
+    chosen = [i * len(data) // count for i in range(count)]
+    for start in range(0, count, batch_size):
+        places = chosen[start : start + batch_size]
+        yield collate(data, places + [-1] * (batch_size - len(places)), pixels=pixels)

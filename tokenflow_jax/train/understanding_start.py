@@ -1,0 +1,110 @@
+"""Where an understanding run's weights come from: a language model, or an understanding model."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenflow_jax.convert import conversion, rules
+from tokenflow_jax.convert.llama import load_language_model, read_config
+from tokenflow_jax.convert.parts import PARTS
+from tokenflow_jax.convert.torch_files import open_state_dict
+from tokenflow_jax.models.understanding import UnderstandingConfig
+
+PyTree = Any
+_SAME = (
+    "width", "layers", "heads", "kv_heads", "head_channels", "mlp_width", "rope_theta", "norm_eps",
+    "qkv_bias", "tied_head",
+)  # fmt: skip
+
+
+def start_from(
+    path: str, params: PyTree, config: UnderstandingConfig, shardings: PyTree
+) -> tuple[PyTree, str]:
+    """Weights to begin with.
+
+    Args:
+      path: a language model (a Hugging Face folder or a .gguf file), which leaves the projector as
+        it is; or an understanding model: a workdir or checkpoint of ours, or a PyTorch checkpoint
+        with the names of the released one.
+      params: the model's fresh weights; those that are replaced are given up.
+      config: of the model.
+      shardings: where they lie.
+
+    Returns:
+      The weights, and a text of what was taken.
+
+    Raises:
+      ValueError: a model of another shape; everything that differs.
+    """
+    ours, places = rules.flatten(params), rules.flatten(shardings)
+    if is_language_model(path):
+        taken = _language_model(path, ours, places, config)
+        text = f"language model {path}, the projector from scratch"
+    else:
+        source = conversion.open_source(
+            path, config if conversion.is_torch(path) else None, part=PARTS["understanding"]
+        )
+        wrong = [
+            f"{name}: {source.arrays[name].shape if name in source.arrays else None} there, "
+            f"{array.shape} here"
+            for name, array in ours.items()
+            if name not in source.arrays or source.arrays[name].shape != array.shape
+        ]
+        if wrong:
+            raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong))
+        taken = {
+            name: jax.device_put(np.asarray(source.arrays[name].read(), array.dtype), places[name])
+            for name, array in ours.items()
+        }
+        text = f"{source.weights} weights of {path}"
+    return rules.unflatten({**ours, **taken}), text
+
+
+def is_language_model(path: str) -> bool:
+    """Whether a path holds a language model alone: no projector."""
+    if path.endswith(".gguf"):
+        return True
+    if not conversion.is_torch(path):
+        return os.path.isfile(os.path.join(path, "config.json"))
+    try:
+        names = open_state_dict(path)
+    except ValueError:
+        return False  # whatever it is, opening it as an understanding model says what is wrong
+    return not any(name.startswith("model.mm_projector") for name in names)
+
+
+def _language_model(
+    path: str, ours: Mapping[str, Any], places: Mapping[str, Any], config: UnderstandingConfig
+) -> dict[str, jax.Array]:
+    """The language model's arrays at our paths."""
+    if not path.endswith(".gguf"):
+        _check_config(path, config)
+    taken: dict[str, jax.Array] = {}
+
+    def place(name: str, array: np.ndarray) -> None:
+        name = f"lm/{name}"
+        if name not in ours or array.shape != ours[name].shape:
+            shape = ours[name].shape if name in ours else None
+            raise ValueError(f"{path}: {name} is {array.shape} there, {shape} in config.model.lm")
+        taken[name] = jax.device_put(jnp.asarray(array, ours[name].dtype), places[name])
+
+    load_language_model(path, place=place)
+    missing = [name for name in ours if name.startswith("lm/") and name not in taken]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}, which config.model.lm has")
+    return taken
+
+
+def _check_config(path: str, config: UnderstandingConfig) -> None:
+    source = read_config(path)
+    wrong = [
+        f"{name} is {getattr(source, name)} there, {getattr(config.lm, name)} here"
+        for name in _SAME
+        if getattr(source, name) != getattr(config.lm, name)
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit config.model.lm: " + "; ".join(wrong))
