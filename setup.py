@@ -47,6 +47,9 @@ EXTRAS["test"] = [
     *EXTRAS["tfds"],
 ]
 
+# Tests against transformers' PyTorch models; without it they are skipped.
+EXTRAS["parity"] = ["torch", *EXTRAS["text"]]
+
 setup(
     name="tokenflow_jax",
     version="0.1.0",
