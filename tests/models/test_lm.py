@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tokenflow_jax.convert import llama, rules
+from tokenflow_jax.models import attention as attention_lib
 from tokenflow_jax.models import lm
 from tokenflow_jax.models.attention import NOT_ALLOWED, Blocks, Mask, attention, choose
 from tokenflow_jax.models.lm import Decoder, LMConfig
@@ -176,6 +177,30 @@ def test_kernels_that_cannot_be_used_say_why():
         choose("cudnn", Mask(), jnp.float32, shape, False)
     with pytest.raises(ValueError, match="one of auto"):
         choose("flash", Mask(), jnp.float32, shape, False)
+
+
+@pytest.mark.slow
+def test_splash_attention_equals_xla():
+    """The TPU's kernel, interpreted: grouped heads, blocks, padding, a length that is no tile."""
+    length, width = 150, 64
+    q = jax.random.normal(jax.random.key(0), (2, length, 4, width))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, length, 2, width))
+    real = jnp.arange(length) >= jnp.array([[0], [17]])
+    mask = Mask(real, Blocks(30, (1, 4, 16, 64)))
+
+    def xla(q, k, v):
+        return attention(q, k, v, mask.allowed(length, length))
+
+    def splash(q, k, v):
+        return attention_lib._splash(q, k, v, mask, interpret=True)
+
+    def loss(function, *arrays):
+        return jnp.where(real[..., None, None], function(*arrays), 0).sum() ** 2
+
+    np.testing.assert_allclose(splash(q, k, v)[real], xla(q, k, v)[real], atol=2e-5)
+    got, want = (jax.grad(loss, (1, 2, 3))(function, q, k, v) for function in (splash, xla))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
 
 
 def test_config_reports_everything():

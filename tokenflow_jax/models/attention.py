@@ -99,8 +99,8 @@ def choose(kind: str, mask: Mask | jax.Array, dtype: Any, shape: tuple[int, ...]
     """The kernel for one attention.
 
     Args:
-      kind: one of KINDS. "auto" takes splash attention on a TPU and cuDNN on a GPU where they can
-        be used, else XLA.
+      kind: one of KINDS. "auto" takes splash attention on a TPU where it can be used, else XLA;
+        cuDNN's kernel is taken when it is asked for.
       mask: a `Mask`, or bool (B, Q, K).
       dtype: of queries, keys and values.
       shape: of the queries, (B, Q, heads, head width).
@@ -116,17 +116,16 @@ def choose(kind: str, mask: Mask | jax.Array, dtype: Any, shape: tuple[int, ...]
         raise ValueError(f"attention {kind!r}: one of {', '.join(KINDS)}")
     if kind == "xla":
         return kind
-    obstacles = {
-        "splash": _splash_obstacles(mask, shape, cached),
-        "cudnn": _cudnn_obstacles(dtype, shape),
-    }
+    if kind == "cudnn":
+        obstacles = _cudnn_obstacles(dtype, shape, cached)
+    else:
+        obstacles = _splash_obstacles(mask, shape, cached)
     if kind == "auto":
-        fitting = [name for name, found in obstacles.items() if not found]
-        return fitting[0] if fitting else "xla"
-    if obstacles[kind]:
+        return "xla" if obstacles else "splash"
+    if obstacles:
         raise ValueError(
-            f"attention={kind!r} cannot be used: {'; '.join(obstacles[kind])}. Take 'xla', or "
-            "'auto' to use it only where it can be"
+            f"attention={kind!r} cannot be used: {'; '.join(obstacles)}. Take 'xla', or 'auto', "
+            "which takes the best kernel that can be used"
         )
     return kind
 
@@ -151,8 +150,8 @@ def _splash_obstacles(mask: Mask | jax.Array, shape: tuple[int, ...], cached: bo
     return found
 
 
-def _cudnn_obstacles(dtype: Any, shape: tuple[int, ...]) -> list[str]:
-    found = []
+def _cudnn_obstacles(dtype: Any, shape: tuple[int, ...], cached: bool) -> list[str]:
+    found = ["it does not read a cache"] if cached else []
     if _platform() not in ("gpu", "cuda"):
         found.append(f"it is a kernel for NVIDIA GPUs, and this is a {_platform()}")
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
@@ -183,9 +182,7 @@ def attention(
     if kernel == "splash":
         return _splash(q_BQHD, k_BKGD, v_BKGD, mask)
     if kernel == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_BQHD, k_BKGD, v_BKGD, mask=mask[:, None], implementation="cudnn"
-        )
+        return _cudnn(q_BQHD, k_BKGD, v_BKGD, mask)
     batch, queries, heads, width = q_BQHD.shape
     groups = k_BKGD.shape[2]
     q_BQGHD = q_BQHD.reshape(batch, queries, groups, heads // groups, width)
@@ -198,10 +195,26 @@ def attention(
     return out_BQGHD.reshape(batch, queries, heads, width)
 
 
+def _cudnn(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: jax.Array) -> jax.Array:
+    """cuDNN's attention, whose gradient wants an even length."""
+    length = q_BLHD.shape[1]
+    odd = length % 2
+    pad = ((0, 0), (0, odd), (0, 0), (0, 0))
+    allowed_BLL = jnp.pad(mask, ((0, 0), (0, odd), (0, odd)))
+    out_BLHD = jax.nn.dot_product_attention(
+        *(jnp.pad(x, pad) for x in (q_BLHD, k_BLGD, v_BLGD)),
+        mask=allowed_BLL[:, None],
+        implementation="cudnn",
+    )
+    return out_BLHD[:, :length]
+
+
 _TILE = 128
 
 
-def _splash(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask) -> jax.Array:
+def _splash(
+    q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask, interpret: bool = False
+) -> jax.Array:
     """Splash attention. Padding reads padding only: its rows differ from XLA's and mean nothing."""
     batch, length, _, width = q_BLHD.shape
     padded = -(-length // _TILE) * _TILE
@@ -217,14 +230,21 @@ def _splash(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask)
     arrays = (prepare(q_BLHD * width**-0.5), prepare(k_BLGD), prepare(v_BLGD), segments_BL)
     last_L = mask.blocks.last_key(padded)
     out_BHLD = placement.over_batch(
-        functools.partial(_splash_local, last_key=tuple(last_L.tolist())),
+        functools.partial(_splash_local, last_L=last_L, interpret=interpret),
         arrays,
         heads=(1, 1, 1, None),
     )
     return out_BHLD.transpose(0, 2, 1, 3)[:, :length]
 
 
-def _splash_local(q_BHLD, k_BGLD, v_BGLD, segments_BL, last_key: tuple[int, ...]) -> jax.Array:
+def _splash_local(
+    q_BHLD: jax.Array,
+    k_BGLD: jax.Array,
+    v_BGLD: jax.Array,
+    segments_BL: jax.Array,
+    last_L: np.ndarray,
+    interpret: bool,
+) -> jax.Array:
     """Splash attention of one device's rows and heads."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -232,11 +252,13 @@ def _splash_local(q_BHLD, k_BGLD, v_BGLD, segments_BL, last_key: tuple[int, ...]
     )
 
     heads, length = q_BHLD.shape[1:3]
-    allowed_LL = np.arange(length) <= np.array(last_key)[:, None]
+    allowed_LL = np.arange(length) <= last_L[:, None]
     masks = splash_attention_mask.MultiHeadMask(
         [splash_attention_mask.NumpyMask(allowed_LL)] * heads
     )
-    kernel = splash_attention_kernel.make_splash_mha(mask=masks, head_shards=1, q_seq_shards=1)
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask=masks, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
     repeat = heads // k_BGLD.shape[1]
     k_BHLD, v_BHLD = (jnp.repeat(x, repeat, axis=1) for x in (k_BGLD, v_BGLD))
     ids = splash_attention_kernel.SegmentIds(segments_BL, segments_BL)

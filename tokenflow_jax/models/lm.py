@@ -45,7 +45,8 @@ class LMConfig:
       qk_norm: RMSNorm of each query and key head before the rotation.
       remat: what the backward pass recomputes: "none", a whole "block", or all but the results of
         the matrix products with parameters ("dots").
-      attention: one of `attention.KINDS`.
+      attention: one of `attention.KINDS`. Splash attention, which "auto" takes on a TPU, gives
+        other values in rows of padding, which nothing real reads.
     """
 
     vocabulary_size: int
