@@ -60,4 +60,6 @@ setup(
     include_package_data=True,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
+    # The package lmms-eval finds our model by this.
+    entry_points={"lmms_eval.models": ["tokenflow_jax = tokenflow_jax.evals.lmms_plugin:manifest"]},
 )
