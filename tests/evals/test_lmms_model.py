@@ -9,10 +9,10 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="pip install lmms_eval")
 
-from lmms_eval.api.instance import Instance  # noqa: E402
+from lmms_eval.api.instance import Instance
 
-from tokenflow_jax.evals import lmms_plugin  # noqa: E402
-from tokenflow_jax.evals.lmms_model import TokenFlow  # noqa: E402
+from tokenflow_jax.evals import lmms_plugin
+from tokenflow_jax.evals.lmms_model import TokenFlow
 
 
 @pytest.fixture
