@@ -47,6 +47,9 @@ EXTRAS["test"] = [
     *EXTRAS["tfds"],
 ]
 
+# Tests against transformers' PyTorch models; without it they are skipped.
+EXTRAS["parity"] = ["torch", *EXTRAS["text"]]
+
 setup(
     name="tokenflow_jax",
     version="0.1.0",
@@ -60,4 +63,6 @@ setup(
     include_package_data=True,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
+    # The package lmms-eval finds our model by this.
+    entry_points={"lmms_eval.models": ["tokenflow_jax = tokenflow_jax.evals.lmms_plugin:manifest"]},
 )

@@ -173,7 +173,7 @@ def _quickstart() -> ConfigDict:
     config.model.update(scales=(), codebook_size=0, code_channels=0, image_start=0)
     config.model.lm.vocabulary_size = 0
     config.remat = "none"
-    config.total_steps = 1_400
+    config.total_steps = 1_300
     config.batch_size = 16
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.tokenizer.path = "runs/quickstart"  # of configs/tokenizer.py
@@ -186,7 +186,7 @@ def _quickstart() -> ConfigDict:
     config.losses.vocabulary = "codes"
     config.losses.scale_power = 1.5  # what coarse scales get wrong, fine ones cannot mend
     config.optimizer.name = "muon"  # two to three times as fast as AdamW here
-    config.optimizer.learning_rate = 6e-3
+    config.optimizer.learning_rate = 8e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.02
@@ -197,8 +197,8 @@ def _quickstart() -> ConfigDict:
     config.sampling.passes = ((50, 0.7),)
     config.log_every = 50
     config.eval_every = 0
-    config.image_every = 700
-    config.checkpoint_every = 350
+    config.image_every = 650
+    config.checkpoint_every = 325
     config.eval.images = 0
     config.eval.retrieval = 128
     config.eval.prompts = (

@@ -193,7 +193,8 @@ def _on_emoji(config: ConfigDict, batch_size: int, steps: int, length: int) -> C
 def _smollm2(config: ConfigDict) -> ConfigDict:
     """SmolLM2-135M-Instruct reads the quickstart's codes."""
     pretrain = config.data.template == "plain"
-    config = _on_emoji(config, 8 if pretrain else 4, 60, 80 if pretrain else 112)
+    size, steps, length = (8, 200, 80) if pretrain else (4, 150, 112)
+    config = _on_emoji(config, size, steps, length)
     config.data.own_system = True  # none
     config.data.questions = ("name",) if pretrain else ("kind", "name", "words")
     config.eval.conversations = 40

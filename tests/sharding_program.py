@@ -2,9 +2,11 @@
 
 python sharding_program.py quantiser 1,1,8,1 ...      codes, losses, gradients; collectives
 python sharding_program.py step 1,2,2,2 ...           five training steps with a discriminator
+python sharding_program.py language 1,2,2,2 ...       the generation model: losses, gradients, codes
 """
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -15,8 +17,10 @@ import numpy as np
 import tiny
 
 from tokenflow_jax import mesh, optim
-from tokenflow_jax.models import multiscale, quantizers
+from tokenflow_jax.models import generate, multiscale, quantizers
 from tokenflow_jax.models.discriminator import PatchGAN
+from tokenflow_jax.models.generation import Generation, GenerationConfig, next_scale_features
+from tokenflow_jax.models.lm import LMConfig
 from tokenflow_jax.models.multiscale import Scales
 from tokenflow_jax.models.quantizers import Codebooks
 from tokenflow_jax.models.tokenizer import TokenFlow
@@ -124,9 +128,62 @@ def step(sizes):
     return {"losses": losses, "codes": np.asarray(state.usage.history_W).tolist()}
 
 
+def language(sizes):
+    """Losses, gradients and drawn codes of a small generation model with grouped heads."""
+    lm = LMConfig(
+        vocabulary_size=101,  # which no mesh divides: then the channels are split
+        width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp_width=96,
+        norms="after",
+        qk_norm=True,
+        remat="block",
+    )
+    config = GenerationConfig(lm, (1, 2, 4), codebook_size=64, image_start=37, code_channels=12)
+    model = Generation(config)
+    rng = np.random.default_rng(0)
+    books = Codebooks(*(rng.standard_normal((64, n)).astype(np.float32) for n in (8, 4)))
+    prefix = rng.integers(1, 37, (16, 9))
+    real = np.arange(9) >= rng.integers(0, 5, (16, 1))
+    codes = rng.integers(0, 64, (16, 21))
+    suffix = np.broadcast_to(np.array([3, 4]), (16, 2))
+    features = np.asarray(next_scale_features(jnp.asarray(codes), books, config.pyramid))
+    batch = (prefix, real, codes, features, suffix)
+    params = model.init(jax.random.key(0), *batch, method="losses")
+    params = jax.tree.map(lambda x: 3 * np.asarray(x) if x.ndim > 1 else np.asarray(x), params)
+
+    def loss(params, *batch):
+        losses = model.apply(params, *batch, text=True, tokens=64, method="losses")
+        return losses.image_loss() + losses.text_loss()
+
+    device_mesh = make_mesh(sizes)
+    placed = place(params, device_mesh)
+    batch = jax.device_put(batch, mesh.batch_sharding(device_mesh))
+    step = jax.jit(
+        jax.value_and_grad(loss), out_shardings=(None, mesh.shardings(params, device_mesh))
+    )
+    draw = jax.jit(functools.partial(generate.sample, model, passes=((8, 0.9), (1, 0.0))))
+    prompt = generate.Prompt(*batch[:2])
+    negative = generate.Prompt(batch[0][:1], batch[1][:1])
+    with mesh.use(device_mesh):
+        compiled = step.lower(placed, *batch).compile()
+        total, gradients = step(placed, *batch)
+        keys = jax.random.split(jax.random.key(1), 16)
+        drawn = draw(placed, books, prompt, negative, keys, 3.0)
+    return {
+        "loss": float(total),
+        "gradients": [np.asarray(g).ravel()[::7].tolist() for g in jax.tree.leaves(gradients)],
+        "codes": np.asarray(drawn).tolist(),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "whole": [array.path for array in mesh.stayed_whole(params, device_mesh)],
+    }
+
+
 if __name__ == "__main__":
     kind, *meshes = sys.argv[1:]
-    function = {"quantiser": quantiser, "step": step}[kind]
+    function = {"quantiser": quantiser, "step": step, "language": language}[kind]
     results = [function(None)]
     results += [function([int(n) for n in text.split(",")]) for text in meshes]
     print(json.dumps(results))

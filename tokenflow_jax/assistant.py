@@ -161,7 +161,9 @@ class Assistant:
         begin = lambda p, prompt, key, how: start(model, p, prompt, key, how)  # noqa: E731
         whole = lambda p, prompt, key, how: answer(model, p, prompt, key, how)  # noqa: E731
         onward = lambda p, state, how: step(model, p, state, how)  # noqa: E731
+        rate = lambda p, *arrays: model.apply({"params": p}, *arrays, method="likelihood")  # noqa: E731
         return {
+            "likelihood": jax.jit(rate),
             "features": jax.jit(read),
             "start": jax.jit(begin, static_argnums=3),
             "answer": jax.jit(whole, static_argnums=3),
@@ -203,7 +205,8 @@ class Assistant:
 
         Args:
           question: a text, or a list of them.
-          image: the picture; with several questions one for each, None for a text-only one.
+          image: the picture, or a list of them; with several questions one entry for each, None
+            for a text-only one.
           max_new: tokens of an answer at most.
           temperature: 0 takes the most likely token.
           top_k, top_p: filters of the draws, 0 is off.
@@ -220,8 +223,8 @@ class Assistant:
         shown = [image] if single else list(image or [None] * len(asked))
         if len(shown) != len(asked):
             raise ValueError(f"{len(asked)} questions and {len(shown)} images: one for each")
-        turns = [[_ask(q, i is not None)] for q, i in zip(asked, shown, strict=True)]
-        own = [[] if i is None else [i] for i in shown]
+        own = [_list(i) for i in shown]
+        turns = [[_ask(q, len(i))] for q, i in zip(asked, own, strict=True)]
         how = self.decoding(max_new, temperature, top_k, top_p)
         prompt = self._prompt(turns, own, max_new)
         ids = self._compiled["answer"](self.params, prompt, jax.random.key(seed), how)
@@ -267,15 +270,48 @@ class Assistant:
         longest = max(len(row["ids"]) for row in rows)
         prompt = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND, "left")
         del prompt["labels"]
+        return {**prompt, "features": self._features_of_rows(pictures)}
+
+    def _features_of_rows(self, pictures: Sequence[Sequence[Picture]]) -> np.ndarray:
+        """Features of each row's pictures, float32 (B, M, N, C), zero where it has fewer."""
         most = max([1, *map(len, pictures)])
-        shape = (len(rows), most, self.vectors, self.config.vision_channels)
+        shape = (len(pictures), most, self.vectors, self.config.vision_channels)
         features = np.zeros(shape, np.float32)
         flat = [picture for own in pictures for picture in own]
         found = iter(self.features(flat)) if flat else iter(())
         for i, own in enumerate(pictures):
             for j in range(len(own)):
                 features[i, j] = next(found)
-        return {**prompt, "features": features}
+        return features
+
+    def likelihood(
+        self,
+        asked: Sequence[str],
+        pictures: Sequence[Picture | None],
+        answers: Sequence[str],
+    ) -> list[tuple[float, bool]]:
+        """How likely answers are, for benchmarks that rank options.
+
+        Args:
+          asked, pictures: as of `answer`, several at once.
+          answers: one for each.
+
+        Returns:
+          For each the log probability of all ids that carry loss in training, and whether each of
+          them is the most likely one.
+        """
+        own, rows = [_list(picture) for picture in pictures], []
+        for question, shown, text in zip(asked, own, answers, strict=True):
+            turns = [_ask(question, len(shown)), (GPT, text)]
+            tokens = self.template.tokenize(self.text_tokenizer, turns)
+            rows.append(insertion.merge_row(tokens.ids_L, tokens.labels_L, self.vectors))
+        longest = max(len(row["ids"]) for row in rows)
+        batch = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND)
+        arrays = [batch[name] for name in ("ids", "labels", "places", "real")]
+        found, right = self._compiled["likelihood"](
+            self.params, *arrays, self._features_of_rows(own)
+        )
+        return list(zip(np.asarray(found).tolist(), np.asarray(right).tolist(), strict=True))
 
 
 class Chat:
@@ -312,8 +348,9 @@ class Chat:
         Yields:
           Text.
         """
-        turns = [*self.turns, _ask(question, image is not None)]
-        pictures = [*self.pictures, *([] if image is None else [image])]
+        new = _list(image)
+        turns = [*self.turns, _ask(question, len(new))]
+        pictures = [*self.pictures, *new]
         how = self.assistant.decoding(max_new, temperature, top_k, top_p)
         said = ""
         for piece in self.assistant.stream(turns, pictures, how, seed):
@@ -326,11 +363,17 @@ class Chat:
         return "".join(self.stream(question, image, **options))
 
 
-def _ask(question: str, has_image: bool) -> Turn:
+def _list(image: Picture | Sequence[Picture] | None) -> list[Picture]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def _ask(question: str, pictures: int) -> Turn:
     text = question.replace(IMAGE, "").strip()
-    if not text and not has_image:
+    if not text and not pictures:
         raise ValueError("the question is empty")
-    return HUMAN, f"{IMAGE}\n{text}".strip() if has_image else text
+    return HUMAN, f"{IMAGE}\n" * pictures + text
 
 
 def _pixels(picture: Picture) -> np.ndarray:

@@ -177,10 +177,18 @@ CALLS = {
     "single": [[0]], "two_images": [[2, 3]], "text_only": [[0]], "batch_left": [[0], [2, 3]],
     "eos": [[0], [2, 3]],
 }  # fmt: skip
+# Batches have all that the single calls have; those are left to the slow tests.
+QUICK = {("qwen", "batch_left"), ("qwen", "text_only"), ("llama", "eos")}
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, call",
+    [
+        pytest.param(k, c, marks=[] if (k, c) in QUICK else [pytest.mark.slow])
+        for k in KINDS
+        for c in CALLS
+    ],
+)
 def test_greedy_answers(kind, call):
     """The ids, and the scores token by token with a cache."""
     model, params, pad = model_of(kind)

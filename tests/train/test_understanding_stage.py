@@ -85,6 +85,7 @@ def trained(tokenizer, chats, tmp_path_factory):
     return str(workdir), run(tiny(tokenizer, chats), workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_valid(variant):
     config = configs.get_config(variant)
@@ -135,6 +136,7 @@ def test_a_run_leaves_what_people_look_for(trained):
         assert text in report, text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, tokenizer, chats, tmp_path):
     run(tiny(tokenizer, chats, total_steps=2), tmp_path)
     config = tiny(tokenizer, chats)
@@ -145,6 +147,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tokenizer, chats, tm
     jax.tree.map(np.testing.assert_array_equal, trained[1].params, again.params)
 
 
+@pytest.mark.slow
 def test_pictures_in_the_step_train_the_same(trained, tokenizer, chats, tmp_path):
     """Features from a table or tokenized in the step; a broken picture is left out of both."""
     state = run(tiny(tokenizer, chats, **{"data.features": "step"}), tmp_path)
@@ -153,6 +156,7 @@ def test_pictures_in_the_step_train_the_same(trained, tokenizer, chats, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_starts(trained, tokenizer, chats, tmp_path):
     """From a run, from a folder with the released layout, from a language model alone."""
     workdir, state = trained
@@ -184,6 +188,7 @@ def test_starts(trained, tokenizer, chats, tmp_path):
         stage.warm_start(stage.init())
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(trained, chats, tmp_path):
     workdir, _ = trained
     other = str(tiny_config.write_tokenizer(tmp_path / "other", seed=1))
@@ -230,6 +235,15 @@ def test_answers(assistant, picture):
     assert len(drawn) > 1
 
 
+def test_likelihood(assistant, picture):
+    """Of several rows at once as of one; higher for what training has labels for than for noise."""
+    rows = [("What?", picture, "n7"), ("What?", None, "zzzzzzzz")]
+    found = assistant.likelihood(*zip(*rows, strict=True))
+    assert found[0][0] > found[1][0] and all(value < 0 for value, _ in found)
+    alone = assistant.likelihood(*zip(*rows[:1], strict=True))
+    np.testing.assert_allclose(alone[0][0], found[0][0], rtol=1e-4)
+
+
 def test_a_conversation_remembers(assistant, picture):
     chat = assistant.chat()
     first = chat.ask("What?", picture, max_new=4)
@@ -266,6 +280,7 @@ def test_the_command(trained, picture, capsys, monkeypatch):
     assert "answer:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer, tmp_path):
     """Through the released layout; what config.json cannot tell has to be said."""
     from tokenflow_jax.convert import __main__ as command

@@ -44,8 +44,7 @@ def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivor
         raise ValueError("; ".join(problems))
     size = logits.shape[-1]
     count = min(top_k, size) or size
-    # The barrier keeps XLA from seeing that little of this is used, and sorting everything instead.
-    values_k, indices_k = jax.lax.optimization_barrier(jax.lax.top_k(logits, count))
+    values_k, indices_k = _largest(logits, count)
     beyond_1 = jnp.sum(logits >= values_k[..., -1:], axis=-1, keepdims=True) - count
     if not top_p:
         kept_1 = jnp.full_like(beyond_1, count)
@@ -60,6 +59,14 @@ def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivor
     removed = jnp.floor((1 - top_p) * total_1 / jnp.maximum(least_1, jnp.finfo(jnp.float32).tiny))
     left_1 = jnp.maximum(beyond_1 - jnp.minimum(removed, size).astype(jnp.int32), 0)
     return Survivors(values_k, indices_k, kept_1, jnp.where(kept_1 == count, left_1, 0))
+
+
+def _largest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` that stays one: without barriers XLA sorts whole rows on a CPU, which takes
+    twenty times as long. (One barrier for both results crashes it where a mesh is in use.)
+    """
+    values_k, indices_k = jax.lax.top_k(logits, count)
+    return jax.lax.optimization_barrier(values_k), jax.lax.optimization_barrier(indices_k)
 
 
 def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:

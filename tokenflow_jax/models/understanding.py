@@ -229,14 +229,38 @@ class Understanding(nn.Module):
           float32 scalars: "loss" the sum, "labels" their number, "right" how many were the most
           likely id.
         """
-        hidden_BLC, _ = self(ids_BL, places_BL, real_BL, features_BMNC)
-        next_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-        losses_BL, right_BL = self.lm.token_losses(hidden_BLC, next_BL, tokens)
+        losses_BL, right_BL, next_BL = self._labelled(
+            ids_BL, labels_BL, places_BL, real_BL, features_BMNC, tokens
+        )
         return {
             "loss": losses_BL.sum(),
             "labels": (next_BL >= 0).sum().astype(jnp.float32),
             "right": right_BL.sum().astype(jnp.float32),
         }
+
+    def likelihood(
+        self,
+        ids_BL: jax.Array,
+        labels_BL: jax.Array,
+        places_BL: jax.Array,
+        real_BL: jax.Array,
+        features_BMNC: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """How likely the labels of each row are; arguments as of `loss`.
+
+        Returns:
+          float32 (B,) log probabilities, and bool (B,), whether each label is the most likely id.
+        """
+        losses_BL, right_BL, next_BL = self._labelled(
+            ids_BL, labels_BL, places_BL, real_BL, features_BMNC, 4096
+        )
+        return -losses_BL.sum(1), (right_BL | (next_BL < 0)).all(1)
+
+    def _labelled(self, ids_BL, labels_BL, places_BL, real_BL, features_BMNC, tokens):
+        hidden_BLC, _ = self(ids_BL, places_BL, real_BL, features_BMNC)
+        next_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        losses_BL, right_BL = self.lm.token_losses(hidden_BLC, next_BL, tokens)
+        return losses_BL, right_BL, next_BL
 
     def logits(self, hidden_BLC: jax.Array) -> jax.Array:
         """Scores of the vocabulary, float32 (B, L, V)."""
