@@ -103,7 +103,7 @@ def test_right_arguments_pass(config_file):
         (["--config.seed"], ["config.seed"]),
         (["--config.model=3"], ["config.model"]),
         (["stray"], ["unexpected argument 'stray'"]),
-        ([], ["config.stage is 'toy'; the stages available are: tokenizer"]),
+        ([], ["config.stage is 'toy'; the stages available are: "]),
         (["--config.stage=tokenizer", "--config.total_steps=0"], ["total_steps=0 must be"]),
     ],
 )
@@ -136,7 +136,7 @@ def test_default_workdir_is_the_same_each_time(config_file, workdir):
 def test_stage_names():
     config = ml_collections.ConfigDict({"stage": "tokenizer"})
     assert main.stage_module_name(config) == "tokenflow_jax.train.tokenizer_stage"
-    with pytest.raises(ValueError, match="stages available are: tokenizer"):
+    with pytest.raises(ValueError, match=r"stages available are: .*tokenizer"):
         main.stage_module_name(ml_collections.ConfigDict({"stage": "understandng"}))
 
 

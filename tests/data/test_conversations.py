@@ -239,9 +239,10 @@ def test_emoji():
 def test_emoji_batches():
     fields = {"name": "emoji", "split": "heldout", "questions": ("kind",), "system": ""}
     data = Conversations(
-        ConversationConfig(**fields, vectors=4, max_length=96, buckets=(96,), image_size=16)
+        ConversationConfig(**fields, vectors=4, max_length=96, buckets=(96,), image_size=16), 40
     )
-    batches = list(conversation_batches.eval_batches(data, batch_size=32, limit=40))
+    assert len(data) == len(data.images) == len(data.source.lengths()) == 40
+    batches = list(conversation_batches.eval_batches(data, batch_size=32))
     assert [int(b["real"].any(1).sum()) for b in batches] == [32, 8]
     assert batches[0]["image"].std() > 10
 

@@ -133,7 +133,7 @@ def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str,
     """Raises CodesError unless codes were written by the tokenizer in use.
 
     Args:
-      path: what holds the codes, for the message.
+      path: what holds the codes or learnt them, for the message.
       written_by, used: "fingerprint", "codebook_size", "scales" of both.
     """
     if written_by["fingerprint"] == used["fingerprint"]:
@@ -144,10 +144,10 @@ def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str,
         if written_by[key] != used[key]
     ]
     raise CodesError(
-        f"the codes of {path} were made by another tokenizer: its fingerprint is "
+        f"{path} belongs to codes made by another tokenizer: their fingerprint is "
         f"{written_by['fingerprint']}, that of the tokenizer in use {used['fingerprint']}"
         + (f" ({'; '.join(differences)})" if differences else "")
-        + "; give the tokenizer that made them, or encode the pictures again"
+        + "; give the tokenizer that made them"
     )
 
 

@@ -90,11 +90,36 @@ class ConversationConfig:
             raise ValueError("data: " + "; ".join(problems))
 
 
+class _Some:
+    """So many samples of a source, evenly spaced."""
+
+    def __init__(self, source: Any, count: int):
+        self._source, self.name = source, source.name
+        self._places = np.arange(count) * len(source) // count
+        self.image_bytes = source.image_bytes
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[int(self._places[index])]
+
+    def label(self, index: int) -> str:
+        return self._source.label(int(self._places[index]))
+
+    def lengths(self) -> np.ndarray:
+        return self._source.lengths()[self._places]
+
+
 class Conversations:
     """A data set of conversations, opened: rows, pictures, and what is broken."""
 
-    def __init__(self, config: ConversationConfig):
+    def __init__(self, config: ConversationConfig, limit: int | None = None):
         """Opens the source and the text tokenizer.
+
+        Args:
+          config: the data set.
+          limit: only so many conversations, evenly spaced.
 
         Raises:
           ValueError: see `JsonlConversations`, `EmojiConversations` and `load_text_tokenizer`.
@@ -106,6 +131,8 @@ class Conversations:
             self.source = conversations.JsonlConversations(
                 config.path, config.split, config.image_folder
             )
+        if limit is not None and limit < len(self.source):
+            self.source = _Some(self.source, limit)
         self.text_tokenizer = text.load_text_tokenizer(config.text_tokenizer)
         self.template = get_template(config.template, config.system)
         self.skipped = Skipped()
@@ -301,21 +328,18 @@ def check_usable(data: Conversations) -> None:
 
 
 def eval_batches(
-    data: Conversations, *, batch_size: int, limit: int | None = None, pixels: bool = True
+    data: Conversations, *, batch_size: int, pixels: bool = True
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every conversation once, in order; the last batch is filled up with empty rows.
 
     Args:
       data: opened.
       batch_size: conversations of a batch.
-      limit: uses only so many, evenly spaced.
       pixels: see `collate`.
 
     Yields:
       What `collate` returns.
     """
-    count = min(limit or len(data), len(data))
-    chosen = [i * len(data) // count for i in range(count)]
-    for start in range(0, count, batch_size):
-        places = chosen[start : start + batch_size]
+    for start in range(0, len(data), batch_size):
+        places = list(range(start, min(start + batch_size, len(data))))
         yield collate(data, places + [-1] * (batch_size - len(places)), pixels=pixels)

@@ -61,16 +61,9 @@ def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int])
     return text_tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
-def first_questions(data: Conversations, limit: int | None = None) -> Iterator[Question]:
-    """The first question of each usable conversation.
-
-    Args:
-      data: opened.
-      limit: of so many conversations, evenly spaced.
-    """
-    count = min(limit or len(data), len(data))
-    for i in range(count):
-        index = i * len(data) // count
+def first_questions(data: Conversations) -> Iterator[Question]:
+    """The first question of each usable conversation of an opened data set."""
+    for index in range(len(data)):
         try:
             sample = data.source[index]
         except BrokenSample:

@@ -118,8 +118,10 @@ class Recorder:
         checkpoints.wait()
         self._write_report(self._step)
         last = checkpoints.latest_step()
-        good = f"the last good checkpoint is {checkpoints.path(last)}" if last is not None else (
-            "there is no checkpoint yet"
+        good = (
+            f"the last good checkpoint is {checkpoints.path(last)}"
+            if last is not None
+            else ("there is no checkpoint yet")
         )
         return metrics.NonFiniteError(
             f"{error}. Training stopped, nothing of it was saved; {good}. Lower the learning rate "

@@ -59,7 +59,10 @@ class _UnderstandingStage:
         self.tokenizer = api.Tokenizer.load(config.tokenizer.path, config.tokenizer.variant or None)
         self._fill_in(program)
         self.train_set = Conversations(self._data(program, config.data.split))
-        self.eval_set = Conversations(self._data(program, config.data.eval_split, held_out=True))
+        self.eval_set = Conversations(
+            self._data(program, config.data.eval_split, held_out=True),
+            config.eval.conversations or None,
+        )
         conversation_batches.check_usable(self.train_set)
         encoder = encoder_parts(self.tokenizer.params)
         encoder = jax.device_put(encoder, mesh.shardings(encoder, device_mesh))
@@ -72,15 +75,17 @@ class _UnderstandingStage:
         self.frozen = jax.device_put(frozen, mesh.shardings(frozen, device_mesh))
         self.program = dataclasses.replace(program, images=images)
         # Held-out pictures are few: their features are made once, whatever the training does.
-        self._limit = config.eval.conversations or None
-        self._asked = list(questions.first_questions(self.eval_set, self._limit))
         self._eval_table = self._table(program, encoder, self.eval_set)
+        broken = self.eval_set.broken_images
+        asked = questions.first_questions(self.eval_set)
+        self._asked = [question for question in asked if question.image not in broken]
         self._answers: list[str] = []
         self.notes = [
             f"image tokenizer {config.tokenizer.path}, fingerprint {self.tokenizer.fingerprint}; "
             f"{program.vectors} vectors of {program.model_config.vision_channels} channels per "
             f"image ({program.model_config.strategy}); text tokenizer {config.data.text_tokenizer}",
-            f"{len(self.train_set)} conversations train, {len(self.eval_set)} are held out",
+            f"{len(self.train_set)} conversations train, {len(self.eval_set)} held-out ones "
+            "are measured",
             *mesh.describe_whole(self.program.state, device_mesh),
         ]
 
@@ -224,7 +229,7 @@ class _UnderstandingStage:
         """Held-out loss, and how often the first answer is that of the data."""
         sums = Counter()
         batches = conversation_batches.eval_batches(
-            self.eval_set, batch_size=self._rows_of_batch(), limit=self._limit, pixels=False
+            self.eval_set, batch_size=self._rows_of_batch(), pixels=False
         )
         for batch in batches:
             batch["features"] = self._eval_table[batch.pop("image_index")[:, 0]]

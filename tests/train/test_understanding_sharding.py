@@ -1,0 +1,31 @@
+"""Eight fake devices against one: the same losses and the same answers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+TESTS = pathlib.Path(__file__).parents[1]
+MESHES = ("1,8,1,1", "1,1,8,1", "1,2,2,2")
+
+
+@pytest.mark.slow
+def test_steps_and_answers_are_the_same():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    }
+    command = [sys.executable, str(TESTS / "understanding_sharding_program.py"), "one", *MESHES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = json.loads(done.stdout.splitlines()[-1])
+    assert one["losses"][2] < one["losses"][0]
+    for name, result in zip(MESHES, others, strict=True):
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5, err_msg=name)
+        assert result["ids"] == one["ids"], name
+        assert (result["split"] > 0.5) == (name != "1,8,1,1"), name
