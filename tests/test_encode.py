@@ -192,12 +192,8 @@ def test_codes_in_memory(tokenizer, folder):
     ],
 )
 def test_wrong_flags_are_one_clear_message(arguments, message):
-    names = ("checkpoint", "out", "shard_index", "shard_count")
-    saved = {name: flags.FLAGS[name].value for name in names}
-    flags.FLAGS(["encode", *arguments])
-    try:
-        with pytest.raises(ValueError, match=message):
-            encode.main()
-    finally:
-        for name, value in saved.items():
-            flags.FLAGS[name].value = value
+    options = flags.FlagValues()
+    encode.define_flags(options)
+    options(["encode", *arguments])
+    with pytest.raises(ValueError, match=message):
+        encode.main(options)

@@ -242,17 +242,13 @@ def test_wrong_prompts(layout, prompts, path, message):
     ],
 )
 def test_flags_change_the_checkpoint_s_recipe(arguments, expected):
-    names = ("seed", "guidance", "passes", "top_k", "top_p", "negative_prompt")
-    saved = {name: flags.FLAGS[name].value for name in names}
-    flags.FLAGS(["sample", *arguments])
-    try:
-        assert sample.recipe_of_flags(RECIPE) == expected
-        flags.FLAGS(["sample", "--passes=2", "--top_k=3"])
-        with pytest.raises(ValueError, match="brings its own filters"):
-            sample.recipe_of_flags(RECIPE)
-    finally:
-        for name, value in saved.items():
-            flags.FLAGS[name].value = value
+    options = flags.FlagValues()
+    sample.define_flags(options)
+    options(["sample", *arguments])
+    assert sample.recipe_of_flags(RECIPE, options) == expected
+    options(["sample", "--passes=2", "--top_k=3"])
+    with pytest.raises(ValueError, match="brings its own filters"):
+        sample.recipe_of_flags(RECIPE, options)
 
 
 def test_tokenizers_that_are_not_the_model_s(generator):

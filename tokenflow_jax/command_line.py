@@ -82,8 +82,10 @@ def _load_config(config_file: str) -> Any:
         folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
         there = sorted(str(p) for p in folder.glob("*.py"))
         near = difflib.get_close_matches(path, there, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else (
-            f"; there are: {', '.join(there)}" if there else ""
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else (f"; there are: {', '.join(there)}" if there else "")
         )
         fail(f"there is no config file {path}{hint}")
     spec = importlib.util.spec_from_file_location("_tokenflow_config", path)

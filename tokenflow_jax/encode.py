@@ -18,73 +18,52 @@ from tokenflow_jax import api, encoding, runlog
 from tokenflow_jax.data import captions, codes, pipeline
 from tokenflow_jax.evals import command, image_set
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The tokenizer: a workdir, one of its checkpoints, or a PyTorch file."
-)
-_VARIANT = flags.DEFINE_string("variant", None, "Which model a PyTorch file holds.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest by default.")
-_DATA = flags.DEFINE_enum(
-    "data", "", ["", "emoji", "folder", "jsonl", "array_record", "tfds"],
-    "Kind of data set; by default what lies at --path, or the emoji.",
-)  # fmt: skip
-_PATH = flags.DEFINE_string("path", "", "Where the pictures are.")
-_IMAGE_FOLDER = flags.DEFINE_string("image_folder", "", "jsonl: where paths of images begin.")
-_SPLITS = flags.DEFINE_list("splits", ["train", "heldout"], "Which parts of the data set.")
-_OUT = flags.DEFINE_string("out", None, "Folder of the new data set.")
-_BATCH = flags.DEFINE_integer("batch_size", 64, "Pictures at a time, per process.", lower_bound=1)
-_PER_FILE = flags.DEFINE_integer(
-    "records_per_file", 10_000, "Pictures per part: what a killed command has to do again at most."
-)
-_INDEX = flags.DEFINE_integer("shard_index", None, "This host, from 0.")
-_COUNT = flags.DEFINE_integer("shard_count", None, "How many hosts there are.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Encoders compute in.")
 
-
-def main() -> None:
+def main(options: flags.FlagValues = flags.FLAGS) -> None:
     """Encodes what the flags ask for.
 
     Raises:
       ValueError: wrong flags, data or tokenizer.
       OSError: the output cannot be written.
     """
-    missing = [name for name in ("checkpoint", "out") if not flags.FLAGS[name].value]
+    missing = [name for name in ("checkpoint", "out") if not options[name].value]
     if missing:
         raise ValueError(f"say {' and '.join('--' + name for name in missing)}")
-    if (_INDEX.value is None) != (_COUNT.value is None):
+    if (options.shard_index is None) != (options.shard_count is None):
         raise ValueError("--shard_index and --shard_count go together")
     tokenizer = api.Tokenizer.load(
-        _CHECKPOINT.value, _VARIANT.value, step=_STEP.value, dtype=_DTYPE.value
+        options.checkpoint, options.variant, step=options.step, dtype=options.dtype
     )
-    kind = _DATA.value or image_set.kind_of_data(_PATH.value)
+    kind = options.data or image_set.kind_of_data(options.path)
     data_sets = {
         split: captions.Pictures(
             pipeline.DataConfig(
                 name=kind,
-                path=_PATH.value,
+                path=options.path,
                 split=split,
                 image_size=tokenizer.config.image_size,
                 augment="center",
                 flip=False,
                 cache_megabytes=0,  # every picture is seen once
-                image_folder=_IMAGE_FOLDER.value,
+                image_folder=options.image_folder,
             )
         )
-        for split in _SPLITS.value
+        for split in options.splits
     }
     written = encode(
         tokenizer,
         data_sets,
-        _OUT.value,
-        source=f"{kind} {_PATH.value}".strip(),
-        batch_size=_BATCH.value,
-        records_per_file=_PER_FILE.value,
-        shard_index=jax.process_index() if _INDEX.value is None else _INDEX.value,
-        shard_count=jax.process_count() if _COUNT.value is None else _COUNT.value,
+        options.out,
+        source=f"{kind} {options.path}".strip(),
+        batch_size=options.batch_size,
+        records_per_file=options.records_per_file,
+        shard_index=jax.process_index() if options.shard_index is None else options.shard_index,
+        shard_count=jax.process_count() if options.shard_count is None else options.shard_count,
     )
     for note in captions.skipped_notes(*data_sets.values()):
         runlog.log.info("%s", note)
     done = "complete" if written else "this host's parts are; others are still missing"
-    runlog.log.info("codes of tokenizer %s in %s: %s", tokenizer.fingerprint, _OUT.value, done)
+    runlog.log.info("codes of tokenizer %s in %s: %s", tokenizer.fingerprint, options.out, done)
 
 
 def encode(
@@ -133,8 +112,52 @@ def encode(
     return writer.finish()
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Not at import: other commands have flags of the same names."""
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "The tokenizer: a workdir, one of its checkpoints, or a PyTorch file.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("variant", None, "Which model a PyTorch file holds.", flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "Which checkpoint of a workdir; the newest by default.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "data",
+        "",
+        ["", "emoji", "folder", "jsonl", "array_record", "tfds"],
+        "Kind of data set; by default what lies at --path, or the emoji.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("path", "", "Where the pictures are.", flag_values=values)
+    flags.DEFINE_string(
+        "image_folder", "", "jsonl: where paths of images begin.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "splits", ["train", "heldout"], "Which parts of the data set.", flag_values=values
+    )
+    flags.DEFINE_string("out", None, "Folder of the new data set.", flag_values=values)
+    flags.DEFINE_integer(
+        "batch_size", 64, "Pictures at a time, per process.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "records_per_file",
+        10_000,
+        "Pictures per part: what a killed command has to do again at most.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("shard_index", None, "This host, from 0.", flag_values=values)
+    flags.DEFINE_integer("shard_count", None, "How many hosts there are.", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Encoders compute in.", flag_values=values
+    )
+
+
 def run() -> None:
     """Entry point of `python -m tokenflow_jax.encode`."""
+    define_flags()
     command.run("encode", main)
 
 

@@ -237,9 +237,7 @@ class Generator:
                 self._compiled[key] = jax.jit(run)
             else:
                 whole = mesh.replicated(self.device_mesh)
-                self._compiled[key] = mesh.bind(
-                    self.device_mesh, jax.jit(run, out_shardings=whole)
-                )
+                self._compiled[key] = mesh.bind(self.device_mesh, jax.jit(run, out_shardings=whole))
         return self._compiled[key]
 
     def codes(

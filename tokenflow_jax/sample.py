@@ -35,42 +35,6 @@ from tokenflow_jax.evals import command, reconstruction
 LAYOUTS = ("plain", "geneval", "dpg")
 RECIPE = "recipe.json"
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "The model: a workdir, one of its checkpoints, or a PyTorch checkpoint."
-)
-_VARIANT = flags.DEFINE_string("variant", None, "Which model a PyTorch checkpoint holds.")
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "The image tokenizer; a checkpoint of a training run knows where it was."
-)
-_TOKENIZER_VARIANT = flags.DEFINE_string(
-    "tokenizer_variant", None, "Which model a PyTorch tokenizer holds."
-)
-_TEXT_TOKENIZER = flags.DEFINE_string(
-    "text_tokenizer", None, "A folder, bytes or words; a checkpoint of a training run knows."
-)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest by default.")
-_EMA = flags.DEFINE_bool("ema", True, "Take the moving average of the weights if there is one.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16"], "What the model computes in."
-)
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
-_PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File with one prompt per line; geneval: .jsonl; dpg: folder of .txt files."
-)
-_IMAGES = flags.DEFINE_integer(
-    "images_per_prompt", None, "Pictures of each prompt; by default 1, for the benchmarks 4."
-)
-_OUT = flags.DEFINE_string("out", None, "Folder for the pictures.")
-_LAYOUT = flags.DEFINE_enum("layout", "plain", LAYOUTS, "How files are named.")
-_PREVIEWS = flags.DEFINE_bool("previews", False, "plain: also the pictures after every scale.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of all draws.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Strength of guidance; 0 switches it off.")
-_PASSES = flags.DEFINE_integer("passes", None, "1, 2 or 3 passes with the reference's filters.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "One pass that keeps so many codes; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", None, "One pass that keeps this probability; 0: all.")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time, per process.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -266,68 +230,152 @@ def _chunks(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
         yield tasks[start : start + size]
 
 
-def recipe_of_flags(default: generation.Recipe) -> generation.Recipe:
+def recipe_of_flags(default: generation.Recipe, options: flags.FlagValues) -> generation.Recipe:
     """The checkpoint's recipe with what the flags change.
 
     Raises:
       ValueError: flags that exclude each other.
     """
-    filters = (_TOP_K.value, _TOP_P.value)
-    if _PASSES.value is not None and filters != (None, None):
+    filters = (options.top_k, options.top_p)
+    if options.passes is not None and filters != (None, None):
         raise ValueError("--passes brings its own filters; give it or --top_k and --top_p")
-    changes: dict[str, Any] = {"seed": _SEED.value}
-    if _GUIDANCE.value is not None:
-        changes["guidance"] = _GUIDANCE.value
-    if _NEGATIVE.value is not None:
-        changes["negative_prompt"] = _NEGATIVE.value
-    if _PASSES.value is not None:
-        changes["passes"] = _PASSES.value
+    changes: dict[str, Any] = {"seed": options.seed}
+    if options.guidance is not None:
+        changes["guidance"] = options.guidance
+    if options.negative_prompt is not None:
+        changes["negative_prompt"] = options.negative_prompt
+    if options.passes is not None:
+        changes["passes"] = options.passes
     elif filters != (None, None):
         given = zip(filters, default.passes[0], strict=True)
         changes["passes"] = (tuple(own if flag is None else flag for flag, own in given),)
     return dataclasses.replace(default, **changes)
 
 
-def main() -> None:
+def main(options: flags.FlagValues = flags.FLAGS) -> None:
     """Draws what the flags ask for.
 
     Raises:
       ValueError: wrong flags, prompts or weights.
       OSError: the pictures cannot be written.
     """
-    missing = [name for name in ("checkpoint", "out") if not flags.FLAGS[name].value]
+    missing = [name for name in ("checkpoint", "out") if not options[name].value]
     if missing:
         raise ValueError(f"say {' and '.join('--' + name for name in missing)}")
-    layout = _LAYOUT.value
-    tasks = read_tasks(layout, _PROMPT.value, _PROMPTS.value)
+    layout = options.layout
+    tasks = read_tasks(layout, options.prompt, options.prompts)
     generator = generation.Generator.load(
-        _CHECKPOINT.value,
-        _TOKENIZER.value,
-        text_tokenizer=_TEXT_TOKENIZER.value,
-        variant=_VARIANT.value,
-        tokenizer_variant=_TOKENIZER_VARIANT.value,
-        ema=_EMA.value,
-        step=_STEP.value,
-        dtype=_DTYPE.value,
+        options.checkpoint,
+        options.tokenizer,
+        text_tokenizer=options.text_tokenizer,
+        variant=options.variant,
+        tokenizer_variant=options.tokenizer_variant,
+        ema=options.ema,
+        step=options.step,
+        dtype=options.dtype,
     )
-    images = _IMAGES.value
+    images = options.images_per_prompt
     draw(
         generator,
         tasks,
-        _OUT.value,
-        recipe_of_flags(generator.recipe),
+        options.out,
+        recipe_of_flags(generator.recipe, options),
         layout=layout,
         images_per_prompt=(1 if layout == "plain" else 4) if images is None else images,
-        batch_size=_BATCH.value,
-        previews=_PREVIEWS.value,
+        batch_size=options.batch_size,
+        previews=options.previews,
     )
     for note in generator.prompts.cut_notes():
         runlog.log.warning("%s", note)
-    runlog.log.info("pictures in %s", _OUT.value)
+    runlog.log.info("pictures in %s", options.out)
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Not at import: other commands have flags of the same names."""
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "The model: a workdir, one of its checkpoints, or a PyTorch checkpoint.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "variant", None, "Which model a PyTorch checkpoint holds.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "tokenizer",
+        None,
+        "The image tokenizer; a checkpoint of a training run knows where it was.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "tokenizer_variant",
+        None,
+        "Which model a PyTorch tokenizer holds.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "text_tokenizer",
+        None,
+        "A folder, bytes or words; a checkpoint of a training run knows.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "step", None, "Which checkpoint of a workdir; the newest by default.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "ema", True, "Take the moving average of the weights if there is one.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "What the model computes in.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "prompt", [], "What to draw; may be given several times.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "prompts",
+        None,
+        "File with one prompt per line; geneval: .jsonl; dpg: folder of .txt files.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "images_per_prompt",
+        None,
+        "Pictures of each prompt; by default 1, for the benchmarks 4.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("out", None, "Folder for the pictures.", flag_values=values)
+    flags.DEFINE_enum("layout", "plain", LAYOUTS, "How files are named.", flag_values=values)
+    flags.DEFINE_bool(
+        "previews", False, "plain: also the pictures after every scale.", flag_values=values
+    )
+    flags.DEFINE_integer("seed", 0, "Of all draws.", flag_values=values)
+    flags.DEFINE_float(
+        "guidance", None, "Strength of guidance; 0 switches it off.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "passes", None, "1, 2 or 3 passes with the reference's filters.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "top_k", None, "One pass that keeps so many codes; 0: all.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "top_p", None, "One pass that keeps this probability; 0: all.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "negative_prompt", None, "What guidance leads away from.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "batch_size", 16, "Pictures drawn at a time, per process.", flag_values=values
+    )
 
 
 def run() -> None:
     """Entry point of `python -m tokenflow_jax.sample`."""
+    define_flags()
     command.run("sample", main)
 
 

@@ -297,8 +297,10 @@ def eval_batches(
         image = images.center_crop(example["image"], config.image_size)
         return {**_features(decoded, example, image), "index": np.int32(index)}
 
-    dataset = grain.MapDataset.source(mine).map(crop).to_iter_dataset(
-        reading(config.threads, config.buffer)
+    dataset = (
+        grain.MapDataset.source(mine)
+        .map(crop)
+        .to_iter_dataset(reading(config.threads, config.buffer))
     )
     batches = _masked(iter(dataset), batch_size, config.image_size, decoded.source.numbers)
     return _with_some_usable(batches, decoded) if (mine >= 0).any() else batches

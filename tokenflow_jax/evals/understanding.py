@@ -24,25 +24,6 @@ from tokenflow_jax import runlog
 from tokenflow_jax.evals import command
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
 
-_TASK = flags.DEFINE_enum("task", None, list(TASKS), "How to ask and to count.")
-_FILE = flags.DEFINE_string("file", None, "The questions, .jsonl.")
-_FOLDER = flags.DEFINE_string("image_folder", "", "Where images' paths begin; the file's folder.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The model; see tokenflow_jax.answer.")
-_VARIANT = flags.DEFINE_string("variant", None, "Which model PyTorch weights are.")
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a workdir; the newest.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "The image tokenizer; a training run knows.")
-_TOKENIZER_VARIANT = flags.DEFINE_string("tokenizer_variant", None, "Of a PyTorch tokenizer.")
-_TEXT_TOKENIZER = flags.DEFINE_string("text_tokenizer", None, "A folder or bytes.")
-_TEMPLATE = flags.DEFINE_string("template", None, "Of conversations; a training run knows.")
-_INSTRUCTION = flags.DEFINE_string(
-    "instruction", None, "The line behind a question instead of the task's; '' leaves it out."
-)
-_OUT = flags.DEFINE_string("out", None, "File for the answers; FILE.answers.jsonl by default.")
-_PREDICTIONS = flags.DEFINE_string("predictions", None, "Score these answers; no model is asked.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Only so many questions, evenly spaced; 0 all.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Questions at a time.", lower_bound=1)
-_MAX_NEW = flags.DEFINE_integer("max_new", 32, "Tokens of an answer at most.", lower_bound=1)
-
 
 def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     """Reads a file of questions; one without `question_id` gets its line number.
@@ -140,31 +121,37 @@ def ask(
             yield from zip((q["question_id"] for q in rows), found, strict=True)
 
 
-def main() -> None:
+def main(options: flags.FlagValues = flags.FLAGS) -> None:
     """Asks and scores what the flags say.
 
     Raises:
       ValueError: wrong flags, files or weights.
       OSError: a file cannot be read or written.
     """
-    missing = [name for name in ("task", "file") if not flags.FLAGS[name].value]
-    if missing or not (_CHECKPOINT.value or _PREDICTIONS.value):
+    missing = [name for name in ("task", "file") if not options[name].value]
+    if missing or not (options.checkpoint or options.predictions):
         missing += (
-            [] if _CHECKPOINT.value or _PREDICTIONS.value else ["checkpoint (or predictions)"]
+            [] if options.checkpoint or options.predictions else ["checkpoint (or predictions)"]
         )
         raise ValueError(f"say {' and '.join('--' + name for name in missing)}")
-    questions = read_questions(_FILE.value, _LIMIT.value)
-    out = pathlib.Path(_PREDICTIONS.value or _OUT.value or f"{_FILE.value}.answers.jsonl")
-    if not _PREDICTIONS.value:
-        folder = pathlib.Path(_FOLDER.value or pathlib.Path(_FILE.value).parent)
+    questions = read_questions(options.file, options.limit)
+    out = pathlib.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
+    if not options.predictions:
+        folder = pathlib.Path(options.image_folder or pathlib.Path(options.file).parent)
         answers_to(
-            out, questions, _load(), TASKS[_TASK.value], folder, instruction=_INSTRUCTION.value,
-            batch_size=_BATCH.value, max_new=_MAX_NEW.value,
-        )  # fmt: skip
-    figures = score(_TASK.value, questions, read_answers(out))
+            out,
+            questions,
+            _load(options),
+            TASKS[options.task],
+            folder,
+            instruction=options.instruction,
+            batch_size=options.batch_size,
+            max_new=options.max_new,
+        )
+    figures = score(options.task, questions, read_answers(out))
     for name, value in figures.items():
         runlog.log.info("%s: %s", name, f"{value:.4g}")
-    result = {"task": _TASK.value, "file": _FILE.value, "figures": figures}
+    result = {"task": options.task, "file": options.file, "figures": figures}
     path = out.with_name(out.name + ".score.json")
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     runlog.log.info("answers in %s, figures in %s", out, path)
@@ -196,20 +183,66 @@ def answers_to(
             file.flush()
 
 
-def _load() -> Any:
+def _load(options: flags.FlagValues) -> Any:
     """The model that the flags name."""
     from tokenflow_jax.assistant import Assistant  # not needed for scoring
 
     return Assistant.load(
-        _CHECKPOINT.value,
-        _VARIANT.value,
-        tokenizer=_TOKENIZER.value,
-        tokenizer_variant=_TOKENIZER_VARIANT.value,
-        text_tokenizer=_TEXT_TOKENIZER.value,
-        template=_TEMPLATE.value,
-        step=_STEP.value,
+        options.checkpoint,
+        options.variant,
+        tokenizer=options.tokenizer,
+        tokenizer_variant=options.tokenizer_variant,
+        text_tokenizer=options.text_tokenizer,
+        template=options.template,
+        step=options.step,
+    )
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Not at import: other commands have flags of the same names."""
+    flags.DEFINE_enum("task", None, list(TASKS), "How to ask and to count.", flag_values=values)
+    flags.DEFINE_string("file", None, "The questions, .jsonl.", flag_values=values)
+    flags.DEFINE_string(
+        "image_folder", "", "Where images' paths begin; the file's folder.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "checkpoint", None, "The model; see tokenflow_jax.answer.", flag_values=values
+    )
+    flags.DEFINE_string("variant", None, "Which model PyTorch weights are.", flag_values=values)
+    flags.DEFINE_integer(
+        "step", None, "Which checkpoint of a workdir; the newest.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "tokenizer", None, "The image tokenizer; a training run knows.", flag_values=values
+    )
+    flags.DEFINE_string("tokenizer_variant", None, "Of a PyTorch tokenizer.", flag_values=values)
+    flags.DEFINE_string("text_tokenizer", None, "A folder or bytes.", flag_values=values)
+    flags.DEFINE_string(
+        "template", None, "Of conversations; a training run knows.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "instruction",
+        None,
+        "The line behind a question instead of the task's; '' leaves it out.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "out", None, "File for the answers; FILE.answers.jsonl by default.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "predictions", None, "Score these answers; no model is asked.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "limit", 0, "Only so many questions, evenly spaced; 0 all.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "batch_size", 16, "Questions at a time.", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_integer(
+        "max_new", 32, "Tokens of an answer at most.", lower_bound=1, flag_values=values
     )
 
 
 if __name__ == "__main__":
+    define_flags()
     command.run("understanding", main)
