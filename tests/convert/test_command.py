@@ -181,6 +181,7 @@ def run_measured(folder, *arguments):
     ).stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_memory_holds_one_array_at_a_time(tmp_path):
     """Beside 1.3 times the largest array: what the libraries themselves take, and the target."""
     libraries = 32 * 2**20

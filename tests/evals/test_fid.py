@@ -127,6 +127,7 @@ def test_a_checksum_that_does_not_fit_is_found(tmp_path):
             fid.read_statistics(tmp_path / name, {"images": images})
 
 
+@pytest.mark.slow
 def test_two_folders(command, network, inception_file, tmp_path):
     images = np.random.default_rng(3).integers(0, 256, (6, 20, 20, 3), np.uint8)
     for i, image in enumerate(images):

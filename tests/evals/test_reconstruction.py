@@ -62,6 +62,7 @@ def test_no_images_is_an_error(images):
         reconstruction.evaluate(rough, batches_of(images, 0), 32, SCALES)
 
 
+@pytest.mark.slow
 def test_rfid_is_against_the_originals(images, network):
     batches = batches_of(images, 6)
     for change in (lambda x: x, similarity.reference_png):

@@ -64,6 +64,7 @@ def test_bfloat16_keeps_the_quantiser_in_float32(model_and_variables):
     assert decoded.images_BHWC.dtype == decoded.semantic_BND.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_remat_and_unroll_change_nothing(model_and_variables):
     _, variables, images = model_and_variables
 

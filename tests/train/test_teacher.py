@@ -72,6 +72,7 @@ def test_training_lowers_every_loss():
         assert history[-1][name] < 0.7 * history[0][name], (name, history[0], history[-1])
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed():
     config, data = _config(), _data()
     config.epochs, config.small_fraction = 2.0, 0.5

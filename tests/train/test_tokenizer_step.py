@@ -265,6 +265,7 @@ def test_a_step_is_a_function_of_seed_and_step(frozen, batch):
     assert distance(a.params, other.params) > 0
 
 
+@pytest.mark.slow
 def test_the_step_is_donated_and_compiled_once(frozen, batch):
     trainer = make_trainer()
     step = jax.jit(trainer.step, donate_argnums=0)

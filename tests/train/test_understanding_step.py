@@ -63,6 +63,7 @@ def test_microbatches_weigh_every_label_alike(frozen):
         trainer(accumulate=3).step(state, frozen, batch)
 
 
+@pytest.mark.slow
 def test_pictures_are_tokenized_in_the_step_without_gradient():
     """The features equal those made before, and nothing is learnt by the tokenizer."""
     one, frozen = trainer(), {"tokenizer": tiny.random_params(tiny.TINY, 0)}
