@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tokenflow_jax import chips
+from tokenflow_jax import preflight as command
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -48,6 +49,18 @@ def test_wrong_arguments_are_one_line():
     ):
         code, _, error = preflight(*arguments)
         assert code == 2 and message in error and "Traceback" not in error, error
+
+
+def test_both_complaints_of_the_compiler_are_understood():
+    gib = 2**30
+    used = "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded hbm capacity"
+    assert command.too_large(used, 2 * gib) == (18 * gib, 0, int(4.25 * gib))
+    needed = (
+        "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (57.50G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
+    assert command.too_large(needed, 2 * gib) == (int(57.5 * gib), 0, int(43.75 * gib))
+    assert command.too_large("INTERNAL: something else", 0) is None
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ needed. Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
 
 import importlib
 import os
+import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -160,30 +162,54 @@ def _tpu_devices(topology: Topology) -> list[Any]:
 
 def _compile(lowered: Any, held: int) -> Compiled:
     """Compiles; a program that is too large is a result, too."""
-    import jax
-
     from tokenflow_jax import costs
 
-    try:
-        compiled = lowered.compile()
-    except Exception as error:  # XlaRuntimeError is not public under one name
-        excess = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", str(error))
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if excess is None or used is None:
-            raise
-        excess, used = (int(float(m[1]) * _UNITS[m[2]]) for m in (excess, used))
-        return Compiled(used - held, excess=excess)
-    memory = compiled.memory_analysis()
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # some libtpu programs cannot be printed by this jaxlib
-        text = ""
+    # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(options)
+        except Exception as error:  # XlaRuntimeError is not public under one name
+            sizes = too_large(str(error), held)
+            if sizes is None:
+                raise
+            return Compiled(*sizes)
+        memory = compiled.memory_analysis()
+        texts = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
+        text = texts[-1].read_text(encoding="utf-8") if texts else ""
     return Compiled(
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
         collectives=costs.collectives(text) if text else None,
         text=text,
     )
+
+
+def too_large(message: str, held: int) -> tuple[int, int, int] | None:
+    """Reads the compiler's complaint about memory.
+
+    Args:
+      message: text of its error.
+      held: bytes of the program's arguments.
+
+    Returns:
+      Bytes of temporaries, of the program (unknown: 0) and of what does not fit; None if the error
+      is about something else.
+    """
+    number = r"([\d.]+)([KMGT])"
+    for pattern in (
+        rf"Used {number} of {number} hbm",
+        rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)",
+    ):
+        if found := re.search(pattern, message):
+            used, available = (
+                int(float(value) * _UNITS[unit])
+                for value, unit in zip(found.groups()[::2], found.groups()[1::2], strict=True)
+            )
+            # The first counts the arguments as well.
+            temporaries = used - held if pattern.startswith("Used") else used
+            return temporaries, 0, held + temporaries - available
+    return None
 
 
 def _count(tree: Any) -> int:
