@@ -283,7 +283,9 @@ def _levers(
     if smaller >= parts:
         saved = compiled.temporaries * (1 - smaller / config.batch_size)
         rows.append((saved, f"--config.batch_size={smaller}: fewer images per step"))
-        times = -(-config.batch_size // smaller)
+        each = config.batch_size // parts  # images per device, which microbatches must divide
+        times = next(n for n in range(-(-config.batch_size // smaller), each + 1) if each % n == 0)
+        saved = compiled.temporaries * (1 - 1 / times)
         rows.append((saved, f"--config.accumulate={times}: the same batch in parts"))
     rows.sort(reverse=True)
     head = "what would save most per device (estimates)"
