@@ -5,6 +5,12 @@ import os
 
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Half of the suite's time would be LLVM optimising programs that run once. Tests that start
+# processes pass this on.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import pytest
 

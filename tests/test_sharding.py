@@ -14,9 +14,8 @@ MESHES = ("1,8,1,1", "1,1,8,1", "1,1,1,8", "1,2,2,2")
 
 
 def run(kind, *meshes):
-    flags = "--xla_force_host_platform_device_count=8"
     paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": paths}
     command = [sys.executable, str(HERE / "sharding_program.py"), kind, *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -129,8 +129,7 @@ def test_the_choice(monkeypatch):
 
 def test_the_quantiser_has_the_same_codes_and_gradients():
     """With the kernel interpreted: on one device, tokens on eight, tokens and codes on eight."""
-    flags = "--xla_force_host_platform_device_count=8"
-    for result in run("interpret", XLA_FLAGS=flags):
+    for result in run("interpret", JAX_NUM_CPU_DEVICES="8"):
         assert result["codes_that_differ"] == 0, result
         assert max(result["gradients"]) < 1e-5, result
 

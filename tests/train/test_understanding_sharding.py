@@ -16,8 +16,7 @@ MESHES = ("1,8,1,1", "1,1,8,1", "1,2,2,2")
 @pytest.mark.slow
 def test_steps_and_answers_are_the_same():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
     command = [sys.executable, str(TESTS / "understanding_sharding_program.py"), "one", *MESHES]
