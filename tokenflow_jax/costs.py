@@ -102,7 +102,7 @@ def _nbytes(aval: Any) -> int:
 def shard_bytes(tree: Any) -> int:
     """Bytes per device of shapes that carry a sharding."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 

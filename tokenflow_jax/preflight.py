@@ -2,6 +2,8 @@
 
     python -m tokenflow_jax.preflight --config=configs/tokenizer.py:xl --topology=v5p:4x4x4 \
         --config.mesh.fsdp=16
+    python -m tokenflow_jax.preflight --config=configs/generation.py:7b --topology=v5e:1x1 \
+        --sample=1
 
 compiles the real training step for those chips with libtpu (pip install libtpu), which takes
 minutes and no TPU, and prints memory, operations, a floor of the step time and what travels between
@@ -46,6 +48,9 @@ _QUIET = {
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs h100:64."
 )
+_SAMPLE = flags.DEFINE_integer(
+    "sample", 0, "Instead of training: drawing so many pictures at a time (stage generation)."
+)
 _HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
 
 
@@ -72,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     try:
         topology = parse_topology(_TOPOLOGY.value or "")
-        fits, text, program = report(command_line.CONFIG.value, topology)
+        fits, text, program = report(command_line.CONFIG.value, topology, _SAMPLE.value)
     except (ValueError, ImportError) as error:
         print(f"preflight: {error}", file=sys.stderr, flush=True)
         return 2
@@ -83,12 +88,13 @@ def main(argv: Sequence[str]) -> int:
     return 0 if fits else 1
 
 
-def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
+def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str, str]:
     """Compiles a config's training step for a topology and describes it.
 
     Args:
       config: ConfigDict of a stage.
       topology: the machine.
+      sample: drawing so many pictures at a time instead of training; stage generation only.
 
     Returns:
       Whether it fits, the description, and the compiled program's text.
@@ -105,16 +111,22 @@ def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
         raise ValueError(f"no preflight for the stage {config.stage!r}; one of {list(PROGRAMS)}")
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
-    mesh.check_batch_size(config.batch_size, device_mesh)
+    mesh.check_batch_size(sample or config.batch_size, device_mesh)
     if chip.tpu:
         device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
-    make_program = importlib.import_module(PROGRAMS[config.stage]).make_program
-    program = make_program(config, device_mesh, "tpu" if chip.tpu else "gpu")
+    module, platform = importlib.import_module(PROGRAMS[config.stage]), "tpu" if chip.tpu else "gpu"
+    if sample:
+        if config.stage != "generation":
+            raise ValueError(f"--sample is for the stage generation, this is {config.stage}")
+        config.batch_size = sample
+        program = module.make_sampling_program(config, device_mesh, platform, sample)
+    else:
+        program = module.make_program(config, device_mesh, platform)
     held = {name: costs.shard_bytes(tree) for name, tree in program.parts.items()}
     arguments, total = program.arguments, sum(held.values())
     abstract = device_mesh.abstract_mesh if chip.tpu else device_mesh
     with mesh.use(abstract):
-        jaxpr = jax.make_jaxpr(program.trainer.step)(*arguments).jaxpr
+        jaxpr = jax.make_jaxpr(program.function)(*arguments).jaxpr
     if chip.tpu:
         with mesh.use(device_mesh):
             compiled = _compile(program.step.lower(*arguments), total)
@@ -123,9 +135,10 @@ def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
         excess = max(total + temporaries - chip.memory_bytes, 0)
         compiled = Compiled(temporaries, excess=excess)
     lines = [
-        f"{config.stage} on {topology}: {topology.chips} chips, {topology.devices} devices, mesh "
+        f"{'sampling' if sample else config.stage} on {topology}: {topology.chips} chips, "
+        f"{topology.devices} devices, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
-        f"parameters: {_count(program.state.params) / 1e6:.1f} million, "
+        f"parameters: {_count(program.parts['parameters']) / 1e6:.1f} million, "
         f"batch: {config.batch_size}, compute: {program.dtype}",
         "",
         *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
@@ -133,7 +146,7 @@ def report(config: Any, topology: Topology) -> tuple[bool, str, str]:
         *_time(costs.flops(jaxpr), total, compiled, topology),
         "",
         *_traffic(compiled),
-        *mesh.describe_whole(program.state, device_mesh),
+        *mesh.describe_whole(program.arguments[0], device_mesh),
     ]
     if compiled.excess:
         lines += ["", *_levers(config, held, compiled, topology, device_mesh)]

@@ -268,3 +268,7 @@ def test_preflight_knows_the_stage():
     config.batch_size = 64
     fits, text, _ = preflight.report(config, parse_topology("h100:8"))
     assert fits and "frozen tokenizer" in text and "generation on" in text
+    fits, text, _ = preflight.report(config, parse_topology("h100:8"), sample=8)
+    assert fits and "sampling on" in text and "codebooks" in text and "optimiser" not in text
+    with pytest.raises(ValueError, match="cannot be split over 8 devices"):
+        preflight.report(config, parse_topology("h100:8"), sample=9)

@@ -5,7 +5,7 @@ The stage runs it; `preflight` compiles it for machines that nobody has yet.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from tokenflow_jax import checkpoint, mesh, optim
+from tokenflow_jax import checkpoint, generator, mesh, optim
 from tokenflow_jax.convert.conversion import is_torch
 from tokenflow_jax.convert.parts import tokenizer_template
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
 from tokenflow_jax.models.generation import Generation, GenerationConfig
 from tokenflow_jax.models.lm import LMConfig
+from tokenflow_jax.models.quantizers import Codebooks
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.train.generation import LossConfig, Trainer, TrainState
 
@@ -153,6 +154,11 @@ class Program:
         return {"prefix": prefix, "codes": array(jnp.int32, self.model_config.pyramid.tokens)}
 
     @property
+    def function(self) -> Callable[..., Any]:
+        """The training step, not jitted."""
+        return self.trainer.step
+
+    @property
     def arguments(self) -> tuple[PyTree, ...]:
         """Shapes and places of what `trainer.step` takes."""
         return self.state, self.frozen, self.batch
@@ -180,6 +186,73 @@ class Program:
             in_shardings=(state, frozen, mesh.batch_sharding(self.mesh)),
             out_shardings=(state, mesh.replicated(self.mesh)),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingProgram:
+    """Drawing pictures as a program: guided, one pass, from prompts as long as they may be.
+
+    Attributes:
+      training: of the same model; its optimiser and its data are not looked at.
+      images: drawn at a time.
+    """
+
+    training: Program
+    images: int
+
+    def __post_init__(self):
+        mesh.check_batch_size(self.images, self.training.mesh)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the model computes in, and its parameters are held in."""
+        return self.training.dtype
+
+    @functools.cached_property
+    def parts(self) -> dict[str, PyTree]:
+        """Shapes and places of what the sampler takes, by what it is."""
+        device_mesh, length = self.training.mesh, self.training.prompts.prefix_length
+        held = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), self.training.parameters
+        )
+        codebooks = tokenizer_template(self.training.tokenizer_config)
+        rows, whole = mesh.batch_sharding(device_mesh), mesh.replicated(device_mesh)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.images))
+        return {
+            "parameters": mesh.placed(held, device_mesh),
+            "codebooks": mesh.placed({name: codebooks[name] for name in CODEBOOKS}, device_mesh),
+            "prompts": (
+                jax.ShapeDtypeStruct((self.images, length), jnp.int32, sharding=rows),
+                jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=whole),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows),
+                jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+            ),
+        }
+
+    @property
+    def arguments(self) -> tuple[PyTree, ...]:
+        """Shapes and places of what `function` takes."""
+        params, codebooks, prompts = self.parts.values()
+        return params, Codebooks(*(codebooks[name] for name in CODEBOOKS)), *prompts
+
+    @functools.cached_property
+    def function(self) -> Callable[..., jax.Array]:
+        """The sampling loop."""
+        passes = tuple(map(tuple, self.training.config.sampling.passes))
+        pad_id = self.training.prompts.pad_id
+        return generator.sampling_function(self.training.model, pad_id, passes, guided=True)
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The same, jitted."""
+        return jax.jit(self.function)
+
+
+def make_sampling_program(
+    config: ml_collections.ConfigDict, device_mesh: mesh.Mesh, platform: str, images: int
+) -> SamplingProgram:
+    """Drawing so many pictures at a time, for `preflight`."""
+    return SamplingProgram(Program(config, device_mesh, platform), images)
 
 
 def _untrained(program: Program) -> Trainer:

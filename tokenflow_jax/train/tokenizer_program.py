@@ -5,6 +5,7 @@ The stage runs it; `preflight` compiles it for machines that nobody has yet.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -131,6 +132,11 @@ class Program:
         shape = (self.config.batch_size, size, size, 3)
         sharding = mesh.batch_sharding(self.mesh)
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The training step, not jitted."""
+        return self.trainer.step
 
     @property
     def arguments(self) -> tuple[PyTree, ...]:

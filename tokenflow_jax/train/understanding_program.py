@@ -5,7 +5,7 @@ The stage runs it; `preflight` compiles it for machines that nobody has yet.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -140,6 +140,11 @@ class Program:
         if self.images:
             return {**rows, "image_index": array(jnp.int32, 1)}
         return {**rows, "image": array(jnp.uint8, 1, side, side, 3)}
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The training step, not jitted."""
+        return self.trainer.step
 
     @property
     def arguments(self) -> tuple[PyTree, ...]:
