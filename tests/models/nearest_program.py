@@ -93,7 +93,8 @@ def compiled(topology, function, size, count, mode="auto"):
         *(jax.ShapeDtypeStruct((size, c), jnp.float32, sharding=whole) for c in CHANNELS)
     )
     began = time.monotonic()
-    with mesh.use(device_mesh):
+    # As the generation stage calls the frozen tokenizer.
+    with mesh.use(device_mesh), jax.default_matmul_precision("highest"):
         program = jax.jit(lambda *x: function(*x, Scales((2, 8)))).lower(features, books).compile()
     result = {
         "seconds": round(time.monotonic() - began, 1),

@@ -224,7 +224,12 @@ def _kernel(
     hi, mid, lo = _pieces(codes_ref[...])
     codes_Dk = jnp.concatenate([hi, mid, lo, hi, mid, hi]).astype(jnp.bfloat16)
     scores_ref[...] = jax.lax.dot_general(
-        codes_Dk, stack_ref[...], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        codes_Dk,
+        stack_ref[...],
+        (((0,), (0,)), ((), ())),
+        # Said, because a caller's default may be the highest, which bfloat16 does not have.
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
     )
     row = jax.lax.broadcasted_iota(jnp.int32, best_ref.shape, 0)
 

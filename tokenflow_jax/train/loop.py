@@ -88,6 +88,7 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
 
 # A change of these means another run: the saved position or the weights would be misread.
 IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data")
+FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that the model reads
 # These only say what is recorded when.
 FREE_KEYS = (
     "log_every", "eval_every", "image_every", "checkpoint_every", "keep_checkpoints", "eval",
@@ -130,11 +131,15 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
     since the run then is no longer what an uninterrupted one would have been.
 
     Raises:
-      CheckpointError: one of IDENTITY_KEYS changed; all changes are listed.
+      CheckpointError: one of IDENTITY_KEYS or a fingerprint changed; all changes are listed.
     """
     changes = checkpoint.config_differences(old, new)
     lines = {key: f"config.{key}: {a!r} -> {b!r}" for key, (a, b) in changes.items()}
-    identity = [text for key, text in lines.items() if key.split(".")[0] in IDENTITY_KEYS]
+    identity = [
+        text
+        for key, text in lines.items()
+        if key.split(".")[0] in IDENTITY_KEYS or key.endswith(FINGERPRINT)
+    ]
     if identity:
         raise checkpoint.CheckpointError(
             f"{path} was made with another model, data or seed:\n  - "
