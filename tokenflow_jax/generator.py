@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -221,7 +221,7 @@ class Generator:
         key = (passes, guided)
         if key not in self._compiled:
             model = Generation(self.config, jnp.dtype(self.dtype))
-            run = sampling_function(model, self.prompts.pad_id, passes, guided)
+            run = generate.sampling_function(model, self.prompts.pad_id, passes, guided)
             if self.device_mesh is None:
                 self._compiled[key] = jax.jit(run)
             else:
@@ -359,29 +359,6 @@ def _keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Arra
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
 
     return jax.vmap(key)(jnp.array(hashes, jnp.uint32), jnp.array(numbers, jnp.uint32))
-
-
-def sampling_function(
-    model: Generation, pad_id: int, passes: tuple[tuple[int, float], ...], guided: bool
-) -> Callable[..., jax.Array]:
-    """The whole sampling loop, to be compiled.
-
-    Returns:
-      A function of parameters, codebooks, ids (B, P) of prompts and (1, P) of the negative prompt,
-      a key per image and the strength of guidance, to codes (B, N).
-    """
-
-    def run(params, codebooks, ids_BP, negative_1P, keys_B, guidance):
-        def prompt(ids):
-            return generate.Prompt(ids, ids != pad_id)
-
-        negative = prompt(negative_1P) if guided else None
-        return generate.sample(
-            model, {"params": params}, codebooks, prompt(ids_BP), negative, keys_B, guidance,
-            passes=passes,
-        )  # fmt: skip
-
-    return run
 
 
 def _dtype(name: str) -> str:

@@ -14,6 +14,7 @@ recomputes everything, a scale's input is the regular one again when later scale
 once for each number of images and length of the prefix.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,29 @@ def sample(
         model, params, codebooks, prompt, negative, keys_B, guidance, passes=passes, method=method
     )
     return codes_BN
+
+
+def sampling_function(
+    model: Generation, pad_id: int, passes: tuple[tuple[int, float], ...], guided: bool
+) -> Callable[..., jax.Array]:
+    """The whole sampling loop, to be compiled.
+
+    Returns:
+      A function of parameters, codebooks, ids (B, P) of prompts and (1, P) of the negative prompt,
+      a key per image and the strength of guidance, to codes (B, N).
+    """
+
+    def run(params, codebooks, ids_BP, negative_1P, keys_B, guidance):
+        def prompt(ids):
+            return Prompt(ids, ids != pad_id)
+
+        negative = prompt(negative_1P) if guided else None
+        return sample(
+            model, {"params": params}, codebooks, prompt(ids_BP), negative, keys_B, guidance,
+            passes=passes,
+        )  # fmt: skip
+
+    return run
 
 
 def sample_traced(

@@ -13,48 +13,25 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from tokenflow_jax import checkpoint, generator, mesh, optim
-from tokenflow_jax.convert.conversion import is_torch
+from tokenflow_jax import mesh, optim
 from tokenflow_jax.convert.parts import tokenizer_template
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
+from tokenflow_jax.models import generate
 from tokenflow_jax.models.generation import Generation, GenerationConfig
 from tokenflow_jax.models.lm import LMConfig
 from tokenflow_jax.models.quantizers import Codebooks
-from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
-from tokenflow_jax.train.generation import LossConfig, Trainer, TrainState
+from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
+from tokenflow_jax.train.generation import LossConfig, Trainer
+from tokenflow_jax.train.program import StepProgram, encoder_parts, find_tokenizer_config
 
 PyTree = Any
 ENCODE = ("once", "step")
 CODEBOOKS = ("semantic_codebook", "pixel_codebook")
-_DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Everything about a run but its weights and its data.
-
-    Attributes:
-      config: such as `configs/generation.py`.
-      mesh: of `mesh.make_mesh`.
-      platform: "tpu", "gpu" or "cpu", where it will run.
-    """
-
-    config: ml_collections.ConfigDict
-    mesh: mesh.Mesh
-    platform: str
-
-    def __post_init__(self):
-        mesh.check_batch_size(self.config.batch_size, self.mesh)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        """What the language model computes in; the tokenizer encodes in float32."""
-        name = self.config.dtype
-        if name == "auto":
-            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
-        if name not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {name!r} is not one of ['auto', 'float32', 'bfloat16']")
-        return jnp.dtype(name)
+class Program(StepProgram):
+    """See `StepProgram`; its config is such as `configs/generation.py`."""
 
     @functools.cached_property
     def prompts(self) -> PromptIds:
@@ -115,22 +92,10 @@ class Program:
         """Shapes of the model's parameters."""
         return jax.eval_shape(_untrained(self).init_params, jax.random.key(0))
 
-    @functools.cached_property
-    def trainable(self) -> PyTree | None:
-        """Which parameters train; None when all of them do."""
-        patterns = tuple(self.config.trainable)
-        return optim.matching(self.parameters, patterns) if patterns else None
-
-    @functools.cached_property
-    def state(self) -> TrainState:
-        """Shapes and places of the state."""
-        state = jax.eval_shape(lambda: self.trainer.init(jax.random.key(0)))
-        return mesh.placed(state, self.mesh)
-
     def frozen_parts(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """What the step reads of a tokenizer's parameters."""
         if self.encodes:
-            return {name: part for name, part in params.items() if name not in _DECODERS}
+            return encoder_parts(params)
         return {name: params[name] for name in CODEBOOKS}
 
     @functools.cached_property
@@ -154,16 +119,6 @@ class Program:
         return {"prefix": prefix, "codes": array(jnp.int32, self.model_config.pyramid.tokens)}
 
     @property
-    def function(self) -> Callable[..., Any]:
-        """The training step, not jitted."""
-        return self.trainer.step
-
-    @property
-    def arguments(self) -> tuple[PyTree, ...]:
-        """Shapes and places of what `trainer.step` takes."""
-        return self.state, self.frozen, self.batch
-
-    @property
     def parts(self) -> dict[str, PyTree]:
         """The same by what it is, for reports."""
         return {
@@ -173,19 +128,6 @@ class Program:
             "frozen tokenizer": self.frozen,
             "batch": self.batch,
         }
-
-    @functools.cached_property
-    def step(self) -> Any:
-        """The jitted step, donating the state; to be called with the mesh in use."""
-        state, frozen = (
-            jax.tree.map(lambda x: x.sharding, tree) for tree in (self.state, self.frozen)
-        )
-        return jax.jit(
-            self.trainer.step,
-            donate_argnums=0,
-            in_shardings=(state, frozen, mesh.batch_sharding(self.mesh)),
-            out_shardings=(state, mesh.replicated(self.mesh)),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +182,7 @@ class SamplingProgram:
         """The sampling loop."""
         passes = tuple(map(tuple, self.training.config.sampling.passes))
         pad_id = self.training.prompts.pad_id
-        return generator.sampling_function(self.training.model, pad_id, passes, guided=True)
+        return generate.sampling_function(self.training.model, pad_id, passes, guided=True)
 
     @functools.cached_property
     def step(self) -> Any:
@@ -265,40 +207,6 @@ def make_program(
 ) -> Program:
     """The program of a whole run, for `preflight`."""
     return Program(config, device_mesh, platform)
-
-
-def find_tokenizer_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
-    """The hyper-parameters of the tokenizer that `config.tokenizer` names.
-
-    Args:
-      tokenizer: `path`, of a checkpoint of ours or a PyTorch file, and `variant`, which a PyTorch
-        file needs, and which is enough where shapes are.
-
-    Raises:
-      ValueError: an unknown variant, or a path without one that holds no checkpoint of ours.
-    """
-    path, variant = tokenizer.path, tokenizer.variant
-    if variant:
-        if variant not in VARIANTS:
-            raise ValueError(
-                f"tokenizer.variant {variant!r} is unknown; the variants are {sorted(VARIANTS)}"
-            )
-        return VARIANTS[variant]
-    if not path or is_torch(path):
-        raise ValueError(
-            f"tokenizer.path {path!r}: say which model it is with --config.tokenizer.variant=, one "
-            f"of {sorted(VARIANTS)}"
-        )
-    try:
-        saved = checkpoint.read_info(checkpoint.find_checkpoint(path))["config"]
-    except checkpoint.CheckpointError as error:
-        raise ValueError(
-            f"tokenizer.path: {error}; the quickstart's tokenizer comes from python -m "
-            "tokenflow_jax.main --config=configs/tokenizer.py --workdir=runs/quickstart"
-        ) from error
-    if saved.get("stage") != "tokenizer":
-        raise ValueError(f"tokenizer.path {path!r} is a run of stage {saved.get('stage')!r}")
-    return TokenizerConfig(**saved["model"])
 
 
 def complete_model(

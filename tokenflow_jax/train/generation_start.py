@@ -11,15 +11,11 @@ import numpy as np
 
 from tokenflow_jax.convert import conversion, rules
 from tokenflow_jax.convert.llama import load_language_model, read_config
-from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.models.generation import GenerationConfig
+from tokenflow_jax.train import pretrained
 
 PyTree = Any
 _VOCABULARY = {"lm/embed/embedding": 0, "lm/head/kernel": 1}  # path -> axis of ids
-_SAME = (
-    "width", "layers", "heads", "kv_heads", "head_channels", "mlp_width", "rope_theta", "norm_eps",
-    "qkv_bias",
-)  # fmt: skip
 
 
 def start_from(
@@ -46,26 +42,11 @@ def start_from(
     """
     ours, places = rules.flatten(params), rules.flatten(shardings)
     if _is_language_model(path):
-        _check_shape(path, config)
+        pretrained.check_language_model(path, config.lm)
         taken = _language_model(path, ours, places, config)
         text = f"language model {path} ({len(taken)} of {len(ours)} arrays), the rest from scratch"
     else:
-        source = conversion.open_source(
-            path, config if conversion.is_torch(path) else None, part=PARTS["generation"]
-        )
-        wrong = [
-            f"{name}: {source.arrays[name].shape if name in source.arrays else None} there, "
-            f"{array.shape} here"
-            for name, array in ours.items()
-            if name not in source.arrays or source.arrays[name].shape != array.shape
-        ]
-        if wrong:
-            raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong))
-        taken = {
-            name: jax.device_put(np.asarray(source.arrays[name].read(), array.dtype), places[name])
-            for name, array in ours.items()
-        }
-        text = f"{source.weights} weights of {path}"
+        taken, text = pretrained.whole_model("generation", path, config, ours, places)
     return rules.unflatten({**ours, **taken}), text
 
 
@@ -78,19 +59,6 @@ def _is_language_model(path: str) -> bool:
         # A language model of another kind is still one: loading it will say what is wrong.
         return os.path.isfile(os.path.join(path, "config.json")) and not conversion.is_torch(path)
     return True
-
-
-def _check_shape(path: str, config: GenerationConfig) -> None:
-    if path.endswith(".gguf"):
-        return  # its arrays are compared one by one
-    source = read_config(path)
-    wrong = [
-        f"{name} is {getattr(source, name)} there, {getattr(config.lm, name)} here"
-        for name in _SAME
-        if getattr(source, name) != getattr(config.lm, name)
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit config.model.lm: " + "; ".join(wrong))
 
 
 def _language_model(

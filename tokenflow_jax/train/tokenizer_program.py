@@ -5,7 +5,6 @@ The stage runs it; `preflight` compiles it for machines that nobody has yet.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,40 +18,22 @@ from tokenflow_jax.models.discriminator import make_discriminator
 from tokenflow_jax.models.perceptual import LPIPS, lpips_template
 from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
 from tokenflow_jax.train.frozen import TeacherSpec, teacher_spec
+from tokenflow_jax.train.program import StepProgram
 from tokenflow_jax.train.tokenizer import Trainer
-from tokenflow_jax.train.tokenizer_state import CodebookConfig, LossConfig, TrainState
+from tokenflow_jax.train.tokenizer_state import CodebookConfig, LossConfig
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Everything about a run but its weights and its data.
+class Program(StepProgram):
+    """See `StepProgram`; its config is such as `configs/tokenizer.py`.
 
     Attributes:
-      config: such as `configs/tokenizer.py`.
-      mesh: of `mesh.make_mesh`.
-      platform: "tpu", "gpu" or "cpu", where it will run.
       perceptual: whether LPIPS is part of it (its weights are there).
     """
 
-    config: ml_collections.ConfigDict
-    mesh: mesh.Mesh
-    platform: str
     perceptual: bool
-
-    def __post_init__(self):
-        mesh.check_batch_size(self.config.batch_size, self.mesh)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        """What the networks compute in."""
-        name = self.config.dtype
-        if name == "auto":
-            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
-        if name not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {name!r} is not one of ['auto', 'float32', 'bfloat16']")
-        return jnp.dtype(name)
 
     @functools.cached_property
     def model_config(self) -> TokenizerConfig:
@@ -104,18 +85,6 @@ class Program:
         return _parameters(self.model, self.model_config.image_size)
 
     @functools.cached_property
-    def trainable(self) -> PyTree | None:
-        """Which parameters train; None when all of them do."""
-        patterns = tuple(self.config.trainable)
-        return optim.matching(self.parameters, patterns) if patterns else None
-
-    @functools.cached_property
-    def state(self) -> TrainState:
-        """Shapes and places of the state."""
-        state = jax.eval_shape(lambda: self.trainer.init(jax.random.key(0)))
-        return mesh.placed(state, self.mesh)
-
-    @functools.cached_property
     def frozen(self) -> PyTree:
         """Shapes and places of the networks that only judge."""
         frozen = {}
@@ -134,16 +103,6 @@ class Program:
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding)}
 
     @property
-    def function(self) -> Callable[..., Any]:
-        """The training step, not jitted."""
-        return self.trainer.step
-
-    @property
-    def arguments(self) -> tuple[PyTree, ...]:
-        """Shapes and places of what `trainer.step` takes."""
-        return self.state, self.frozen, self.batch
-
-    @property
     def parts(self) -> dict[str, PyTree]:
         """The same by what it is, for reports."""
         state = self.state
@@ -156,20 +115,6 @@ class Program:
             "frozen networks": self.frozen,
             "batch": self.batch,
         }
-
-    @functools.cached_property
-    def step(self) -> Any:
-        """The jitted step, donating the state; to be called with the mesh in use."""
-        state, frozen = (
-            jax.tree.map(lambda x: x.sharding, tree) for tree in (self.state, self.frozen)
-        )
-        return jax.jit(
-            self.trainer.step,
-            donate_argnums=0,
-            # A batch may hold more than images (labels), all of it split alike.
-            in_shardings=(state, frozen, mesh.batch_sharding(self.mesh)),
-            out_shardings=(state, mesh.replicated(self.mesh)),
-        )
 
 
 def make_program(

@@ -5,7 +5,6 @@ The stage runs it; `preflight` compiles it for machines that nobody has yet.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,41 +23,21 @@ from tokenflow_jax.models.understanding import (
     feature_channels,
     vectors_per_image,
 )
-from tokenflow_jax.train.generation_program import find_tokenizer_config
-from tokenflow_jax.train.understanding import Trainer, TrainState
+from tokenflow_jax.train.program import StepProgram, encoder_parts, find_tokenizer_config
+from tokenflow_jax.train.understanding import Trainer
 
 PyTree = Any
-_DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Everything about a run but its weights and its data.
+class Program(StepProgram):
+    """See `StepProgram`; its config is such as `configs/understanding.py`.
 
     Attributes:
-      config: such as `configs/understanding.py`.
-      mesh: of `mesh.make_mesh`.
-      platform: "tpu", "gpu" or "cpu", where it will run.
       images: how many pictures have a row in the table of features; 0 tokenizes them in the step.
     """
 
-    config: ml_collections.ConfigDict
-    mesh: mesh.Mesh
-    platform: str
     images: int = 0
-
-    def __post_init__(self):
-        mesh.check_batch_size(self.config.batch_size, self.mesh)
-
-    @functools.cached_property
-    def dtype(self) -> jnp.dtype:
-        """What the language model computes in; the tokenizer encodes in float32."""
-        name = self.config.dtype
-        if name == "auto":
-            return jnp.dtype("float32" if self.platform == "cpu" else "bfloat16")
-        if name not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {name!r} is not one of ['auto', 'float32', 'bfloat16']")
-        return jnp.dtype(name)
 
     @functools.cached_property
     def tokenizer_config(self) -> TokenizerConfig:
@@ -104,18 +83,6 @@ class Program:
         return understanding_template(self.model_config)
 
     @functools.cached_property
-    def trainable(self) -> PyTree | None:
-        """Which parameters train; None when all of them do."""
-        patterns = tuple(self.config.trainable)
-        return optim.matching(self.parameters, patterns) if patterns else None
-
-    @functools.cached_property
-    def state(self) -> TrainState:
-        """Shapes and places of the state."""
-        state = jax.eval_shape(lambda: self.trainer.init(jax.random.key(0)))
-        return mesh.placed(state, self.mesh)
-
-    @functools.cached_property
     def frozen(self) -> PyTree:
         """Shapes and places of the frozen tokenizer, or of the features it has made."""
         if self.images:
@@ -142,16 +109,6 @@ class Program:
         return {**rows, "image": array(jnp.uint8, 1, side, side, 3)}
 
     @property
-    def function(self) -> Callable[..., Any]:
-        """The training step, not jitted."""
-        return self.trainer.step
-
-    @property
-    def arguments(self) -> tuple[PyTree, ...]:
-        """Shapes and places of what `trainer.step` takes."""
-        return self.state, self.frozen, self.batch
-
-    @property
     def parts(self) -> dict[str, PyTree]:
         """The same by what it is, for reports."""
         return {
@@ -161,30 +118,12 @@ class Program:
             "batch": self.batch,
         }
 
-    @functools.cached_property
-    def step(self) -> Any:
-        """The jitted step, donating the state; compiled once per length of rows."""
-        state, frozen = (
-            jax.tree.map(lambda x: x.sharding, tree) for tree in (self.state, self.frozen)
-        )
-        return jax.jit(
-            self.trainer.step,
-            donate_argnums=0,
-            in_shardings=(state, frozen, mesh.batch_sharding(self.mesh)),
-            out_shardings=(state, mesh.replicated(self.mesh)),
-        )
-
 
 def make_program(
     config: ml_collections.ConfigDict, device_mesh: mesh.Mesh, platform: str
 ) -> Program:
     """The program of a whole run, for `preflight`: pictures are tokenized in the step."""
     return Program(config, device_mesh, platform)
-
-
-def encoder_parts(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What understanding reads of a tokenizer's parameters: encoders and codebooks."""
-    return {name: part for name, part in params.items() if name not in _DECODERS}
 
 
 def complete_model(config: ml_collections.ConfigDict, tokenizer: TokenizerConfig) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from tokenflow_jax.evals.vqa_text import normalize
 from tokenflow_jax.models.answering import Decoding, answer
 from tokenflow_jax.train import understanding_start
 from tokenflow_jax.train.loop import Stage
+from tokenflow_jax.train.program import encoder_parts
 from tokenflow_jax.train.understanding import TrainState, image_features
-from tokenflow_jax.train.understanding_program import Program, encoder_parts
+from tokenflow_jax.train.understanding_program import Program
 
 PyTree = Any
 FEATURES = ("once", "step")

@@ -9,16 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.convert import conversion, rules
-from tokenflow_jax.convert.llama import load_language_model, read_config
-from tokenflow_jax.convert.parts import PARTS
+from tokenflow_jax.convert.llama import load_language_model
 from tokenflow_jax.convert.torch_files import open_state_dict
 from tokenflow_jax.models.understanding import UnderstandingConfig
+from tokenflow_jax.train import pretrained
 
 PyTree = Any
-_SAME = (
-    "width", "layers", "heads", "kv_heads", "head_channels", "mlp_width", "rope_theta", "norm_eps",
-    "qkv_bias", "tied_head",
-)  # fmt: skip
 
 
 def start_from(
@@ -45,22 +41,7 @@ def start_from(
         taken = _language_model(path, ours, places, config)
         text = f"language model {path}, the projector from scratch"
     else:
-        source = conversion.open_source(
-            path, config if conversion.is_torch(path) else None, part=PARTS["understanding"]
-        )
-        wrong = [
-            f"{name}: {source.arrays[name].shape if name in source.arrays else None} there, "
-            f"{array.shape} here"
-            for name, array in ours.items()
-            if name not in source.arrays or source.arrays[name].shape != array.shape
-        ]
-        if wrong:
-            raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong))
-        taken = {
-            name: jax.device_put(np.asarray(source.arrays[name].read(), array.dtype), places[name])
-            for name, array in ours.items()
-        }
-        text = f"{source.weights} weights of {path}"
+        taken, text = pretrained.whole_model("understanding", path, config, ours, places)
     return rules.unflatten({**ours, **taken}), text
 
 
@@ -81,8 +62,7 @@ def _language_model(
     path: str, ours: Mapping[str, Any], places: Mapping[str, Any], config: UnderstandingConfig
 ) -> dict[str, jax.Array]:
     """The language model's arrays at our paths."""
-    if not path.endswith(".gguf"):
-        _check_config(path, config)
+    pretrained.check_language_model(path, config.lm, ("tied_head",))
     taken: dict[str, jax.Array] = {}
 
     def place(name: str, array: np.ndarray) -> None:
@@ -97,14 +77,3 @@ def _language_model(
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}, which config.model.lm has")
     return taken
-
-
-def _check_config(path: str, config: UnderstandingConfig) -> None:
-    source = read_config(path)
-    wrong = [
-        f"{name} is {getattr(source, name)} there, {getattr(config.lm, name)} here"
-        for name in _SAME
-        if getattr(source, name) != getattr(config.lm, name)
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit config.model.lm: " + "; ".join(wrong))
