@@ -84,7 +84,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.losses.log_text = False  # computes it for the curves
     config.losses.vocabulary = "all"  # softmax over all ids, or over the codes
     config.losses.scale_power = 0.0  # a code counts side ** -power, for the side of its scale
-    config.losses.tokens = 4096  # positions whose logits exist at the same time
+    config.losses.tokens = 4096  # positions whose logits a device holds at the same time
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or adam, muon

@@ -62,7 +62,7 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "block"  # what the backward pass recomputes: none, block or dots
     config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)
-    config.loss_tokens = 4096  # positions whose logits exist at the same time
+    config.loss_tokens = 4096  # positions whose logits a device holds at the same time
 
     config.total_steps = 1000
     config.batch_size = 128  # conversations per step over all devices

@@ -68,6 +68,9 @@ HLO = """
 }
 
 ENTRY %main (p: f32[]) -> f32[] {
+  %kernel = f32[4]{0} custom-call(%p), frontend_attributes={kernel_metadata={
+"metadata":"{}"
+}}, metadata={op_name="attributes of several lines"}
   %loop = (s32[]) while(%t), condition=%condition, body=%body
   %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%z), dimensions={0}
   %done = f32[32]{0} all-gather-done(%start)

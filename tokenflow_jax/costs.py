@@ -120,7 +120,8 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     """How often each kind of collective runs in a compiled program, and the bytes of its results.
 
     Args:
-      hlo: `compiled.as_text()`; a loop counts as often as its condition's constant says.
+      hlo: `compiled.as_text()`; a loop counts as often as its condition's constant says. A gather
+        that the compiler writes as the sum of parts padded with zeros is an all-reduce here, too.
 
     Returns:
       kind -> (times, bytes per device).
@@ -162,7 +163,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         if head:
             current = bodies.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # others end attributes of several lines
             current = None
         elif current is not None:
             current.append(line)

@@ -15,7 +15,6 @@ from tokenflow_jax.models import attention as attention_lib
 from tokenflow_jax.models import lm
 from tokenflow_jax.models.attention import NOT_ALLOWED, Blocks, Mask, attention, choose
 from tokenflow_jax.models.lm import Decoder, LMConfig
-from tokenflow_jax.models.token_losses import token_losses
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 WEIGHTS = runpy.run_path(str(GOLDEN / "weights.py"))
@@ -235,36 +234,3 @@ def test_chunked_loss_equals_the_plain_one(remat, tied):
     np.testing.assert_allclose(total, want, rtol=1e-6)
     assert count == (labels >= 0).sum()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, wanted)
-
-
-def test_token_losses_mark_right_tokens():
-    hidden = jax.random.normal(jax.random.key(0), (2, 7, 8))
-    kernel = jax.random.normal(jax.random.key(1), (8, 13))
-    best = jnp.argmax(hidden @ kernel, -1)
-    labels = best.at[0, 2].set(-100).at[1, 3].set((best[1, 3] + 1) % 13)
-    losses, right = token_losses(hidden, kernel, labels, 5)
-    want = np.ones((2, 7), bool)
-    want[0, 2] = want[1, 3] = False
-    np.testing.assert_array_equal(right, want)
-    assert losses[0, 2] == 0 and (np.asarray(losses) >= 0).all()
-
-
-def test_memory_for_logits_does_not_grow_with_the_sequence():
-    """Temporaries of loss and gradient, for 1,024 and 4,096 positions of 16,384 scores each."""
-    vocabulary, width = 16384, 16
-
-    def temporaries(length):
-        def total(hidden, kernel, labels):
-            return token_losses(hidden, kernel, labels, 256)[0].sum()
-
-        shapes = (
-            jax.ShapeDtypeStruct((1, length, width), jnp.float32),
-            jax.ShapeDtypeStruct((width, vocabulary), jnp.float32),
-            jax.ShapeDtypeStruct((1, length), jnp.int32),
-        )
-        compiled = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    short, long = temporaries(1024), temporaries(4096)
-    assert short > 256 * vocabulary * 4  # logits of one piece are there
-    assert long - short < 3072 * vocabulary * 4 / 20

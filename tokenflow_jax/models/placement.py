@@ -7,6 +7,7 @@ gathered. Without a mesh everything here is the plain computation.
 Shapes as in `quantizers`: N tokens, K codes, C channels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,10 +43,28 @@ def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
         return x
     names = ("batch", *(None,) * (x.ndim - 1 - len(others)), *others)
     fitting = (
-        name if name is None or size % _count(_axes(name, mesh), mesh) == 0 else None
+        name if name and axes_of(name, size) else None
         for name, size in zip(names, x.shape, strict=True)
     )
     return nn.with_logical_constraint(x, tuple(fitting))
+
+
+def axes_of(name: str, size: int) -> tuple[str, ...]:
+    """Axes of the mesh in use that a dimension is split over.
+
+    Args:
+      name: logical name of the dimension.
+      size: of it.
+
+    Returns:
+      Names of mesh axes; () where it stays whole, for want of a mesh or because it cannot be split
+      evenly. Inside a `shard_map` over the whole mesh all arrays are a device's own: (), too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return ()
+    axes = _axes(name, mesh)
+    return axes if size % _count(axes, mesh) == 0 else ()
 
 
 def over_batch(function: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...]):
@@ -62,12 +81,9 @@ def over_batch(function: Callable, arrays: tuple[jax.Array, ...], heads: tuple[i
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arrays)
-    batch, split = (_axes(name, mesh) for name in ("batch", "heads"))
-    if arrays[0].shape[0] % _count(batch, mesh):
-        batch = ()
+    batch = axes_of("batch", arrays[0].shape[0])
     sizes = [x.shape[axis] for x, axis in zip(arrays, heads, strict=True) if axis is not None]
-    if any(size % _count(split, mesh) for size in sizes):
-        split = ()
+    split = axes_of("heads", math.gcd(*sizes))
 
     def spec(x: jax.Array, axis: int | None) -> PartitionSpec:
         return PartitionSpec(
@@ -142,10 +158,7 @@ def _axes(name: str, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
 
 
 def _count(axes: tuple[str, ...], mesh: jax.sharding.AbstractMesh) -> int:
-    count = 1
-    for axis in axes:
-        count *= mesh.shape[axis]
-    return count
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def take_rows(table_KC: jax.Array, codes: jax.Array) -> jax.Array:

@@ -24,7 +24,6 @@ from tokenflow_jax.models.resize import area_resize, bicubic_resize
 PROJECTORS = ("mlp2x_gelu", "linear")
 # What of the codes the language model reads (the paper's table 8).
 STRATEGIES = ("last_scale", "last_scale_semantic", "last_scale_pixel", "full_scale", "residual")
-_INIT = nn.initializers.normal(0.02)
 
 
 def vectors_per_image(scales: Scales, strategy: str) -> int:
@@ -131,11 +130,19 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
-        def dense(name: str) -> nn.Dense:
-            return nn.Dense(self.width, dtype=self.dtype, kernel_init=_INIT, name=name)
+        def dense(name: str, x: jax.Array) -> jax.Array:
+            # Torch's default, as of the reference: the result is about as large as embeddings are.
+            bound = x.shape[-1] ** -0.5
+            return nn.Dense(
+                self.width,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+                bias_init=lambda key, *a: jax.random.uniform(key, *a, minval=-bound, maxval=bound),
+                name=name,
+            )(x)
 
-        hidden = dense("fc1")(features.astype(self.dtype))
-        return hidden if self.kind == "linear" else dense("fc2")(exact_gelu(hidden))
+        hidden = dense("fc1", features.astype(self.dtype))
+        return hidden if self.kind == "linear" else dense("fc2", exact_gelu(hidden))
 
 
 class Understanding(nn.Module):

@@ -41,7 +41,7 @@ class LossConfig:
         and leave the sequence.
       scale_power: a code of a scale counts side ** -power, so that 1 lets all sides count in
         proportion to their length; 0 lets all codes count alike, as in the reference.
-      tokens: positions whose logits exist at the same time.
+      tokens: positions whose logits a device holds at the same time.
     """
 
     text_weight: float = 0.0
