@@ -91,6 +91,7 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.data.split = "train"
     config.data.eval_split = "heldout"
     config.data.questions = ()  # of emoji: kind, name, words, check; () all
+    config.data.together = False  # of emoji: all questions about a picture in one conversation
     config.data.template = (
         "qwen_2_5"  # plain, vicuna_v1, llava_v1, llama_2, llava_llama_2, qwen_2_5
     )

@@ -14,7 +14,7 @@ from tokenflow_jax.data import conversation_batches, conversations, sources, val
 from tokenflow_jax.data.conversation_batches import ConversationConfig, Conversations
 from tokenflow_jax.data.conversations import BrokenSample, fit_image
 from tokenflow_jax.data.emoji_conversations import KIND_QUESTION, KINDS, EmojiConversations
-from tokenflow_jax.data.templates import GPT, HUMAN, IGNORE
+from tokenflow_jax.data.templates import GPT, HUMAN, IGNORE, IMAGE
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "i2t_images.npz"
 # Ten faults, the reason the validator gives for each, and whether training skips it.
@@ -234,6 +234,21 @@ def test_emoji():
     assert set(answers) == {"yes", "no"} and 0.4 < answers.count("yes") / len(answers) < 0.6
     with pytest.raises(ValueError, match="colour"):
         EmojiConversations("train", ("colour",))
+
+
+def test_questions_about_an_emoji_in_one_conversation():
+    """In changing order, the picture with the first one, the answers those of single questions."""
+    single = EmojiConversations("heldout", ("kind", "name"))
+    both = EmojiConversations("heldout", ("kind", "name"), together=True)
+    assert len(both) == 158 and len(single) == 2 * 158
+    firsts = set()
+    for i in range(158):
+        sample, kind, name = both[i], single[2 * i], single[2 * i + 1]
+        assert [role for role, _ in sample.turns] == [HUMAN, GPT] * 2
+        assert sample.turns[0][1].startswith(IMAGE) and IMAGE not in sample.turns[2][1]
+        assert {sample.turns[1], sample.turns[3]} == {kind.turns[1], name.turns[1]}
+        firsts.add(sample.turns[0][1])
+    assert len(firsts) == 2
 
 
 def test_emoji_batches():

@@ -38,6 +38,7 @@ class ConversationConfig:
       image_folder: where the paths of images begin; the file's folder when empty.
       split: "train", "heldout" or "all".
       questions: of "emoji", which ones; all when empty.
+      together: of "emoji": all questions about a picture in one conversation.
       template: one of `templates.TEMPLATES`.
       system: what conversations begin with instead of the template's own; None keeps that.
       text_tokenizer: see `text.load_text_tokenizer`.
@@ -55,6 +56,7 @@ class ConversationConfig:
     image_folder: str = ""
     split: str = "train"
     questions: tuple[str, ...] = ()
+    together: bool = False
     template: str = "vicuna_v1"
     system: str | None = None
     text_tokenizer: str = "bytes"
@@ -126,7 +128,7 @@ class Conversations:
         """
         self.config = config
         if config.name == "emoji":
-            self.source: Any = EmojiConversations(config.split, config.questions)
+            self.source: Any = EmojiConversations(config.split, config.questions, config.together)
         else:
             self.source = conversations.JsonlConversations(
                 config.path, config.split, config.image_folder

@@ -1,12 +1,12 @@
 """Questions and answers about the emoji inside the package, made from labels, tags and groups.
 
-Every emoji has one conversation per question: what kind of thing it is, what it is called, which
-words go with it, and whether it is something (half of the time something else). "heldout" is the
-fixed tenth of pictures that never trains, the same as of the tokenizer.
+Every emoji has one conversation per question, or one with all of them: what kind of thing it is,
+what it is called, which words go with it, and whether it is something (half of the time something
+else). "heldout" is the fixed tenth of pictures that never trains, the same as of the tokenizer.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,13 @@ _TAGS = 5
 class EmojiConversations:
     """The emoji's conversations; small, so they stay in memory."""
 
-    def __init__(self, split: str, questions: tuple[str, ...] = ()):
+    def __init__(self, split: str, questions: tuple[str, ...] = (), together: bool = False):
         """Makes them.
 
         Args:
           split: "train", "heldout" or "all".
           questions: which of QUESTIONS; all when empty.
+          together: one conversation per picture asks all of them, each picture in another order.
 
         Raises:
           ValueError: an unknown split or question.
@@ -52,10 +53,18 @@ class EmojiConversations:
         self._groups = {e["name"]: int(e["group"]) for e in self._examples}
         chosen = questions or tuple(QUESTIONS)
         self._samples = [
-            (name, Sample(_turns(*QUESTIONS[name](e, self._examples)), e["name"], True))
-            for e in self._examples
-            for name in chosen
+            self._sample(example, names)
+            for example in self._examples
+            for names in ([_shuffled(example, chosen)] if together else [(n,) for n in chosen])
         ]
+
+    def _sample(self, example: Any, names: Sequence[str]) -> tuple[str, Sample]:
+        """The questions' names and their conversation; the picture belongs to the first one."""
+        turns = []
+        for i, name in enumerate(names):
+            question, answer = QUESTIONS[name](example, self._examples)
+            turns += [(HUMAN, question if i else f"{IMAGE}\n{question}"), (GPT, answer)]
+        return " ".join(names), Sample(tuple(turns), example["name"], True)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -81,8 +90,9 @@ class EmojiConversations:
         return self._groups[image]
 
 
-def _turns(question: str, answer: str) -> tuple[tuple[str, str], ...]:
-    return (HUMAN, f"{IMAGE}\n{question}"), (GPT, answer)
+def _shuffled(example: Any, names: Sequence[str]) -> list[str]:
+    """The names in an order that depends on the picture alone."""
+    return sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
 
 
 def _kind(example: Any, _: Any) -> tuple[str, str]:

@@ -116,6 +116,7 @@ class _UnderstandingStage:
             image_folder=data.image_folder,
             split=split,
             questions=tuple(self.config.eval.questions if held_out else data.questions),
+            together=data.together and not held_out,
             template=data.template,
             system=data.system if data.own_system else None,
             text_tokenizer=data.text_tokenizer,
