@@ -147,6 +147,18 @@ def test_the_validator_on_what_is_used_all_the_same(folder, capsys):
         assert text in out
 
 
+def test_the_validator_names_swapped_roles_and_lost_answers(folder, capsys):
+    """The first turn of swapped roles is left out, with its picture; the order is the fault."""
+    file = folder / "odd.jsonl"
+    swapped = ("a.png", [(GPT, "<image>\nWhat?"), (HUMAN, "A cat.")])
+    buried = ("a.png", [(HUMAN, "<image>\n" + "What? " * 100), (GPT, "A cat.")])
+    file.write_bytes(b"\n".join(map(line, (swapped, buried))))
+    assert validate.main([str(file), "--vectors=4", "--max_length=300"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("line 1: bad order of turns") and "left out" in out[0]
+    assert "where the first answer has not begun" in out[1] and len(out) == 3
+
+
 def test_the_validator_as_a_program(folder):
     good = folder / "good.jsonl"
     good.write_bytes(line([(HUMAN, "a"), (GPT, "b")]))

@@ -202,23 +202,28 @@ def prepare(
       max_length: of the row, images included; what is behind is cut off.
 
     Raises:
-      BrokenSample: markers that do not go with the picture, turns in bad order, or nothing that
-        carries loss.
+      BrokenSample: markers that do not go with the picture, turns in bad order or that the template
+        cannot take, or nothing that carries loss.
     """
     marked = [IMAGE in text for _, text in sample.turns]
     if any(marked) and not sample.image:
         raise BrokenSample("marker without image", f"the text has an {IMAGE} and no picture")
     turns = templates.prepare_turns(sample.turns, bool(sample.image))
+    try:
+        templates.check_roles(turns)
+    except ValueError as error:
+        left_out = len(sample.turns) - len(turns)
+        more = f" (before them {GPT}'s first turn is left out)" if left_out else ""
+        raise BrokenSample("bad order of turns", f"{error}{more}") from error
     count = sum(IMAGE in text for _, text in turns)
     if sample.image and not count:
         raise BrokenSample("image without marker", f"no turn has an {IMAGE}")
     if count > 1:
         raise BrokenSample("several markers", f"{count} turns have an {IMAGE}, of one picture")
     try:
-        templates.check_roles(turns)
         tokens = template.tokenize(text_tokenizer, turns)
     except ValueError as error:
-        raise BrokenSample("bad order of turns", str(error)) from error
+        raise BrokenSample("not for this template", str(error)) from error
     row = insertion.merge_row(tokens.ids_L, tokens.labels_L, vectors, max_length)
     if (row["labels"] == IGNORE).all():
         if (tokens.labels_L == IGNORE).all():

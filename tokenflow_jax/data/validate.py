@@ -97,6 +97,9 @@ class Checker:
         length = insertion.merged_length(ids_L, self.vectors)
         if length > self.max_length:
             detail = f"{length} tokens, cut to {self.max_length}"
+            question_T = self.template.prompt_ids(self.text_tokenizer, turns[:1])
+            if insertion.merged_length(question_T, self.vectors) >= self.max_length:
+                detail += ", where the first answer has not begun"
             yield Fault(number, "over length", detail, False)
 
     def _image(self, image: str) -> BrokenSample | None:
