@@ -194,12 +194,11 @@ def _on_emoji(config: ConfigDict, batch_size: int, steps: int, length: int) -> C
 def _smollm2(config: ConfigDict) -> ConfigDict:
     """SmolLM2-135M-Instruct reads the quickstart's codes."""
     pretrain = config.data.template == "plain"
-    size, steps, length = (8, 200, 80) if pretrain else (4, 150, 112)
-    config = _on_emoji(config, size, steps, length)
+    config = _on_emoji(config, 8, 150 if pretrain else 80, 80 if pretrain else 120)
     config.data.own_system = True  # none
-    config.data.questions = ("name",) if pretrain else ("kind", "name", "words")
-    config.eval.conversations = 40
-    config.eval.questions = ("name",) if pretrain else ("kind",)
+    config.data.questions = ("kind", "name")
+    config.data.together = not pretrain  # a caption is one answer
+    config.eval.conversations = 80
     config.eval.batch_size = 8
     config.eval.max_new = 12
     config.optimizer.learning_rate = 3e-3 if pretrain else 2e-4
