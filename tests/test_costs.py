@@ -67,7 +67,18 @@ HLO = """
   %one = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}) all-reduce(%x, %y), to_apply=%add
 }
 
+%start (p: f32[8]) -> f32[32] {
+  ROOT %gather = f32[32]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%beside (p: f32[8]) -> f32[32] {
+  %gather = f32[32]{0} all-gather(%p), channel_id=7, dimensions={0}
+  ROOT %sum = f32[32]{0} add(%gather, %gather)
+}
+
 ENTRY %main (p: f32[]) -> f32[] {
+  %begun = f32[32]{0} fusion(%x), kind=kCustom, calls=%start
+  %going = f32[32]{0} fusion(%begun), kind=kCustom, calls=%beside
   %kernel = f32[4]{0} custom-call(%p), frontend_attributes={kernel_metadata={
 "metadata":"{}"
 }}, metadata={op_name="attributes of several lines"}
@@ -79,5 +90,5 @@ ENTRY %main (p: f32[]) -> f32[] {
 
 
 def test_collectives_inside_loops_count_often():
-    expected = {"all-gather": (1, 128), "all-reduce": (12, 12 * (2048 + 16))}
+    expected = {"all-gather": (2, 256), "all-reduce": (12, 12 * (2048 + 16))}
     assert costs.collectives(HLO) == expected

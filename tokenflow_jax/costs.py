@@ -111,6 +111,8 @@ _COLLECTIVE = re.compile(
     r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 _ARRAY = re.compile(r"\b([a-z]+\d+(?:[a-z]\d\w*)?|pred)\[([\d,]*)\]")
+_FUSED = re.compile(r" fusion\(.*\bcalls=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CALLED = re.compile(r"\b(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
@@ -129,17 +131,27 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     bodies, entry = _computations(hlo)
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, fused: set[str] | None = None) -> None:
+        """Adds up a computation; `fused` are the channels met in fusions of its caller."""
+        own: set[str] = set()
         for line in bodies.get(name, ()):
             found = _COLLECTIVE.search(line)
             if found:
+                channel = _CHANNEL.search(line)
+                if fused is not None and channel:
+                    # One that runs beside other work stands in all fusions that it runs beside.
+                    if channel[1] in fused:
+                        continue
+                    fused.add(channel[1])
                 sizes = [_array_bytes(*array) for array in _ARRAY.findall(found[1])]
                 # A start's result holds its operands too: the results are the larger half.
                 nbytes = max(sizes, default=0) if found[3] else sum(sizes)
                 totals[found[2]][0] += times
                 totals[found[2]][1] += times * nbytes
                 continue
-            if " while(" in line:
+            if called := _FUSED.search(line):
+                visit(called[1], times, own if fused is None else fused)
+            elif " while(" in line:
                 called = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))
                 limits = _LIMIT.findall("\n".join(bodies.get(called["condition"], ())))
                 visit(called["body"], times * max(map(int, limits), default=1))
