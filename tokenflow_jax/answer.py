@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer_variant=options.tokenizer_variant,
             text_tokenizer=options.text_tokenizer,
             template=options.template,
+            system=options.system,
+            image_mode=options.image_mode,
             step=options.step,
             dtype=options.dtype,
         )
@@ -111,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer_variant", help="which model a PyTorch tokenizer is")
     add("--text_tokenizer", help="a folder or bytes; a training run knows")
     add("--template", help="of conversations; a training run knows")
+    add("--system", help="what conversations begin with, if not as the template says")
+    add("--image_mode", choices=("pad", "square"), help="as in training; a training run knows")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--image", help="the picture; without one the question is about nothing")
     add("--question", action="append", default=[], help="may be given several times")

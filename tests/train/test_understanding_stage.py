@@ -281,7 +281,7 @@ def test_the_command(trained, picture, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer, tmp_path):
+def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer, tmp_path, capsys):
     """Through the released layout; what config.json cannot tell has to be said."""
     from tokenflow_jax.convert import __main__ as command
 
@@ -294,6 +294,12 @@ def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer,
         folder, tokenizer=tokenizer, text_tokenizer="bytes", template="vicuna_v1", system="",
         image_mode="square",
     )  # fmt: skip
-    assert other.answer("What?", picture, max_new=8) == assistant.answer(
-        "What?", picture, max_new=8
-    )
+    wanted = assistant.answer("What?", picture, max_new=8)
+    assert other.answer("What?", picture, max_new=8) == wanted
+    capsys.readouterr()
+    flags = [
+        f"--checkpoint={folder}", f"--tokenizer={tokenizer}", "--text_tokenizer=bytes",
+        "--template=vicuna_v1", "--system=", "--image_mode=square", "--max_new=8",
+    ]  # fmt: skip
+    assert answer.main([*flags, f"--image={picture}", "--question=What?"]) == 0
+    assert capsys.readouterr().out == f"{wanted}\n"

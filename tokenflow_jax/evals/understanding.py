@@ -194,6 +194,8 @@ def _load(options: flags.FlagValues) -> Any:
         tokenizer_variant=options.tokenizer_variant,
         text_tokenizer=options.text_tokenizer,
         template=options.template,
+        system=options.system,
+        image_mode=options.image_mode,
         step=options.step,
     )
 
@@ -219,6 +221,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("text_tokenizer", None, "A folder or bytes.", flag_values=values)
     flags.DEFINE_string(
         "template", None, "Of conversations; a training run knows.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "system",
+        None,
+        "What conversations begin with, if not as the template says.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "image_mode",
+        None,
+        ["pad", "square"],
+        "As in training; a training run knows.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "instruction",
