@@ -79,6 +79,26 @@ def test_memory_for_logits_does_not_grow_with_the_sequence():
     assert long - short < 3072 * vocabulary * 4 / 20
 
 
+def test_a_frozen_head_costs_no_gradient():
+    """Stage 1 trains the projector alone: the sum that would become the head's gradient is gone."""
+    width, vocabulary = 256, 16384
+    shapes = (
+        jax.ShapeDtypeStruct((1, 64, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, vocabulary), jnp.float32),
+        jax.ShapeDtypeStruct((1, 64), jnp.int32),
+    )
+
+    def temporaries(arguments):
+        def total(hidden, kernel, labels):
+            return token_losses(hidden, kernel, labels, 16)[0].sum()
+
+        compiled = jax.jit(jax.grad(total, arguments)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    head = width * vocabulary * 4
+    assert temporaries((0,)) < head / 2 < head < temporaries((0, 1))
+
+
 def test_eight_devices_agree_and_gather_the_head_once():
     # 64 ids split over tensor, 63 do not; 8 rows split over all axes but tensor.
     meshes = ("1,8,1,1:64", "1,1,8,1:64", "1,1,1,8:64", "1,2,2,2:64", "2,2,1,2:63")

@@ -308,7 +308,7 @@ class Generation(nn.Module):
           prefix_BP, real_BP, features_BMC, suffix_BT: see `__call__`.
           codes_BN: int codes, the labels.
           text: whether to compute the loss of the prefix, too.
-          tokens: positions whose logits exist at the same time.
+          tokens: positions whose logits a device holds at the same time.
         """
         hidden_BLC = self(prefix_BP, real_BP, features_BMC, suffix_BT)
         last = prefix_BP.shape[1] - 1

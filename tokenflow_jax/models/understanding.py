@@ -230,7 +230,7 @@ class Understanding(nn.Module):
         Args:
           ids_BL, places_BL, real_BL, features_BMNC: see `embed`; padding is on the right.
           labels_BL: ids that carry loss, negative elsewhere.
-          tokens: of which logits exist at once, see `token_losses`.
+          tokens: of which a device holds the logits at once, see `token_losses`.
 
         Returns:
           float32 scalars: "loss" the sum, "labels" their number, "right" how many were the most

@@ -73,7 +73,7 @@ class Trainer:
       optimizer: optax transformation, clipping included.
       trainable: pytree of bools shaped like the parameters, or None when all of them train.
       accumulate: microbatches per step.
-      tokens: of which logits exist at the same time.
+      tokens: of which a device holds the logits at the same time.
     """
 
     model: Understanding
