@@ -189,7 +189,8 @@ def test_another_model_or_data_is_refused_on_resume(tmp_path):
 def test_other_changes_are_named_in_a_warning(tmp_path, caplog):
     toy_stage.run(tmp_path, total_steps=5)
     toy_stage.run(tmp_path, total_steps=6, learning_rate=0.01, log_every=1)
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    (warning,) = [w for w in warnings if "config." in w]
     assert "config.learning_rate: 0.02 -> 0.01" in warning
     assert "config.log_every" not in warning
     assert "config.log_every: 5 -> 1" in caplog.text

@@ -54,7 +54,7 @@ class CodeRecords:
         self._length = sum(side * side for side in tokenizer["scales"])
         self.name = f"codes {split}"
         self.blank = np.zeros(self._length, np.int32)
-        self.skipped = Skipped()
+        self.skipped = Skipped(f"codes {path} {split}")
 
     def __len__(self) -> int:
         return len(self._source)

@@ -137,7 +137,7 @@ class Conversations:
             self.source = _Some(self.source, limit)
         self.text_tokenizer = text.load_text_tokenizer(config.text_tokenizer)
         self.template = get_template(config.template, config.system)
-        self.skipped = Skipped()
+        self.skipped = Skipped(f"{self.source.name} {config.split}")
         self.broken_images: set[str] = set()
         self._rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
         self._lock = threading.Lock()

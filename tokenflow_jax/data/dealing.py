@@ -30,6 +30,8 @@ _PLACE = "_place"
 class DealtBatches:
     """An endless iterator of batches of one share."""
 
+    _batches: grain.DatasetIterator | None = None
+
     def __init__(
         self,
         make: Callable[[int, np.random.Generator], Example | None],
@@ -71,7 +73,6 @@ class DealtBatches:
         self._done = 0  # how many of its places this share has passed
         # Places beyond the origin that were done before the stream was dealt like this.
         self._ahead: frozenset[int] = frozenset()
-        self._batches: grain.DatasetIterator | None = None
 
     def __iter__(self) -> "DealtBatches":
         return self
@@ -126,16 +127,20 @@ class DealtBatches:
 
     def close(self) -> None:
         """Ends the reading ahead; a later `next` begins it again."""
-        if self._batches is not None and hasattr(self._batches, "close"):
-            self._batches.close()
+        close_reader(self._batches)
         self._batches = None
 
+    def __del__(self):
+        # Grain's own iterators refer to themselves, so that one dropped reads on until Python
+        # happens to collect its garbage.
+        self.close()
+
     def _dataset(self) -> grain.IterDataset:
-        ahead = self._ahead
+        ahead, make = self._ahead, self._make  # not self: its readers must not keep it alive
 
         def example(place_and_item: tuple[int, int], rng: np.random.Generator):
             place, item = place_and_item
-            made = None if place in ahead else self._make(int(item), rng)
+            made = None if place in ahead else make(int(item), rng)
             return None if made is None else {**made, _PLACE: np.int64(place)}
 
         items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
@@ -191,6 +196,8 @@ class _Share(grain.MapDataset):
 class NumberedBatches:
     """An endless iterator of batches each of which follows from its number alone."""
 
+    _batches: grain.DatasetIterator | None = None
+
     def __init__(
         self,
         make: Callable[[int], Any],
@@ -211,7 +218,6 @@ class NumberedBatches:
         self._make, self._stream = make, dict(identity)
         self._reading = reading(threads, buffer)
         self._next = 0
-        self._batches: grain.DatasetIterator | None = None
 
     def __iter__(self) -> "NumberedBatches":
         return self
@@ -236,9 +242,11 @@ class NumberedBatches:
 
     def close(self) -> None:
         """Ends the reading ahead; a later `next` begins it again."""
-        if self._batches is not None and hasattr(self._batches, "close"):
-            self._batches.close()
+        close_reader(self._batches)
         self._batches = None
+
+    def __del__(self):  # see DealtBatches
+        self.close()
 
 
 def _checked(
@@ -275,6 +283,12 @@ def reading(threads: int, buffer: int) -> grain.ReadOptions:
     return grain.ReadOptions(
         num_threads=threads or min(os.cpu_count() or 1, 32), prefetch_buffer_size=buffer
     )
+
+
+def close_reader(reader: grain.DatasetIterator | None) -> None:
+    """Ends the reading ahead of a Grain iterator; of older versions, which cannot, nothing."""
+    if hasattr(reader, "close"):
+        reader.close()
 
 
 def evaluation_places(

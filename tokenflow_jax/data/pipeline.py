@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 from tokenflow_jax.data import images, sources
-from tokenflow_jax.data.dealing import DealtBatches, evaluation_places, reading
+from tokenflow_jax.data.dealing import DealtBatches, close_reader, evaluation_places, reading
 from tokenflow_jax.data.images import BrokenImage
 from tokenflow_jax.data.skipped import Skipped
 
@@ -86,7 +86,8 @@ class Decoded:
         self.source = sources.open_source(
             config.name, config.path, config.split, config.image_folder
         )
-        self.skipped = Skipped()
+        place = " ".join(filter(None, (config.name, config.path, config.split)))
+        self.skipped = Skipped(place)
         # Pictures by index; None once the data set turned out not to fit.
         self._cache: dict[int, dict[str, Any]] | None = {}
         self._room = config.cache_megabytes * 2**20
@@ -307,21 +308,24 @@ def eval_batches(
 
 
 def _masked(
-    examples: Iterator[dict[str, np.ndarray]], batch_size: int, size: int, numbers: Sequence[str]
+    examples: grain.DatasetIterator, batch_size: int, size: int, numbers: Sequence[str]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches examples, of which those that are empty are masked out."""
+    """Batches examples, of which those that are empty are masked out; closes them at the end."""
     blank = np.zeros((size, size, 3), np.uint8)
-    while batch := list(itertools.islice(examples, batch_size)):
-        mask = np.array([bool(example) for example in batch])
-        # All batches have the same keys, also one without a usable picture.
-        yield {
-            "image": np.stack([example.get("image", blank) for example in batch]),
-            "mask": mask,
-            **{
-                key: np.array([example.get(key, _MISSING) for example in batch], np.int32)
-                for key in ("index", *numbers)
-            },
-        }
+    try:
+        while batch := list(itertools.islice(examples, batch_size)):
+            mask = np.array([bool(example) for example in batch])
+            # All batches have the same keys, also one without a usable picture.
+            yield {
+                "image": np.stack([example.get("image", blank) for example in batch]),
+                "mask": mask,
+                **{
+                    key: np.array([example.get(key, _MISSING) for example in batch], np.int32)
+                    for key in ("index", *numbers)
+                },
+            }
+    finally:  # also when nobody asks for the rest
+        close_reader(examples)
 
 
 def _with_some_usable(

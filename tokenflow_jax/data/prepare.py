@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tokenflow_jax.data import cifar10, images, jsonl, pipeline, records, sources
+from tokenflow_jax.data import cifar10, images, jsonl, records, sources
 from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.skipped import Skipped
 
 
 class _Progress:
@@ -159,7 +160,7 @@ def _prepare(
     overwrite: bool,
 ) -> dict[str, int]:
     """Writes all usable pictures of some sources."""
-    progress, skipped, done = _Progress(sum(map(len, splits.values()))), pipeline.Skipped(), 0
+    progress, skipped, done = _Progress(sum(map(len, splits.values()))), Skipped(str(src)), 0
     with records.DatasetWriter(dst, overwrite=overwrite) as writer:
         writer.about = dict(about)
         for split, source in splits.items():
