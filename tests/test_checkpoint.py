@@ -198,6 +198,7 @@ def test_a_checkpoint_of_an_older_format_is_explained(tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")  # TensorStore's
 def test_a_full_disk_is_explained_and_leaves_the_earlier_checkpoint(tmp_path):
     """A limit on file size stands for the full disk: the kernel refuses the write likewise."""
     state = make_state()

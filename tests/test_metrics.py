@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import threading
 
 import numpy as np
 import pytest
@@ -128,6 +130,16 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
         metrics.read_history(tmp_path / "metrics.jsonl")
 
 
+def records_of(path):
+    """The records of a TFRecord file."""
+    data, records = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        records.append(data[12 : 12 + length])
+        data = data[16 + length :]
+    return records
+
+
 def test_events_can_be_read_back(tmp_path):
     from tensorboardX.proto import event_pb2
 
@@ -135,11 +147,9 @@ def test_events_can_be_read_back(tmp_path):
     writer.scalars(7, {"loss/total": 0.25})
     writer.close()
     (path,) = (tmp_path / "tensorboard").glob("events*")
-    data, found = path.read_bytes(), {}
-    while data:
-        length = int.from_bytes(data[:8], "little")
-        event = event_pb2.Event.FromString(data[12 : 12 + length])
-        data = data[16 + length :]
+    found = {}
+    for record in records_of(path):
+        event = event_pb2.Event.FromString(record)
         found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
     assert found["loss/total"] == (7, 0.25)
 
@@ -158,3 +168,31 @@ def test_where_files_cannot_grow_the_history_is_written_with_each_flush(tmp_path
     again.scalars(2, {"loss/total": 1.5})
     again.close()
     assert [(x["step"], x["loss/total"]) for x in metrics.read_history(path)] == [(1, 2), (2, 1.5)]
+
+
+def test_a_full_disk_is_an_error_of_the_call_not_of_a_thread(tmp_path, monkeypatch):
+    """A limit on file size stands for the full disk: the kernel refuses the write likewise."""
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)  # only the events grow
+    threads = threading.active_count()
+    writer = metrics.Writer(tmp_path)
+    assert threading.active_count() == threads
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, previous[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            for step in range(1000):
+                writer.scalars(step, {"loss/total": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    writer.scalars(1000, {"loss/total": 0.5})  # there is room again
+    writer.close()
+
+
+def test_a_restart_hides_what_lies_beyond_it(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    metrics.Writer(tmp_path, resume_step=20).close()
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    events = [event_pb2.Event.FromString(record) for record in records_of(path)]
+    starts = [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [21]

@@ -215,8 +215,6 @@ class Writer:
         self.history: list[dict[str, Any]] = []
         if not enabled:
             return
-        from tensorboardX import SummaryWriter  # here, so that importing this module stays fast
-
         self._workdir.mkdir(parents=True, exist_ok=True)
         (self._workdir / "images").mkdir(exist_ok=True)
         old = read_history(self._history_path)
@@ -228,11 +226,7 @@ class Writer:
         # Object stores cannot append: there the file is written anew at each flush, that is, with
         # each checkpoint; a run continues from there, so a kill loses nothing that counts.
         self._file = None if is_remote(self._workdir) else self._history_path.open("a")
-        # purge_step tells TensorBoard to hide what an earlier start logged from there on.
-        self._events = SummaryWriter(
-            str(self._workdir / "tensorboard"),
-            purge_step=resume_step + 1 if resume_step else None,
-        )
+        self._events = _Events(self._workdir / "tensorboard", resume_step)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line of scalars; a non-finite value is written as null."""
@@ -245,7 +239,7 @@ class Writer:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         for key, value in scalars.items():
-            self._events.add_scalar(key, float(value), step)
+            self._events.scalar(step, key, float(value))
 
     def images(self, step: int, grids: Mapping[str, np.ndarray]) -> None:
         """Writes grids, uint8 (height, width, 3), as PNG files and TensorBoard images."""
@@ -261,7 +255,7 @@ class Writer:
             path = self._workdir / "images" / f"{name.replace('/', '-')}_{step:07d}.png"
             with path.open("wb") as file:
                 Image.fromarray(grid_HWC).save(file, format="PNG", optimize=True)
-            self._events.add_image(name, grid_HWC, step, dataformats="HWC")
+            self._events.image(step, name, grid_HWC)
 
     def flush(self) -> None:
         """Makes everything written so far readable by others."""
@@ -285,3 +279,44 @@ class Writer:
         rewritten = self._workdir / "metrics.jsonl.new"
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         rewritten.replace(self._history_path)
+
+
+class _Events:
+    """TensorBoard's event file, written by the calling thread.
+
+    tensorboardX's SummaryWriter has a thread of its own for it. A full disk ends that thread with a
+    traceback, and then the training waits for good for it to take the next event.
+    """
+
+    _FLUSH_SECONDS = 60.0
+
+    def __init__(self, folder: epath.Path, resume_step: int):
+        # Here, so that importing this module stays fast.
+        from tensorboardX import event_file_writer, record_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        self._event, self._summary = event_pb2.Event, summary
+        record_writer.directory_check(str(folder))
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        if resume_step:  # TensorBoard hides what an earlier start logged from there on
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(resume_step + 1, session_log=start)
+
+    def scalar(self, step: int, name: str, value: float) -> None:
+        self._write(step, summary=self._summary.scalar(name, value))
+
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        self._write(step, summary=self._summary.image(name, image_HWC, dataformats="HWC"))
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+            self.flush()

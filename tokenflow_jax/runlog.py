@@ -22,6 +22,23 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+def hush_tensorstore() -> None:
+    """Leaves out what TensorStore says when Orbax stops waiting for writes of which one failed.
+
+    That one is raised as an error; the others find nobody to report to, a traceback each. May be
+    called again.
+    """
+    others = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    hook.hushes_tensorstore = True
+    if not hasattr(others, "hushes_tensorstore"):
+        sys.unraisablehook = hook
+
+
 def set_up(verbose: bool = True) -> None:
     """Sends the log of this project to the terminal; may be called again.
 
@@ -37,3 +54,4 @@ def set_up(verbose: bool = True) -> None:
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     log.propagate = False
     logging.getLogger("absl").addFilter(_is_not_orbax)
+    hush_tensorstore()

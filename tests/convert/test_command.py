@@ -119,6 +119,7 @@ def test_damaged_files_are_one_line(here, capsys, damage):
     assert not Path("ours").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")  # TensorStore's
 @pytest.mark.parametrize(("target", "kind"), [("x.pt", "torch"), ("x", "orbax")])
 def test_a_full_disk_leaves_what_was_there(here, capsys, target, kind):
     """A limit on file size stands for the full disk: the kernel refuses the write likewise."""

@@ -27,6 +27,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from tokenflow_jax import runlog
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint of a workdir; default: newest")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --dst")
     options = parser.parse_args(argv)
+    runlog.hush_tensorstore()
     try:
         _convert(options)
     except (OSError, ValueError) as error:
