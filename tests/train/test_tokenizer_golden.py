@@ -27,6 +27,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 PATCHGAN = patchgan_rules()
 TOKENIZER = tokenizer_table(TokenizerConfig())
 TEACHER = ViTConfig(projection=512)
+# At the published size optimised programs are worth compiling (conftest.py turns that off).
+OPTIMISED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
+DISCRIMINATOR_START = 20_000
 
 
 def _weights(name, table, template):
@@ -84,8 +90,8 @@ def run():
     return make, frozen, images_uint8("astronaut_224", "coffee_224")
 
 
-def _gradients(trainer, state, frozen, images):
-    """Unclipped gradients and metrics of one step."""
+def _gradients_of(trainer):
+    """A function of state, frozen weights and images: unclipped gradients and metrics."""
 
     def compute(state, frozen, images):
         keep_S = jnp.ones(len(trainer.model.config.scales))
@@ -93,14 +99,14 @@ def _gradients(trainer, state, frozen, images):
         key = jax.random.key(0)
         return trainer._gradients(state, batch_stats, frozen, images, keep_S, key)
 
-    return jax.jit(compute)(state, frozen, images)
+    return jax.jit(compute, compiler_options=OPTIMISED)
 
 
 @pytest.fixture(scope="module")
 def one_step(run):
     make, frozen, images = run
     trainer, state = make(adaptive=True)
-    return jax.device_get(_gradients(trainer, state, frozen, images))
+    return jax.device_get(_gradients_of(trainer)(state, frozen, images))
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +149,22 @@ def test_adaptive_weight(one_step, golden):
 
 
 @pytest.fixture(scope="module")
-def plain_step(run):
+def late_start(run):
+    """Metrics and gradients at a given step where the discriminator starts late."""
     make, frozen, images = run
-    trainer, state = make()
-    batch_stats, (gradients, metrics, _) = jax.device_get(
-        _gradients(trainer, state, frozen, images)
-    )
+    trainer, state = make(discriminator_start=DISCRIMINATOR_START)
+    gradients = _gradients_of(trainer)
+
+    def at(step):
+        here = state.replace(step=jnp.full_like(state.step, step))
+        return jax.device_get(gradients(here, frozen, images))
+
+    return at
+
+
+@pytest.fixture(scope="module")
+def plain_step(late_start):
+    batch_stats, (gradients, metrics, _) = late_start(DISCRIMINATOR_START)
     generator = rules.to_torch(gradients["generator"], TOKENIZER)
     variables = {"params": gradients["discriminator"], "batch_stats": batch_stats}
     return generator, rules.to_torch(variables, PATCHGAN), metrics
@@ -195,10 +211,8 @@ def test_usage_as_the_reference_counts_it(one_step, golden):
 
 
 @pytest.mark.slow
-def test_before_the_discriminator_starts(run, golden):
-    make, frozen, images = run
-    trainer, state = make(discriminator_start=20000)
-    _, (_, metrics, _) = _gradients(trainer, state, frozen, images)
+def test_before_the_discriminator_starts(late_start, golden):
+    _, (_, metrics, _) = late_start(DISCRIMINATOR_START - 1)
     assert metrics["adversarial/weight"] == golden["before_disc_start_disc_weight"] == 0
     _close(metrics["loss/total"], golden["before_disc_start_loss_gen"], 1e-4)
 
@@ -212,7 +226,7 @@ def test_three_steps(run, name):
     small = name.endswith("small_lr")
     trainer, state = make(learning_rate=golden["settings"]["lr"])
     start = jax.device_get((state.params, state.discriminator.params))
-    step = jax.jit(trainer.step, donate_argnums=0)
+    step = jax.jit(trainer.step, donate_argnums=0, compiler_options=OPTIMISED)
     for number, expected in enumerate(golden["steps"]):
         state, metrics = step(state, frozen, {"image": images})
         metrics = {key: float(value) for key, value in metrics.items()}
