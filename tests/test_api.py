@@ -146,3 +146,29 @@ def test_loading_says_what_is_wrong(tmp_path):
         tfx.Tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="float16"):
         tfx.Tokenizer.load(path, variant="b", dtype="float16")
+
+
+def test_the_tokenizer_that_a_language_model_was_trained_with(tiny, tmp_path, monkeypatch):
+    """Where its checkpoint says, or where it is now; another one is refused before it is used."""
+    monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
+    path = str(tmp_path / "tiny.safetensors")
+    buffers = tokenizer_buffers(TINY)
+    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    known = {"path": path, "variant": "tiny", "fingerprint": tiny.fingerprint}
+    assert api.load_tokenizer_of("runs/m", known).fingerprint == tiny.fingerprint
+    moved = {**known, "path": str(tmp_path / "gone")}
+    assert api.load_tokenizer_of("runs/m", moved, path, "tiny").config == TINY
+    assert api.load_tokenizer_of("runs/m", {}, tiny) is tiny
+    with pytest.raises(ValueError, match=r"gone' of runs/m is not there; say where"):
+        api.load_tokenizer_of("runs/m", moved)
+    with pytest.raises(ValueError, match=r"runs/m does not say where.*--tokenizer="):
+        api.load_tokenizer_of("runs/m", {"path": "", "fingerprint": tiny.fingerprint})
+    with pytest.raises(ValueError, match=r"is 0123, that .* codes mean something else"):
+        api.load_tokenizer_of("runs/m", {"fingerprint": "0123"}, tiny)
+
+
+def test_what_a_language_model_computes_in():
+    assert api.language_model_dtype("auto") == "float32"  # these tests run on CPU
+    assert api.language_model_dtype("bfloat16") == "bfloat16"
+    with pytest.raises(ValueError, match="dtype 'half'"):
+        api.language_model_dtype("half")

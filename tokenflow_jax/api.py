@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from tokenflow_jax.convert import conversion
 from tokenflow_jax.convert.rules import flatten, unflatten
+from tokenflow_jax.data.codes import check_tokenizer
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
 
 # What decides on codes: hyper-parameters, and top-level parts of the weights.
@@ -224,6 +226,52 @@ class Tokenizer:
                 f"{size - 1}"
             )
         return codes_BL.astype(np.int32)
+
+
+def load_tokenizer_of(
+    model: str,
+    known: Mapping[str, Any],
+    tokenizer: str | os.PathLike | Tokenizer | None = None,
+    variant: str | None = None,
+) -> Tokenizer:
+    """The image tokenizer that a language model was trained with.
+
+    Args:
+      model: where the model is, for messages.
+      known: "path", "variant" and "fingerprint" of its tokenizer, as far as its checkpoint knows.
+      tokenizer: it, or where it is now; where it was when None.
+      variant: which model a PyTorch tokenizer is.
+
+    Raises:
+      CodesError: the tokenizer is not the one that the model was trained with.
+      ValueError: nobody says where it is, it is not there, or it cannot be loaded.
+    """
+    if tokenizer is None:
+        tokenizer, variant = known.get("path"), variant or known.get("variant")
+        if not tokenizer:
+            raise ValueError(
+                f"{model} does not say where the image tokenizer is that it was trained with: "
+                "give it (--tokenizer=)"
+            )
+    if not isinstance(tokenizer, Tokenizer):
+        if not epath.Path(tokenizer).exists():
+            raise ValueError(
+                f"the image tokenizer {os.fspath(tokenizer)!r} of {model} is not there; say where "
+                "it is (--tokenizer=)"
+            )
+        tokenizer = Tokenizer.load(tokenizer, variant or None)
+    if known.get("fingerprint"):
+        check_tokenizer(model, known, tokenizer.identity)
+    return tokenizer
+
+
+def language_model_dtype(name: str) -> str:
+    """What a language model computes in: "auto" is bfloat16 on accelerators, float32 on CPU."""
+    if name == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r}: one of 'auto', 'float32', 'bfloat16'")
+    return name
 
 
 def _config(path: str, variant: str | None, options: Mapping[str, Any]) -> TokenizerConfig | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from tokenflow_jax import api, checkpoint
+from tokenflow_jax import api
 from tokenflow_jax.convert import conversion
 from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.convert.rules import unflatten
@@ -113,19 +113,14 @@ class Assistant:
             than the model was trained with.
         """
         path = os.fspath(path)
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        known, config = _what_is_known(path, variant, step)
+        dtype = api.language_model_dtype(dtype)
+        config, known = _torch_config(path, variant)
         source = conversion.open_source(path, config, part=PARTS["understanding"], step=step)
-        data, own = known.get("data", {}), known.get("tokenizer", {})
-        if not isinstance(tokenizer, api.Tokenizer):
-            tokenizer = _load_tokenizer(tokenizer, tokenizer_variant, own)
-        expected = own.get("fingerprint")
-        if expected and expected != tokenizer.fingerprint:
-            raise ValueError(
-                f"{path} was trained with the image tokenizer {expected}; the one given is "
-                f"{tokenizer.fingerprint}, whose codes mean something else"
-            )
+        known = source.saved or known
+        data = known.get("data", {})
+        tokenizer = api.load_tokenizer_of(
+            path, known.get("tokenizer", {}), tokenizer, tokenizer_variant
+        )
         text_tokenizer = text_tokenizer or data.get("text_tokenizer")
         if not text_tokenizer:
             raise ValueError(f"{path} does not say which text tokenizer it reads: give it")
@@ -393,27 +388,20 @@ def _pixels(picture: Picture) -> np.ndarray:
     return array
 
 
-def _what_is_known(
-    path: str, variant: str | None, step: int | None
-) -> tuple[Mapping[str, Any], UnderstandingConfig | None]:
-    """What a checkpoint says about its tokenizers, and the config of PyTorch weights."""
+def _torch_config(
+    path: str, variant: str | None
+) -> tuple[UnderstandingConfig | None, Mapping[str, Any]]:
+    """The config of PyTorch weights, and what their folder says about its tokenizers.
+
+    A checkpoint of ours says both itself.
+    """
     if not conversion.is_torch(path):
-        return checkpoint.read_info(checkpoint.find_checkpoint(path, step))["config"], None
+        return None, {}
     if variant is not None:
         variants = PARTS["understanding"].variants
         if variant not in variants:
             raise ValueError(f"variant {variant!r}: one of {', '.join(variants)}")
-        return {}, variants[variant]
+        return variants[variant], {}
     config, fields = read_understanding_config(path)
     known = {"tokenizer": {"fingerprint": fields.get("tokenflow_fingerprint", "")}}
-    return known | {"data": {"text_tokenizer": path}}, config
-
-
-def _load_tokenizer(
-    path: str | os.PathLike | None, variant: str | None, known: Mapping[str, Any]
-) -> api.Tokenizer:
-    if path is None:
-        path, variant = known.get("path"), variant or known.get("variant")
-    if not path:
-        raise ValueError("say where the image tokenizer is that the model was trained with")
-    return api.Tokenizer.load(path, variant or None)
+    return config, known | {"data": {"text_tokenizer": path}}

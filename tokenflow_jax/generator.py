@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax import mesh
-from tokenflow_jax.api import Tokenizer
-from tokenflow_jax.convert import conversion, orbax_files
+from tokenflow_jax.api import Tokenizer, language_model_dtype, load_tokenizer_of
+from tokenflow_jax.convert import conversion
 from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.convert.rules import unflatten
-from tokenflow_jax.data.codes import check_tokenizer
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
 from tokenflow_jax.evals.similarity import to_uint8
 from tokenflow_jax.models import generate
@@ -152,15 +151,15 @@ class Generator:
           ValueError: no such path, or weights that do not fit.
         """
         path = os.fspath(path)
-        dtype = _dtype(dtype)
-        saved = _saved_config(path, step)
+        dtype = language_model_dtype(dtype)
         config = _torch_config(path, variant)
         source = conversion.open_source(
             path, config, part=PARTS["generation"], weights=None if ema else "raw", step=step
         )
-        held = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-        params = {name: jnp.asarray(t.read(), held) for name, t in source.arrays.items()}
-        tokenizer = _tokenizer(path, tokenizer, tokenizer_variant, saved)
+        saved = source.saved
+        fingerprint = saved.get("data", {}).get("fingerprint")
+        known = {**saved.get("tokenizer", {}), "fingerprint": fingerprint}
+        tokenizer = load_tokenizer_of(path, known, tokenizer, tokenizer_variant)
         text = dict(saved.get("text", {"tokenizer": "", "budget": 128}))
         text_tokenizer = text_tokenizer or text["tokenizer"]
         if not text_tokenizer:
@@ -168,6 +167,8 @@ class Generator:
                 f"{path} does not say which text tokenizer it was trained with: give it"
                 " (--text_tokenizer=FOLDER), for released checkpoints LLaMA-2's"
             )
+        held = jnp.dtype(dtype)
+        params = {name: jnp.asarray(t.read(), held) for name, t in source.arrays.items()}
         generator = cls(
             config=source.config,
             params=unflatten(params),
@@ -361,22 +362,6 @@ def _keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Arra
     return jax.vmap(key)(jnp.array(hashes, jnp.uint32), jnp.array(numbers, jnp.uint32))
 
 
-def _dtype(name: str) -> str:
-    if name == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r}: one of 'auto', 'float32', 'bfloat16'")
-    return name
-
-
-def _saved_config(path: str, step: int | None) -> Mapping[str, Any]:
-    """The config in a checkpoint of ours; empty for a PyTorch one."""
-    if conversion.is_torch(path):
-        return {}
-    info, _ = orbax_files.open_checkpoint(path, step)
-    return info["config"]
-
-
 def _torch_config(path: str, variant: str | None) -> GenerationConfig | None:
     """Which model a PyTorch checkpoint holds; a checkpoint of ours knows."""
     if not conversion.is_torch(path):
@@ -389,34 +374,6 @@ def _torch_config(path: str, variant: str | None) -> GenerationConfig | None:
             f"{sorted(VARIANTS)} (got {variant!r})"
         )
     return VARIANTS[variant]
-
-
-def _tokenizer(
-    path: str,
-    tokenizer: str | os.PathLike | Tokenizer | None,
-    variant: str | None,
-    saved: Mapping[str, Any],
-) -> Tokenizer:
-    """The image tokenizer, checked against the one that the model was trained with."""
-    known = saved.get("tokenizer", {})
-    if tokenizer is None:
-        tokenizer, variant = known.get("path", ""), variant or known.get("variant")
-        if not tokenizer:
-            raise ValueError(
-                f"{path} does not say where its image tokenizer is: give it (--tokenizer=)"
-            )
-    if not isinstance(tokenizer, Tokenizer):
-        if not os.path.exists(tokenizer):
-            raise ValueError(
-                f"the image tokenizer {os.fspath(tokenizer)!r} of {path} is not there; say where "
-                "it is (--tokenizer=)"
-            )
-        tokenizer = Tokenizer.load(tokenizer, variant or None)
-    fingerprint = saved.get("data", {}).get("fingerprint")
-    if fingerprint:
-        identity = {**tokenizer.identity, "fingerprint": fingerprint}
-        check_tokenizer(path, identity, tokenizer.identity)
-    return tokenizer
 
 
 def _recipe(sampling: Mapping[str, Any]) -> dict[str, Any]:

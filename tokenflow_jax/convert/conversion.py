@@ -45,6 +45,7 @@ class Source(NamedTuple):
       buffers: what a PyTorch file holds beyond them, by torch name.
       weights: which ones, "ema" or "raw".
       files: PyTorch files that hold them; none for a checkpoint of ours.
+      saved: the whole config of the run that wrote a checkpoint of ours.
     """
 
     config: Any
@@ -52,6 +53,7 @@ class Source(NamedTuple):
     buffers: Tensors
     weights: str
     files: tuple[str, ...] = ()
+    saved: Mapping[str, Any] = {}
 
 
 class Written(NamedTuple):
@@ -205,7 +207,7 @@ def _open_ours(
         lines = [f"  {name}: {have.get(name)} there, {want.get(name)} here" for name in wrong]
         raise ValueError(f"{path} does not fit its own config:\n" + "\n".join(lines))
     buffers = {name.replace("/", "."): tensor for name, tensor in field("buffers").items()}
-    return Source(saved, arrays, buffers, weights)
+    return Source(saved, arrays, buffers, weights, saved=info["config"])
 
 
 def _choose(path: str | os.PathLike, there: Mapping[str, Any], weights: str | None) -> str:

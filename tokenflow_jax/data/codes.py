@@ -134,20 +134,21 @@ def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str,
 
     Args:
       path: what holds the codes or learnt them, for the message.
-      written_by, used: "fingerprint", "codebook_size", "scales" of both.
+      written_by: the "fingerprint" noted there, and "codebook_size" and "scales" if they are.
+      used: all three of the tokenizer in use.
     """
     if written_by["fingerprint"] == used["fingerprint"]:
         return
     differences = [
         f"{key} {written_by[key]} there, {used[key]} here"
         for key in ("codebook_size", "scales")
-        if written_by[key] != used[key]
+        if key in written_by and written_by[key] != used[key]
     ]
     raise CodesError(
         f"{path} belongs to codes made by another tokenizer: their fingerprint is "
         f"{written_by['fingerprint']}, that of the tokenizer in use {used['fingerprint']}"
         + (f" ({'; '.join(differences)})" if differences else "")
-        + "; give the tokenizer that made them"
+        + ", whose codes mean something else; give the tokenizer that made them"
     )
 
 

@@ -81,9 +81,8 @@ class _GenerationStage:
     def _fill_in(self) -> None:
         """Puts into the config what a checkpoint has to know of the tokenizers."""
         config, identity = self.config, self.tokenizer.identity
-        given = config.data.fingerprint
-        if given and given != identity["fingerprint"]:
-            check_tokenizer("this run's data", {**identity, "fingerprint": given}, identity)
+        if config.data.fingerprint:
+            check_tokenizer("this run's data", {"fingerprint": config.data.fingerprint}, identity)
         model = dataclasses.asdict(self.program.model_config)
         # These two are choices of a run, not of the model: another run may take others.
         for name in ("remat", "attention"):
