@@ -11,8 +11,9 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from late_writer import writing
 
-from tokenflow_jax import checkpoint
+from tokenflow_jax import checkpoint, disk
 from tokenflow_jax.convert import orbax_files
 
 
@@ -221,6 +222,24 @@ def test_a_full_disk_is_explained_and_leaves_the_earlier_checkpoint(tmp_path):
     assert again.latest_step() == 7
     assert_same(again.restore(7, big, Position()), big)
     again.close()
+
+
+def test_opening_waits_for_the_writers_of_a_failed_save(tmp_path):
+    save(tmp_path, make_state()).close()
+    unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    with writing(unfinished / "state", 1.0):
+        checkpoints = checkpoint.Checkpoints(tmp_path)
+    assert checkpoints.latest_step() == 7
+    assert not unfinished.exists()
+    checkpoints.close()
+
+
+def test_an_unfinished_checkpoint_that_is_written_forever_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_PATIENCE_S", 0.3)
+    unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+    reason = r"8\.orbax-checkpoint-tmp cannot be removed \(something goes on writing there\)"
+    with writing(unfinished, 2.0), pytest.raises(checkpoint.CheckpointError, match=reason):
+        checkpoint.Checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/7"])

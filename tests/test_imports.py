@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tokenflow_jax"
 EDGE = (
-    "mesh", "checkpoint", "checksums", "distributed", "optim", "metrics", "report", "runlog",
-    "command_line",
+    "mesh", "checkpoint", "checksums", "disk", "distributed", "optim", "metrics", "report",
+    "runlog", "command_line",
 )  # fmt: skip
 
 # Module (or package) -> the parts of tokenflow_jax that it may import. `api` is the public door.

@@ -25,11 +25,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from tokenflow_jax import checksums
+from tokenflow_jax import checksums, disk
 
 FORMAT = 2
 _MAX_LINES = 20
-_FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 class CheckpointError(ValueError):
@@ -54,8 +53,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             # Orbax's own cleaning overlooks a directory that it was killed right after making.
-            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                left.rmtree()
+            _remove_unfinished(self.directory)
         if asynchronous is None:
             asynchronous = jax.default_backend() != "cpu"
         self._manager = ocp.CheckpointManager(
@@ -178,7 +176,7 @@ class Checkpoints:
 
     def _raise_write_error(self, step: int | None, error: Exception) -> None:
         """Raises an I/O failure as a CheckpointError, and any other error as it is."""
-        full = full_disk(error)
+        full = disk.full_disk(error)
         if full is None and not isinstance(error, OSError):
             raise error
         name = "a checkpoint" if step is None else f"checkpoint {self.path(step)}"
@@ -226,14 +224,6 @@ class WorkdirLock:
     def __exit__(self, *unused: Any) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def full_disk(error: Exception) -> str | None:
-    """The operating system's words for a full disk in an error, or None.
-
-    TensorStore reports such errors as ValueError, in a page of text.
-    """
-    return next((text for text in _FULL_DISK if text in str(error)), None)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -309,6 +299,18 @@ def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> No
             + _bullets(damaged)
             + _before(path)
         )
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+    """Removes what killed or failed saves left in the folder of the checkpoints."""
+    for left in list(directory.glob("*.orbax-checkpoint-tmp*")):
+        try:
+            disk.remove(left)
+        except OSError as error:
+            raise CheckpointError(
+                f"the unfinished checkpoint {left} cannot be removed ({error.strerror}); end "
+                f"whatever writes there or correct the permissions, then run the same command again"
+            ) from error
 
 
 def _before(path: epath.Path) -> str:

@@ -1,7 +1,10 @@
 """Conversion both ways: bit-identical round trips, what is taken, and what is refused."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from late_writer import writing
 
 import tokenflow_jax as tfx
 from tokenflow_jax import checkpoint
@@ -198,3 +202,15 @@ def test_an_old_target_stays_until_the_new_one_is_complete(tmp_path):
             raise KeyboardInterrupt
         assert inside.read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_disk_is_the_reason_given_while_threads_still_write(tmp_path):
+    reason = r"target could not be written \(File too large\); free some space"
+    with (
+        contextlib.ExitStack() as writers,
+        pytest.raises(OSError, match=reason),
+        complete(tmp_path / "target") as partial,
+    ):
+        writers.enter_context(writing(partial / "state", 1.0))
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert not list(tmp_path.iterdir())

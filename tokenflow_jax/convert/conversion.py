@@ -9,14 +9,13 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.checkpoint import full_disk
+from tokenflow_jax import disk
 from tokenflow_jax.convert import orbax_files
 from tokenflow_jax.convert.lazy import LazyTensor
 from tokenflow_jax.convert.parts import PARTS, Part
@@ -303,34 +302,28 @@ def complete(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathl
         raise FileExistsError(f"{path} exists; give --overwrite to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    _remove(partial)  # of a killed process
+    disk.remove(partial)  # of a killed process
     try:
         yield partial
         if path.is_dir() or partial.is_dir():  # only a file can be replaced in one step
             old = path.with_name(f".old-{path.name}")
-            _remove(old)
+            disk.remove(old)
             if path.exists():
                 path.rename(old)
             partial.rename(path)
-            _remove(old)
+            disk.remove(old)
         else:
             os.replace(partial, path)
     except OSError as error:
-        reason = full_disk(error)
+        reason = disk.full_disk(error)
         if reason is None:
             raise
         raise OSError(
             f"{path} could not be written ({reason}); free some space, run the same again"
         ) from error
     finally:
-        _remove(partial)
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the reason is told; the next attempt begins with this
+            disk.remove(partial)
 
 
 def _sha256(path: str) -> str:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from tokenflow_jax import checkpoint, checksums
+from tokenflow_jax import checkpoint, checksums, disk
 from tokenflow_jax.checkpoint import CheckpointError
 from tokenflow_jax.convert.lazy import LazyTensor
 from tokenflow_jax.convert.rules import unflatten
@@ -165,7 +165,7 @@ def save_weights(
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             checkpointer.save(path / "state", args=args)
     except (ValueError, RuntimeError) as error:  # so TensorStore reports the system's errors
-        reason = checkpoint.full_disk(error)
+        reason = disk.full_disk(error)
         if reason is None:
             raise
         raise OSError(reason) from error
