@@ -46,7 +46,7 @@ def call(*arguments, cwd=REPOSITORY):
         text=True,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -157,13 +157,13 @@ def call_with_toy_stage(*arguments, cwd):
 def test_the_same_command_trains_and_continues(tmp_path):
     overrides = ("--config.data_delay=0.0", "--config.checkpoint_every=5")
     process = call_with_toy_stage("--config.total_steps=10", *overrides, cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "step 10/10  total" in out and "images/s" in out and "eta" in out
     assert (tmp_path / "runs" / "toy_stage" / "report.html").exists()
     assert err == ""  # no noise from libraries
     process = call_with_toy_stage("--config.total_steps=12", *overrides, cwd=tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "continued from checkpoint runs/toy_stage/checkpoints/10" in out.replace(
         f"{tmp_path}/", ""
@@ -172,7 +172,7 @@ def test_the_same_command_trains_and_continues(tmp_path):
 
 def test_a_failed_run_ends_with_code_1_and_one_line(tmp_path):
     process = call_with_toy_stage("--config.nan_at=7", cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err.count("\n") == 1 and "step 7: loss/total not finite" in err
 
@@ -184,12 +184,12 @@ def test_a_failed_run_ends_with_code_1_and_one_line(tmp_path):
 def test_signals_save_and_end_with_their_code(tmp_path, monkeypatch, number, scheduler_s, code):
     if scheduler_s:
         monkeypatch.setenv("TOKENFLOW_SIGTERM_CODE", scheduler_s)
-    process = call_with_toy_stage("--config.step_delay=0.05", cwd=tmp_path)
+    process = call_with_toy_stage("--config.step_delay=0.1", cwd=tmp_path)
     for line in process.stdout:
         if "step  5/40" in line:
             process.send_signal(number)
             break
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert f"stopped by {number.name} at step" in out
     assert "Traceback" not in err

@@ -106,10 +106,10 @@ def test_floating_point_picture_is_refused():
 
 def test_bomb_is_refused_from_its_header(bomb):
     assert len(bomb) < 6_000_000
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(BrokenImage, match="too large") as caught:
         images.decode(bomb)
-    assert time.perf_counter() - start < 0.5  # decoding takes seconds and 1.2 GB
+    assert time.thread_time() - start < 0.5  # decoding takes seconds and 1.2 GB
     assert caught.value.reason == "too large"
 
 

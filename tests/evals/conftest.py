@@ -38,7 +38,7 @@ def command():
             text=True,
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
-            timeout=120,
+            timeout=300,
         )
         return result.returncode, result.stdout, result.stderr
 

@@ -112,7 +112,7 @@ def test_two_processes_find_what_one_finds():
         )
         for i in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
     figures, count, outer, name = json.loads(outputs[0].splitlines()[-1])
     alone = reconstruction.evaluate(rough, HELD_OUT, 32, SCALES)

@@ -82,7 +82,7 @@ class Machine:
             env={name: value for name, value in environment.items() if value is not None},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
 
     def check(self, script, *arguments, dry_run=True, **settings) -> list[list[str]]:

@@ -287,11 +287,10 @@ def pod(machine, checkout):
 
 
 def wait_until(condition):
-    for _ in range(200):
-        if condition():
-            return
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "not in a minute"
         time.sleep(0.02)
-    raise AssertionError("not in 4 s")
 
 
 def test_a_worker_installs_runs_stops_and_continues(pod):
