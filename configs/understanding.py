@@ -67,6 +67,9 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.total_steps = 1000
     config.batch_size = 128  # conversations per step over all devices
     config.accumulate = 1  # microbatches per step, scanned on the device
+    # Conversations of a row. With 2 a batch has half as many rows, a long conversation with a short
+    # one, and less padding; what is learnt is the same. May differ from run to run.
+    config.pack = 1
     config.mesh = ConfigDict()  # devices per axis; -1: the rest
     config.mesh.slice = 1  # slices of a multi-slice job
     config.mesh.data = 1  # copies of the model
@@ -100,7 +103,7 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.data.text_tokenizer = ""  # a folder of the language model, or bytes
     config.data.image_mode = "pad"  # to a grey square, or square: the aspect ratio changes
     config.data.max_length = 2048  # tokens of a conversation, images included
-    config.data.buckets = ()  # lengths of batches; () only max_length
+    config.data.buckets = ()  # lengths of rows below the longest, pack * max_length
     config.data.order = "random"  # or grouped, by kind and length
     config.data.features = "step"  # tokenize pictures in the step, or once before (small data)
 
@@ -144,6 +147,7 @@ def _pretrain(name: str) -> ConfigDict:
     config.trainable = ("projector",)
     config.data.template = "plain"
     config.data.image_mode = "square"
+    config.pack, config.data.buckets = 2, (1536, 1664, 1792, 2048, 2560)  # 729 and a caption, twice
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = round(0.03 * config.total_steps)
     config.tokenizer.variant = "xl"
@@ -155,21 +159,22 @@ def _finetune(name: str) -> ConfigDict:
     config = _base(VARIANTS[name])
     config.total_steps = 10_000_000 // 128
     config.data.order = "grouped"
-    config.data.buckets = (1024, 1536, 2048)
+    config.pack, config.data.buckets = 2, (1536, 2048, 2304, 2560, 3072)
     config.optimizer.warmup_steps = round(0.03 * config.total_steps)
     config.tokenizer.variant = "xl"
     return config
 
 
 def _vicuna(config: ConfigDict) -> ConfigDict:
-    """TokenFlow-B at 224 px, 16 x 16 vectors, and LLaVA-1.5's data: 558 k pairs, 665 k chats."""
+    """TokenFlow-B at 224 px, 14 x 14 vectors, and LLaVA-1.5's data: 558 k pairs, 665 k chats."""
     config.tokenizer.variant = "b"
     if config.data.template == "plain":
         config.total_steps = 558_000 // config.batch_size
+        config.data.buckets = (448, 512, 640, 768, 1024)
     else:
         config.total_steps = 665_000 // config.batch_size
         config.data.template = "vicuna_v1"
-        config.data.buckets = (512, 1024, 2048)
+        config.data.buckets = (768, 1024, 1280, 1536, 2048, 2560)
     config.optimizer.warmup_steps = round(0.03 * config.total_steps)
     return config
 
@@ -184,7 +189,7 @@ def _on_emoji(config: ConfigDict, batch_size: int, steps: int, length: int) -> C
     config.data.features = "once"
     config.data.image_mode = "square"  # they are square
     config.data.max_length = length
-    config.data.buckets = ()
+    config.pack, config.data.buckets = 1, ()
     config.data.order = "random"
     config.eval.conversations = 0
     config.eval.questions = ("kind",)

@@ -32,8 +32,10 @@ def batch_of(rng, side):
     for i in range(8):
         ids = rng.integers(1, 64, 6 + i)
         ids[1] = -200
-        rows.append(insertion.merge_row(ids, np.where(np.arange(6 + i) > 3, ids, -100), 9))
-    return insertion.pad_rows(rows, 24, side)
+        row = insertion.merge_row(ids, np.where(np.arange(6 + i) > 3, ids, -100), 9)
+        # In training, two conversations in a row: each has its own picture.
+        rows.append(insertion.join_rows([row, row], 9) if side == "right" else row)
+    return insertion.pad_rows(rows, 48 if side == "right" else 24, side)
 
 
 def run(name):
@@ -54,7 +56,7 @@ def run(name):
         device_mesh,
         jax.jit(trainer.step, in_shardings=(place, whole, split), out_shardings=(place, whole)),
     )
-    batch = {**batch_of(rng, "right"), "image_index": np.arange(8)[:, None]}
+    batch = {**batch_of(rng, "right"), "image_index": np.arange(16).reshape(8, 2) % 8}
     del batch["positions"]
     losses = []
     for _ in range(3):

@@ -302,7 +302,7 @@ class Assistant:
             rows.append(insertion.merge_row(tokens.ids_L, tokens.labels_L, self.vectors))
         longest = max(len(row["ids"]) for row in rows)
         batch = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND)
-        arrays = [batch[name] for name in ("ids", "labels", "places", "real")]
+        arrays = [batch[name] for name in ("ids", "labels", "places", "segments")]
         found, right = self._compiled["likelihood"](
             self.params, *arrays, self._features_of_rows(own)
         )

@@ -249,18 +249,22 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh, pack: int = 1) -> None:
     """Raises ValueError unless a global batch can be split evenly over the mesh.
 
     Args:
-      batch_size: images per optimiser step, over all processes.
+      batch_size: images or conversations per optimiser step, over all processes.
       mesh: the mesh of make_mesh.
+      pack: how many of them share a row.
     """
     parts = batch_parts(mesh)
-    if batch_size < 1 or batch_size % parts:
+    if pack < 1:
+        raise ValueError(f"pack={pack}: a row holds at least one conversation")
+    if batch_size < 1 or batch_size % (parts * pack):
+        rows, remedy = (f" in rows of {pack}", ", or a smaller pack") if pack > 1 else ("", "")
         raise ValueError(
-            f"batch_size={batch_size} cannot be split over {parts} devices (slice x data x fsdp); "
-            f"use a positive multiple of {parts}"
+            f"batch_size={batch_size}{rows} cannot be split over {parts} devices (slice x data x "
+            f"fsdp); use a positive multiple of {parts * pack}{remedy}"
         )
 
 

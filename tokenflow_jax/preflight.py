@@ -111,7 +111,11 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
         raise ValueError(f"no preflight for the stage {config.stage!r}; one of {list(PROGRAMS)}")
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
-    mesh.check_batch_size(sample or config.batch_size, device_mesh)
+    pack = config.get("pack", 1)
+    if sample:
+        mesh.check_batch_size(sample, device_mesh)
+    else:
+        mesh.check_batch_size(config.batch_size, device_mesh, pack)
     if chip.tpu:
         device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
     module, platform = importlib.import_module(PROGRAMS[config.stage]), "tpu" if chip.tpu else "gpu"
@@ -139,7 +143,7 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
         f"{topology.devices} devices, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
         f"parameters: {_count(program.parts['parameters']) / 1e6:.1f} million, "
-        f"batch: {config.batch_size}, compute: {program.dtype}",
+        f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {program.dtype}",
         "",
         *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
         "",
@@ -289,17 +293,19 @@ def _levers(
     if remat in (False, "none"):
         text = f"--config.remat={'block' if remat else True}: recompute activations"
         rows.append((compiled.temporaries * 0.6, text))
-    parts = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"] * config.get("pack", 1)
     needed = max(compiled.temporaries - compiled.excess, 1)
     smaller = max(int(config.batch_size * needed / compiled.temporaries) // parts, 1) * parts
     smaller = min(smaller, config.batch_size // 2)
     if smaller >= parts:
         saved = compiled.temporaries * (1 - smaller / config.batch_size)
         rows.append((saved, f"--config.batch_size={smaller}: fewer images per step"))
-        each = config.batch_size // parts  # images per device, which microbatches must divide
-        times = next(n for n in range(-(-config.batch_size // smaller), each + 1) if each % n == 0)
+        each = config.batch_size // parts  # rows per device, which microbatches must divide
+        at_least = -(-config.batch_size // smaller)
+        times = next((n for n in range(at_least, each + 1) if each % n == 0), 1)
         saved = compiled.temporaries * (1 - 1 / times)
-        rows.append((saved, f"--config.accumulate={times}: the same batch in parts"))
+        if times > 1:
+            rows.append((saved, f"--config.accumulate={times}: the same batch in parts"))
     rows.sort(reverse=True)
     head = "what would save most per device (estimates)"
     return [head, *(f"  {_gb(saved)}  {text}" for saved, text in rows[:3])]

@@ -114,7 +114,7 @@ def test_training_goes_on_around_the_faults(folder):
             16,
             3,
         )
-        assert (batch["labels"][~batch["real"]] == IGNORE).all()
+        assert (batch["labels"][batch["segments"] == 0] == IGNORE).all()
     text = data.text_tokenizer.decode(
         np.concatenate([b["labels"][b["labels"] >= 0] for b in rows]), skip_special_tokens=True
     )
@@ -204,6 +204,48 @@ def test_hosts_share_a_batch(folder):
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
 
 
+def spoken(data, batch):
+    """What each conversation of a batch says, with its picture where it has one."""
+    found = []
+    for r, segments in enumerate(batch["segments"]):
+        for number in range(1, segments.max() + 1):
+            where = segments == number
+            places = batch["places"][r][where]
+            text = data.text_tokenizer.decode(batch["ids"][r][where], skip_special_tokens=True)
+            if (places >= 0).any():
+                own = batch["image"][r, number - 1]
+                first = (number - 1) * data.config.vectors
+                assert places[places >= 0].tolist() == list(range(first, first + 4)) and own.any()
+            if where.any():
+                found.append(text)
+    return sorted(found)
+
+
+def test_rows_that_conversations_share(folder):
+    """The same conversations per batch in fewer rows, the longest with the shortest."""
+    apart = Conversations(config(folder))
+    shared = Conversations(config(folder, pack=3, buckets=(96, 128, 192, 384)))
+    batches = [
+        conversation_batches.train_batches(data, batch_size=12, seed=3) for data in (apart, shared)
+    ]
+    for _ in range(5):
+        one, other = (next(source) for source in batches)
+        assert other["image"].shape == (4, 3, 16, 16, 3) and len(other["ids"]) == 4
+        assert spoken(apart, one) == spoken(shared, other)
+        assert other["ids"].shape[1] <= 128  # three of the longest do not fit into that
+    halves = [
+        next(conversation_batches.train_batches(
+            shared, batch_size=12, seed=3, shard_index=i, shard_count=2
+        ))
+        for i in range(2)
+    ]  # fmt: skip
+    whole = next(conversation_batches.train_batches(shared, batch_size=12, seed=3))
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), array)
+    with pytest.raises(ValueError, match=r"3 conversations in a row.*multiple of 6"):
+        conversation_batches.train_batches(shared, batch_size=9, seed=3, shard_count=2)
+
+
 def test_grouped_batches_are_of_one_kind(folder):
     data = Conversations(config(folder, order="grouped"))
     order = data.order(0, 0, 4)
@@ -228,8 +270,8 @@ def test_no_usable_conversation(tmp_path):
 
 def test_a_config_names_all_that_is_wrong(folder):
     with pytest.raises(ValueError) as error:
-        config(folder, order="x", image_mode="y", buckets=(5, 3), template="z")
-    for part in ("order", "image_mode", "buckets", "template"):
+        config(folder, order="x", image_mode="y", buckets=(5, 3), template="z", pack=0)
+    for part in ("order", "image_mode", "buckets", "template", "pack is 0"):
         assert part in str(error.value)
 
 
@@ -270,7 +312,7 @@ def test_emoji_batches():
     )
     assert len(data) == len(data.images) == len(data.source.lengths()) == 40
     batches = list(conversation_batches.eval_batches(data, batch_size=32))
-    assert [int(b["real"].any(1).sum()) for b in batches] == [32, 8]
+    assert [int(b["segments"].any(1).sum()) for b in batches] == [32, 8]
     assert batches[0]["image"].std() > 10
 
 

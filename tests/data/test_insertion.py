@@ -34,7 +34,7 @@ def merged(golden, *, prefix="", vectors=VECTORS, length=113, max_length=None, s
 def test_equals_the_reference(golden, prefix, options):
     rows = merged(golden, **options)
     np.testing.assert_array_equal(rows["labels"], golden[f"{prefix}merged_labels"])
-    np.testing.assert_array_equal(rows["real"], golden[f"{prefix}merged_attention_mask"])
+    np.testing.assert_array_equal(rows["segments"], golden[f"{prefix}merged_attention_mask"])
     np.testing.assert_array_equal(rows["positions"], golden[f"{prefix}merged_position_ids"])
 
 
@@ -52,7 +52,7 @@ def test_a_list_of_images_at_one_marker(golden):
         rows.append(insertion.merge_row(ids[real], labels[real], counts[i]))
     batch = insertion.pad_rows(rows, 113)
     np.testing.assert_array_equal(batch["labels"], golden["list:merged_labels"])
-    np.testing.assert_array_equal(batch["real"], golden["list:merged_attention_mask"])
+    np.testing.assert_array_equal(batch["segments"], golden["list:merged_attention_mask"])
 
 
 def test_the_example_of_the_docstring():
@@ -61,8 +61,23 @@ def test_the_example_of_the_docstring():
     assert batch["ids"][0].tolist() == [5, 0, 0, 0, 7, 9, 0, 0]
     assert batch["places"][0].tolist() == [-1, 0, 1, 2, -1, -1, -1, -1]
     assert batch["positions"][0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
-    assert batch["real"].sum(1).tolist() == [6, 0]
+    assert batch["segments"].tolist() == [[1, 1, 1, 1, 1, 1, 0, 0], [0] * 8]
     assert insertion.merged_length(np.array([5, -200, 7, 9]), 3) == 6
+
+
+def test_conversations_that_share_a_row():
+    """The second is left out, the third has the row's third image; each counts from 0."""
+    first = insertion.merge_row(np.array([5, -200, 7]), np.array([5, -100, 7]), 2)
+    third = insertion.merge_row(np.array([8, -200]), np.array([8, -100]), 2)
+    joint = insertion.join_rows([first, {}, third], 2)
+    batch = insertion.pad_rows([joint, insertion.join_rows([{}], 2)], 8)
+    assert batch["ids"][0].tolist() == [5, 0, 0, 7, 8, 0, 0, 0]
+    assert batch["places"][0].tolist() == [-1, 0, 1, -1, -1, 4, 5, -1]
+    assert batch["segments"][0].tolist() == [1, 1, 1, 1, 3, 3, 3, 0]
+    assert batch["positions"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert batch["labels"][0].tolist() == [-100, -100, -100, 7, -100, -100, -100, -100]
+    assert first["labels"][0] == 5, "the argument was changed"
+    assert not batch["segments"][1].any()
 
 
 def test_images_in_order():

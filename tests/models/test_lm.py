@@ -180,12 +180,21 @@ def test_kernels_that_cannot_be_used_say_why():
 
 @pytest.mark.slow
 def test_splash_attention_equals_xla():
-    """The TPU's kernel, interpreted: grouped heads, blocks, padding, a length that is no tile."""
+    """The TPU's kernel, interpreted: grouped heads, padding, a length that is no tile;
+    blocks, and rows that texts share.
+    """
     length, width = 150, 64
     q = jax.random.normal(jax.random.key(0), (2, length, 4, width))
     k, v = jax.random.normal(jax.random.key(1), (2, 2, length, 2, width))
     real = jnp.arange(length) >= jnp.array([[0], [17]])
-    mask = Mask(real, Blocks(30, (1, 4, 16, 64)))
+    blocks = Mask(real, Blocks(30, (1, 4, 16, 64)))
+    segments = jnp.where(real, 1 + (jnp.arange(length) >= jnp.array([[40], [90]])), 0)
+    for mask in (blocks, Mask(real, segments_BK=segments)):
+        check_splash(mask, real, q, k, v)
+
+
+def check_splash(mask, real, q, k, v):
+    length = q.shape[1]
 
     def xla(q, k, v):
         return attention(q, k, v, mask.allowed(length, length))

@@ -58,7 +58,7 @@ def batch_of(ids_BT, mask_BT, labels_BT, features_INC, *, side="right", images=N
 
 
 def inputs(batch):
-    return (batch["ids"], batch["places"], batch["real"], batch["features"])
+    return (batch["ids"], batch["places"], batch["segments"], batch["features"])
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -72,7 +72,7 @@ def test_forward(case):
     batch = batch_of(
         want["input_ids"], want["attention_mask"], want["labels"], want["image_features"]
     )
-    variables, real = {"params": params}, batch["real"]
+    variables, real = {"params": params}, batch["segments"] > 0
     np.testing.assert_array_equal(batch["labels"], want["merged_labels"])
     embedded = model.apply(variables, *inputs(batch), method="embed")
     np.testing.assert_allclose(embedded, want["inputs_embeds"], atol=1e-5)
@@ -114,6 +114,43 @@ def test_gradients(case):
     for key, value in want.items():
         if key.startswith("grad:"):
             np.testing.assert_allclose(state[key[5:]], value, atol=1e-5)
+
+
+def test_conversations_that_share_a_row(case):
+    """Hidden states, loss and gradients are those of rows of their own."""
+    _, model, params, _, want = case
+    ids_BT, mask_BT, labels_BT = (want[k] for k in ("input_ids", "attention_mask", "labels"))
+    features = want["image_features"]  # the first row has one image, the second uses up one
+    apart = batch_of(ids_BT[:2], mask_BT[:2], labels_BT[:2], features)
+    rows = [
+        insertion.merge_row(ids[mask], labels[mask], features.shape[1])
+        for ids, mask, labels in zip(ids_BT[:2], mask_BT[:2].astype(bool), labels_BT, strict=False)
+    ]
+    joint = insertion.join_rows([rows[1], {}, rows[0]], features.shape[1])
+    shared = insertion.pad_rows([joint], len(joint["ids"]) + 3)
+    shared["features"] = np.stack([features[1], features[1] * 0, features[0]])[None]
+
+    def hidden(batch):
+        return model.apply({"params": params}, *inputs(batch))[0][batch["segments"] > 0]
+
+    first = int(apart["segments"][0].sum())
+    expected = hidden(apart)
+    expected = np.concatenate([expected[first:], expected[:first]])
+    np.testing.assert_allclose(hidden(shared), expected, atol=5e-5)
+
+    def loss(params, batch):
+        args = (batch["ids"], batch["labels"], *inputs(batch)[1:])
+        out = model.apply({"params": params}, *args, method="loss")
+        return out["loss"], out
+
+    graded = jax.jit(jax.grad(loss, has_aux=True))
+    (got, sums), (gradients, expected) = graded(params, shared), graded(params, apart)
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1)),
+        got, gradients,
+    )  # fmt: skip
 
 
 def test_a_list_of_images_at_one_marker(case):

@@ -93,11 +93,13 @@ def test_every_variant_is_valid(variant):
     get_template(config.data.template)
     assert LoopOptions.from_config(config).total_steps == config.total_steps
     assert not variant or variant.removesuffix("_pretrain") in configs.__doc__
-    data, buckets = config.data, tuple(config.data.buckets) or (config.data.max_length,)
-    ConversationConfig(
-        data.name, questions=tuple(data.questions), max_length=data.max_length, buckets=buckets,
-        order=data.order, image_mode=data.image_mode, template=data.template,
-    )  # fmt: skip
+    data = config.data
+    longest = ConversationConfig(
+        data.name, questions=tuple(data.questions), max_length=data.max_length, pack=config.pack,
+        buckets=tuple(data.buckets), order=data.order, image_mode=data.image_mode,
+        template=data.template,
+    ).row_lengths[-1]  # fmt: skip
+    assert longest == config.pack * data.max_length and max(data.buckets, default=0) <= longest
     if config.tokenizer.variant:
         config.mesh.data, config.mesh.fsdp = -1, 1
         program = make_program(config, mesh.make_mesh(config.mesh, jax.devices()[:1]), "tpu")

@@ -103,7 +103,7 @@ def test_a_batch_without_labels_changes_nothing(frozen):
     one = trainer(optimizer=optax.sgd(1.0))
     state = one.init(jax.random.key(0))
     batch = a_batch()
-    batch["labels"][:], batch["real"][:] = -100, False
+    batch["labels"][:], batch["segments"][:] = -100, 0
     after, metrics = jax.jit(one.step)(state, frozen, batch)
     assert metrics["loss/total"] == 0 and metrics["labels"] == 0
     jax.tree.map(np.testing.assert_array_equal, state.params, after.params)

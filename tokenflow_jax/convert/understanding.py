@@ -38,6 +38,5 @@ def understanding_template(config: UnderstandingConfig) -> Mapping[str, Any]:
     """Shapes of the model's parameters, without computing any."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     features = jax.ShapeDtypeStruct((1, 1, 1, config.vision_channels), jnp.float32)
-    real = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
     init = functools.partial(Understanding(config).init, method="loss")
-    return jax.eval_shape(init, jax.random.key(0), ids, ids, ids, real, features)["params"]
+    return jax.eval_shape(init, jax.random.key(0), ids, ids, ids, ids, features)["params"]

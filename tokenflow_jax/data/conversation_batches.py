@@ -1,11 +1,15 @@
 """Batches of conversations: deterministic, resumable, sharded by host, of a few static shapes.
 
-    samples -> order of the epoch -> global batch -> ids of all rows -> bucket -> own pictures
+    samples -> order of the epoch -> global batch -> ids of all -> rows -> bucket -> own pictures
 
-All hosts compute the ids of a whole batch and so agree on its length, one of few buckets, for each
-of which the training step is compiled once; pictures are read by the host that trains on them. A
-sample that is broken is counted and its row left empty (it carries no loss), so no sample is
-trained twice in its place and no host waits for another.
+All hosts compute the ids of a whole batch and so agree on its rows and on their length, one of few
+buckets, for each of which the training step is compiled once; pictures are read by the host that
+trains on them. A sample that is broken is counted and its place left empty (it carries no loss), so
+no sample is trained twice in its place and no host waits for another.
+
+A row is one conversation, or `pack` of them: long ones go with short ones, so that all rows of a
+batch are about as long and few tokens are padding. What is learnt is the same: the batch has the
+same conversations, none of which reads another.
 """
 
 import dataclasses
@@ -24,7 +28,7 @@ from tokenflow_jax.data.skipped import Skipped
 from tokenflow_jax.data.templates import get_template
 
 ORDERS = ("random", "grouped")
-_KEPT_ROWS = 100_000  # tokenised samples kept in memory
+_KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
 _TEXTLESS = "no usable conversation"
 
 
@@ -46,7 +50,8 @@ class ConversationConfig:
       image_size: side of the pictures in pixels.
       vectors: that the tokenizer makes of a picture.
       max_length: tokens of a conversation, vectors included; longer ones are cut.
-      buckets: lengths of batches, ascending; the last one is `max_length`.
+      pack: conversations of a row.
+      buckets: lengths of rows below the longest, `pack * max_length`; ascending.
       order: of an epoch: "random", or "grouped" by kind and length.
       threads: that prepare batches; 0 takes one per core, at most 32.
     """
@@ -64,7 +69,8 @@ class ConversationConfig:
     image_size: int = 64
     vectors: int = 64
     max_length: int = 2048
-    buckets: tuple[int, ...] = (2048,)
+    pack: int = 1
+    buckets: tuple[int, ...] = ()
     order: str = "random"
     threads: int = 0
 
@@ -77,19 +83,23 @@ class ConversationConfig:
         ):
             if getattr(self, field) not in allowed:
                 problems.append(f"{field} {getattr(self, field)!r} is not one of {allowed}")
-        for field in ("image_size", "vectors", "max_length"):
+        for field in ("image_size", "vectors", "max_length", "pack"):
             if getattr(self, field) < 1:
                 problems.append(f"{field} is {getattr(self, field)}, must be at least 1")
-        if list(self.buckets) != sorted({*self.buckets, self.max_length}):
-            problems.append(
-                f"buckets {self.buckets} must ascend and end with max_length {self.max_length}"
-            )
+        if list(self.buckets) != sorted({*self.buckets}) or min(self.buckets, default=1) < 1:
+            problems.append(f"buckets {self.buckets} must be positive and ascend")
         try:
             get_template(self.template)
         except ValueError as error:
             problems.append(str(error))
         if problems:
             raise ValueError("data: " + "; ".join(problems))
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """All lengths that rows may have; larger buckets than the longest row are left out."""
+        longest = self.pack * self.max_length
+        return (*(length for length in self.buckets if length < longest), longest)
 
 
 class _Some:
@@ -158,7 +168,7 @@ class Conversations:
         except BrokenSample as error:
             self.skipped.add(self.source.label(index), error)
             return None
-        if len(self._rows) < _KEPT_ROWS:
+        if len(self) <= _KEPT_ROWS:
             self._rows[index] = row, sample.image
         return row, sample.image
 
@@ -234,45 +244,53 @@ def collate(
     shard: tuple[int, int] = (0, 1),
     *,
     pixels: bool = True,
-    length: int | None = None,
 ) -> dict[str, np.ndarray]:
     """One host's part of a batch.
 
     Args:
       data: opened.
-      places: samples of the whole batch; -1 for none.
+      places: samples of the whole batch, a multiple of `pack` and hosts; -1 for none.
       shard: (this host, number of hosts).
       pixels: whether pictures themselves are wanted, or their places in `data.images`.
-      length: of the rows; by default the smallest bucket that holds the longest of the batch.
 
     Returns:
-      {"ids", "labels", "places": int32 (B, L), "real": bool (B, L)} on the right padded, and either
-      "image" uint8 (B, 1, size, size, 3) or "image_index" int32 (B, 1). Broken rows are empty.
+      {"ids", "labels", "places", "segments"}, int32 (R, L) with padding on the right and P = `pack`
+      conversations in each of the R rows, and either "image" uint8 (R, P, size, size, 3) or
+      "image_index" int32 (R, P). Broken conversations are left out of their rows.
     """
-    config = data.config
+    config, size = data.config, data.config.image_size
     found = [data.row(place) if place >= 0 else None for place in places]
-    longest = max((len(row[0]["ids"]) for row in found if row), default=1)
-    length = length or insertion.bucket_for(longest, config.buckets)
-    per_host = len(places) // shard[1]
-    mine = slice(shard[0] * per_host, (shard[0] + 1) * per_host)
-    rows, images, numbers = [], [], []
-    blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
-    for place, row in zip(places[mine], found[mine], strict=True):
-        tokens, name = row or ({}, "")
-        image = blank
-        if name and pixels:
-            image = data.image(name, data.source.label(place))
-            image = blank if image is None else image
-        if name in data.broken_images:
-            tokens = {}
-        rows.append(tokens)
-        images.append(image)
-        numbers.append(data.image_places[name] if name and not pixels else 0)
+    lengths = [len(row[0]["ids"]) if row else 0 for row in found]
+    members = _share_rows(lengths, config.pack)
+    longest = max(sum(lengths[i] for i in row) for row in members)
+    length = insertion.bucket_for(longest, config.row_lengths)
+    own = len(members) // shard[1]
+    members = members[shard[0] * own : (shard[0] + 1) * own]
+    rows: list[dict[str, np.ndarray]] = []
+    images = np.zeros((own, config.pack, size, size, 3) if pixels else (0,), np.uint8)
+    numbers = np.zeros((own, config.pack), np.int32)
+    for r, row in enumerate(members):
+        kept = []
+        for p, i in enumerate(row):
+            tokens, name = found[i] or ({}, "")
+            if name and pixels:
+                image = data.image(name, data.source.label(places[i]))
+                images[r, p] = 0 if image is None else image
+            elif name:
+                numbers[r, p] = data.image_places[name]
+            kept.append({} if name in data.broken_images else tokens)
+        rows.append(insertion.join_rows(kept, config.vectors))
     batch = insertion.pad_rows(rows, length)
-    del batch["positions"]  # 0, 1, 2, ... with padding on the right
-    if pixels:
-        return {**batch, "image": np.stack(images)[:, None]}
-    return {**batch, "image_index": np.array(numbers, np.int32)[:, None]}
+    del batch["positions"]  # the model counts them
+    return {**batch, "image": images} if pixels else {**batch, "image_index": numbers}
+
+
+def _share_rows(lengths: list[int], pack: int) -> list[list[int]]:
+    """Deals conversations of these lengths to rows of `pack`; for each row their places."""
+    if pack == 1:
+        return [[i] for i in range(len(lengths))]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return grouping.even_chunks(longest_first, lengths, len(lengths) // pack)
 
 
 def train_batches(
@@ -299,10 +317,12 @@ def train_batches(
     Raises:
       ValueError: a batch that cannot be shared out, or not one usable conversation.
     """
-    if batch_size < 1 or batch_size % shard_count or not 0 <= shard_index < shard_count:
+    pack = data.config.pack
+    parts = shard_count * pack
+    if batch_size < 1 or batch_size % parts or not 0 <= shard_index < shard_count:
         raise ValueError(
-            f"batch_size {batch_size} for host {shard_index} of {shard_count}: must be a positive "
-            "multiple of the number of hosts"
+            f"batch_size {batch_size} for host {shard_index} of {shard_count}, {pack} "
+            f"conversations in a row: must be a positive multiple of {parts}"
         )
     check_usable(data)
     make = _Batches(data, batch_size, seed, (shard_index, shard_count), pixels)

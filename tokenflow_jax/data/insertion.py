@@ -6,11 +6,12 @@ input comes from. With 3 vectors per image, padded to 8 on the right:
     ids of the tokens    5  IMAGE_ID     7   9
     ids                  5   0   0   0   7   9   0   0
     places              -1   0   1   2  -1  -1  -1  -1      vector of the row's images, -1: text
-    real                 x   x   x   x   x   x   .   .
+    segments             1   1   1   1   1   1   0   0      conversation of the row, 0: padding
     positions            0   1   2   3   4   5   0   0
 
 A row's images are counted one after the other: the second one's vectors are 3, 4, 5. A row without
-marker has an image all the same, which nothing reads.
+marker has an image all the same, which nothing reads. Conversations that share a row (`join_rows`)
+are its segments: each has its own image and counts its positions from 0, and none reads another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,33 @@ def merge_row(
     }
 
 
+def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[str, np.ndarray]:
+    """Puts several conversations, of one image each, into one row.
+
+    Args:
+      rows: of `merge_row`; an empty dict is a conversation that is left out. The i-th one's image
+        is the i-th of the joint row.
+      vectors: of an image.
+
+    Returns:
+      {"ids", "labels", "places", "segments"}, int32 (L,); {} where nothing is left. A first token
+      carries no loss: what stands before it is of another conversation.
+    """
+    parts: dict[str, list[np.ndarray]] = {"ids": [], "labels": [], "places": [], "segments": []}
+    for number, row in enumerate(rows):
+        if not row:
+            continue
+        labels_L = row["labels"].copy()
+        labels_L[:1] = IGNORE
+        parts["ids"].append(row["ids"])
+        parts["labels"].append(labels_L)
+        parts["places"].append(np.where(row["places"] >= 0, row["places"] + number * vectors, TEXT))
+        parts["segments"].append(np.full(len(labels_L), number + 1))
+    if not parts["ids"]:
+        return {}
+    return {name: np.concatenate(part).astype(np.int32) for name, part in parts.items()}
+
+
 def merged_length(ids_T: np.ndarray, vectors: int) -> int:
     """How long a row becomes whose every image has so many vectors."""
     return len(ids_T) + int((np.asarray(ids_T) == IMAGE_ID).sum()) * (vectors - 1)
@@ -71,12 +99,12 @@ def pad_rows(
     """Stacks rows of different length.
 
     Args:
-      rows: of `merge_row`; an empty dict is a row of padding alone.
+      rows: of `merge_row` or `join_rows`; an empty dict is a row of padding alone.
       length: of the result, at least that of the longest row.
       side: where padding goes: "right" for training, "left" for generation.
 
     Returns:
-      int32 (B, length) "ids", "labels", "places", "positions" and bool "real"; see the module.
+      int32 (B, length) "ids", "labels", "places", "segments", "positions"; see the module.
 
     Raises:
       ValueError: a row is too long, or a side that is none.
@@ -86,19 +114,22 @@ def pad_rows(
     longest = max((len(row["ids"]) for row in rows if row), default=0)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}")
-    fill = {"ids": 0, "labels": IGNORE, "places": TEXT}
+    fill = {"ids": 0, "labels": IGNORE, "places": TEXT, "segments": 0}
     out = {name: np.full((len(rows), length), value, np.int32) for name, value in fill.items()}
-    real_BL = np.zeros((len(rows), length), bool)
+    out["positions"] = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         if not row:
             continue
         count = len(row["ids"])
         where = slice(0, count) if side == "right" else slice(length - count, length)
-        for name in fill:
-            out[name][i, where] = row[name]
-        real_BL[i, where] = True
-    positions_BL = np.where(real_BL, np.cumsum(real_BL, axis=1) - 1, 0).astype(np.int32)
-    return {**out, "real": real_BL, "positions": positions_BL}
+        segments_L = row.get("segments", np.ones(count, np.int32))
+        for name, array in {**row, "segments": segments_L}.items():
+            out[name][i, where] = array
+        firsts = np.flatnonzero(np.diff(segments_L, prepend=0))
+        out["positions"][i, where] = np.arange(count) - np.repeat(
+            firsts, np.diff(firsts, append=count)
+        )
+    return out
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:

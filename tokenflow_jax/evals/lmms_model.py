@@ -6,7 +6,7 @@
 
 `pretrained` is what `Assistant.load` takes; its other arguments (tokenizer, tokenizer_variant,
 text_tokenizer, template, dtype, ...) go into --model_args as well. lmms-eval finds this module by
-the entry point in pyproject.toml; only lmms-eval needs torch.
+the entry point in setup.py; only lmms-eval needs torch.
 """
 
 from collections.abc import Iterator

@@ -93,8 +93,8 @@ def start(
 
     Args:
       model, params: the model.
-      prompt: "ids", "places", "real", "positions" of `data.insertion.pad_rows(..., "left")`, and
-        "features" (B, M, N, C).
+      prompt: "ids", "places", "segments", "positions" of `data.insertion.pad_rows(..., "left")`,
+        and "features" (B, M, N, C).
       key: of the draws.
       decoding: how answers are chosen.
 
@@ -105,17 +105,18 @@ def start(
     room = length + decoding.max_new
     cache = init_cache(model.config.lm, batch, room, model.dtype)
     hidden_BLC, cache = model.apply(
-        {"params": params}, prompt["ids"], prompt["places"], prompt["real"], prompt["features"],
+        {"params": params}, prompt["ids"], prompt["places"], prompt["segments"], prompt["features"],
         prompt["positions"], cache,
     )  # fmt: skip
-    real_BK = jnp.pad(prompt["real"], ((0, 0), (0, decoding.max_new)), constant_values=True)
+    real_BL = prompt["segments"] > 0
+    real_BK = jnp.pad(real_BL, ((0, 0), (0, decoding.max_new)), constant_values=True)
     logits_B1V = model.apply({"params": params}, hidden_BLC[:, -1:], method="logits")
     return AnswerState(
         jnp.full((batch, decoding.max_new), decoding.pad_id, jnp.int32),
         jnp.zeros((), jnp.int32),
         jnp.zeros(batch, bool),
         logits_B1V[:, 0],
-        prompt["real"].sum(1).astype(jnp.int32),
+        real_BL.sum(1).astype(jnp.int32),
         real_BK,
         cache,
         jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),

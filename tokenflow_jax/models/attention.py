@@ -53,7 +53,9 @@ class Blocks:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("real_BK",), meta_fields=("blocks",)
+    jax.tree_util.register_dataclass,
+    data_fields=("real_BK", "segments_BK"),
+    meta_fields=("blocks",),
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -63,10 +65,13 @@ class Mask:
       real_BK: bool (B, K), False for padding; None where all keys are real. With a cache, K is the
         cache's length.
       blocks: where attention is not causal.
+      segments_BK: int (B, K), which of the texts that share a row a token belongs to: queries read
+        keys of their own. None where rows are not shared; not for use with a cache.
     """
 
     real_BK: jax.Array | None = None
     blocks: Blocks = Blocks()
+    segments_BK: jax.Array | None = None
 
     def allowed(self, queries: int, keys: int, first: jax.Array | int = 0) -> jax.Array:
         """The mask as an array.
@@ -85,6 +90,10 @@ class Mask:
             last_K = jnp.asarray(self.blocks.last_key(keys))
             last_Q = last_K[jnp.minimum(first + jnp.arange(queries), keys - 1)]
         allowed_BQK = (jnp.arange(keys) <= last_Q[:, None])[None]
+        if self.segments_BK is not None:
+            if not queries == keys == self.segments_BK.shape[1]:
+                raise ValueError("rows that several texts share are read whole, without a cache")
+            allowed_BQK &= self.segments_BK[:, :, None] == self.segments_BK[:, None, :]
         if self.real_BK is None:
             return allowed_BQK
         if self.real_BK.shape[1] < keys:
@@ -218,15 +227,15 @@ def _splash(
     """Splash attention. Padding reads padding only: its rows differ from XLA's and mean nothing."""
     batch, length, _, width = q_BLHD.shape
     padded = -(-length // _TILE) * _TILE
-    real_BL = mask.real_BK
-    if real_BL is None:
-        real_BL = jnp.ones((batch, length), bool)
+    segments_BL = mask.real_BK if mask.segments_BK is None else mask.segments_BK
+    if segments_BL is None:
+        segments_BL = jnp.ones((batch, length), jnp.int32)
 
     def prepare(x_BLHD: jax.Array) -> jax.Array:
         x_BLHD = jnp.pad(x_BLHD, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
         return x_BLHD.transpose(0, 2, 1, 3)
 
-    segments_BL = jnp.pad(real_BL.astype(jnp.int32), ((0, 0), (0, padded - length)))
+    segments_BL = jnp.pad(segments_BL.astype(jnp.int32), ((0, 0), (0, padded - length)))
     arrays = (prepare(q_BLHD * width**-0.5), prepare(k_BLGD), prepare(v_BLGD), segments_BL)
     last_L = mask.blocks.last_key(padded)
     out_BHLD = placement.over_batch(

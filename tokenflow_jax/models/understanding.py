@@ -2,8 +2,9 @@
 
     codes --visual_features--> (B, N, C) --projector--> (B, N, width) --places--> among the tokens
 
-Rows of tokens come with fixed shapes from `data.insertion`, which documents "ids", "places", "real"
-and "positions"; nothing here depends on where images stand, so nothing is compiled again.
+Rows of tokens come with fixed shapes from `data.insertion`, which documents "ids", "places",
+"segments" and "positions"; nothing here depends on where images stand, or on how many conversations
+share a row, so nothing is compiled again.
 """
 
 import dataclasses
@@ -165,7 +166,7 @@ class Understanding(nn.Module):
         self,
         ids_BL: jax.Array,
         places_BL: jax.Array,
-        real_BL: jax.Array,
+        segments_BL: jax.Array,
         features_BMNC: jax.Array,
     ) -> jax.Array:
         """The language model's inputs: tokens, images' vectors where they belong, zero at padding.
@@ -173,7 +174,7 @@ class Understanding(nn.Module):
         Args:
           ids_BL: token ids.
           places_BL: for a vector of an image, its place among the row's M * N; else negative.
-          real_BL: False at padding.
+          segments_BL: number of the conversation in its row from 1, 0 at padding.
           features_BMNC: float vectors of each row's M images.
 
         Returns:
@@ -185,13 +186,13 @@ class Understanding(nn.Module):
         index_BL1 = jnp.maximum(places_BL, 0)[..., None]
         vectors_BLC = jnp.take_along_axis(projected_BNC, index_BL1, axis=1)
         inputs_BLC = jnp.where(places_BL[..., None] >= 0, vectors_BLC, self.lm.embed(ids_BL))
-        return on_batch(jnp.where(real_BL[..., None], inputs_BLC, 0))
+        return on_batch(jnp.where(segments_BL[..., None] > 0, inputs_BLC, 0))
 
     def __call__(
         self,
         ids_BL: jax.Array,
         places_BL: jax.Array,
-        real_BL: jax.Array,
+        segments_BL: jax.Array,
         features_BMNC: jax.Array,
         positions_BL: jax.Array | None = None,
         cache: Cache | None = None,
@@ -199,36 +200,38 @@ class Understanding(nn.Module):
         """Runs the model over whole rows.
 
         Args:
-          ids_BL, places_BL, real_BL, features_BMNC: see `embed`.
-          positions_BL: for the rotation; 0, 1, 2, ... when None, which is right where padding is
-            on the right.
-          cache: takes keys and values, for answering; rows then begin at its first entry.
+          ids_BL, places_BL, segments_BL, features_BMNC: see `embed`. No conversation reads another.
+          positions_BL: for the rotation; 0, 1, 2, ... in each conversation when None.
+          cache: takes keys and values, for answering; rows then begin at its first entry, and each
+            is one conversation.
 
         Returns:
           (B, L, width) after the final norm, and the cache.
         """
-        inputs_BLC = self.embed(ids_BL, places_BL, real_BL, features_BMNC)
+        inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
         if positions_BL is None:
-            positions_BL = jnp.arange(ids_BL.shape[1])[None]
-        if cache is not None:
-            # What will be written behind these is real; the order hides it until then.
-            more = cache.keys.shape[2] - real_BL.shape[1]
-            real_BL = jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True)
-        return self.lm(inputs_BLC, positions_BL, Mask(real_BL), cache)
+            positions_BL = positions_in(segments_BL)
+        real_BL = segments_BL > 0
+        if cache is None:
+            return self.lm(inputs_BLC, positions_BL, Mask(real_BL, segments_BK=segments_BL))
+        # What will be written behind these is real; the order hides it until then.
+        more = cache.keys.shape[2] - real_BL.shape[1]
+        real_BK = jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True)
+        return self.lm(inputs_BLC, positions_BL, Mask(real_BK), cache)
 
     def loss(
         self,
         ids_BL: jax.Array,
         labels_BL: jax.Array,
         places_BL: jax.Array,
-        real_BL: jax.Array,
+        segments_BL: jax.Array,
         features_BMNC: jax.Array,
         tokens: int = 4096,
     ) -> dict[str, jax.Array]:
         """Cross entropy of the labels, each predicted one position before its own.
 
         Args:
-          ids_BL, places_BL, real_BL, features_BMNC: see `embed`; padding is on the right.
+          ids_BL, places_BL, segments_BL, features_BMNC: see `embed`; padding is on the right.
           labels_BL: ids that carry loss, negative elsewhere.
           tokens: of which a device holds the logits at once, see `token_losses`.
 
@@ -237,7 +240,7 @@ class Understanding(nn.Module):
           likely id.
         """
         losses_BL, right_BL, next_BL = self._labelled(
-            ids_BL, labels_BL, places_BL, real_BL, features_BMNC, tokens
+            ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens
         )
         return {
             "loss": losses_BL.sum(),
@@ -250,7 +253,7 @@ class Understanding(nn.Module):
         ids_BL: jax.Array,
         labels_BL: jax.Array,
         places_BL: jax.Array,
-        real_BL: jax.Array,
+        segments_BL: jax.Array,
         features_BMNC: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """How likely the labels of each row are; arguments as of `loss`.
@@ -259,12 +262,12 @@ class Understanding(nn.Module):
           float32 (B,) log probabilities, and bool (B,), whether each label is the most likely id.
         """
         losses_BL, right_BL, next_BL = self._labelled(
-            ids_BL, labels_BL, places_BL, real_BL, features_BMNC, 4096
+            ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, 4096
         )
         return -losses_BL.sum(1), (right_BL | (next_BL < 0)).all(1)
 
-    def _labelled(self, ids_BL, labels_BL, places_BL, real_BL, features_BMNC, tokens):
-        hidden_BLC, _ = self(ids_BL, places_BL, real_BL, features_BMNC)
+    def _labelled(self, ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens):
+        hidden_BLC, _ = self(ids_BL, places_BL, segments_BL, features_BMNC)
         next_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         losses_BL, right_BL = self.lm.token_losses(hidden_BLC, next_BL, tokens)
         return losses_BL, right_BL, next_BL
@@ -288,6 +291,14 @@ class Understanding(nn.Module):
             self.lm.embed(ids_B[:, None]), positions_B[:, None], Mask(real_BK), cache
         )
         return self.lm.logits(hidden_B1C)[:, 0], cache
+
+
+def positions_in(segments_BL: jax.Array) -> jax.Array:
+    """Positions 0, 1, 2, ... that begin anew with every segment: int32, shaped as the argument."""
+    index_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    before_BL = jnp.pad(segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    firsts_BL = jnp.where(segments_BL != before_BL, index_L, 0)
+    return index_L - jax.lax.cummax(firsts_BL, axis=1)
 
 
 # The language models of the paper's understanding variants, and a small one for real text.

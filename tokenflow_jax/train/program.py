@@ -33,7 +33,12 @@ class StepProgram(abc.ABC):
     platform: str
 
     def __post_init__(self):
-        mesh.check_batch_size(self.config.batch_size, self.mesh)
+        mesh.check_batch_size(self.config.batch_size, self.mesh, self.config.get("pack", 1))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a global batch: `batch_size` samples, `pack` of them in a row."""
+        return self.config.batch_size // self.config.get("pack", 1)
 
     @property
     @abc.abstractmethod

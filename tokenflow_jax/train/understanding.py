@@ -87,7 +87,7 @@ class Trainer:
         """Random weights of the model."""
         ids = jnp.zeros((1, 2), jnp.int32)
         features = jnp.zeros((1, 1, 1, self.model.config.vision_channels))
-        return self.model.init(key, ids, ids, ids, ids == 0, features, method="loss")["params"]
+        return self.model.init(key, ids, ids, ids, ids + 1, features, method="loss")["params"]
 
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """The state before the first step.
@@ -122,7 +122,7 @@ class Trainer:
             batch["ids"],
             batch["labels"],
             batch["places"],
-            batch["real"],
+            batch["segments"],
             self.features(frozen, batch),
             self.tokens,
             method="loss",

@@ -95,18 +95,18 @@ class Program(StepProgram):
     @functools.cached_property
     def batch(self) -> PyTree:
         """Shapes and places of a global batch of the longest rows."""
-        sharding, size = mesh.batch_sharding(self.mesh), self.config.batch_size
+        sharding, pack = mesh.batch_sharding(self.mesh), self.config.pack
         side = self.tokenizer_config.image_size
 
         def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=sharding)
 
-        length = self.config.data.max_length
-        rows = {name: array(jnp.int32, length) for name in ("ids", "labels", "places")}
-        rows["real"] = array(jnp.bool_, length)
+        names = ("ids", "labels", "places", "segments")
+        length = pack * self.config.data.max_length
+        tokens = {name: array(jnp.int32, length) for name in names}
         if self.images:
-            return {**rows, "image_index": array(jnp.int32, 1)}
-        return {**rows, "image": array(jnp.uint8, 1, side, side, 3)}
+            return {**tokens, "image_index": array(jnp.int32, pack)}
+        return {**tokens, "image": array(jnp.uint8, pack, side, side, 3)}
 
     @property
     def parts(self) -> dict[str, PyTree]:

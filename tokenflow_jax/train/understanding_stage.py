@@ -124,7 +124,8 @@ class _UnderstandingStage:
             image_size=program.tokenizer_config.image_size,
             vectors=program.vectors,
             max_length=data.max_length,
-            buckets=tuple(data.buckets) or (data.max_length,),
+            pack=1 if held_out else self.config.pack,
+            buckets=tuple(data.buckets),
             order=data.order,
         )
 
@@ -188,7 +189,7 @@ class _UnderstandingStage:
 
     def train_data(self) -> Any:
         """This process's share of the training data, infinite."""
-        share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
+        share, shares = mesh.batch_share(self.mesh, self.program.rows)
         return conversation_batches.train_batches(
             self.train_set,
             batch_size=self.config.batch_size,
