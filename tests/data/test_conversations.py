@@ -232,7 +232,7 @@ def test_rows_that_conversations_share(folder):
         one, other = (next(source) for source in batches)
         assert other["image"].shape == (4, 3, 16, 16, 3) and len(other["ids"]) == 4
         assert spoken(apart, one) == spoken(shared, other)
-        assert other["ids"].shape[1] <= 128  # three of the longest do not fit into that
+        assert other["ids"].shape[1] < 384
     halves = [
         next(conversation_batches.train_batches(
             shared, batch_size=12, seed=3, shard_index=i, shard_count=2
@@ -244,6 +244,12 @@ def test_rows_that_conversations_share(folder):
         np.testing.assert_array_equal(np.concatenate([h[name] for h in halves]), array)
     with pytest.raises(ValueError, match=r"3 conversations in a row.*multiple of 6"):
         conversation_batches.train_batches(shared, batch_size=9, seed=3, shard_count=2)
+
+
+def test_long_conversations_share_rows_with_short_ones():
+    rows = conversation_batches._share_rows([9, 1, 5, 8, 2, 4], 2)
+    assert rows == [[0, 1], [3, 4], [2, 5]]
+    assert conversation_batches._share_rows([9, 1, 5], 1) == [[0], [1], [2]]
 
 
 def test_grouped_batches_are_of_one_kind(folder):
