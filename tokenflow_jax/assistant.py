@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from tokenflow_jax import api
+from tokenflow_jax import api, mesh
 from tokenflow_jax.convert import conversion
 from tokenflow_jax.convert.parts import PARTS
 from tokenflow_jax.convert.rules import unflatten
@@ -54,6 +54,7 @@ class Assistant:
       image_mode: "pad" or "square", as in training.
       dtype: what the language model computes in.
       max_length: tokens of a conversation, images and answer included.
+      device_mesh: over which `params` are spread; None where one device has all of them.
     """
 
     config: UnderstandingConfig
@@ -64,6 +65,7 @@ class Assistant:
     image_mode: str = "pad"
     dtype: str = "float32"
     max_length: int = 2048
+    device_mesh: mesh.Mesh | None = None
 
     def __post_init__(self):
         own, strategy = self.tokenizer.config, self.config.strategy
@@ -94,7 +96,7 @@ class Assistant:
         step: int | None = None,
         dtype: str = "auto",
     ) -> "Assistant":
-        """Loads a model.
+        """Loads a model, over all devices of this process where there are several.
 
         Args:
           path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` wrote, or a
@@ -126,17 +128,18 @@ class Assistant:
             raise ValueError(f"{path} does not say which text tokenizer it reads: give it")
         if system is None and data.get("own_system"):
             system = data["system"]
-        keep = jnp.dtype(dtype)
-        params = {name: jnp.asarray(t.read(), keep) for name, t in source.arrays.items()}
+        device_mesh, keep = mesh.answering_mesh(), jnp.dtype(dtype)
+        arrays = ((name, np.asarray(t.read(), keep)) for name, t in source.arrays.items())
         return cls(
             source.config,
-            unflatten(params),
+            unflatten(mesh.place_parameters(arrays, device_mesh)),
             tokenizer,
             load_text_tokenizer(text_tokenizer),
             templates.get_template(template or data.get("template", "qwen_2_5"), system),
             image_mode or data.get("image_mode", "pad"),
             dtype,
             max(data.get("max_length", 0), 2048),
+            device_mesh,
         )
 
     @property
@@ -157,13 +160,16 @@ class Assistant:
         whole = lambda p, prompt, key, how: answer(model, p, prompt, key, how)  # noqa: E731
         onward = lambda p, state, how: step(model, p, state, how)  # noqa: E731
         rate = lambda p, *arrays: model.apply({"params": p}, *arrays, method="likelihood")  # noqa: E731
-        return {
+        compiled = {
             "likelihood": jax.jit(rate),
-            "features": jax.jit(read),
             "start": jax.jit(begin, static_argnums=3),
             "answer": jax.jit(whole, static_argnums=3),
             "step": jax.jit(onward, static_argnums=2, donate_argnums=1),
         }
+        if self.device_mesh is not None:
+            bind = functools.partial(mesh.bind, self.device_mesh)
+            compiled = {name: bind(function) for name, function in compiled.items()}
+        return compiled | {"features": jax.jit(read)}
 
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
         """What the language model reads of pictures: float32 (images, N, C).
@@ -242,7 +248,7 @@ class Assistant:
         said = ""
         for count in range(1, how.max_new + 1):
             state = self._compiled["step"](self.params, state, how)
-            ids_N = np.asarray(state.ids_BN[0, :count])
+            ids_N = np.asarray(state.ids_BN)[0, :count]  # a slice on the device would be compiled
             done = bool(state.done_B[0])
             text = questions.answer_text(self.text_tokenizer, ids_N, how.stop_ids)
             # A character of several tokens waits for the last of them.

@@ -106,8 +106,8 @@ class Generator:
       recipe: defaults of `generate`.
       dtype: what the model computes in.
       source: what it was loaded from, for recipes.
-      device_mesh: over which `params` are spread, where one device cannot hold them (a training
-        run's); all its processes must then draw together.
+      device_mesh: over which `params` are spread; None where one device has all of them. All
+        processes of a training run's must draw together.
     """
 
     config: GenerationConfig
@@ -132,7 +132,7 @@ class Generator:
         step: int | None = None,
         dtype: str = "auto",
     ) -> "Generator":
-        """Loads a generation model.
+        """Loads a generation model, over all devices of this process where there are several.
 
         Args:
           path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` wrote, or a
@@ -167,16 +167,17 @@ class Generator:
                 f"{path} does not say which text tokenizer it was trained with: give it"
                 " (--text_tokenizer=FOLDER), for released checkpoints LLaMA-2's"
             )
-        held = jnp.dtype(dtype)
-        params = {name: jnp.asarray(t.read(), held) for name, t in source.arrays.items()}
+        device_mesh, held = mesh.answering_mesh(), jnp.dtype(dtype)
+        arrays = ((name, np.asarray(t.read(), held)) for name, t in source.arrays.items())
         generator = cls(
             config=source.config,
-            params=unflatten(params),
+            params=unflatten(mesh.place_parameters(arrays, device_mesh)),
             tokenizer=tokenizer,
             prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), text["budget"]),
             recipe=Recipe(**_recipe(saved.get("sampling", {}))),
             dtype=dtype,
             source={"checkpoint": path, "weights": source.weights},
+            device_mesh=device_mesh,
         )
         generator.check()
         return generator

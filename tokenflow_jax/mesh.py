@@ -16,7 +16,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -202,6 +202,29 @@ def placed(tree: PyTree, mesh: Mesh) -> PyTree:
         tree,
         shardings(tree, mesh),
     )
+
+
+def answering_mesh() -> jax.sharding.Mesh | None:
+    """This process's devices along `tensor`, for answering and drawing; None if there is one."""
+    devices = jax.local_devices()
+    return make_mesh({"tensor": -1}, devices) if len(devices) > 1 else None
+
+
+def place_parameters(
+    parameters: Iterable[tuple[str, np.ndarray]], mesh: jax.sharding.Mesh | None
+) -> dict[str, jax.Array]:
+    """Puts parameters where they belong, one by one: no device ever holds what it will not keep.
+
+    Args:
+      parameters: (path, array), as they are read.
+      mesh: of `make_mesh`; None puts them on the default device.
+    """
+    if mesh is None:
+        return {path: jax.device_put(array) for path, array in parameters}
+    return {
+        path: jax.device_put(array, NamedSharding(mesh, partition(path, array.shape, mesh)))
+        for path, array in parameters
+    }
 
 
 class Whole(NamedTuple):

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import several_devices_program
 import tiny as tiny_config
 from test_generation_step import configs
 
@@ -113,6 +114,14 @@ def test_a_run_leaves_what_people_look_for(trained):
     assert last["eval/chance_trained"] == pytest.approx(10 / 158)
     assert last["eval/images"] == 32
     assert any((workdir / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_pictures_over_several_devices(trained):
+    """Loading spreads the model over all of them; it draws the same."""
+    result = several_devices_program.run("generator", trained[0], "red apple")
+    codes = tfx.Generator.load(trained[0]).generate(["red apple"] * 3, passes=((1, 0.0),)).codes
+    assert result == {"split": True, "found": codes.tolist()}
 
 
 @pytest.mark.slow

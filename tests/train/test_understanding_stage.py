@@ -8,6 +8,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import several_devices_program
 import tiny as tiny_config
 from PIL import Image
 
@@ -235,6 +236,14 @@ def test_answers(assistant, picture):
     assert "".join(assistant.chat().stream("What?", picture, max_new=8)).strip() == one
     drawn = {assistant.answer("What?", max_new=8, temperature=2.0, seed=s) for s in range(4)}
     assert len(drawn) > 1
+
+
+@pytest.mark.slow
+def test_answers_over_several_devices(trained, assistant, picture):
+    """Loading spreads the model over all of them; it says the same."""
+    result = several_devices_program.run("assistant", trained[0], picture)
+    several = assistant.answer(["What?", "Who?"], [picture, None], max_new=8)
+    assert result == {"split": True, "found": [*several, several[0]]}
 
 
 def test_likelihood(assistant, picture):
