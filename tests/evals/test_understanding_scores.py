@@ -91,7 +91,8 @@ OPTIONS = {"A": "a cat", "B": "a red dog", "C": "a dog"}
     "text, want",
     [("B", "B"), ("(b)", "B"), ("C. a dog", "C"), ("A: because", "A"), ("Answer: B.", "B"),
      ("Cat", "A"), ("a dog", "C"), ("it is a cat", "A"), ("a bird", None), ("", None),
-     ("cat or a dog", None)],
+     ("cat or a dog", None), ("A dog", "C"), ("A red dog.", "B"), ("A bird", None),
+     ("B because", "B"), ("A", "A"), ("A\n", "A")],
 )  # fmt: skip
 def test_reading_of_a_choice(text, want):
     assert scores.choice_of(text, OPTIONS) == want
@@ -103,9 +104,14 @@ def test_choice_in_the_published_forms():
         {"question": "q", "choices": ["x", "y"], "answer": 1},
         {"question": "q", "hint": "h", "A": "u", "B": "v", "C": "nan", "answer": "A"},
         {"question": "q", "options": ["x", "y"], "answer": "y"},
+        {"question": "q", "choice_a": "x", "choice_b": "y", "answer": "B"},
+        {"question": "q", "options": "['x', \"y's\"]", "answer": "B"},
     ]
-    figures = scores.score_choice(questions, ["B", "B", "B.", "neither"])
-    assert figures == {"accuracy": 0.5, "unclear": 0.25}
+    figures = scores.score_choice(questions, ["B", "B", "B.", "neither", "y", "y's"])
+    assert figures == pytest.approx({"accuracy": 4 / 6, "unclear": 1 / 6})
+    for bad in ({"question": "q"}, {"question": "q", "options": "x or y"}):
+        with pytest.raises(ValueError, match="options"):
+            scores.options_of(bad)
     prompt = scores.TASKS["choice"].prompt(questions[2])
     assert prompt.splitlines()[:-1] == ["h", "q", "A. u", "B. v"]
     assert scores.TASKS["pope"].prompt({"text": "<image>\nA cat?"}, "") == "A cat?"

@@ -4,6 +4,7 @@ A task reads questions (dicts, one per line of its file) and answers (texts), an
 0 to 1, except MME's, which are out of 200 per category as published.
 """
 
+import ast
 import dataclasses
 import re
 from collections import defaultdict
@@ -124,32 +125,49 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str
 
 
 def options_of(question: Question) -> dict[str, str]:
-    """Letter -> text of the options: `options` or `choices` as a list or dict, or keys A, B, ...
+    """Letter -> text of the options.
+
+    They are in `options` or `choices`, a list, a dict or the text of a list (MMMU), or under the
+    keys A, B, ... (MMBench) or choice_a, choice_b, ... (SEED-Bench).
 
     Raises:
       ValueError: there are none.
     """
     found = question.get("options", question.get("choices"))
+    if isinstance(found, str):
+        try:
+            found = ast.literal_eval(found)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"options {found!r:.100} are no list") from error
     if isinstance(found, Mapping):
         return {str(letter): str(text) for letter, text in found.items()}
     if isinstance(found, list):
         return {letter: str(text) for letter, text in zip(_LETTERS, found, strict=False)}
-    keys = [letter for letter in _LETTERS if question.get(letter) not in (None, "", "nan")]
-    if not keys:
-        raise ValueError(f"no options in {dict(question)!r:.200}")
-    return {letter: str(question[letter]) for letter in keys}
+    texts = {}
+    for letter in _LETTERS:
+        given = (question.get(key) for key in (letter, f"choice_{letter.lower()}"))
+        texts |= {letter: str(text) for text in given if text not in (None, "", "nan")}
+    if texts:
+        return texts
+    raise ValueError(f"no options in {dict(question)!r:.200}")
 
 
 def choice_of(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter that an answer means: a letter in front, or the text of exactly one option."""
-    letters = "".join(options)
-    found = re.match(rf"\s*(?:answer:?\s*)?\(?([{letters}])(?:[).:,\s]|$)", answer, re.IGNORECASE)
-    if found and (found[1].isupper() or len(answer.strip(" ().:,")) == 1):
-        return found[1].upper()
-    own = normalize(answer)
+    """The letter that an answer means: the text of an option, a letter in front, or a text inside.
+
+    "A dog" is not A: a capital A before a word is taken for the article.
+    """
+    answer = answer.strip()
+    letters, own = "".join(options), normalize(answer)
     equal = [letter for letter, text in options.items() if normalize(text) == own]
+    if len(equal) == 1:
+        return equal[0]
+    found = re.match(rf"(?:answer:?\s*)?\(?([{letters}])([).:,\s]|$)", answer, re.IGNORECASE)
+    alone = len(answer.strip("().:,")) == 1
+    if found and (alone or (found[1].isupper() and found[1] + found[2] != "A ")):
+        return found[1].upper()
     inside = [letter for letter, text in options.items() if own and normalize(text) in own]
-    return (equal or inside or [None])[0] if len(equal or inside) == 1 else None
+    return inside[0] if len(inside) == 1 else None
 
 
 def score_choice(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
