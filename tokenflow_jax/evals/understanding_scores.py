@@ -145,8 +145,9 @@ def options_of(question: Question) -> dict[str, str]:
         return {letter: str(text) for letter, text in zip(_LETTERS, found, strict=False)}
     texts = {}
     for letter in _LETTERS:
-        given = (question.get(key) for key in (letter, f"choice_{letter.lower()}"))
-        texts |= {letter: str(text) for text in given if text not in (None, "", "nan")}
+        text = question.get(letter, question.get(f"choice_{letter.lower()}"))
+        if text not in (None, "", "nan"):
+            texts[letter] = str(text)
     if texts:
         return texts
     raise ValueError(f"no options in {dict(question)!r:.200}")
