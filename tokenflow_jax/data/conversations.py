@@ -4,7 +4,6 @@ A source has `len`, gives a `Sample` for an index (or raises BrokenSample), the 
 picture, and `lengths()` for grouped sampling. `prepare` turns a sample into a row of tokens.
 """
 
-import array
 import dataclasses
 import json
 import os
@@ -13,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from tokenflow_jax.data import images, insertion, sources, templates
+from tokenflow_jax.data.lines import Described, Lines
 from tokenflow_jax.data.templates import GPT, HUMAN, IGNORE, IMAGE, Template, Turn
 
 IMAGE_MODES = ("pad", "square")
@@ -99,11 +98,16 @@ def _turn(turn: Any) -> Turn:
     return turn["from"], turn["value"]
 
 
-class JsonlConversations:
-    """A file with one conversation per line, and a folder of images; UTF-8.
+def _describe(line: bytes) -> Described:
+    try:
+        sample = parse_line(line)
+        return Described(sample.length(), sample.image or line.decode("utf-8-sig"))
+    except BrokenSample:  # counted and named where the sample is wanted
+        return Described()
 
-    Only the places and lengths of the lines stay in memory.
-    """
+
+class JsonlConversations:
+    """A file with one conversation per line, and a folder of images; UTF-8; see `Lines`."""
 
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
         """Finds the lines.
@@ -126,61 +130,24 @@ class JsonlConversations:
         if not self._root.is_dir():
             raise ValueError(f"data.image_folder {image_folder!r} is not a folder")
         self.name = file.name
-        self._file = file.open("rb")
-        self._index(split)
+        self._lines = Lines(file, "conversations", _describe)
+        self._places = self._lines.split(split)
         if not len(self):
             raise ValueError(f"{file} has no conversations in split {split!r}")
 
-    def _index(self, split: str) -> None:
-        """Notes offset, number and length of the lines of a split."""
-        rows, offset = [array.array("q"), array.array("q"), array.array("q"), []], 0
-        for number, line in enumerate(self._file, 1):
-            if line.strip():
-                try:
-                    sample = parse_line(line)
-                    length, key = sample.length(), sample.image or line.decode("utf-8-sig")
-                except BrokenSample:
-                    length, key = 1, ""
-                held_out = bool(key) and sources.is_heldout(key)
-                for column, value in zip(rows, (offset, number, length, held_out), strict=True):
-                    column.append(value)
-            offset += len(line)
-        chosen = range(len(rows[0]))
-        if split != "all":
-            if len(chosen) >= sources.MIN_TO_SPLIT:
-                chosen = [i for i in chosen if rows[3][i] == (split == "heldout")]
-            elif split == "heldout":
-                logging.warning(
-                    "%s has %d lines, fewer than %d: none are held out, so the figures are on "
-                    "training data", self.name, len(chosen), sources.MIN_TO_SPLIT,
-                )  # fmt: skip
-        self._offsets, self.numbers, self._lengths = (
-            np.array([column[i] for i in chosen], np.int64) for column in rows[:3]
-        )
-
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._places)
 
     def label(self, index: int) -> str:
         """How messages call a sample."""
-        return f"{self.name} line {self.numbers[index]}"
+        return f"{self.name} line {self._lines.numbers[self._places[index]]}"
 
     def lengths(self) -> np.ndarray:
         """Words of each sample, negative where the data mention no picture."""
-        return self._lengths
-
-    def line(self, index: int) -> bytes:
-        """Reads a line without moving a position that threads share."""
-        line, size, start = b"", 4096, int(self._offsets[index])
-        while True:
-            piece = os.pread(self._file.fileno(), size, start + len(line))
-            end = piece.find(b"\n")
-            line += piece if end < 0 else piece[:end]
-            if end >= 0 or not piece:
-                return line
+        return self._lines.lengths[self._places]
 
     def __getitem__(self, index: int) -> Sample:
-        return parse_line(self.line(index))
+        return parse_line(self._lines.read(self._places[index]))
 
     def image_bytes(self, image: str) -> bytes:
         """Reads a picture's file; BrokenSample where there is none."""

@@ -1,15 +1,13 @@
 """Pictures and their captions from a text file of JSON lines and a folder of images."""
 
-import array
 import json
 import os
 import pathlib
 from typing import Any
 
-from absl import logging
-
 from tokenflow_jax.data.images import BrokenImage
-from tokenflow_jax.data.splits import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, is_heldout
+from tokenflow_jax.data.lines import Described, Lines
+from tokenflow_jax.data.splits import HELDOUT_NAMES, SPLITS
 
 _IMAGE_KEYS = ("image", "file_name")
 _CAPTION_KEYS = ("captions", "caption", "text", "label")
@@ -20,7 +18,7 @@ class JsonlSource:
     """One picture per line: {"image": "path", "caption": "text"}; UTF-8.
 
     `file_name` may stand for `image`, and `captions`, `text` or `label` for `caption`, which may be
-    a list of texts; `tags` may hold words. Only the places of the lines stay in memory.
+    a list of texts; `tags` may hold words. See `Lines`.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
@@ -45,51 +43,16 @@ class JsonlSource:
             raise ValueError(f"data.image_folder {image_folder!r} is not a folder")
         self.classes: list[str] = []
         self.numbers = ()
-        self._file = file.open("rb")
-        everything, parts = self._index(split)
-        divide = split != "all" and len(everything) >= MIN_TO_SPLIT
-        if split not in ("all", "train") and not divide:
-            logging.warning(
-                "%s has %d pictures, fewer than %d: none are held out, so the figures of split %r "
-                "are on training pictures", file, len(everything), MIN_TO_SPLIT, split,
-            )  # fmt: skip
-        self._starts = parts if divide else everything
-        if not everything:
+        self._lines = Lines(file, "captions", _describe)
+        self._places = self._lines.split("heldout" if split in HELDOUT_NAMES else split)
+        if not len(self._lines):
             raise ValueError(f"{file} has no lines")
 
-    def _index(self, split: str) -> tuple[array.array, array.array]:
-        """Byte offsets of all lines, and of those of a split.
-
-        Lines that cannot be read count as training lines, where they are skipped and named.
-        """
-        everything, part, offset = array.array("q"), array.array("q"), 0
-        for line in self._file:
-            if line.strip():
-                everything.append(offset)
-                try:
-                    held_out = is_heldout(_parse(line)[0])
-                except BrokenImage:
-                    held_out = False
-                if held_out == (split != "train"):
-                    part.append(offset)
-            offset += len(line)
-        return everything, part
-
     def __len__(self) -> int:
-        return len(self._starts)
-
-    def _line(self, start: int) -> bytes:
-        """Reads a line without moving a position that threads share."""
-        line, size = b"", 4096
-        while True:
-            piece = os.pread(self._file.fileno(), size, start + len(line))
-            end = piece.find(b"\n")
-            line += piece if end < 0 else piece[:end]
-            if end >= 0 or not piece:
-                return line
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, example = _parse(self._line(self._starts[index]))
+        name, example = _parse(self._lines.read(self._places[index]))
         try:
             example["bytes"] = (self._root / name).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
@@ -109,6 +72,13 @@ def _find(path: str | os.PathLike) -> pathlib.Path:
     return file
 
 
+def _describe(line: bytes) -> Described:
+    try:
+        return Described(key=_parse(line)[0])
+    except BrokenImage:  # skipped and named where the picture is wanted
+        return Described()
+
+
 def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
     """Returns the image's path and the example without its picture.
 
@@ -117,7 +87,7 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
     """
     try:
         row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BrokenImage("damaged line", f"{line[:60]!r}: {error}") from error
     if not isinstance(row, dict):
         raise BrokenImage("damaged line", f"{line[:60]!r} is no object")
