@@ -133,6 +133,19 @@ def test_the_validator_finds_ten_faults(folder, capsys):
     assert len(out) == 11 and "30 conversations, 10 of them are skipped" in out[-1]
 
 
+def test_the_validator_in_several_processes(folder, capsys, monkeypatch):
+    """The same faults in the same order, also of lines that are not dealt out at once."""
+    monkeypatch.setattr(validate, "_LINES_AT_A_TIME", 2)
+    monkeypatch.setattr(validate, "_TELL_EVERY", 0.0)
+    arguments = [str(folder / "chat.jsonl"), "--template=vicuna_v1", "--vectors=4"]
+    results = []
+    for count in (1, 2):
+        assert validate.main([*arguments, f"--processes={count}"]) == 1
+        results.append(capsys.readouterr())
+    assert results[0].out == results[1].out and len(results[0].out.splitlines()) == 11
+    assert "100% of the file" in results[1].err and "10 faults so far" in results[1].err
+
+
 def test_the_validator_on_what_is_used_all_the_same(folder, capsys):
     file = folder / "odd.jsonl"
     doubled = ("a.png", [(HUMAN, "<image><image>\nWhat?"), (GPT, " ")])

@@ -9,14 +9,24 @@ prints one line per fault, with the number of its line, and a summary. Training 
 
 import argparse
 import collections
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tokenflow_jax.data import conversations, insertion, templates, text
 from tokenflow_jax.data.conversations import BrokenSample, Sample
 from tokenflow_jax.data.templates import IMAGE, Template
+
+_LINES_AT_A_TIME = 512
+_LARGE = 20 * 10**6  # bytes of a file for which starting processes is worth while
+_TELL_EVERY = 10.0  # seconds
+_kept: Any = None  # the checker of a process that shares the work
 
 
 class Fault(NamedTuple):
@@ -79,7 +89,7 @@ class Checker:
 
     def _text(self, number: int, sample: Sample) -> Iterator[Fault]:
         try:
-            conversations.prepare(
+            row = conversations.prepare(
                 sample, self.template, self.text_tokenizer, self.vectors, self.max_length
             )
         except BrokenSample as error:
@@ -92,6 +102,8 @@ class Checker:
             yield Fault(number, "several markers", f"a turn has several {IMAGE}: one stays", False)
         if any(not turn.strip() for role, turn in sample.turns if role == templates.GPT):
             yield Fault(number, "empty answer", "an answer has no text", False)
+        if len(row["ids"]) < self.max_length:
+            return
         turns = templates.prepare_turns(sample.turns, bool(sample.image))
         ids_L = self.template.tokenize(self.text_tokenizer, turns).ids_L
         length = insertion.merged_length(ids_L, self.vectors)
@@ -122,17 +134,85 @@ class Checker:
         return None
 
 
-def check_file(path: pathlib.Path, checker: Checker) -> tuple[int, list[Fault]]:
-    """Returns the number of conversations in a file, and all faults."""
-    count, faults = 0, []
+def check_file(path: pathlib.Path, checker: Checker, processes: int = 1) -> tuple[int, list[Fault]]:
+    """Finds the faults of a file; says on stderr how far it is.
+
+    Args:
+      path: the file.
+      checker: looks at the lines.
+      processes: that share the work; each looks at the pictures of its own lines.
+
+    Returns:
+      The number of conversations, and all faults in the order of the lines.
+    """
+    count, faults, seen = 0, [], 0
+    began = told = time.monotonic()
+    size = path.stat().st_size
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                count += 1
-                faults += checker.faults(number, line)
+        for part in _checked(_parts(file), checker, processes):
+            count, seen = count + part.conversations, seen + part.nbytes
+            faults += part.faults
+            if time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                left = (told - began) * (size - seen) / max(seen, 1)
+                print(
+                    f"validate: {count:,} conversations, {seen / max(size, 1):.0%} of the file, "
+                    f"{count / (told - began):,.0f} per second, {left / 60:.1f} min left; "
+                    f"{len(faults):,} faults so far", file=sys.stderr, flush=True,
+                )  # fmt: skip
     if not count:
         faults.append(Fault(1, "empty file", "there are no conversations in it"))
     return count, faults
+
+
+class _Part(NamedTuple):
+    """What was found in some lines."""
+
+    conversations: int
+    nbytes: int
+    faults: list[Fault]
+
+
+_Numbered = list[tuple[int, bytes]]
+
+
+def _parts(file: BinaryIO) -> Iterator[_Numbered]:
+    numbered = enumerate(file, 1)
+    while part := list(itertools.islice(numbered, _LINES_AT_A_TIME)):
+        yield part
+
+
+def _check(checker: Checker, lines: _Numbered) -> _Part:
+    real = [(number, line) for number, line in lines if line.strip()]
+    faults = [fault for number, line in real for fault in checker.faults(number, line)]
+    return _Part(len(real), sum(len(line) for _, line in lines), faults)
+
+
+def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Part]:
+    """The parts' results in order; several processes are never far ahead of the reader."""
+    if processes == 1:
+        yield from (_check(checker, part) for part in parts)
+        return
+    context = multiprocessing.get_context("spawn")  # threads of a tokenizer do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, context, initializer=_keep_checker, initargs=(checker,)
+    ) as pool:
+        waiting: collections.deque[concurrent.futures.Future[_Part]] = collections.deque()
+        for part in parts:
+            waiting.append(pool.submit(_check_kept, part))
+            if len(waiting) > 4 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _keep_checker(checker: Checker) -> None:
+    global _kept
+    _kept = checker
+
+
+def _check_kept(lines: _Numbered) -> _Part:
+    return _check(_kept, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_length=arguments.max_length,
             decode=arguments.decode_images,
         )
-        count, faults = check_file(path, checker)
+        processes = arguments.processes
+        if processes < 1:
+            large = path.stat().st_size > _LARGE
+            processes = (os.cpu_count() or 1) if large else 1
+        count, faults = check_file(path, checker, processes)
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)
         return 2
@@ -181,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vectors", type=int, default=729, help="vectors of an image (27 x 27)")
     add("--max_length", type=int, default=2048, help="tokens, vectors included")
     add("--show", type=int, default=100, help="faults to print; 0 all")
+    add("--processes", type=int, default=0, help="that share the work; 0 one per core, if large")
     add(
         "--decode_images", action=argparse.BooleanOptionalAction, default=True,
         help="decode every picture, not only look whether its file is there",
