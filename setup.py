@@ -40,6 +40,8 @@ EXTRAS = {
 }
 # libtpu compiles for TPUs on any machine; no TPU is needed.
 EXTRAS["preflight"] = ["libtpu"]
+# The paper's benchmarks; its release 0.7 needs an older filelock than it asks for.
+EXTRAS["lmms"] = ["lmms_eval>=0.7.3", "filelock<4", *EXTRAS["text"]]
 EXTRAS["test"] = [
     "pytest>=8",
     "pytest-xdist>=3.6",

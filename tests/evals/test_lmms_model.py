@@ -1,13 +1,16 @@
 """Our model in the real lmms-eval, where that is installed: a small local task."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-pytest.importorskip("lmms_eval", reason="pip install lmms_eval")
+pytest.importorskip("lmms_eval", reason="pip install -e '.[lmms]'")
 
 from lmms_eval.api.instance import Instance
 
@@ -65,3 +68,70 @@ def test_the_registry_knows_it():
     registry.register_manifest(lmms_plugin.manifest())
     assert registry.get_model_class("tokenflow_jax") is TokenFlow
     assert json.dumps(registry.list_model_names()) == '["tokenflow_jax"]'
+
+
+TASK = """
+task: local_kinds
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function local_kinds.pictures
+doc_to_text: !function local_kinds.text
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 6, do_sample: false}}
+process_results: !function local_kinds.results
+metric_list:
+  - {{metric: right, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 0.0}}
+"""
+FUNCTIONS = """
+from PIL import Image
+
+
+def pictures(doc):
+    return [Image.open(doc["image"]).convert("RGB")]
+
+
+def text(doc, kwargs=None):
+    return doc["question"]
+
+
+def results(doc, said):
+    return {"right": float(said[0].strip() == doc["answer"])}
+"""
+
+
+def test_a_local_task_through_the_program(folder):
+    """Its figure is the share of answers that are those of the Python API."""
+    model = TokenFlow(
+        str(folder / "model"), tokenizer=str(folder / "tokenizer"), text_tokenizer="bytes",
+        template="vicuna_v1",
+    ).assistant  # fmt: skip
+    rows = []
+    for i in range(4):
+        picture = folder / f"{i}.png"
+        Image.fromarray(np.full((9, 12, 3), 60 * i, np.uint8)).save(picture)
+        right = model.answer("What?", picture, max_new=6)
+        answer = right.strip() if i < 3 else f"not {right}"
+        rows.append(json.dumps({"question": "What?", "image": str(picture), "answer": answer}))
+    (folder / "questions.jsonl").write_text("\n".join(rows))
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    (tasks / "local_kinds.yaml").write_text(TASK.format(folder=folder))
+    (tasks / "local_kinds.py").write_text(FUNCTIONS)
+    arguments = {
+        "pretrained": folder / "model", "tokenizer": folder / "tokenizer",
+        "text_tokenizer": "bytes", "template": "vicuna_v1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "lmms_eval", "eval", "--model=tokenflow_jax", "--tasks=local_kinds",
+        f"--include_path={tasks}", "--batch_size=2", f"--output_path={folder / 'out'}",
+        "--model_args=" + ",".join(f"{name}={value}" for name, value in arguments.items()),
+    ]  # fmt: skip
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    (found,) = (folder / "out").rglob("*results.json")
+    figures = json.loads(found.read_text())["results"]["local_kinds"]
+    assert figures["right,none"] == 0.75

@@ -1,6 +1,6 @@
 """An understanding model for the package lmms-eval, which runs the paper's benchmarks.
 
-    pip install lmms_eval
+    pip install -e '.[lmms]'
     python -m lmms_eval --model tokenflow_jax --tasks pope,mme --batch_size 16 \
         --model_args pretrained=runs/understanding
 
