@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,21 +13,10 @@ import numpy as np
 from etils import epath
 
 from tokenflow_jax.convert import conversion
+from tokenflow_jax.convert.fingerprint import fingerprint
 from tokenflow_jax.convert.rules import flatten, unflatten
 from tokenflow_jax.data.codes import check_tokenizer
 from tokenflow_jax.models.tokenizer import VARIANTS, TokenFlow, TokenizerConfig
-
-# What decides on codes: hyper-parameters, and top-level parts of the weights.
-_CODE_FIELDS = ("image_size", "scales", "pixel_weight", "semantic_encoder", "pixel_image_size")
-_CODE_PARTS = (
-    "semantic_encoder",
-    "semantic_in_1",
-    "semantic_in_2",
-    "pixel_encoder",
-    "pixel_in",
-    "semantic_codebook",
-    "pixel_codebook",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +78,8 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that two tokenizers share if they give the same codes.
-
-        A hash of all that decides on codes: encoders, codebooks, scales and how distances are
-        weighed. The decoders are not in it, so a finer decoder reads the codes of its predecessor.
-        """
-        config = {name: getattr(self.config, name) for name in _CODE_FIELDS}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, array in sorted(flatten(self.params).items()):
-            if name.split("/")[0] in _CODE_PARTS:
-                array = np.ascontiguousarray(array, np.float32)
-                digest.update(f"{name} {array.shape}".encode() + array.tobytes())
-        return digest.hexdigest()[:16]
+        """16 hexadecimal digits that two tokenizers share if they give the same codes."""
+        return fingerprint(self.config, flatten(self.params))
 
     @property
     def identity(self) -> dict[str, Any]:

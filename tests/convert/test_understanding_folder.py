@@ -6,7 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny
 
+from tokenflow_jax import api
 from tokenflow_jax.convert import __main__ as command
 from tokenflow_jax.convert import conversion, rules
 from tokenflow_jax.convert.parts import PARTS
@@ -65,6 +67,26 @@ def test_a_folder_comes_back(tmp_path, projector):
     assert config_again == config and fields["tokenflow_fingerprint"] == "abc"
     source = conversion.open_source(again, config, part=PART)
     same(rules.unflatten({n: t.read() for n, t in source.arrays.items()}), params)
+
+
+def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
+    """What a released folder does not say is noted, and who holds its text tokenizer."""
+    folder, ours = tmp_path / "released", tmp_path / "ours"
+    save_understanding_model(folder, CONFIG, parameters(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    tokenizer = tiny.write_tokenizer(tmp_path / "tokenizer")
+    run = ["--part=understanding", f"--src={folder}", f"--dst={ours}", "--to=orbax"]
+    assert command.main([*run, "--tokenizer=b.pt"]) == 2
+    assert "--tokenizer_variant=one of" in capsys.readouterr().err
+    assert command.main([*run, f"--tokenizer={tokenizer}"]) == 0
+    saved = conversion.open_source(ours, part=PART).saved
+    assert saved["tokenizer"] == {
+        "path": str(tokenizer), "variant": "",
+        "fingerprint": api.Tokenizer.load(tokenizer).fingerprint,
+    }  # fmt: skip
+    assert saved["data"] == {"text_tokenizer": str(folder)}
+    wrong = ["--part=tokenizer", f"--src={tokenizer}", f"--dst={tmp_path / 'x'}", "--to=orbax"]
+    assert command.main([*wrong, f"--tokenizer={tokenizer}"]) == 2
 
 
 def test_the_released_config():

@@ -307,6 +307,17 @@ def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer,
     )  # fmt: skip
     wanted = assistant.answer("What?", picture, max_new=8)
     assert other.answer("What?", picture, max_new=8) == wanted
+
+    # Back into our format, with the tokenizer noted: it need not be named any more.
+    ours, foreign = tmp_path / "ours", tiny_config.write_tokenizer(tmp_path / "foreign", seed=1)
+    back = ["--part=understanding", f"--src={folder}", f"--dst={ours}", "--to=orbax"]
+    capsys.readouterr()
+    assert command.main([*back, f"--tokenizer={foreign}"]) == 2
+    assert "its codes mean something else" in capsys.readouterr().err and not ours.exists()
+    assert command.main([*back, f"--tokenizer={tokenizer}"]) == 0
+    known = {"template": "vicuna_v1", "system": "", "image_mode": "square"}
+    other = tfx.Assistant.load(ours, text_tokenizer="bytes", **known)
+    assert other.answer("What?", picture, max_new=8) == wanted
     capsys.readouterr()
     flags = [
         f"--checkpoint={folder}", f"--tokenizer={tokenizer}", "--text_tokenizer=bytes",

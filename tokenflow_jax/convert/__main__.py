@@ -9,7 +9,8 @@ shards), a training workdir, one of its checkpoints, or a directory that this pr
 target's form follows its ending: .safetensors; .pt, which then holds {"model": state_dict};
 anything else becomes a directory for Tokenizer.load and --config.init_from. With
 --part=understanding and --to=torch it may also be a folder, which gets the released layout:
-config.json and sharded .safetensors. As a source such a folder needs no --variant.
+config.json and sharded .safetensors. As a source such a folder needs no --variant. --tokenizer says
+which image tokenizer the model reads: its fingerprint is noted, and another one refused ever after.
 
 One set of weights is written: the moving average (EMA) when the source has one, else the raw
 weights. torch is not needed, and nothing that is pickled in a file is ever executed. Memory holds
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=("orbax", "torch"), help="kind of target")
     parser.add_argument("--variant", help="which model; a PyTorch file does not know, ours does")
     parser.add_argument("--part", default="tokenizer", help="which model of TokenFlow")
+    parser.add_argument("--tokenizer", help="of --part=understanding: what it reads, to be noted")
+    parser.add_argument("--tokenizer_variant", help="which model a PyTorch tokenizer is")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: EMA when there is one")
     parser.add_argument(
         "--dtype",
@@ -80,6 +83,8 @@ def _convert(options: argparse.Namespace) -> None:
     if options.part == "understanding":
         _convert_understanding(options, part)
         return
+    if options.tokenizer:
+        raise ValueError(f"--tokenizer goes with --part=understanding, not {options.part}")
     if options.variant is None and conversion.is_torch(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
@@ -113,8 +118,30 @@ def _convert_understanding(options: argparse.Namespace, part: Any) -> None:
         dtype=options.dtype,
         step=options.step,
         overwrite=options.overwrite,
+        tokenizer=_identify(options.tokenizer, options.tokenizer_variant),
     )
     _report(options.dst, written, start)
+
+
+def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
+    """What is noted of an image tokenizer."""
+    if not path:
+        return None
+    from tokenflow_jax.convert import conversion
+    from tokenflow_jax.convert.fingerprint import fingerprint
+    from tokenflow_jax.models.tokenizer import VARIANTS
+
+    config = None
+    if conversion.is_torch(path):
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"{path} is a PyTorch checkpoint: say which model it holds, "
+                f"--tokenizer_variant=one of {', '.join(VARIANTS)}"
+            )
+        config = VARIANTS[variant]
+    source = conversion.open_source(path, config)
+    found = fingerprint(source.config, source.arrays)
+    return {"path": path, "variant": variant or "", "fingerprint": found}
 
 
 def _report(dst: str, written: Any, start: float) -> None:

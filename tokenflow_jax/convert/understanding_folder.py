@@ -116,6 +116,8 @@ def save_understanding_model(
 
 # What a checkpoint of ours notes besides the model: which tokenizers it goes with.
 _KEPT = ("tokenizer", "data")
+# Files by which one knows that a folder holds a text tokenizer, too.
+_TEXT_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def convert(
@@ -128,6 +130,7 @@ def convert(
     dtype: str | None = None,
     step: int | None = None,
     overwrite: bool = False,
+    tokenizer: Mapping[str, str] | None = None,
 ) -> Written:
     """Converts an understanding model; what is known of its tokenizers goes with it.
 
@@ -137,15 +140,29 @@ def convert(
       config: of PyTorch weights without a config.json.
       folder: writes a folder with the released layout.
       dtype, step, overwrite: as of `conversion.convert`.
+      tokenizer: of images, the one that it reads: "path", "variant" and "fingerprint".
+
+    Raises:
+      ValueError: the source is known to read another tokenizer; or see `conversion.convert`.
     """
     if conversion.is_torch(src):
         fields: Mapping[str, Any] = {}
         if config is None:
             config, fields = read_understanding_config(src)
         known = {"tokenizer": {"fingerprint": fields.get("tokenflow_fingerprint", "")}}
+        if any((pathlib.Path(src) / name).is_file() for name in _TEXT_TOKENIZERS):
+            known["data"] = {"text_tokenizer": os.fspath(src)}
     else:
         saved = checkpoint.read_info(checkpoint.find_checkpoint(src, step))["config"]
         known = {name: saved[name] for name in _KEPT if name in saved}
+    if tokenizer is not None:
+        own = known.get("tokenizer", {}).get("fingerprint")
+        if own and own != tokenizer["fingerprint"]:
+            raise ValueError(
+                f"{os.fspath(src)} reads the tokenizer with the fingerprint {own}; "
+                f"{tokenizer['path']} has {tokenizer['fingerprint']}: its codes mean something else"
+            )
+        known["tokenizer"] = dict(tokenizer)
     if not folder:
         return conversion.convert(
             src, dst, config, part=part, dtype=dtype, step=step, overwrite=overwrite, more=known

@@ -181,9 +181,10 @@ class _UnderstandingStage:
 
     def final_notes(self) -> list[str]:
         """What was skipped, and what the model says about some pictures."""
+        some = self._spread(10) if self._answers else []
         said = [
-            f"{asked.text} {text} (in the data: {asked.answer})"
-            for asked, text in list(zip(self._asked, self._answers, strict=False))[:10]
+            f"{self._asked[i].text} {self._answers[i]} (in the data: {self._asked[i].answer})"
+            for i in some
         ]
         return [*self.train_set.notes(), *self.eval_set.notes(), *said]
 
@@ -295,16 +296,19 @@ class _UnderstandingStage:
                     self.eval_set.text_tokenizer, ids_N, self._decoding.stop_ids
                 )
 
+    def _spread(self, most: int) -> list[int]:
+        """Places of so many questions, from all over the data."""
+        count = min(most, len(self._asked))
+        return [i * len(self._asked) // count for i in range(count)]
+
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """A grid of held-out pictures with the model's answers."""
         if not self._asked or not self.config.eval.max_new:
             return {}
         if not self._answers:
             self._answers = list(self._answer(state.params))
-        count = min(self.config.eval.grid_images, len(self._asked))
-        chosen = [i * len(self._asked) // count for i in range(count)]
         cells = []
-        for i in chosen:
+        for i in self._spread(self.config.eval.grid_images):
             image = self.eval_set.image(self._asked[i].image) if self._asked[i].image else None
             cells.append((image, self._answers[i], self._asked[i].answer))
         return {"answers": answer_grid(cells)}
