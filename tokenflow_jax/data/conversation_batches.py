@@ -197,10 +197,8 @@ class Conversations:
         """The samples of an epoch in the order in which they train."""
         permute = grouping.random_permutations([seed, epoch])
         if self.config.order == "random":
-            return np.array(permute(len(self)))
-        return np.array(
-            grouping.grouped_order(self.source.lengths().tolist(), batch_size, 1, permute)
-        )
+            return np.asarray(permute(len(self)))
+        return grouping.grouped_order(self.source.lengths(), batch_size, 1, permute)
 
     def notes(self) -> list[str]:
         """A line on what was skipped, if anything was."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Permute = Callable[[int], Sequence[int]]  # n -> a permutation of range(n)
+Permute = Callable[[int], Sequence[int] | np.ndarray]  # n -> a permutation of range(n)
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
@@ -37,19 +37,23 @@ def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> 
 
 
 def _by_length(
-    lengths: Sequence[int], batch_size: int, world_size: int, permute: Permute
-) -> list[int]:
-    order, mega = list(permute(len(lengths))), batch_size * world_size
+    lengths_N: np.ndarray, batch_size: int, world_size: int, permute: Permute
+) -> np.ndarray:
+    order_N, mega = np.asarray(permute(len(lengths_N)), np.int64), batch_size * world_size
+    # Longest first within each mega-batch; ties as they were drawn.
+    order_N = order_N[np.lexsort((-lengths_N[order_N], np.arange(len(order_N)) // mega))]
+    if world_size == 1:
+        return order_N
     result: list[int] = []
-    for start in range(0, len(order), mega):
-        batch = sorted(order[start : start + mega], key=lambda i: lengths[i], reverse=True)
-        result += [i for chunk in even_chunks(batch, lengths, world_size) for i in chunk]
-    return result
+    for start in range(0, len(order_N), mega):
+        batch = order_N[start : start + mega].tolist()
+        result += [i for chunk in even_chunks(batch, lengths_N, world_size) for i in chunk]
+    return np.array(result, np.int64)
 
 
 def grouped_order(
-    lengths: Sequence[int], batch_size: int, world_size: int, permute: Permute
-) -> list[int]:
+    lengths: Sequence[int] | np.ndarray, batch_size: int, world_size: int, permute: Permute
+) -> np.ndarray:
     """The order of one epoch.
 
     Args:
@@ -60,33 +64,33 @@ def grouped_order(
         samples are of one kind.
 
     Returns:
-      A permutation of the samples. The last mega-batch of each kind, which may be short, are
+      A permutation of the samples, int64. The last mega-batch of each kind, which may be short, are
       joined at the end in the order of their indices.
 
     Raises:
       ValueError: a length of zero.
     """
-    zeros = [i for i, length in enumerate(lengths) if length == 0]
-    if zeros:
-        raise ValueError(f"samples {zeros[:5]} have length 0, whose sign cannot tell their kind")
-    kinds = [
-        [i for i, n in enumerate(lengths) if n > 0],
-        [i for i, n in enumerate(lengths) if n < 0],
-    ]
-    if not all(kinds):
-        return _by_length(lengths, batch_size, world_size, permute)
+    lengths_N = np.asarray(lengths, np.int64)
+    zeros = np.flatnonzero(lengths_N == 0)
+    if len(zeros):
+        raise ValueError(
+            f"samples {zeros[:5].tolist()} have length 0, whose sign cannot tell their kind"
+        )
+    kinds = [np.flatnonzero(lengths_N > 0), np.flatnonzero(lengths_N < 0)]
+    if not all(map(len, kinds)):
+        return _by_length(lengths_N, batch_size, world_size, permute)
     mega, whole, rest = batch_size * world_size, [], []
     for members in kinds:
-        own = [abs(lengths[i]) for i in members]
-        order = [members[i] for i in _by_length(own, batch_size, world_size, permute)]
-        batches = [order[start : start + mega] for start in range(0, len(order), mega)]
-        whole += batches[:-1]
-        rest += batches[-1]
-    shuffled = [whole[i] for i in permute(len(whole))]
-    return [i for batch in shuffled for i in batch] + sorted(rest)
+        order = members[_by_length(np.abs(lengths_N[members]), batch_size, world_size, permute)]
+        last = (len(order) - 1) // mega * mega  # where the last mega-batch begins
+        whole.append(order[:last].reshape(-1, mega))
+        rest.append(order[last:])
+    batches = np.concatenate(whole)
+    shuffled = batches[np.asarray(permute(len(batches)), np.int64)]
+    return np.concatenate([shuffled.reshape(-1), np.sort(np.concatenate(rest))])
 
 
 def random_permutations(seed: Sequence[int]) -> Permute:
     """Permutations that depend on the seed and on how many were drawn before."""
     rng = np.random.default_rng(seed)
-    return lambda count: rng.permutation(count).tolist()
+    return rng.permutation

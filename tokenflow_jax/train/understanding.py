@@ -138,7 +138,8 @@ class Trainer:
 
         Returns:
           The new state, and scalar metrics: "loss/total", "accuracy/answers" (share of labels that
-          are the most likely id), "labels" (their number), "gradient_norm/all".
+          are the most likely id), "labels" (their number), "filled" (share of the positions that
+          are no padding), "gradient_norm/all".
         """
         sums, gradients = self._gradients(state.params, frozen, batch)
         labels = jnp.maximum(sums["labels"], 1.0)
@@ -147,6 +148,7 @@ class Trainer:
             "loss/total": sums["loss"] / labels,
             "accuracy/answers": sums["right"] / labels,
             "labels": sums["labels"],
+            "filled": jnp.mean(batch["segments"] > 0, dtype=jnp.float32),
             "gradient_norm/all": optax.tree.norm(gradients),
         }
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
