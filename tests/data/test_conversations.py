@@ -149,6 +149,7 @@ def test_the_validator_in_several_processes(folder, capsys, monkeypatch):
 def test_the_validator_on_what_is_used_all_the_same(folder, capsys):
     file = folder / "odd.jsonl"
     doubled = ("a.png", [(HUMAN, "<image><image>\nWhat?"), (GPT, " ")])
+    short = ["--template=vicuna_v1", "--vectors=4", "--max_length=100"]
     first = [(GPT, "Hello."), (HUMAN, "Hi."), (GPT, "Yes?")]
     file.write_bytes(b"\n\n".join(map(line, (LONG, doubled, first))))
     assert (
@@ -158,6 +159,9 @@ def test_the_validator_on_what_is_used_all_the_same(folder, capsys):
     for text in ("line 1: over length", "line 3: several markers", "line 3: empty answer",
                  "line 5: first turn", "0 of them are skipped"):  # fmt: skip
         assert text in out
+    for system, skipped in (([], 3), (["--system="], 0)):  # the template's own leaves no room
+        assert validate.main([str(file), *short, *system]) == 1
+        assert f"{skipped} of them are skipped" in capsys.readouterr().out
 
 
 def test_the_validator_names_swapped_roles_and_lost_answers(folder, capsys):

@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not folder.is_dir():
             raise ValueError(f"--image_folder {folder} is not a folder")
         checker = Checker(
-            templates.get_template(arguments.template),
+            templates.get_template(arguments.template, arguments.system),
             text.load_text_tokenizer(arguments.text_tokenizer),
             folder,
             vectors=arguments.vectors,
@@ -261,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     add("file", help="the .jsonl file")
     add("--image_folder", default="", help="where images' paths begin; the file's folder")
     add("--template", default="qwen_2_5", help=f"one of {', '.join(templates.TEMPLATES)}")
+    add("--system", help="what conversations begin with, if not as the template says")
     add("--text_tokenizer", default="bytes", help="bytes, or a folder of a Hugging Face model")
     add("--vectors", type=int, default=729, help="vectors of an image (27 x 27)")
     add("--max_length", type=int, default=2048, help="tokens, vectors included")
