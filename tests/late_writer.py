@@ -20,7 +20,8 @@ def writing(folder: pathlib.Path, seconds: float) -> Iterator[None]:
         for number in itertools.count():
             if time.monotonic() > end:
                 return
-            with contextlib.suppress(FileNotFoundError):
+            # Removed between two calls; also inside mkdir, which then says that it exists.
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / str(number)).touch()
 
