@@ -57,7 +57,6 @@ def run(name):
         jax.jit(trainer.step, in_shardings=(place, whole, split), out_shardings=(place, whole)),
     )
     batch = {**batch_of(rng, "right"), "image_index": np.arange(16).reshape(8, 2) % 8}
-    del batch["positions"]
     losses = []
     for _ in range(3):
         state, metrics = step(state, {"features": table}, jax.device_put(batch, split))

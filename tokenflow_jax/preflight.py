@@ -112,10 +112,7 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     pack = config.get("pack", 1)
-    if sample:
-        mesh.check_batch_size(sample, device_mesh)
-    else:
-        mesh.check_batch_size(config.batch_size, device_mesh, pack)
+    mesh.check_batch_size(sample or config.batch_size, device_mesh, pack)
     if chip.tpu:
         device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
     module, platform = importlib.import_module(PROGRAMS[config.stage]), "tpu" if chip.tpu else "gpu"
@@ -283,6 +280,8 @@ def _levers(
     config: Any, held: Mapping[str, int], compiled: Compiled, topology: Topology, mesh: Any
 ) -> list[str]:
     """What would save most, with what it saves per device."""
+    from tokenflow_jax.mesh import batch_parts
+
     state = sum(size for name, size in held.items() if name != "batch")
     rows = []
     split, count = mesh.shape["fsdp"], topology.devices // topology.slices
@@ -293,7 +292,7 @@ def _levers(
     if remat in (False, "none"):
         text = f"--config.remat={'block' if remat else True}: recompute activations"
         rows.append((compiled.temporaries * 0.6, text))
-    parts = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"] * config.get("pack", 1)
+    parts = batch_parts(mesh) * config.get("pack", 1)
     needed = max(compiled.temporaries - compiled.excess, 1)
     smaller = max(int(config.batch_size * needed / compiled.temporaries) // parts, 1) * parts
     smaller = min(smaller, config.batch_size // 2)

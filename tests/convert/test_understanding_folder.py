@@ -86,7 +86,11 @@ def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
     }  # fmt: skip
     assert saved["data"] == {"text_tokenizer": str(folder)}
     wrong = ["--part=tokenizer", f"--src={tokenizer}", f"--dst={tmp_path / 'x'}", "--to=orbax"]
-    assert command.main([*wrong, f"--tokenizer={tokenizer}"]) == 2
+    file = ["--part=understanding", f"--src={ours}", f"--dst={tmp_path / 'x.pt'}", "--to=torch"]
+    for run in (wrong, file):
+        capsys.readouterr()
+        assert command.main([*run, f"--tokenizer={tokenizer}"]) == 2
+        assert "nothing there can note it" in capsys.readouterr().err
 
 
 def test_the_released_config():

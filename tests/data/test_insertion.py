@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tokenflow_jax.data import insertion
+from tokenflow_jax.models.understanding import positions_in
 
 FORWARD = pathlib.Path(__file__).parents[1] / "golden" / "i2t_qwen.forward.npz"
 VECTORS = 49
@@ -35,7 +36,8 @@ def test_equals_the_reference(golden, prefix, options):
     rows = merged(golden, **options)
     np.testing.assert_array_equal(rows["labels"], golden[f"{prefix}merged_labels"])
     np.testing.assert_array_equal(rows["segments"], golden[f"{prefix}merged_attention_mask"])
-    np.testing.assert_array_equal(rows["positions"], golden[f"{prefix}merged_position_ids"])
+    positions = positions_in(rows["segments"])
+    np.testing.assert_array_equal(positions, golden[f"{prefix}merged_position_ids"])
 
 
 def test_a_list_of_images_at_one_marker(golden):
@@ -60,7 +62,7 @@ def test_the_example_of_the_docstring():
     batch = insertion.pad_rows([row, {}], 8)
     assert batch["ids"][0].tolist() == [5, 0, 0, 0, 7, 9, 0, 0]
     assert batch["places"][0].tolist() == [-1, 0, 1, 2, -1, -1, -1, -1]
-    assert batch["positions"][0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert positions_in(batch["segments"])[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
     assert batch["segments"].tolist() == [[1, 1, 1, 1, 1, 1, 0, 0], [0] * 8]
     assert insertion.merged_length(np.array([5, -200, 7, 9]), 3) == 6
 
@@ -74,7 +76,7 @@ def test_conversations_that_share_a_row():
     assert batch["ids"][0].tolist() == [5, 0, 0, 7, 8, 0, 0, 0]
     assert batch["places"][0].tolist() == [-1, 0, 1, -1, -1, 4, 5, -1]
     assert batch["segments"][0].tolist() == [1, 1, 1, 1, 3, 3, 3, 0]
-    assert batch["positions"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert positions_in(batch["segments"])[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert batch["labels"][0].tolist() == [-100, -100, -100, 7, -100, -100, -100, -100]
     assert first["labels"][0] == 5, "the argument was changed"
     assert not batch["segments"][1].any()

@@ -151,6 +151,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tokenizer, chats, tm
 
 
 @pytest.mark.slow
+def test_rows_may_be_shared_from_some_step_on(trained, tokenizer, chats, tmp_path, caplog):
+    """Steps 3 and 4 with two conversations in a row; the run is that of rows of their own."""
+    run(tiny(tokenizer, chats, total_steps=2), tmp_path / "shared")
+    config = tiny(tokenizer, chats, pack=2, **{"data.buckets": (64, 80)})
+    state = run(config, tmp_path / "shared")
+    assert int(state.step) == 4 and "config.pack: 1 -> 2" in caplog.text
+    # The first two steps decayed to a schedule's end of their own: the other run has it, too.
+    run(tiny(tokenizer, chats, total_steps=2), tmp_path / "apart")
+    apart = run(tiny(tokenizer, chats), tmp_path / "apart")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), apart.params, state.params
+    )
+
+
+@pytest.mark.slow
 def test_pictures_in_the_step_train_the_same(trained, tokenizer, chats, tmp_path):
     """Features from a table or tokenized in the step; a broken picture is left out of both."""
     state = run(tiny(tokenizer, chats, **{"data.features": "step"}), tmp_path)

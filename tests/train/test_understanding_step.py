@@ -36,7 +36,6 @@ def a_batch(rows=4, seed=0):
         labels = np.where(np.arange(len(ids)) >= 4, ids, -100)
         found.append(insertion.merge_row(ids, labels, VECTORS))
     batch = insertion.pad_rows(found, 32)
-    del batch["positions"]
     return {**batch, "image_index": np.arange(rows, dtype=np.int32)[:, None]}
 
 
@@ -116,7 +115,6 @@ def test_it_learns_what_the_pictures_say(frozen):
         for answer in (7, 8)
     ]
     batch = insertion.pad_rows(rows, 20)
-    del batch["positions"]
     batch = jax.tree.map(jnp.asarray, {**batch, "image_index": np.array([[0], [1]])})
     one = trainer(optimizer=optim.make_optimizer(optim.OptimizerConfig(learning_rate=3e-2), 100))
     state, step = one.init(jax.random.key(0)), jax.jit(one.step)

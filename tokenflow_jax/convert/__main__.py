@@ -10,7 +10,7 @@ target's form follows its ending: .safetensors; .pt, which then holds {"model": 
 anything else becomes a directory for Tokenizer.load and --config.init_from. With
 --part=understanding and --to=torch it may also be a folder, which gets the released layout:
 config.json and sharded .safetensors. As a source such a folder needs no --variant. --tokenizer says
-which image tokenizer the model reads: its fingerprint is noted, and another one refused ever after.
+which image tokenizer the model reads: a directory notes its fingerprint, others are refused then.
 
 One set of weights is written: the moving average (EMA) when the source has one, else the raw
 weights. torch is not needed, and nothing that is pickled in a file is ever executed. Memory holds
@@ -80,11 +80,15 @@ def _convert(options: argparse.Namespace) -> None:
     part = parts.PARTS[options.part]
     if options.variant is not None and options.variant not in part.variants:
         raise ValueError(f"--variant={options.variant}: one of {', '.join(part.variants)}")
+    is_file = options.dst.endswith((".pt", ".safetensors"))
+    if options.tokenizer and (options.part != "understanding" or is_file):
+        raise ValueError(
+            f"--tokenizer goes with --part=understanding and a directory, not with "
+            f"--part={options.part} and --dst={options.dst}: nothing there can note it"
+        )
     if options.part == "understanding":
         _convert_understanding(options, part)
         return
-    if options.tokenizer:
-        raise ValueError(f"--tokenizer goes with --part=understanding, not {options.part}")
     if options.variant is None and conversion.is_torch(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "

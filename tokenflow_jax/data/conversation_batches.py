@@ -279,7 +279,6 @@ def collate(
             kept.append({} if name in data.broken_images else tokens)
         rows.append(insertion.join_rows(kept, config.vectors))
     batch = insertion.pad_rows(rows, length)
-    del batch["positions"]  # the model counts them
     return {**batch, "image": images} if pixels else {**batch, "image_index": numbers}
 
 

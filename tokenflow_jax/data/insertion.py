@@ -7,11 +7,11 @@ input comes from. With 3 vectors per image, padded to 8 on the right:
     ids                  5   0   0   0   7   9   0   0
     places              -1   0   1   2  -1  -1  -1  -1      vector of the row's images, -1: text
     segments             1   1   1   1   1   1   0   0      conversation of the row, 0: padding
-    positions            0   1   2   3   4   5   0   0
 
 A row's images are counted one after the other: the second one's vectors are 3, 4, 5. A row without
 marker has an image all the same, which nothing reads. Conversations that share a row (`join_rows`)
-are its segments: each has its own image and counts its positions from 0, and none reads another.
+are its segments: each has its own image, and the model gives each positions from 0
+(`models.understanding.positions_in`) and lets none read another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,7 +104,7 @@ def pad_rows(
       side: where padding goes: "right" for training, "left" for generation.
 
     Returns:
-      int32 (B, length) "ids", "labels", "places", "segments", "positions"; see the module.
+      int32 (B, length) "ids", "labels", "places", "segments"; see the module.
 
     Raises:
       ValueError: a row is too long, or a side that is none.
@@ -116,19 +116,13 @@ def pad_rows(
         raise ValueError(f"a row of {longest} tokens does not fit into {length}")
     fill = {"ids": 0, "labels": IGNORE, "places": TEXT, "segments": 0}
     out = {name: np.full((len(rows), length), value, np.int32) for name, value in fill.items()}
-    out["positions"] = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         if not row:
             continue
         count = len(row["ids"])
         where = slice(0, count) if side == "right" else slice(length - count, length)
-        segments_L = row.get("segments", np.ones(count, np.int32))
-        for name, array in {**row, "segments": segments_L}.items():
+        for name, array in {"segments": 1, **row}.items():
             out[name][i, where] = array
-        firsts = np.flatnonzero(np.diff(segments_L, prepend=0))
-        out["positions"][i, where] = np.arange(count) - np.repeat(
-            firsts, np.diff(firsts, append=count)
-        )
     return out
 
 

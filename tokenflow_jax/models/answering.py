@@ -93,8 +93,8 @@ def start(
 
     Args:
       model, params: the model.
-      prompt: "ids", "places", "segments", "positions" of `data.insertion.pad_rows(..., "left")`,
-        and "features" (B, M, N, C).
+      prompt: "ids", "places", "segments" of `data.insertion.pad_rows(..., "left")`, and "features"
+        (B, M, N, C).
       key: of the draws.
       decoding: how answers are chosen.
 
@@ -106,7 +106,7 @@ def start(
     cache = init_cache(model.config.lm, batch, room, model.dtype)
     hidden_BLC, cache = model.apply(
         {"params": params}, prompt["ids"], prompt["places"], prompt["segments"], prompt["features"],
-        prompt["positions"], cache,
+        cache,
     )  # fmt: skip
     real_BL = prompt["segments"] > 0
     real_BK = jnp.pad(real_BL, ((0, 0), (0, decoding.max_new)), constant_values=True)

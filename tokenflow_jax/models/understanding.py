@@ -2,9 +2,9 @@
 
     codes --visual_features--> (B, N, C) --projector--> (B, N, width) --places--> among the tokens
 
-Rows of tokens come with fixed shapes from `data.insertion`, which documents "ids", "places",
-"segments" and "positions"; nothing here depends on where images stand, or on how many conversations
-share a row, so nothing is compiled again.
+Rows of tokens come with fixed shapes from `data.insertion`, which documents "ids", "places" and
+"segments"; nothing here depends on where images stand, or on how many conversations share a row, so
+nothing is compiled again.
 """
 
 import dataclasses
@@ -194,14 +194,12 @@ class Understanding(nn.Module):
         places_BL: jax.Array,
         segments_BL: jax.Array,
         features_BMNC: jax.Array,
-        positions_BL: jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the model over whole rows.
 
         Args:
           ids_BL, places_BL, segments_BL, features_BMNC: see `embed`. No conversation reads another.
-          positions_BL: for the rotation; 0, 1, 2, ... in each conversation when None.
           cache: takes keys and values, for answering; rows then begin at its first entry, and each
             is one conversation.
 
@@ -209,8 +207,7 @@ class Understanding(nn.Module):
           (B, L, width) after the final norm, and the cache.
         """
         inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
-        if positions_BL is None:
-            positions_BL = positions_in(segments_BL)
+        positions_BL = positions_in(segments_BL)
         real_BL = segments_BL > 0
         if cache is None:
             return self.lm(inputs_BLC, positions_BL, Mask(real_BL, segments_BK=segments_BL))
@@ -294,11 +291,11 @@ class Understanding(nn.Module):
 
 
 def positions_in(segments_BL: jax.Array) -> jax.Array:
-    """Positions 0, 1, 2, ... that begin anew with every segment: int32, shaped as the argument."""
+    """Positions 0, 1, 2, ... that begin anew with every segment, 0 at padding: int32 (B, L)."""
     index_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
     before_BL = jnp.pad(segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     firsts_BL = jnp.where(segments_BL != before_BL, index_L, 0)
-    return index_L - jax.lax.cummax(firsts_BL, axis=1)
+    return jnp.where(segments_BL > 0, index_L - jax.lax.cummax(firsts_BL, axis=1), 0)
 
 
 # The language models of the paper's understanding variants, and a small one for real text.

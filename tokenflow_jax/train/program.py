@@ -33,12 +33,17 @@ class StepProgram(abc.ABC):
     platform: str
 
     def __post_init__(self):
-        mesh.check_batch_size(self.config.batch_size, self.mesh, self.config.get("pack", 1))
+        mesh.check_batch_size(self.config.batch_size, self.mesh, self.pack)
+
+    @property
+    def pack(self) -> int:
+        """Samples of a row; only conversations share rows."""
+        return self.config.get("pack", 1)
 
     @property
     def rows(self) -> int:
-        """Rows of a global batch: `batch_size` samples, `pack` of them in a row."""
-        return self.config.batch_size // self.config.get("pack", 1)
+        """Rows of a global batch."""
+        return self.config.batch_size // self.pack
 
     @property
     @abc.abstractmethod

@@ -95,7 +95,7 @@ class Program(StepProgram):
     @functools.cached_property
     def batch(self) -> PyTree:
         """Shapes and places of a global batch of the longest rows."""
-        sharding, pack = mesh.batch_sharding(self.mesh), self.config.pack
+        sharding, pack = mesh.batch_sharding(self.mesh), self.pack
         side = self.tokenizer_config.image_size
 
         def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:

@@ -181,10 +181,9 @@ class _UnderstandingStage:
 
     def final_notes(self) -> list[str]:
         """What was skipped, and what the model says about some pictures."""
-        some = self._spread(10) if self._answers else []
         said = [
             f"{self._asked[i].text} {self._answers[i]} (in the data: {self._asked[i].answer})"
-            for i in some
+            for i in (self._spread(10) if self._answers else [])
         ]
         return [*self.train_set.notes(), *self.eval_set.notes(), *said]
 
