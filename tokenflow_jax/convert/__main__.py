@@ -65,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(options: argparse.Namespace) -> None:
     """Checks the flags, converts, and says what was written."""
-    torch_target = options.dst.endswith((".pt", ".safetensors"))
-    if options.part == "understanding" and options.to == "torch":
-        torch_target = True
+    is_file = options.dst.endswith((".pt", ".safetensors"))
+    torch_target = is_file or (options.part == "understanding" and options.to == "torch")
     if torch_target != (options.to == "torch"):
         raise ValueError(
             f"--to={options.to} does not go with --dst={options.dst}: a file that ends in .pt or "
@@ -80,7 +79,6 @@ def _convert(options: argparse.Namespace) -> None:
     part = parts.PARTS[options.part]
     if options.variant is not None and options.variant not in part.variants:
         raise ValueError(f"--variant={options.variant}: one of {', '.join(part.variants)}")
-    is_file = options.dst.endswith((".pt", ".safetensors"))
     if options.tokenizer and (options.part != "understanding" or is_file):
         raise ValueError(
             f"--tokenizer goes with --part=understanding and a directory, not with "
