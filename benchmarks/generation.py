@@ -43,10 +43,10 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from tokenflow_jax.models import generate
-    from tokenflow_jax.models.generation import VARIANTS, Generation, GenerationConfig
-    from tokenflow_jax.models.lm import LMConfig
-    from tokenflow_jax.models.quantizers import Codebooks
+    from tokenflow_jax.generation import sample as generate
+    from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
+    from tokenflow_jax.nets.lm import LMConfig
+    from tokenflow_jax.tokenizer.quantizer import Codebooks
 
     published = VARIANTS["7b"]
     lm = LMConfig(

@@ -48,14 +48,15 @@ def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from tokenflow_jax.models import nearest_kernel, quantizers
+    from tokenflow_jax.parallel import nearest_kernel
+    from tokenflow_jax.tokenizer import quantizer
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     where = jax.sharding.SingleDeviceSharding(device)
     shapes = (
         jax.ShapeDtypeStruct((rows, 40), jnp.float32, sharding=where) for rows in (tokens, codes)
     )
-    function = nearest_kernel.best_of if kernel else quantizers._best_by_chunks
+    function = nearest_kernel.best_of if kernel else quantizer._best_by_chunks
     program = jax.jit(function).lower(*shapes).compile()
     bundles, text = scheduled_bundles(pathlib.Path(folder)), program.as_text()
     if kernel:
@@ -65,7 +66,7 @@ def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -
     else:
         # What the scan's body runs, as often as it runs.
         body = re.search(r"body=%([\w.\-]+)", text)
-        chunks = quantizers._chunks(jnp.zeros((codes, 1)), tokens)[0].shape[0]
+        chunks = quantizer._chunks(jnp.zeros((codes, 1)), tokens)[0].shape[0]
         lines = text
         if body:
             lines = text[text.index(f"\n%{body[1]} (") :]

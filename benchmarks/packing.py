@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import optim
-from tokenflow_jax.data import conversation_batches
-from tokenflow_jax.data.conversation_batches import ConversationConfig, Conversations
-from tokenflow_jax.models.lm import LMConfig
-from tokenflow_jax.models.tokenizer import TokenFlow, TokenizerConfig
-from tokenflow_jax.models.understanding import Understanding, UnderstandingConfig
-from tokenflow_jax.train.understanding import Trainer
+from tokenflow_jax.data.chat import batches as conversation_batches
+from tokenflow_jax.data.chat.batches import ConversationConfig, Conversations
+from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.train import optim
+from tokenflow_jax.understanding.model import Understanding, UnderstandingConfig
+from tokenflow_jax.understanding.train import Trainer
 
 VECTORS, LONGEST, STEP = 729, 2048, 256
 _MODEL = UnderstandingConfig(

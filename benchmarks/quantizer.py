@@ -23,11 +23,11 @@ def _step(dense: bool, entropy: bool):
     import jax
     import jax.numpy as jnp
 
-    from tokenflow_jax.models import quantizers
+    from tokenflow_jax.tokenizer import quantizer
 
     def nearest(z_NC, table_KC):
         if not dense:
-            return quantizers.nearest_codes(z_NC, table_KC, 32)
+            return quantizer.nearest_codes(z_NC, table_KC, 32)
         # As the original: |z|^2 + |c|^2 - 2 z.c for each half, all pairs at once.
         distance_NK = 0.0
         for half in (slice(0, 32), slice(32, 40)):
@@ -36,14 +36,14 @@ def _step(dense: bool, entropy: bool):
         return jnp.argmin(distance_NK, axis=1)
 
     def loss(features_NC, books):
-        z_NC = quantizers.normalize_halves(features_NC, 32)
+        z_NC = quantizer.normalize_halves(features_NC, 32)
         table_KC = books.normalized()
         codes = nearest(z_NC, jax.lax.stop_gradient(table_KC))
         weights = jnp.full(len(z_NC), 1 / len(z_NC))
-        vq, commitment = quantizers.codebook_losses(z_NC[None], books.look_up(codes)[None], weights)
+        vq, commitment = quantizer.codebook_losses(z_NC[None], books.look_up(codes)[None], weights)
         total = vq + 0.25 * commitment
         if entropy:
-            total += 0.1 * quantizers.entropy_loss(z_NC, table_KC, weights, 32)
+            total += 0.1 * quantizer.entropy_loss(z_NC, table_KC, weights, 32)
         return total
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -53,7 +53,7 @@ def measure(tokens: int, codes: int, dense: bool, entropy: bool) -> tuple[float,
     """Returns (seconds of one step, GB of extra memory) in this process."""
     import jax
 
-    from tokenflow_jax.models.quantizers import Codebooks
+    from tokenflow_jax.tokenizer.quantizer import Codebooks
 
     keys = jax.random.split(jax.random.key(0), 3)
     features_NC = jax.random.normal(keys[0], (tokens, 40))

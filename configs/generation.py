@@ -14,9 +14,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tokenflow_jax.generator import REFERENCE_NEGATIVE
-from tokenflow_jax.models.generation import VARIANTS, GenerationConfig
-from tokenflow_jax.models.lm import LMConfig
+from tokenflow_jax.generation.api import REFERENCE_NEGATIVE
+from tokenflow_jax.generation.model import VARIANTS, GenerationConfig
+from tokenflow_jax.nets.lm import LMConfig
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -41,7 +41,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config = ConfigDict()
     config.stage = "generation"
     config.seed = 0  # of weights, data order and captions
-    config.model = _model(model)  # see models.generation.GenerationConfig and models.lm.LMConfig
+    config.model = _model(model)  # see generation.model.GenerationConfig and nets.lm.LMConfig
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "block"  # what the backward pass recomputes: none, block or dots
     config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)

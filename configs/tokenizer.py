@@ -21,8 +21,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tokenflow_jax.models.tokenizer import VARIANTS, TokenizerConfig
-from tokenflow_jax.models.vit import ViTConfig
+from tokenflow_jax.nets.vit import ViTConfig
+from tokenflow_jax.tokenizer.model import VARIANTS, TokenizerConfig
 
 QUICKSTART = TokenizerConfig(
     image_size=64,
@@ -68,7 +68,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config = ConfigDict()
     config.stage = "tokenizer"
     config.seed = 0  # of weights, data order, crops and scale drop
-    config.model = ConfigDict(dataclasses.asdict(model))  # see models.tokenizer.TokenizerConfig
+    config.model = ConfigDict(dataclasses.asdict(model))  # see tokenizer.model.TokenizerConfig
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = False  # recompute blocks in the backward pass to save memory
 

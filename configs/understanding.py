@@ -18,8 +18,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tokenflow_jax.models.lm import LMConfig
-from tokenflow_jax.models.understanding import VARIANTS, UnderstandingConfig
+from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.understanding.model import VARIANTS, UnderstandingConfig
 
 QUICKSTART = UnderstandingConfig(
     LMConfig(vocabulary_size=259, width=128, layers=2, heads=4, kv_heads=4, mlp_width=384)
@@ -58,7 +58,7 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config = ConfigDict()
     config.stage = "understanding"
     config.seed = 0  # of weights and data order
-    config.model = _model(model)  # see models.understanding.UnderstandingConfig
+    config.model = _model(model)  # see understanding.model.UnderstandingConfig
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "block"  # what the backward pass recomputes: none, block or dots
     config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)

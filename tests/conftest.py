@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,8 +12,12 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Programs that tests start import the package, the golden vectors and the helpers.
+_TESTS = pathlib.Path(__file__).parent
+_PATHS = map(str, (_TESTS.parent, _TESTS, _TESTS / "helpers"))
+os.environ["PYTHONPATH"] = os.pathsep.join((*_PATHS, os.environ.get("PYTHONPATH", "")))
 
-import pytest
+import pytest  # noqa: E402 - after the environment is set
 
 
 @pytest.fixture(autouse=True)

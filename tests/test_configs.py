@@ -1,21 +1,16 @@
 """Every variant of every config builds its model and options; the quickstart's own parts exist."""
 
-import importlib.util
-import pathlib
-
 import jax
 import pytest
+from config_files import tokenizer as configs
 
-from tokenflow_jax import mesh, optim
-from tokenflow_jax.models.tokenizer import TokenizerConfig
-from tokenflow_jax.train import tokenizer_stage
+from tokenflow_jax.parallel import mesh
+from tokenflow_jax.tokenizer import stage as tokenizer_stage
+from tokenflow_jax.tokenizer.model import TokenizerConfig
+from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig
+from tokenflow_jax.train import optim
 from tokenflow_jax.train.stage import LoopOptions
-from tokenflow_jax.train.tokenizer import CodebookConfig, LossConfig
 
-FILE = pathlib.Path(__file__).parents[1] / "configs" / "tokenizer.py"
-SPEC = importlib.util.spec_from_file_location("tokenizer_config", FILE)
-configs = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(configs)
 VARIANTS = (
     "",
     "b",

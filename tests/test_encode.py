@@ -10,9 +10,12 @@ from absl import flags
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import encode, encoding
-from tokenflow_jax.data import captions, codes, pipeline, records, sources
+from tokenflow_jax import encode
+from tokenflow_jax.data import pipeline, records, sources
+from tokenflow_jax.data.captions import batches as captions
+from tokenflow_jax.data.captions import codes
 from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.tokenizer import encoding
 
 TINY = tiny_config.TINY
 PROMPTS = PromptEncoder(ByteTokenizer(), 48)

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from tokenflow_jax import command_line, main
+from tokenflow_jax import cli, main
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
@@ -53,7 +53,7 @@ def call(*arguments, cwd=REPOSITORY):
 def complaint(capsys, *arguments):
     """The one line that parse_flags prints for wrong arguments."""
     with pytest.raises(SystemExit) as caught:
-        command_line.check_config_arguments(["main", *map(str, arguments)])
+        cli.check_config_arguments(["main", *map(str, arguments)])
     assert caught.value.code == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1
@@ -91,8 +91,8 @@ def test_wrong_files_and_variants_are_one_line(config_file, capsys):
 
 def test_right_arguments_pass(config_file):
     arguments = ["--config.model.scales=(1,)", "--config.learning_rate=3", "--config.ema=false"]
-    command_line.check_config_arguments(["main", f"--config={config_file}:tiny", *arguments])
-    command_line.check_config_arguments(["main", "--config", str(config_file), "--workdir=x"])
+    cli.check_config_arguments(["main", f"--config={config_file}:tiny", *arguments])
+    cli.check_config_arguments(["main", "--config", str(config_file), "--workdir=x"])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_default_workdir_is_the_same_each_time(config_file, workdir):
 
 def test_stage_names():
     config = ml_collections.ConfigDict({"stage": "tokenizer"})
-    assert main.stage_module_name(config) == "tokenflow_jax.train.tokenizer_stage"
+    assert main.stage_module_name(config) == "tokenflow_jax.tokenizer.stage"
     with pytest.raises(ValueError, match=r"stages available are: .*tokenizer"):
         main.stage_module_name(ml_collections.ConfigDict({"stage": "understandng"}))
 

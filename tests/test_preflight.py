@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tokenflow_jax import chips
 from tokenflow_jax import preflight as command
+from tokenflow_jax.parallel import chips
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -14,10 +14,10 @@ from PIL import Image
 import tokenflow_jax as tfx
 from tokenflow_jax import sample
 from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
-from tokenflow_jax.generator import Generator, Recipe
-from tokenflow_jax.models.generation import Generation, GenerationConfig
-from tokenflow_jax.models.lm import LMConfig
-from tokenflow_jax.train.generation import LossConfig, Trainer
+from tokenflow_jax.generation.api import Generator, Recipe
+from tokenflow_jax.generation.model import Generation, GenerationConfig
+from tokenflow_jax.generation.train import LossConfig, Trainer
+from tokenflow_jax.nets.lm import LMConfig
 
 CONFIG = GenerationConfig(
     lm=LMConfig(

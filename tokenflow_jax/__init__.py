@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenflow_jax.api import Tokenizer
-    from tokenflow_jax.assistant import Assistant
-    from tokenflow_jax.generator import Generator
+    from tokenflow_jax.generation.api import Generator
+    from tokenflow_jax.tokenizer.api import Tokenizer
+    from tokenflow_jax.understanding.api import Assistant
 
 __version__ = "0.1.0"
 __all__ = ["Assistant", "Generator", "Tokenizer", "__version__"]
@@ -14,15 +14,15 @@ __all__ = ["Assistant", "Generator", "Tokenizer", "__version__"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that the data pipeline's processes and `--help` do not load jax.
     if name == "Assistant":
-        from tokenflow_jax.assistant import Assistant
+        from tokenflow_jax.understanding.api import Assistant
 
         return Assistant
     if name == "Tokenizer":
-        from tokenflow_jax.api import Tokenizer
+        from tokenflow_jax.tokenizer.api import Tokenizer
 
         return Tokenizer
     if name == "Generator":
-        from tokenflow_jax.generator import Generator
+        from tokenflow_jax.generation.api import Generator
 
         return Generator
     raise AttributeError(f"module 'tokenflow_jax' has no attribute {name!r}")

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if not options.question and not options.chat:
         _parser().error("say what to ask with --question, or --chat to ask from the terminal")
-    from tokenflow_jax import assistant as understanding  # here, so that --help is quick
+    from tokenflow_jax.understanding import api as understanding  # here, so that --help is quick
 
     try:
         assistant = understanding.Assistant.load(

@@ -14,9 +14,12 @@ one to finish writes dataset.json. Then train with
 import jax
 from absl import flags
 
-from tokenflow_jax import api, encoding, runlog
-from tokenflow_jax.data import captions, codes, pipeline
+from tokenflow_jax import log as runlog
+from tokenflow_jax.data import pipeline
+from tokenflow_jax.data.captions import batches as captions
+from tokenflow_jax.data.captions import codes
 from tokenflow_jax.evals import command, image_set
+from tokenflow_jax.tokenizer import api, encoding
 
 
 def main(options: flags.FlagValues = flags.FLAGS) -> None:

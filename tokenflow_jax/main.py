@@ -21,14 +21,15 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import command_line, distributed
-from tokenflow_jax.command_line import fail
+from tokenflow_jax import cli
+from tokenflow_jax.cli import fail
+from tokenflow_jax.parallel import distributed
 
 # Stage -> module with make_stage(config, mesh); imported only when chosen, to start fast.
 STAGES = {
-    "tokenizer": "tokenflow_jax.train.tokenizer_stage",
-    "generation": "tokenflow_jax.train.generation_stage",
-    "understanding": "tokenflow_jax.train.understanding_stage",
+    "tokenizer": "tokenflow_jax.tokenizer.stage",
+    "generation": "tokenflow_jax.generation.stage",
+    "understanding": "tokenflow_jax.understanding.stage",
 }
 
 _WORKDIR = flags.DEFINE_string(
@@ -43,16 +44,17 @@ def main(argv: Sequence[str]) -> int:
     """Trains the stage of the config; returns the exit code."""
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; options begin with --")
-    config = command_line.CONFIG.value
-    workdir = _WORKDIR.value or default_workdir(command_line.config_file())
+    config = cli.CONFIG.value
+    workdir = _WORKDIR.value or default_workdir(cli.config_file())
     import jax  # here, so that a wrong flag is reported at once
 
     try:
         distributed.start(flags.FLAGS)
     except ValueError as error:
         fail(str(error))
-    from tokenflow_jax import checkpoint, mesh, metrics, runlog
-    from tokenflow_jax.train import loop
+    from tokenflow_jax import log as runlog
+    from tokenflow_jax.parallel import mesh
+    from tokenflow_jax.train import checkpoint, loop, metrics
 
     runlog.set_up(verbose=jax.process_index() == 0)
     try:
@@ -115,7 +117,7 @@ def stage_module_name(config: Mapping[str, Any]) -> str:
 def run() -> None:
     """Entry point of `python -m tokenflow_jax.main`."""
     absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries; the run has its own log
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import command_line
-from tokenflow_jax.chips import Topology, parse_topology
+from tokenflow_jax import cli
+from tokenflow_jax.parallel.chips import Topology, parse_topology
 
 # Stage -> module with make_program(config, mesh, platform).
 PROGRAMS = {
-    "tokenizer": "tokenflow_jax.train.tokenizer_program",
-    "generation": "tokenflow_jax.train.generation_program",
-    "understanding": "tokenflow_jax.train.understanding_program",
+    "tokenizer": "tokenflow_jax.tokenizer.program",
+    "generation": "tokenflow_jax.generation.program",
+    "understanding": "tokenflow_jax.understanding.program",
 }
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     del argv
     try:
         topology = parse_topology(_TOPOLOGY.value or "")
-        fits, text, program = report(command_line.CONFIG.value, topology, _SAMPLE.value)
+        fits, text, program = report(cli.CONFIG.value, topology, _SAMPLE.value)
     except (ValueError, ImportError) as error:
         print(f"preflight: {error}", file=sys.stderr, flush=True)
         return 2
@@ -105,7 +105,7 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
     """
     import jax  # after the environment is set
 
-    from tokenflow_jax import costs, mesh
+    from tokenflow_jax.parallel import costs, mesh
 
     if config.stage not in PROGRAMS:
         raise ValueError(f"no preflight for the stage {config.stage!r}; one of {list(PROGRAMS)}")
@@ -176,7 +176,7 @@ def _tpu_devices(topology: Topology) -> list[Any]:
 
 def _compile(lowered: Any, held: int) -> Compiled:
     """Compiles; a program that is too large is a result, too."""
-    from tokenflow_jax import costs
+    from tokenflow_jax.parallel import costs
 
     # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
     with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +280,7 @@ def _levers(
     config: Any, held: Mapping[str, int], compiled: Compiled, topology: Topology, mesh: Any
 ) -> list[str]:
     """What would save most, with what it saves per device."""
-    from tokenflow_jax.mesh import batch_parts
+    from tokenflow_jax.parallel.mesh import batch_parts
 
     state = sum(size for name, size in held.items() if name != "batch")
     rows = []
@@ -317,7 +317,7 @@ def run() -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     absl_logging.set_verbosity(absl_logging.WARNING)
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from tokenflow_jax import generator as generation
-from tokenflow_jax import runlog
+from tokenflow_jax import log as runlog
 from tokenflow_jax.evals import command, reconstruction
+from tokenflow_jax.generation import api as generation
 
 LAYOUTS = ("plain", "geneval", "dpg")
 RECIPE = "recipe.json"

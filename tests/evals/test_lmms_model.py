@@ -21,10 +21,10 @@ from tokenflow_jax.evals.lmms_model import TokenFlow
 @pytest.fixture
 def folder(tmp_path):
     """A model of random weights, its tokenizer, and what lmms-eval is to be told."""
-    from tokenflow_jax.convert.understanding import understanding_template
-    from tokenflow_jax.convert.understanding_folder import save_understanding_model
-    from tokenflow_jax.models.lm import LMConfig
-    from tokenflow_jax.models.understanding import UnderstandingConfig
+    from tokenflow_jax.nets.lm import LMConfig
+    from tokenflow_jax.understanding.folder import save_understanding_model
+    from tokenflow_jax.understanding.model import UnderstandingConfig
+    from tokenflow_jax.understanding.names import understanding_template
 
     lm = LMConfig(vocabulary_size=259, width=16, layers=1, heads=2, kv_heads=2, mlp_width=24)
     config, rng = UnderstandingConfig(lm, 9), np.random.default_rng(0)

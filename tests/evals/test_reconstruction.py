@@ -15,12 +15,12 @@ from PIL import Image
 from tiny import TINY
 
 import tokenflow_jax as tfx
-from tokenflow_jax import checkpoint
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import fid, reconstruction, similarity
 from tokenflow_jax.evals.image_set import ImageSet, heldout_split, kind_of_data
-from tokenflow_jax.models.multiscale import Scales
-from tokenflow_jax.models.tokenizer import TokenFlow
+from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.pyramid import Scales
+from tokenflow_jax.train import checkpoint
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SCALES = Scales((1, 2))

@@ -9,11 +9,11 @@ import numpy as np
 from golden import weights
 from golden.loading import GOLDEN, manifest
 
-from tokenflow_jax.convert import rules
-from tokenflow_jax.convert.generation import generation_table, generation_template
-from tokenflow_jax.convert.llama import config_from_json
-from tokenflow_jax.models.generation import GenerationConfig
-from tokenflow_jax.models.quantizers import Codebooks
+from tokenflow_jax.generation.model import GenerationConfig
+from tokenflow_jax.generation.names import generation_table, generation_template
+from tokenflow_jax.tokenizer.quantizer import Codebooks
+from tokenflow_jax.weights import rules
+from tokenflow_jax.weights.language_model import config_from_json
 
 
 class Case(NamedTuple):

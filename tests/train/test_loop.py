@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from tokenflow_jax import checkpoint, metrics
-from tokenflow_jax.convert import orbax_files
+from tokenflow_jax.train import checkpoint, metrics
+from tokenflow_jax.weights.formats import orbax as orbax_files
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_stage

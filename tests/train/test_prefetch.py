@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tokenflow_jax import mesh
+from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 
 

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 
-from tokenflow_jax import checkpoint, metrics
-from tokenflow_jax.convert import orbax_files
+from tokenflow_jax.train import checkpoint, metrics
+from tokenflow_jax.weights.formats import orbax as orbax_files
 
-HERE = pathlib.Path(__file__).parent
+HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 # Sums over devices are taken in another order, and Adam divides by their square roots: after 12
 # steps at a learning rate of 1e-3 that is what single parameters differ by.
 TOLERANCE = 2e-4
@@ -25,16 +25,14 @@ def start(stage, workdir, processes=1, sizes="1,8,1,1", delay=0.0):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    paths = os.pathsep.join(map(str, (HERE.parents[1], HERE, HERE.parent)))
     environment = {
         **os.environ,
-        "PYTHONPATH": paths,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(8 // processes),
     }
     started = []
     for i in range(processes):
-        command = [sys.executable, HERE / "process_program.py"]
+        command = [sys.executable, HELPERS / "process_program.py"]
         command += [stage, workdir, str(delay), sizes]
         if processes > 1:
             command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]

@@ -19,9 +19,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from tokenflow_jax.data import conversations, insertion, templates, text
-from tokenflow_jax.data.conversations import BrokenSample, Sample
-from tokenflow_jax.data.templates import IMAGE, Template
+from tokenflow_jax.data import text
+from tokenflow_jax.data.chat import conversations, insertion, templates
+from tokenflow_jax.data.chat.conversations import BrokenSample, Sample
+from tokenflow_jax.data.chat.templates import IMAGE, Template
 
 _LINES_AT_A_TIME = 512
 _LARGE = 20 * 10**6  # bytes of a file for which starting processes is worth while

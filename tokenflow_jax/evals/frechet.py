@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from scipy.linalg.lapack import dpstrf
 
-from tokenflow_jax.evals import hosts
+from tokenflow_jax.parallel import hosts
 
 
 @dataclasses.dataclass

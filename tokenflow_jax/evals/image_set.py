@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from tokenflow_jax import metrics, runlog
+from tokenflow_jax import log as runlog
 from tokenflow_jax.data import pipeline, records
+from tokenflow_jax.train import metrics
 
 CROP = "short side to the resolution (halved by averaging, then bicubic), centre crop"
 _HELDOUT = ("heldout", "validation", "val", "test")

@@ -14,7 +14,7 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from tokenflow_jax.assistant import Assistant
+from tokenflow_jax.understanding.api import Assistant
 
 _DEFAULT_NEW = 128
 

@@ -24,16 +24,17 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from tokenflow_jax import api
-from tokenflow_jax.convert import rules
-from tokenflow_jax.convert.lpips import find_lpips, load_lpips
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import command, fid, hosts, similarity
+from tokenflow_jax.evals import command, fid, similarity
 from tokenflow_jax.evals.image_set import CROP, ImageSet, heldout_split, kind_of_data
-from tokenflow_jax.models.multiscale import Scales
-from tokenflow_jax.models.perceptual import LPIPS
-from tokenflow_jax.models.tokenizer import TokenFlow
-from tokenflow_jax.runlog import log
+from tokenflow_jax.log import log
+from tokenflow_jax.nets.lpips import LPIPS
+from tokenflow_jax.parallel import hosts
+from tokenflow_jax.tokenizer import api
+from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.pyramid import Scales
+from tokenflow_jax.weights import rules
+from tokenflow_jax.weights.names.lpips import find_lpips, load_lpips
 
 Batch = Mapping[str, np.ndarray]
 Measure = Callable[[np.ndarray, np.ndarray], jax.Array | np.ndarray]
@@ -60,7 +61,7 @@ def reconstructor(model: TokenFlow) -> Callable:
 
 
 def lpips_measure(params: Mapping[str, Any]) -> Measure:
-    """LPIPS between uint8 images, with weights of `convert.lpips`."""
+    """LPIPS between uint8 images, with weights of `weights.names.lpips`."""
     params = hosts.to_local_devices(params)
     network = LPIPS()
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from tokenflow_jax import runlog
+from tokenflow_jax import log as runlog
 from tokenflow_jax.evals import command
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
 
@@ -185,7 +185,7 @@ def answers_to(
 
 def _load(options: flags.FlagValues) -> Any:
     """The model that the flags name."""
-    from tokenflow_jax.assistant import Assistant  # not needed for scoring
+    from tokenflow_jax.understanding.api import Assistant  # not needed for scoring
 
     return Assistant.load(
         options.checkpoint,

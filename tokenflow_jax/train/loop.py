@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from tokenflow_jax import checkpoint, metrics
-from tokenflow_jax.runlog import log
+from tokenflow_jax.log import log
+from tokenflow_jax.train import checkpoint, metrics
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.recorder import Recorder, log_parameters
 from tokenflow_jax.train.stage import LoopOptions, Stage, State

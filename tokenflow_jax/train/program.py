@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tokenflow_jax import checkpoint, mesh, optim
-from tokenflow_jax.convert.conversion import is_torch
-from tokenflow_jax.models.tokenizer import VARIANTS, TokenizerConfig
+from tokenflow_jax.parallel import mesh
+from tokenflow_jax.tokenizer.model import VARIANTS, TokenizerConfig
+from tokenflow_jax.train import checkpoint, optim
+from tokenflow_jax.weights.conversion import is_torch
 
 PyTree = Any
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from tokenflow_jax import checkpoint, metrics, report
-from tokenflow_jax.runlog import log
+from tokenflow_jax.log import log
+from tokenflow_jax.train import checkpoint, metrics, report
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenflow_jax import checkpoint
+from tokenflow_jax.train import checkpoint
 
 State = Any  # a flax.struct pytree with an int32 scalar `.step`
 Batch = Any  # a pytree of global jax.Arrays

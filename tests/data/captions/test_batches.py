@@ -1,0 +1,226 @@
+"""Caption and picture: what is drawn, in which order, on which host, and what is left out."""
+
+import json
+
+import numpy as np
+import pytest
+from picture_files import encode, plain
+
+from tokenflow_jax.data import pipeline, prepare, sources
+from tokenflow_jax.data.captions import batches as captions
+from tokenflow_jax.data.captions.batches import CaptionConfig, Pictures
+from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+
+PROMPTS = PromptEncoder(ByteTokenizer(), 48)
+VARIED = CaptionConfig(("{caption}", "{caption}, {tags}", "{tags}", "{group}: {caption}"))
+PLAIN = CaptionConfig()
+APPLE = {"name": "a", "caption": "red apple", "tags": ["fruit", "red", "ripe"], "group": 3}
+
+
+@pytest.fixture
+def emoji():
+    return Pictures(pipeline.DataConfig("emoji", image_size=16, augment="center", flip=False))
+
+
+def jsonl(folder, count=7, extra=()):
+    """Pictures of one colour, 10 i, whose caption is the number i in Russian letters and tags."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(encode(plain(10 * i % 256)))
+        lines.append(json.dumps({"image": f"{i}.png", "caption": f"число {i}"}, ensure_ascii=False))
+    (folder / "captions.jsonl").write_text("\n".join([*lines, *extra]) + "\n", encoding="utf-8")
+    return Pictures(pipeline.DataConfig("jsonl", path=str(folder), image_size=8, augment="center"))
+
+
+def decode(prefix_P):
+    text = PROMPTS.text_tokenizer.decode(prefix_P, skip_special_tokens=True)
+    return text.removesuffix("<img>")
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def train(examples, config=PLAIN, **options):
+    options = {"batch_size": 4, "seed": 0, **options}
+    return captions.train_batches(examples, config, PROMPTS, **options)
+
+
+def assert_same(first, second):
+    for one, other in zip(first, second, strict=True):
+        for key in one.keys() | other.keys():
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_templates_make_several_captions_of_a_picture():
+    rng = np.random.default_rng(0)
+    drawn = {captions.draw_caption(APPLE, VARIED, rng) for _ in range(300)}
+    assert {"red apple", "red apple, fruit", "ripe, red", "food drink: red apple"} <= drawn
+    assert max(map(len, drawn)) <= len("red apple, fruit, ripe")
+    rest = {"name": "b", "caption": "thing"}
+    assert {captions.draw_caption(rest, VARIED, rng) for _ in range(30)} == {"thing"}
+    several = {"name": "c", "caption": "x", "captions": ["x", "y"]}
+    assert {captions.draw_caption(several, PLAIN, rng) for _ in range(30)} == {"x", "y"}
+    with pytest.raises(BrokenImage, match="no caption"):
+        captions.draw_caption({"name": "d", "tags": []}, VARIED, rng)
+
+
+def test_drop_rate_leaves_captions_out():
+    rng, config = np.random.default_rng(0), CaptionConfig(drop_rate=0.25)
+    empty = sum(captions.draw_caption(APPLE, config, rng) == "" for _ in range(2000))
+    assert 430 < empty < 570
+    assert not any(captions.draw_caption(APPLE, PLAIN, rng) == "" for _ in range(200))
+
+
+def test_bad_templates_are_all_named():
+    with pytest.raises(ValueError, match=r"'a cat' must(.|\n)*'\{colour\}' must(.|\n)*drop_rate 2"):
+        CaptionConfig(("a cat", "{colour}", "{caption}"), drop_rate=2)
+    with pytest.raises(ValueError, match="there is no template"):
+        CaptionConfig(())
+    with pytest.raises(ValueError, match="must name some of"):
+        CaptionConfig(("{caption",))
+
+
+def test_caption_belongs_to_its_picture(tmp_path):
+    for batch in take(train(jsonl(tmp_path / "d")), 5):
+        assert batch["image"].dtype == np.uint8 and batch["prefix"].dtype == np.int32
+        values = [f"число {v // 10}" for v in batch["image"][:, 0, 0, 0]]
+        assert [decode(p) for p in batch["prefix"]] == values
+
+
+def test_order_captions_and_drops_depend_on_the_seed_alone(emoji):
+    config = CaptionConfig(VARIED.templates, drop_rate=0.3)
+    first = take(train(emoji, config), 3)
+    assert_same(first, take(train(emoji, config, threads=5), 3))
+    assert (first[0]["prefix"] != next(train(emoji, config, seed=1))["prefix"]).any()
+    texts = [decode(p) for batch in first for p in batch["prefix"]]
+    assert 0 < texts.count("") < 12
+
+
+def test_resume_is_exact(emoji):
+    config = CaptionConfig(VARIED.templates, drop_rate=0.3)
+    whole = train(emoji, config)
+    take(whole, 3)
+    state = json.loads(json.dumps(whole.get_state()))
+    resumed = train(emoji, config)
+    resumed.set_state(state)
+    assert_same(take(resumed, 3), take(whole, 3))
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        train(emoji, config, seed=1).set_state(state)
+
+
+def test_hosts_deal_one_stream_among_them(emoji):
+    whole = take(train(emoji, VARIED, batch_size=6), 2)
+    hosts = [
+        train(emoji, VARIED, batch_size=2, shard_index=i, shard_count=3) for i in range(3)
+    ]  # fmt: skip
+    for batch in whole:
+        shares = [next(host) for host in hosts]
+        for key in batch:
+            np.testing.assert_array_equal(np.concatenate([s[key] for s in shares]), batch[key])
+
+
+def test_hostile_lines_are_skipped_named_and_counted(tmp_path, write_broken):
+    (tmp_path / "d").mkdir()
+    write_broken(tmp_path / "d")
+    extra = (
+        '{"image": "truncated.jpg", "caption": "half"}',
+        '{"image": "missing.png", "caption": "none"}',
+        '{"image": "0.png"}',
+        '{"caption": "no picture"}',
+        "not json",
+        '["a list"]',
+        '{"image": "a\\u0000b", "caption": "zero"}',
+    )
+    examples = jsonl(tmp_path / "d", extra=extra)
+    assert len(examples) == 14
+    seen = {decode(p) for batch in take(train(examples), 8) for p in batch["prefix"]}
+    assert seen == {f"число {i}" for i in range(7)}
+    counts = examples.skipped.counts()
+    assert counts == {
+        "damaged": 1, "cannot be read": 2, "no caption": 1, "line without image": 1,
+        "damaged line": 2,
+    }  # fmt: skip
+    (note,) = captions.skipped_notes(examples, examples)
+    assert "skipped 7 of 14" in note
+
+
+def test_nothing_usable_is_an_error_not_a_silent_loop(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encode(plain(i)))
+    config = pipeline.DataConfig("folder", path=str(tmp_path), image_size=8)
+    with pytest.raises(ValueError, match=r"no usable pair(.|\n)*'no caption': \d"):
+        next(train(Pictures(config)))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_evaluation_sees_every_pair_once(tmp_path, shards):
+    examples = jsonl(tmp_path / "d", extra=('{"image": "0.png"}',))
+    seen = []
+    for shard in range(shards):
+        for batch in captions.eval_batches(
+            examples, PROMPTS, batch_size=3, shard_index=shard, shard_count=shards
+        ):
+            assert batch["image"].shape == (3, 8, 8, 3)
+            for i in np.flatnonzero(batch["mask"]):
+                index = batch["index"][i]
+                assert decode(batch["prefix"][i]) == f"число {index}"
+                assert (batch["image"][i] == 10 * index).all()
+                seen.append(int(index))
+            for i in np.flatnonzero(~batch["mask"]):
+                assert batch["index"][i] == -1 and decode(batch["prefix"][i]) == ""
+    assert sorted(seen) == list(range(7))
+
+
+def test_evaluation_uses_main_captions(emoji):
+    (first, *_) = captions.eval_batches(emoji, PROMPTS, batch_size=5, limit=5)
+    texts = captions.captions_of(emoji, first["index"])
+    assert [decode(p) for p in first["prefix"]] == texts
+    source = sources.EmojiSource("train")
+    assert texts == [source[int(i)]["caption"] for i in first["index"]]
+
+
+def test_captions_survive_preparation(tmp_path):
+    jsonl(tmp_path / "d", count=120)
+    lines = ['{"file_name": "0.png", "text": ["один", "uno"], "tags": ["x"]}', "broken"]
+    with (tmp_path / "d" / "captions.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    arguments = ("jsonl", f"--src={tmp_path / 'd'}", f"--dst={tmp_path / 'out'}")
+    assert prepare.main(arguments) == 0
+    read = {}
+    for split in ("train", "heldout"):
+        source = sources.open_source("array_record", str(tmp_path / "out"), split)
+        for example in (source[i] for i in range(len(source))):
+            assert sources.is_heldout(example["name"]) == (split == "heldout")
+            read.setdefault(example["name"], []).append((split, example))
+    assert len(read) == 120
+    (_, first), (_, again) = read["0.png"]
+    assert first["caption"] == "число 0"
+    assert (again["caption"], again["captions"], again["tags"]) == ("один", ["один", "uno"], ["x"])
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "message"),
+    [
+        ("no", "train", "neither a .jsonl file nor a folder"),
+        ("", "train", "neither a .jsonl file nor a folder"),
+        ("d", "odd", "no split 'odd'"),
+    ],
+)
+def test_wrong_paths(tmp_path, path, split, message):
+    jsonl(tmp_path / "d")
+    with pytest.raises(ValueError, match=message):
+        sources.open_source("jsonl", str(tmp_path / path) if path else "", split)
+
+
+def test_an_image_folder_elsewhere_and_byte_order_marks(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "é.png").write_bytes(encode(plain(5)))
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + '{"image": "é.png", "label": "ü"}\n'.encode())
+    source = sources.open_source("jsonl", str(file), "train", str(tmp_path / "pictures"))
+    assert source[0]["caption"] == "ü" and source[0]["name"] == "é.png"
+    with pytest.raises(ValueError, match=r"image_folder .* is not a folder"):
+        sources.open_source("jsonl", str(file), "train", str(tmp_path / "no"))

@@ -1,0 +1,71 @@
+"""One process of a small run; started by test_processes.py.
+
+python process_program.py STAGE WORKDIR DELAY MESH [--coordinator= --num_processes= --process_id=]
+  STAGE  tokenizer, the real one, or toy
+  DELAY  seconds to wait before each step
+  MESH   slice,data,fsdp,tensor
+"""
+
+import dataclasses
+import sys
+import time
+import traceback
+
+from absl import app, flags
+
+from tokenflow_jax import log as runlog
+from tokenflow_jax.parallel import distributed, mesh
+from tokenflow_jax.train import checkpoint
+
+distributed.define_flags()
+
+
+def toy():
+    import toy_stage
+
+    config = toy_stage.get_config()
+    config.mesh = {}
+    return config, toy_stage.make_stage
+
+
+def tokenizer():
+    from tiny_runs import tokenizer_config as tiny_config
+
+    from tokenflow_jax.tokenizer import stage as tokenizer_stage
+
+    mesh.LEAST_SPLIT = 64  # so that the tiny model is split at all
+    config = tiny_config(**{"losses.perceptual_weight": 0.0, "eval.images": 8})
+    config.eval_every = config.image_every = 0
+    return config, tokenizer_stage.make_stage
+
+
+def main(argv):
+    distributed.start(flags.FLAGS)
+    import jax
+
+    _, name, workdir, delay, sizes = argv
+    sizes = dict(zip(mesh.AXES, map(int, sizes.split(",")), strict=True))
+    config, make_stage = {"toy": toy, "tokenizer": tokenizer}[name]()
+    config.update(total_steps=12, batch_size=8, checkpoint_every=4, log_every=1)
+    config.mesh = sizes
+    runlog.set_up(verbose=jax.process_index() == 0)
+    stage = make_stage(config, mesh.make_mesh(sizes))
+
+    def step(*arguments):
+        time.sleep(float(delay))
+        return stage.step(*arguments)
+
+    from tokenflow_jax.train import loop
+
+    try:
+        loop.train_and_evaluate(config, workdir, dataclasses.replace(stage, step=step))
+    except checkpoint.CheckpointError as error:
+        sys.exit(str(error))
+    except Exception:
+        traceback.print_exc()
+        distributed.leave("it failed as above; if a collective failed, another process was lost")
+        raise
+
+
+if __name__ == "__main__":
+    app.run(main)

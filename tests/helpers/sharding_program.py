@@ -1,0 +1,192 @@
+"""Run by test_sharding.py in a process with eight fake devices; prints one JSON object.
+
+python sharding_program.py quantiser 1,1,8,1 ...      codes, losses, gradients; collectives
+python sharding_program.py step 1,2,2,2 ...           five training steps with a discriminator
+python sharding_program.py language 1,2,2,2 ...       the generation model: losses, gradients, codes
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from tokenflow_jax.generation import sample as generate
+from tokenflow_jax.generation.model import Generation, GenerationConfig, next_scale_features
+from tokenflow_jax.nets.discriminator import PatchGAN
+from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.nets.vit import ViT
+from tokenflow_jax.parallel import mesh
+from tokenflow_jax.tokenizer import pyramid as multiscale
+from tokenflow_jax.tokenizer import quantizer
+from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.pyramid import Scales
+from tokenflow_jax.tokenizer.quantizer import Codebooks
+from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
+from tokenflow_jax.train import optim
+
+mesh.LEAST_SPLIT = 64  # so that the tiny model is split at all
+
+
+def make_mesh(sizes):
+    if sizes is None:
+        return mesh.make_mesh({"data": 1}, jax.devices()[:1])
+    return mesh.make_mesh(dict(zip(mesh.AXES, sizes, strict=True)))
+
+
+def place(tree, device_mesh):
+    return jax.tree.map(jax.device_put, tree, mesh.shardings(tree, device_mesh))
+
+
+def quantiser(sizes, codes=131_072, batch=8, grid=4):
+    """Losses and gradients of the whole pyramid, and what the compiled program holds."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((batch, grid, grid, 40)).astype(np.float32)
+    tables = {
+        "semantic_codebook": rng.standard_normal((codes, 32)).astype(np.float32),
+        "pixel_codebook": rng.standard_normal((codes, 8)).astype(np.float32),
+    }
+    scales = Scales((1, 2, grid))
+    device_mesh = make_mesh(sizes)
+
+    def loss(tables, features):
+        codebooks = Codebooks(tables["semantic_codebook"], tables["pixel_codebook"])
+        pyramid = multiscale.residual_quantize(features, codebooks, scales, 2.0)
+        chosen = codebooks.look_up(pyramid.codes_BL)
+        weights = multiscale.token_weights(scales, jnp.ones(3))
+        codebook, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen, weights)
+        z_NC = pyramid.z_BLC.reshape(-1, 40)
+        even_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
+        table = codebooks.normalized()
+        entropy = quantizer.entropy_loss(z_NC, table, even_N, 32, 2.0)
+        distances = quantizer.distance_statistics(z_NC, table, even_N, 32)
+        total = codebook + 0.25 * commitment + 1e-3 * jnp.sum(pyramid.quantized_BHWC**2)
+        return total, (pyramid.codes_BL, jnp.stack([codebook, commitment, entropy, *distances]))
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    arguments = (
+        place(tables, device_mesh),
+        jax.device_put(features, mesh.batch_sharding(device_mesh)),
+    )
+    with mesh.use(device_mesh):
+        compiled = step.lower(*arguments).compile()
+        (total, (codes_BL, losses)), gradients = step(*arguments)
+    text = compiled.as_text()
+    gathered = re.findall(r" = (\w+\[[\d,]*\])\S* all-gather", text)
+    shapes = re.findall(r"f32\[([\d,]+)\]", text)
+    largest = max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+    return {
+        "codes": np.asarray(codes_BL).tolist(),
+        "losses": [float(total), *np.asarray(losses).tolist()],
+        "gradients": [np.asarray(g).ravel()[::97].tolist() for g in jax.tree.leaves(gradients)],
+        "gathered": gathered,
+        "largest": largest,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def step(sizes):
+    """Losses of five steps, and the codes of all of them."""
+    vit = dataclasses.replace(tiny.TINY.vit, width=16, depth=2)
+    config = dataclasses.replace(
+        tiny.TINY, teacher_width=16, codebook_size=512, vit=vit, channels=8, decoder_channels=8
+    )
+    adam = optim.OptimizerConfig(learning_rate=1e-3)
+    trainer = Trainer(
+        model=TokenFlow(config),
+        losses=LossConfig(perceptual_weight=0.0, adaptive=True, scale_drop=0.5),
+        codebook=CodebookConfig(usage_window=500),
+        optimizer=optim.make_optimizer(adam, 100),
+        discriminator_optimizer=optim.make_optimizer(adam, 100),
+        teacher=ViT(vit),
+        discriminator=PatchGAN(filters=4, layers=1),
+        ema_decay=0.9,
+    )
+    image = jnp.zeros((1, 16, 16, 3))
+    frozen = {"teacher": jax.jit(ViT(vit).init)(jax.random.key(9), image)["params"]}
+    corners = np.random.default_rng(0).uniform(0, 255, (8, 2, 2, 3))
+    images = np.asarray(jax.image.resize(corners, (8, 16, 16, 3), "linear"), np.uint8)
+    state = jax.device_get(jax.jit(trainer.init)(jax.random.key(0)))
+    device_mesh = make_mesh(sizes)
+    shardings = mesh.shardings(state, device_mesh)
+    state, frozen = place(state, device_mesh), place(frozen, device_mesh)
+    batch = jax.device_put({"image": images}, mesh.batch_sharding(device_mesh))
+    run = mesh.bind(
+        device_mesh,
+        jax.jit(
+            trainer.step,
+            donate_argnums=0,
+            out_shardings=(shardings, mesh.replicated(device_mesh)),
+        ),
+    )
+    losses = []
+    for _ in range(5):
+        state, metrics = run(state, frozen, batch)
+        losses.append({k: float(v) for k, v in metrics.items() if k.startswith("loss/")})
+    return {"losses": losses, "codes": np.asarray(state.usage.history_W).tolist()}
+
+
+def language(sizes):
+    """Losses, gradients and drawn codes of a small generation model with grouped heads."""
+    lm = LMConfig(
+        vocabulary_size=101,  # which no mesh divides: then the channels are split
+        width=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        mlp_width=96,
+        norms="after",
+        qk_norm=True,
+        remat="block",
+    )
+    config = GenerationConfig(lm, (1, 2, 4), codebook_size=64, image_start=37, code_channels=12)
+    model = Generation(config)
+    rng = np.random.default_rng(0)
+    books = Codebooks(*(rng.standard_normal((64, n)).astype(np.float32) for n in (8, 4)))
+    prefix = rng.integers(1, 37, (16, 9))
+    real = np.arange(9) >= rng.integers(0, 5, (16, 1))
+    codes = rng.integers(0, 64, (16, 21))
+    suffix = np.broadcast_to(np.array([3, 4]), (16, 2))
+    features = np.asarray(next_scale_features(jnp.asarray(codes), books, config.pyramid))
+    batch = (prefix, real, codes, features, suffix)
+    params = model.init(jax.random.key(0), *batch, method="losses")
+    params = jax.tree.map(lambda x: 3 * np.asarray(x) if x.ndim > 1 else np.asarray(x), params)
+
+    def loss(params, *batch):
+        losses = model.apply(params, *batch, text=True, tokens=64, method="losses")
+        return losses.image_loss() + losses.text_loss()
+
+    device_mesh = make_mesh(sizes)
+    placed = place(params, device_mesh)
+    batch = jax.device_put(batch, mesh.batch_sharding(device_mesh))
+    step = jax.jit(
+        jax.value_and_grad(loss), out_shardings=(None, mesh.shardings(params, device_mesh))
+    )
+    draw = jax.jit(functools.partial(generate.sample, model, passes=((8, 0.9), (1, 0.0))))
+    prompt = generate.Prompt(*batch[:2])
+    negative = generate.Prompt(batch[0][:1], batch[1][:1])
+    with mesh.use(device_mesh):
+        compiled = step.lower(placed, *batch).compile()
+        total, gradients = step(placed, *batch)
+        keys = jax.random.split(jax.random.key(1), 16)
+        drawn = draw(placed, books, prompt, negative, keys, 3.0)
+    return {
+        "loss": float(total),
+        "gradients": [np.asarray(g).ravel()[::7].tolist() for g in jax.tree.leaves(gradients)],
+        "codes": np.asarray(drawn).tolist(),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "whole": [array.path for array in mesh.stayed_whole(params, device_mesh)],
+    }
+
+
+if __name__ == "__main__":
+    kind, *meshes = sys.argv[1:]
+    function = {"quantiser": quantiser, "step": step, "language": language}[kind]
+    results = [function(None)]
+    results += [function([int(n) for n in text.split(",")]) for text in meshes]
+    print(json.dumps(results))

@@ -1,0 +1,22 @@
+"""What reaches the terminal."""
+
+import types
+
+from tokenflow_jax import log as runlog
+
+
+def unraisable(error):
+    return types.SimpleNamespace(
+        exc_type=type(error), exc_value=error, exc_traceback=None, err_msg=None, object=None
+    )
+
+
+def test_only_tensorstore_is_hushed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(runlog.sys, "unraisablehook", seen.append)
+    runlog.hush_tensorstore()
+    runlog.hush_tensorstore()  # once is enough
+    other = unraisable(RuntimeError("another"))
+    runlog.sys.unraisablehook(unraisable(RuntimeError("Event loop is closed")))
+    runlog.sys.unraisablehook(other)
+    assert seen == [other]

@@ -1,0 +1,174 @@
+"""The public API: parity with the reference through files, and clear errors."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny as tiny_config
+from golden import weights
+from golden.loading import GOLDEN, images_uint8, manifest
+
+import tokenflow_jax as tfx
+from tokenflow_jax.tokenizer import api
+from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.names import tokenizer_buffers, tokenizer_table
+from tokenflow_jax.weights import rules
+from tokenflow_jax.weights.conversion import convert
+from tokenflow_jax.weights.formats.torch import write_safetensors
+
+# Variant, image size, strides of the stored arrays, tolerance of pixels.
+CASES = {
+    "clipb_224": ("b", 224, 8, 4, 5e-4),
+    "clipb_256_enhanced": ("b_256_enhanced", 256, 8, 4, 5e-4),
+    "vitamin_256": ("l", 256, 16, 4, 5e-4),
+    "siglip_384": ("xl", 384, 27, 6, 2e-3),
+}
+TINY = dataclasses.replace(tiny_config.TINY, semantic_channels=32, pixel_channels=8)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    params = jax.jit(TokenFlow(TINY).init)(jax.random.key(0), images)["params"]
+    return tfx.Tokenizer(TINY, params)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_reference_parity(case, tmp_path):
+    """Stored are every so manieth row of semantic_recon and pixel, to keep the files small."""
+    variant, size, rows, pixels, tolerance = CASES[case]
+    path = str(tmp_path / "tokenflow.safetensors")
+    write_safetensors(path, weights.state_dict(manifest(f"tokenizer_{case}"), 0))
+    tokenizer = tfx.Tokenizer.load(path, variant=variant)
+    stored = np.load(GOLDEN / f"tokenizer_{case}.npz")
+    codes = np.asarray(tokenizer.encode(images_uint8(f"astronaut_{size}", f"coffee_{size}")))
+    np.testing.assert_array_equal(codes, stored["indices"])
+
+    count, channels, *grid = stored["quantized"].shape
+    maps = np.asarray(tokenizer.features(codes[:count]))
+    quantized = maps.transpose(0, 2, 1).reshape(count, channels, *grid)
+    np.testing.assert_allclose(quantized, stored["quantized"], rtol=0, atol=2e-5)
+    semantics = np.asarray(tokenizer.semantics(codes[:1]))[0]
+    np.testing.assert_allclose(semantics[::rows], stored["semantic_recon"], rtol=0, atol=1e-4)
+
+    (partial,) = (name for name in stored.files if name.startswith("recon_partial_"))
+    tokens = tokenizer.config.pyramid.slices()[int(partial.rsplit("_", 1)[1]) - 1].stop
+    for name, count in (("recon", codes.shape[1]), (partial, tokens)):
+        image = np.asarray(tokenizer.decode(codes[:1, :count]))[0].transpose(2, 0, 1)
+        shown = image[:, ::pixels, ::pixels]
+        np.testing.assert_allclose(shown, stored[name], rtol=0, atol=tolerance)
+
+
+def test_images_to_codes_and_back(tiny, pictures):
+    codes = tiny.encode(pictures)
+    assert codes.shape == (2, 21) and codes.dtype == np.int32
+    assert tiny.decode(codes).shape == (2, 16, 16, 3)
+    assert tiny.decode(np.asarray(codes)[:, :5]).shape == (2, 16, 16, 3)
+    assert tiny.features(codes).shape == (2, 16, 40)
+    assert tiny.semantics(codes).shape == (2, 16, 10)
+
+
+def test_uint8_and_float_are_the_same_picture(tiny, pictures):
+    as_float = pictures.astype(np.float32) / 127.5 - 1
+    np.testing.assert_array_equal(tiny.encode(pictures), tiny.encode(as_float))
+
+
+def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
+    tiny.encode(pictures)
+    size = tiny._compiled["encode"]._cache_size()
+    tiny.encode(pictures[::-1])
+    assert tiny._compiled["encode"]._cache_size() == size
+
+
+@pytest.mark.parametrize(
+    "images,message",
+    [
+        (np.zeros((1, 20, 20, 3), np.uint8), r"\(batch, 16, 16, 3\)"),
+        (np.zeros((16, 16, 3), np.uint8), "16, 16, 3"),
+        (np.full((1, 16, 16, 3), 200.0), r"span 0 to 200.*give uint8"),
+        (np.full((1, 16, 16, 3), np.nan, np.float32), r"not \[-1, 1\]"),
+        (np.zeros((1, 16, 16, 3), np.int64), "dtype int64"),
+    ],
+)
+def test_bad_images(tiny, images, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.encode(images)
+
+
+@pytest.mark.parametrize(
+    "codes,message",
+    [
+        (np.zeros((1, 7), int), r"7 codes .* one of \[1, 5, 21\]"),
+        (np.full((1, 21), 32), "this codebook has 0 to 31"),
+        (np.full((1, 21), -1), "span -1"),
+        (np.zeros((1, 21)), "give integers"),
+        (np.zeros(21, int), "give integers of shape"),
+    ],
+)
+def test_bad_codes(tiny, codes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.decode(codes)
+
+
+def test_what_weights_do_not_tell(tiny, tmp_path, monkeypatch):
+    """The pyramid and the distance's weight of a PyTorch file can be said; ours know."""
+    monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
+    path = tmp_path / "tiny.safetensors"
+    buffers = tokenizer_buffers(TINY)
+    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    loaded = tfx.Tokenizer.load(path, variant="tiny", scales=(2, 4), pixel_weight=3.0)
+    assert (loaded.config.scales, loaded.config.pixel_weight) == ((2, 4), 3.0)
+    assert tfx.Tokenizer.load(path, variant="tiny").config == TINY
+    with pytest.raises(ValueError, match=r"scales \(1, 2\) end at 2"):
+        tfx.Tokenizer.load(path, variant="tiny", scales=(1, 2))
+    convert(path, tmp_path / "ours", TINY)
+    with pytest.raises(ValueError, match="knows its own scales"):
+        tfx.Tokenizer.load(tmp_path / "ours", scales=(2, 4))
+    with pytest.raises(ValueError, match=r"ours is a checkpoint of ours.*got 'tinny'"):
+        tfx.Tokenizer.load(tmp_path / "ours", variant="tinny")
+
+
+def test_loading_says_what_is_wrong(tmp_path):
+    path = tmp_path / "some.safetensors"
+    write_safetensors(str(path), {"encoder.conv_in.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ValueError, match=r"variant=one of \['b', 'b_256'"):
+        tfx.Tokenizer.load(path)
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.weight"):
+        tfx.Tokenizer.load(path, variant="b")
+    with pytest.raises(ValueError, match=r"nowhere"):
+        tfx.Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="float16"):
+        tfx.Tokenizer.load(path, variant="b", dtype="float16")
+
+
+def test_the_tokenizer_that_a_language_model_was_trained_with(tiny, tmp_path, monkeypatch):
+    """Where its checkpoint says, or where it is now; another one is refused before it is used."""
+    monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
+    path = str(tmp_path / "tiny.safetensors")
+    buffers = tokenizer_buffers(TINY)
+    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    known = {"path": path, "variant": "tiny", "fingerprint": tiny.fingerprint}
+    assert api.load_tokenizer_of("runs/m", known).fingerprint == tiny.fingerprint
+    moved = {**known, "path": str(tmp_path / "gone")}
+    assert api.load_tokenizer_of("runs/m", moved, path, "tiny").config == TINY
+    assert api.load_tokenizer_of("runs/m", {}, tiny) is tiny
+    with pytest.raises(ValueError, match=r"gone' of runs/m is not there; say where"):
+        api.load_tokenizer_of("runs/m", moved)
+    with pytest.raises(ValueError, match=r"runs/m does not say where.*--tokenizer="):
+        api.load_tokenizer_of("runs/m", {"path": "", "fingerprint": tiny.fingerprint})
+    with pytest.raises(ValueError, match=r"is 0123, that .* codes mean something else"):
+        api.load_tokenizer_of("runs/m", {"fingerprint": "0123"}, tiny)
+
+
+def test_what_a_language_model_computes_in():
+    assert api.language_model_dtype("auto") == "float32"  # these tests run on CPU
+    assert api.language_model_dtype("bfloat16") == "bfloat16"
+    with pytest.raises(ValueError, match="dtype 'half'"):
+        api.language_model_dtype("half")

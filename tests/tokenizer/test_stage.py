@@ -1,0 +1,101 @@
+"""The stage around the step: starts, fine-tuning, evaluation, grids, on a shrunken quickstart."""
+
+import jax
+import numpy as np
+import pytest
+from config_files import tokenizer as configs
+from tiny_runs import TINY
+from tiny_runs import tokenizer_config as tiny_config
+
+import tokenflow_jax as tfx
+from tokenflow_jax.parallel import mesh
+from tokenflow_jax.tokenizer import stage as tokenizer_stage
+from tokenflow_jax.train import loop
+
+
+def make(config):
+    return tokenizer_stage.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    config = tiny_config()
+    return workdir, loop.train_and_evaluate(config, workdir, make(config)).state
+
+
+def test_a_run_leaves_what_people_look_for(trained):
+    workdir, state = trained
+    assert int(state.step) == 4
+    names = {path.name for path in (workdir / "images").iterdir()}
+    assert {"reconstruction_0000004.png", "scales_0000004.png"} <= names
+    report = (workdir / "report.html").read_text()
+    assert "knn_semantic" in report and "WITHOUT the perceptual loss" in report
+    history = (workdir / "metrics.jsonl").read_text()
+    for name in ("eval/psnr", "eval/knn_pixel", "usage/scale_2", "loss/codebook"):
+        assert name in history
+    assert any((workdir / "tensorboard").iterdir())
+
+
+def test_the_api_loads_the_run(trained):
+    workdir, state = trained
+    tokenizer = tfx.Tokenizer.load(workdir)
+    assert tokenizer.config == TINY
+    expected = state.params["pixel_codebook"]
+    np.testing.assert_array_equal(tokenizer.params["pixel_codebook"], expected)
+    images = np.zeros((1, 64, 64, 3), np.uint8)
+    assert tokenizer.decode(tokenizer.encode(images)).shape == (1, 64, 64, 3)
+    with pytest.raises(ValueError, match="does not hold variant 'b'"):
+        tfx.Tokenizer.load(workdir, variant="b")
+
+
+def _flat(params):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
+
+
+@pytest.mark.slow
+def test_fine_tuning_a_fresh_wider_decoder(trained):
+    """The enhanced decoder's recipe: other shapes start afresh, the rest is taken over."""
+    workdir, state = trained
+    config = tiny_config(**{"model.decoder_channels": 8, "model.decoder_blocks": 2})
+    config.init_from = str(workdir)
+    config.reinitialize = config.trainable = ("pixel_decoder",)
+    stage = make(config)
+    start, text = stage.warm_start(stage.init())
+    assert "except pixel_decoder from scratch" in text
+    before, source = _flat(start.params), _flat(state.params)
+    taken = [name for name in before if "pixel_decoder" not in name]
+    for name in taken:
+        np.testing.assert_array_equal(before[name], source[name])
+    batch = jax.device_put({"image": next(stage.train_data())["image"]}, stage.batch_sharding)
+    before = jax.tree.map(np.asarray, before)
+    after, _ = stage.step(start, stage.frozen, batch)
+    after = _flat(after.params)
+    assert all(np.array_equal(before[name], after[name]) for name in taken)
+    assert any(not np.array_equal(before[n], after[n]) for n in before if n not in taken)
+
+
+def test_a_source_that_does_not_fit_lists_everything(trained):
+    config = tiny_config(**{"model.decoder_channels": 8})
+    config.init_from = str(trained[0])
+    stage = make(config)
+    with pytest.raises(ValueError, match=r"reinitialize(.|\n)*pixel_decoder/conv_in/kernel is"):
+        stage.warm_start(stage.init())
+
+
+def test_the_encoder_starts_as_the_shipped_teacher():
+    config = configs.get_config()
+    stage = make(config)
+    state = stage.init()
+    teacher = _flat(stage.frozen["teacher"])
+    for name, value in _flat(state.params["semantic_encoder"]).items():
+        np.testing.assert_array_equal(value, teacher[name])
+
+
+@pytest.mark.slow
+def test_kmeans_start_uses_the_data():
+    state = make(tiny_config(**{"codebook.init": "kmeans"})).init()
+    plain = make(tiny_config()).init()
+    assert not np.array_equal(state.params["pixel_codebook"], plain.params["pixel_codebook"])
+    norms = np.linalg.norm(state.params["pixel_codebook"], axis=-1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-4)

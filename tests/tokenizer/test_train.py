@@ -1,0 +1,295 @@
+"""The tokenizer's training step on a tiny model: it learns, and every option does what it says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import KINDS, TINY, narrow
+
+from tokenflow_jax.nets.discriminator import PatchGAN, StyleGAN
+from tokenflow_jax.nets.encoders import encoder_kind
+from tokenflow_jax.nets.vit import ViT
+from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow
+from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
+from tokenflow_jax.train import optim
+
+VIT = TINY.vit
+MODEL = dataclasses.replace(TINY, teacher_width=TINY.vit.width)
+
+
+def make_trainer(losses=None, codebook=None, learning_rate=3e-3, gan=False, **options):
+    adam = optim.OptimizerConfig(learning_rate=learning_rate)
+    losses = {"perceptual_weight": 0.0, "adversarial_weight": 0.5 if gan else 0.0} | (losses or {})
+    return Trainer(
+        model=TokenFlow(MODEL),
+        losses=LossConfig(**losses),
+        codebook=CodebookConfig(usage_window=500, **(codebook or {})),
+        optimizer=optim.make_optimizer(adam, 100, options.get("trainable")),
+        discriminator_optimizer=optim.make_optimizer(adam, 100),
+        teacher=ViT(VIT),
+        discriminator=PatchGAN(filters=4, layers=1) if gan else None,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return {"teacher": ViT(VIT).init(jax.random.key(9), jnp.zeros((1, 16, 16, 3)))["params"]}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Smooth colour gradients: learnable in a few steps."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 255, (8, 2, 2, 3))
+    return {"image": np.asarray(jax.image.resize(corners, (8, 16, 16, 3), "linear"), np.uint8)}
+
+
+def first_state(trainer):
+    """Jitted everywhere: compiled one by one, the draws differ in the last bit."""
+    return jax.jit(trainer.init)(jax.random.key(0))
+
+
+def run(trainer, frozen, batch, steps):
+    state, step, history = first_state(trainer), jax.jit(trainer.step), []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def distance(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.abs(x - y).max()) for x, y in pairs)
+
+
+def test_it_learns_all_three_things(frozen, batch):
+    _, history = run(make_trainer(losses={"scale_drop": 0.0}), frozen, batch, 40)
+    first, last = history[0], history[-1]
+    assert last["loss/reconstruction"] < 0.5 * first["loss/reconstruction"]
+    assert last["loss/distillation"] < 0.7 * first["loss/distillation"]
+    parts = ("reconstruction", "perceptual", "distillation", "codebook", "commitment", "entropy")
+    total = sum(last[f"loss/{part}"] for part in parts)
+    np.testing.assert_allclose(last["loss/total"], total, rtol=1e-5)
+    assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
+
+
+@pytest.mark.slow
+def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
+    trainer = make_trainer(gan=True, losses={"adaptive": True})
+    before = first_state(trainer)
+    after, history = run(trainer, frozen, batch, 2)
+    assert distance(before.discriminator.params, after.discriminator.params) > 0
+    assert distance(before.discriminator.batch_stats, after.discriminator.batch_stats) > 0
+    m = history[-1]
+    parts = ("reconstruction", "distillation", "codebook", "commitment")
+    adversarial = m["adversarial/adaptive"] * m["adversarial/weight"] * m["loss/adversarial"]
+    total = sum(m[f"loss/{part}"] for part in parts) + adversarial
+    np.testing.assert_allclose(m["loss/total"], total, rtol=1e-4)
+    assert m["adversarial/adaptive"] not in (0.0, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "clip"])
+def test_a_step_with_every_encoder(kind):
+    """Encoder, teacher of its kind, detour, adaptive weight, discriminator: finite, and moving."""
+    config = dataclasses.replace(KINDS[kind], teacher_width=KINDS[kind].vit.width)
+    spec = encoder_kind(kind)
+    teacher = spec.module(config.vit)
+    gan = StyleGAN(max_channels=4) if kind == "vitamin" else PatchGAN(filters=4, layers=1)
+    trainer = dataclasses.replace(
+        make_trainer(gan=True, losses={"adaptive": True}),
+        model=TokenFlow(config),
+        teacher=teacher,
+        teacher_mean=spec.mean,
+        teacher_std=spec.std,
+        discriminator=gan,
+    )
+    shape = (2, config.image_size, config.image_size, 3)
+    batch = {"image": np.random.default_rng(0).integers(0, 256, shape, np.uint8)}
+    frozen = {"teacher": jax.jit(teacher.init)(jax.random.key(9), jnp.zeros(shape))["params"]}
+    before = first_state(trainer)
+    after, history = run(trainer, frozen, batch, 2)
+    for metrics in history:
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert metrics["adversarial/adaptive"] not in (0.0, 1.0)
+    still = [
+        jax.tree_util.keystr(path)
+        for path, moved in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda a, b: jnp.abs(a - b).max(), before.params, after.params)
+        )
+        if moved == 0
+    ]
+    assert not still
+    assert distance(before.discriminator.params, after.discriminator.params) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_of_every_variant(variant):
+    """At its real resolution, depth and scales, 16 times narrower."""
+    config = narrow(VARIANTS[variant], 16)
+    vit = config.vit
+    config = dataclasses.replace(config, teacher_width=vit.width)
+    teacher = encoder_kind(config.semantic_encoder).module(vit)
+    trainer = dataclasses.replace(
+        make_trainer(gan=True), model=TokenFlow(config, remat=True), teacher=teacher
+    )
+    size = config.image_size
+    images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
+    teacher_params = jax.jit(teacher.init)(
+        jax.random.key(9), jnp.zeros((1, vit.image_size, vit.image_size, 3))
+    )["params"]
+    _, history = run(trainer, {"teacher": teacher_params}, {"image": images}, 1)
+    assert all(np.isfinite(value) for value in history[0].values())
+    assert history[0]["gradient_norm/generator"] > 0
+
+
+@pytest.mark.slow
+def test_nothing_adversarial_before_the_start(frozen, batch):
+    late = make_trainer(gan=True, losses={"discriminator_start": 2})
+    plain = make_trainer()
+    with_gan, history = run(late, frozen, batch, 3)
+    without, _ = run(plain, frozen, batch, 2)
+    two_steps, _ = run(late, frozen, batch, 2)
+    assert distance(two_steps.params, without.params) < 1e-6
+    start = first_state(late).discriminator.params
+    assert distance(two_steps.discriminator.params, start) == 0
+    assert distance(with_gan.discriminator.params, start) > 0
+    assert [m["adversarial/weight"] for m in history] == [0, 0, 0.5]
+
+
+@pytest.mark.slow
+def test_adaptive_weight_equals_two_backward_passes(frozen, batch):
+    """The shortcut through the last convolution against differentiating the whole losses."""
+    trainer = make_trainer(gan=True, losses={"adaptive": True, "scale_drop": 0.0})
+    state = first_state(trainer)
+    images = batch["image"].astype(np.float32) / 127.5 - 1
+
+    def losses(kernel):
+        decoder = state.params["pixel_decoder"]
+        params = state.params | {
+            "pixel_decoder": decoder | {"conv_out": decoder["conv_out"] | {"kernel": kernel}}
+        }
+        _, decoded = trainer.model.apply({"params": params}, images)
+        player = state.discriminator
+        logits, _ = trainer._judge(player.params, player.batch_stats, decoded.images_BHWC)
+        return jnp.stack([jnp.mean((decoded.images_BHWC - images) ** 2), -jnp.mean(logits)])
+
+    to_kernel = jax.jacrev(losses)(state.params["pixel_decoder"]["conv_out"]["kernel"])
+    pixel, adversarial = (jnp.linalg.norm(g.ravel()) for g in to_kernel)
+    _, history = run(trainer, frozen, batch, 1)
+    expected = pixel / (adversarial + 1e-4)
+    np.testing.assert_allclose(history[0]["adversarial/adaptive"], expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gan", [False, True])
+def test_accumulation_takes_the_same_step(frozen, batch, gan):
+    """Exactly without a discriminator; with one its batch statistics are per microbatch."""
+    losses = {"scale_drop": 0.0}
+    whole, one = run(make_trainer(losses, gan=gan), frozen, batch, 1)
+    parts, four = run(make_trainer(losses, gan=gan, accumulate=4), frozen, batch, 1)
+    np.testing.assert_allclose(
+        one[0]["loss/reconstruction"], four[0]["loss/reconstruction"], rtol=1e-5
+    )
+    np.testing.assert_array_equal(whole.usage.counts_SK, parts.usage.counts_SK)
+    if not gan:
+        rtol = 1e-3
+        np.testing.assert_allclose(
+            one[0]["gradient_norm/generator"], four[0]["gradient_norm/generator"], rtol=rtol
+        )
+    with pytest.raises(ValueError, match="batch of 8 images does not split by 3"):
+        run(make_trainer(accumulate=3), frozen, batch, 1)
+
+
+@pytest.mark.slow
+def test_only_trainable_parts_move(frozen, batch):
+    shapes = jax.eval_shape(make_trainer().init, jax.random.key(0)).params
+    trainer = make_trainer(trainable=optim.matching(shapes, ("pixel_decoder",)))
+    before = first_state(trainer).params
+    after = run(trainer, frozen, batch, 2)[0].params
+    for part in before:
+        moved = distance(before[part], after[part])
+        assert moved > 0 if part == "pixel_decoder" else moved == 0, part
+
+
+@pytest.mark.slow
+def test_moving_average_follows_slowly(frozen, batch):
+    trainer = make_trainer(ema_decay=0.9)
+    start = first_state(trainer).params
+    state, _ = run(trainer, frozen, batch, 1)
+    expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, state.params)
+    assert distance(state.ema, expected) < 1e-6
+
+
+@pytest.mark.slow
+def test_moving_average_codebook_gets_no_gradient(frozen, batch):
+    trainer = make_trainer(codebook={"update": "ema", "ema_decay": 0.5})
+    start = first_state(trainer)
+    state, history = run(trainer, frozen, batch, 3)
+    assert distance(start.params["semantic_codebook"], state.params["semantic_codebook"]) > 1e-3
+    adam = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+            if hasattr(s, "mu")]  # fmt: skip
+    assert jnp.abs(adam[0].mu["semantic_codebook"]).max() == 0
+    assert history[-1]["loss/codebook"] < history[0]["loss/codebook"]
+
+
+@pytest.mark.slow
+def test_revival_raises_usage(frozen, batch):
+    plain, revived = (
+        run(make_trainer(codebook={"revive_every": every}), frozen, batch, 12)[0]
+        for every in (0, 2)
+    )
+    used = [int((s.usage.counts_SK.sum(0) > 0).sum()) for s in (plain, revived)]
+    assert used[1] > used[0]
+
+
+@pytest.mark.slow
+def test_entropy_and_scale_drop_are_live(frozen, batch):
+    _, history = run(
+        make_trainer(losses={"entropy_weight": 0.1, "scale_drop": 1.0}), frozen, batch, 2
+    )
+    assert history[0]["loss/entropy"] != 0
+    assert np.isfinite(history[1]["loss/total"])
+
+
+@pytest.mark.slow
+def test_a_step_is_a_function_of_seed_and_step(frozen, batch):
+    trainer = make_trainer(losses={"scale_drop": 0.7})
+    a, b = run(trainer, frozen, batch, 3)[0], run(trainer, frozen, batch, 3)[0]
+    assert distance(a.params, b.params) == 0
+    other = run(dataclasses.replace(trainer, seed=1), frozen, batch, 3)[0]
+    assert distance(a.params, other.params) > 0
+
+
+@pytest.mark.slow
+def test_the_step_is_donated_and_compiled_once(frozen, batch):
+    trainer = make_trainer()
+    step = jax.jit(trainer.step, donate_argnums=0)
+    state = first_state(trainer)
+    old = state.params["pixel_codebook"]
+    for _ in range(3):
+        state, _ = step(state, frozen, batch)
+    assert old.is_deleted()
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"pixel": "l3"}, "'l3' is not one of"),
+        ({"adversarial": "wgan"}, "'wgan' is not one of"),
+        ({"scale_drop": 2.0}, "not a probability"),
+    ],
+)
+def test_bad_losses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**fields)
+
+
+def test_bad_codebook():
+    with pytest.raises(ValueError, match="'sgd' is not one of"):
+        CodebookConfig(update="sgd")

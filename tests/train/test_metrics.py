@@ -1,0 +1,198 @@
+"""Writers, averages and the clock."""
+
+import json
+import math
+import resource
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenflow_jax.train import metrics
+
+
+def test_non_finite_looks_at_losses_only():
+    scalars = {"loss/total": 1.0, "loss/gan": math.nan, "loss/l2": math.inf, "ratio": math.nan}
+    assert set(metrics.non_finite(scalars)) == {"loss/gan", "loss/l2"}
+
+
+def test_averages_count_each_key_by_itself():
+    averages = metrics.Averages()
+    averages.add({"a": 1.0, "b": 4.0})
+    averages.add({"a": 3.0})
+    assert averages.pop() == {"a": 2.0, "b": 4.0}
+    assert averages.pop() == {}
+
+
+def test_stopwatch_leaves_out_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    watch = metrics.Stopwatch(total_steps=100, images_per_step=4)
+    assert watch.pop(0) == {}
+    watch.start()
+    now[0] += 2.0
+    watch.waited(1.0)
+    watch.step()
+    watch.step()
+    watch.pause()
+    now[0] += 10.0  # an evaluation
+    watch.waited(9.0)  # outside of training time: not counted
+    watch.start()
+    now[0] += 2.0
+    watch.step()
+    watch.step()
+    figures = watch.pop(4)
+    assert figures["perf/steps_per_second"] == pytest.approx(1.0)
+    assert figures["perf/images_per_second"] == pytest.approx(4.0)
+    assert figures["perf/data_wait_fraction"] == pytest.approx(0.25)
+    assert figures["perf/eta_seconds"] == pytest.approx(14.0 / 4 * 96)
+    now[0] += 1.0
+    watch.waited(1.0)
+    watch.step()
+    assert watch.pop(5)["perf/data_wait_fraction"] == pytest.approx(1.0)
+    assert watch.summary()["perf/steps_per_second"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (61, "1m01s"), (7620, "2h07m"), (273600, "3d04h")]
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+def test_progress_line_shows_the_total_first_and_stays_on_one_line():
+    scalars = {
+        "loss/l2": 0.03125,
+        "loss/total": 0.5,
+        "grad_norm": 3.0,
+        "perf/steps_per_second": 4.0,
+        "perf/images_per_second": 256.0,
+        "perf/eta_seconds": 208.0,
+        "perf/data_wait_fraction": 0.004,
+    }
+    assert metrics.progress_line(120, 1000, scalars) == (
+        "step  120/1000  total 0.5  l2 0.03125  4 steps/s  256 images/s  eta 3m28s  data wait 0.4%"
+    )
+    assert "grad_norm 3" in metrics.progress_line(1, 10, scalars, ("grad_norm",))
+
+
+def test_writer_drops_what_lies_beyond_the_restored_step(tmp_path):
+    grid_HWC = np.arange(2 * 5 * 3, dtype=np.uint8).reshape(2, 5, 3)
+    writer = metrics.Writer(tmp_path)
+    for step in (10, 20, 30):
+        writer.scalars(step, {"loss/total": step / 10, "bad": math.nan})
+        writer.images(step, {"eval/grid": grid_HWC})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "loss/to')  # cut short by a kill
+    writer = metrics.Writer(tmp_path, resume_step=20)
+    writer.scalars(30, {"loss/total": 9.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    points = [(line["step"], line["loss/total"]) for line in lines]
+    assert points == [(10, 1.0), (20, 2.0), (30, 9.0)]
+    assert lines[0]["bad"] is None
+    assert metrics.read_history(tmp_path / "metrics.jsonl") == lines
+    names = sorted(p.name for p in (tmp_path / "images").iterdir())
+    assert names == ["eval-grid_0000010.png", "eval-grid_0000020.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / names[0])), grid_HWC)
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) >= 1
+
+
+def test_a_new_run_starts_new_files(tmp_path):
+    for _ in range(2):
+        writer = metrics.Writer(tmp_path)
+        writer.scalars(1, {"a": 1.0})
+        writer.close()
+    assert len(metrics.read_history(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_only_the_first_process_writes(tmp_path):
+    writer = metrics.Writer(tmp_path / "none", enabled=False)
+    writer.scalars(1, {"a": 1.0})
+    writer.images(1, {"grid": np.zeros((2, 2, 3), np.uint8)})
+    writer.flush()
+    writer.close()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_wrong_grid_is_named(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    with pytest.raises(ValueError, match=r"grid 'recon' is float32\[2, 2, 3\]"):
+        writer.images(1, {"recon": np.zeros((2, 2, 3), np.float32)})
+    writer.close()
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        metrics.read_history(tmp_path / "metrics.jsonl")
+
+
+def records_of(path):
+    """The records of a TFRecord file."""
+    data, records = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        records.append(data[12 : 12 + length])
+        data = data[16 + length :]
+    return records
+
+
+def test_events_can_be_read_back(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(7, {"loss/total": 0.25})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    found = {}
+    for record in records_of(path):
+        event = event_pb2.Event.FromString(record)
+        found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
+    assert found["loss/total"] == (7, 0.25)
+
+
+def test_where_files_cannot_grow_the_history_is_written_with_each_flush(tmp_path, monkeypatch):
+    """As on gs://, where appending to a file replaces it."""
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    path = tmp_path / "metrics.jsonl"
+    writer = metrics.Writer(tmp_path)
+    writer.scalars(1, {"loss/total": 2.0})
+    assert metrics.read_history(path) == []
+    writer.flush()
+    writer.scalars(2, {"loss/total": 1.0})
+    writer.close()
+    again = metrics.Writer(tmp_path, resume_step=1)
+    again.scalars(2, {"loss/total": 1.5})
+    again.close()
+    assert [(x["step"], x["loss/total"]) for x in metrics.read_history(path)] == [(1, 2), (2, 1.5)]
+
+
+def test_a_full_disk_is_an_error_of_the_call_not_of_a_thread(tmp_path, monkeypatch):
+    """A limit on file size stands for the full disk: the kernel refuses the write likewise."""
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)  # only the events grow
+    threads = set(threading.enumerate())
+    writer = metrics.Writer(tmp_path)
+    assert not set(threading.enumerate()) - threads
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, previous[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            for step in range(1000):
+                writer.scalars(step, {"loss/total": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    writer.scalars(1000, {"loss/total": 0.5})  # there is room again
+    writer.close()
+
+
+def test_a_restart_hides_what_lies_beyond_it(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    metrics.Writer(tmp_path, resume_step=20).close()
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    events = [event_pb2.Event.FromString(record) for record in records_of(path)]
+    starts = [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START]
+    assert starts == [21]

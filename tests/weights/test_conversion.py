@@ -1,0 +1,216 @@
+"""Conversion both ways: bit-identical round trips, what is taken, and what is refused."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from late_writer import writing
+
+import tokenflow_jax as tfx
+from tokenflow_jax.stages import PARTS
+from tokenflow_jax.train import checkpoint
+from tokenflow_jax.weights.conversion import complete, convert
+from tokenflow_jax.weights.formats import orbax as orbax_files
+from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
+from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+from tokenflow_jax.weights.rules import CheckpointMismatch, flatten, to_flax
+
+TINY = tiny.TINY
+USAGE = "quantize.codebook_used"
+
+
+def assert_same(path, expected):
+    state = open_state_dict(path)
+    assert set(state) == set(expected)
+    for name, array in expected.items():
+        read = state.read(name)
+        assert read.dtype == array.dtype and read.shape == array.shape, name
+        assert read.tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_round_trip_is_bit_identical(tmp_path, random_state, kind, dtype):
+    config = tiny.KINDS[kind]
+    state = random_state(config, dtype)
+    write_safetensors(tmp_path / "there.safetensors", state)
+    written = convert(tmp_path / "there.safetensors", tmp_path / "ours", config)
+    assert written.weights == "raw" and written.nbytes == sum(a.nbytes for a in state.values())
+    for target in ("back.pt", "back.safetensors"):
+        assert convert(tmp_path / "ours", tmp_path / target, config).tensors == len(state)
+        assert_same(tmp_path / target, state)
+
+
+def test_shards_and_buffers_that_the_source_lacks(tmp_path, random_state):
+    state = random_state(TINY)
+    del state[USAGE]
+    names = list(state)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    parts = {"1.safetensors": names[:99], "2.safetensors": names[99:]}
+    for file, part in parts.items():
+        write_safetensors(folder / file, {name: state[name] for name in part})
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(folder, tmp_path / "ours", TINY)
+    convert(tmp_path / "ours", tmp_path / "back.pt")
+    # PyTorch's strict loading wants the history, even an empty one.
+    assert_same(tmp_path / "back.pt", state | {USAGE: np.zeros(131072, np.float32)})
+    info, _ = orbax_files.open_checkpoint(tmp_path / "ours")
+    assert info["source"]["path"] == "shards" and set(info["source"]["sha256"]) == set(parts)
+
+
+@pytest.mark.parametrize(("weights", "taken"), [(None, "ema"), ("ema", "ema"), ("raw", "raw")])
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_ema_unless_raw_is_asked_for(tmp_path, random_state, weights, taken, key):
+    states = {"raw": random_state(TINY), "ema": random_state(TINY, seed=1)}
+    write_torch_zip(tmp_path / "both.pt", {key: states["raw"], "ema": states["ema"]})
+    convert(tmp_path / "both.pt", tmp_path / "ours", TINY, weights=weights)
+    written = convert(tmp_path / "ours", tmp_path / "back.pt")
+    assert written.weights == "raw"  # one set of weights was written, and it has no average
+    assert_same(tmp_path / "back.pt", states[taken])
+
+
+@pytest.mark.parametrize(("group", "asked"), [("model", "ema"), ("ema", "raw")])
+def test_weights_that_are_not_there(tmp_path, random_state, group, asked):
+    write_torch_zip(tmp_path / "one.pt", {group: random_state(TINY)})
+    with pytest.raises(ValueError, match=f"one.pt has no {asked} weights; it has (raw|ema)$"):
+        convert(tmp_path / "one.pt", tmp_path / "ours", TINY, weights=asked)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_parameters_change_type_and_buffers_do_not(tmp_path, random_state):
+    state = random_state(TINY)
+    write_safetensors(tmp_path / "there.safetensors", state)
+    convert(tmp_path / "there.safetensors", tmp_path / "ours", TINY, dtype="bfloat16")
+    half = {n: a.astype(ml_dtypes.bfloat16) if n != USAGE else a for n, a in state.items()}
+    convert(tmp_path / "ours", tmp_path / "half.pt")
+    assert_same(tmp_path / "half.pt", half)
+    convert(tmp_path / "ours", tmp_path / "whole.pt", dtype="float32")
+    assert_same(tmp_path / "whole.pt", {n: a.astype(np.float32) for n, a in half.items()})
+
+
+def test_values_that_do_not_fit_into_half_precision(tmp_path, random_state):
+    state = random_state(TINY)
+    state["quant_conv.bias"][0] = 1e5
+    write_safetensors(tmp_path / "there.safetensors", state)
+    for target in ("half.pt", "ours"):
+        with pytest.raises(ValueError, match=r"(quant_conv.bias|pixel_in/bias) .* float16"):
+            convert(tmp_path / "there.safetensors", tmp_path / target, TINY, dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+def test_the_tokenizer_loads_either_form(tmp_path, random_state):
+    state = random_state(TINY)
+    write_safetensors(tmp_path / "there.safetensors", state)
+    convert(tmp_path / "there.safetensors", tmp_path / "ours", TINY)
+    part = PARTS["tokenizer"]
+    expected = flatten(to_flax(state, part.table(TINY), part.template(TINY)))
+    loaded = tfx.Tokenizer.load(tmp_path / "ours")
+    assert loaded.config == TINY
+    for name, array in flatten(loaded.params).items():
+        np.testing.assert_array_equal(array, expected[name])
+    convert(tmp_path / "there.safetensors", tmp_path / "half", TINY, dtype="bfloat16")
+    half = tfx.Tokenizer.load(tmp_path / "half")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
+
+
+class NoPosition:
+    """Stands for the data iterator, which the weights do not need."""
+
+    def get_state(self):
+        return {}
+
+
+def test_a_training_run_for_pytorch(tmp_path, random_state):
+    part = PARTS["tokenizer"]
+    config = checkpoint.config_to_dict({"model": dataclasses.asdict(TINY), "stage": "tokenizer"})
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
+    for step in (3, 4):
+        raw, ema = (
+            to_flax(random_state(TINY, seed=seed), part.table(TINY), part.template(TINY))
+            for seed in (step, 10 * step)
+        )
+        state = {"step": jnp.int32(step), "params": raw, "ema": ema, "opt_state": (raw,)}
+        checkpoints.save(step, jax.tree.map(jnp.asarray, state), NoPosition(), config)
+    checkpoints.close()
+
+    def expected(seed):
+        return random_state(TINY, seed=seed) | {USAGE: np.zeros(131072, np.float32)}
+
+    convert(tmp_path / "run", tmp_path / "newest.pt")
+    assert_same(tmp_path / "newest.pt", expected(40))
+    convert(tmp_path / "run", tmp_path / "raw.safetensors", TINY, weights="raw", step=3)
+    assert_same(tmp_path / "raw.safetensors", expected(3))
+    # Weights alone, for use or to begin another run from.
+    convert(tmp_path / "run", tmp_path / "ours")
+    _, state = orbax_files.load_for_inference(tmp_path / "ours")
+    assert set(state) == {"params", "step"} and state["step"] == 0
+    convert(tmp_path / "ours", tmp_path / "again.pt")
+    assert_same(tmp_path / "again.pt", expected(40))
+
+    other = dataclasses.replace(TINY, codebook_size=48)
+    with pytest.raises(ValueError, match=r"run does not hold .*=48.*, but .*=32"):
+        convert(tmp_path / "run", tmp_path / "x.pt", other)
+
+
+def test_problems_come_together_with_the_variant_that_fits(tmp_path, random_state, part):
+    write_safetensors(tmp_path / "there.safetensors", random_state(TINY))
+    with pytest.raises(CheckpointMismatch) as caught:
+        convert(tmp_path / "there.safetensors", tmp_path / "ours", part.variants["wide"], part=part)
+    text = str(caught.value)
+    assert "2 problems" in text
+    assert "these weights fit the variant clip and the variant clip_again" in text
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_flipped_byte_in_our_checkpoint_is_found(tmp_path, random_state):
+    state = random_state(TINY)
+    write_safetensors(tmp_path / "there.safetensors", state)
+    convert(tmp_path / "there.safetensors", tmp_path / "ours", TINY)
+    files = [path for path in (tmp_path / "ours" / "state").rglob("d/*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match=r"ours.*(damaged|cannot be read)"):
+        convert(tmp_path / "ours", tmp_path / "back.pt")
+    assert not list(tmp_path.glob("*back.pt"))
+
+
+def test_an_old_target_stays_until_the_new_one_is_complete(tmp_path):
+    for name in ("file", "folder"):
+        target = tmp_path / name
+        for content in ("old", "new"):
+            with complete(target, overwrite=content == "new") as partial:
+                if name == "folder":
+                    partial.mkdir()
+                (partial / "x" if name == "folder" else partial).write_text(content)
+        inside = target / "x" if name == "folder" else target
+        with pytest.raises(FileExistsError, match="--overwrite"), complete(target):
+            raise AssertionError
+        with pytest.raises(KeyboardInterrupt), complete(target, overwrite=True) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+        assert inside.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_disk_is_the_reason_given_while_threads_still_write(tmp_path):
+    reason = r"target could not be written \(File too large\); free some space"
+    with (
+        contextlib.ExitStack() as writers,
+        pytest.raises(OSError, match=reason),
+        complete(tmp_path / "target") as partial,
+    ):
+        writers.enter_context(writing(partial / "state", 1.0))
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert not list(tmp_path.iterdir())

@@ -1,1 +1,0 @@
-"""Conversion between PyTorch checkpoints and our parameters, without torch."""

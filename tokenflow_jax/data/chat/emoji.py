@@ -1,0 +1,125 @@
+"""Questions and answers about the emoji inside the package, made from labels, tags and groups.
+
+Every emoji has one conversation per question, or one with all of them: what kind of thing it is,
+what it is called, which words go with it, and whether it is something (half of the time something
+else). "heldout" is the fixed tenth of pictures that never trains, the same as of the tokenizer.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenflow_jax.data import sources
+from tokenflow_jax.data.chat.conversations import Sample
+from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE
+
+KIND_QUESTION = "Which kind of thing is this?"
+KINDS = (
+    "a face or feeling",
+    "people or a body part",
+    "an animal or plant",
+    "food or drink",
+    "travel or a place",
+    "an activity",
+    "an object",
+    "a symbol",
+)
+_TAGS = 5
+
+
+class EmojiConversations:
+    """The emoji's conversations; small, so they stay in memory."""
+
+    def __init__(self, split: str, questions: tuple[str, ...] = (), together: bool = False):
+        """Makes them.
+
+        Args:
+          split: "train", "heldout" or "all".
+          questions: which of QUESTIONS; all when empty.
+          together: one conversation per picture asks all of them, each picture in another order.
+
+        Raises:
+          ValueError: an unknown split or question.
+        """
+        unknown = set(questions) - set(QUESTIONS)
+        if unknown:
+            raise ValueError(f"questions {sorted(unknown)} are not among {list(QUESTIONS)}")
+        self.name = "emoji"
+        emoji = sources.EmojiSource(split)
+        self._examples = [emoji[i] for i in range(len(emoji))]
+        self._bytes = {e["name"]: e["bytes"] for e in self._examples}
+        self._groups = {e["name"]: int(e["group"]) for e in self._examples}
+        chosen = questions or tuple(QUESTIONS)
+        self._samples = [
+            self._sample(example, names)
+            for example in self._examples
+            for names in ([_shuffled(example, chosen)] if together else [(n,) for n in chosen])
+        ]
+
+    def _sample(self, example: Any, names: Sequence[str]) -> tuple[str, Sample]:
+        """The questions' names and their conversation; the picture belongs to the first one."""
+        turns = []
+        for i, name in enumerate(names):
+            question, answer = QUESTIONS[name](example, self._examples)
+            turns += [(HUMAN, question if i else f"{IMAGE}\n{question}"), (GPT, answer)]
+        return " ".join(names), Sample(tuple(turns), example["name"], True)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index][1]
+
+    def label(self, index: int) -> str:
+        """How messages call a sample."""
+        name, sample = self._samples[index]
+        return f"emoji {sample.image} {name}"
+
+    def lengths(self) -> np.ndarray:
+        """Words of each sample."""
+        return np.array([sample.length() for _, sample in self._samples])
+
+    def image_bytes(self, image: str) -> bytes:
+        """The picture's file."""
+        return self._bytes[image]
+
+    def group(self, image: str) -> int:
+        """The place of a picture's kind in KINDS."""
+        return self._groups[image]
+
+
+def _shuffled(example: Any, names: Sequence[str]) -> list[str]:
+    """The names in an order that depends on the picture alone."""
+    return sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
+
+
+def _kind(example: Any, _: Any) -> tuple[str, str]:
+    return KIND_QUESTION, KINDS[int(example["group"])]
+
+
+def _name(example: Any, _: Any) -> tuple[str, str]:
+    return "What is this?", example["caption"]
+
+
+def _words(example: Any, _: Any) -> tuple[str, str]:
+    tags = example.get("tags") or [example["caption"]]
+    return "Which words go with it?", ", ".join(tags[:_TAGS])
+
+
+def _check(example: Any, examples: Any) -> tuple[str, str]:
+    """Half of the questions name another emoji; which one depends on the name alone."""
+    draw = zlib.crc32(f"check {example['name']}".encode())
+    other = examples[draw // 2 % len(examples)]
+    shown = example if draw % 2 else other
+    same = shown["caption"] == example["caption"]
+    return f"Is this {shown['caption']}?", "yes" if same else "no"
+
+
+QUESTIONS: dict[str, Callable[[Any, Any], tuple[str, str]]] = {
+    "kind": _kind,
+    "name": _name,
+    "words": _words,
+    "check": _check,
+}

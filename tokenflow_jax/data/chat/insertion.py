@@ -1,0 +1,147 @@
+"""Where the vectors of images go among the tokens: shapes that do not depend on the content.
+
+A row of ids with image markers becomes a row of `length` positions, each of which says where its
+input comes from. With 3 vectors per image, padded to 8 on the right:
+
+    ids of the tokens    5  IMAGE_ID     7   9
+    ids                  5   0   0   0   7   9   0   0
+    places              -1   0   1   2  -1  -1  -1  -1      vector of the row's images, -1: text
+    segments             1   1   1   1   1   1   0   0      conversation of the row, 0: padding
+
+A row's images are counted one after the other: the second one's vectors are 3, 4, 5. A row without
+marker has an image all the same, which nothing reads. Conversations that share a row (`join_rows`)
+are its segments: each has its own image, and the model gives each positions from 0
+(`understanding.model.positions_in`) and lets none read another.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokenflow_jax.data.chat.templates import IGNORE, IMAGE_ID
+
+SIDES = ("right", "left")
+TEXT = -1  # the place of what is no image's vector
+
+
+def merge_row(
+    ids_T: np.ndarray,
+    labels_T: np.ndarray | None,
+    vectors: int | Sequence[int],
+    max_length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Replaces the markers of one row by the places of image vectors.
+
+    Args:
+      ids_T: int ids without padding, IMAGE_ID at the markers.
+      labels_T: int labels of the same length; None all IGNORE.
+      vectors: vectors of each image, or for each marker how many it is replaced by.
+      max_length: what is behind is cut off, possibly inside an image.
+
+    Returns:
+      {"ids", "labels", "places"}, int32 (L,).
+
+    Raises:
+      ValueError: `vectors` does not have as many entries as there are markers.
+    """
+    ids_T = np.asarray(ids_T, np.int32)
+    labels_T = np.full(len(ids_T), IGNORE, np.int32) if labels_T is None else np.asarray(labels_T)
+    markers = np.flatnonzero(ids_T == IMAGE_ID)
+    counts = [vectors] * len(markers) if isinstance(vectors, int) else list(vectors)
+    if len(counts) != len(markers):
+        raise ValueError(f"{len(markers)} image markers, and images for {len(counts)}")
+    repeats = np.ones(len(ids_T), int)
+    repeats[markers] = counts
+    source = np.repeat(np.arange(len(ids_T)), repeats)[:max_length]
+    is_image = ids_T[source] == IMAGE_ID
+    return {
+        "ids": np.where(is_image, 0, ids_T[source]).astype(np.int32),
+        "labels": np.where(is_image, IGNORE, labels_T[source]).astype(np.int32),
+        "places": np.where(is_image, np.cumsum(is_image) - 1, TEXT).astype(np.int32),
+    }
+
+
+def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[str, np.ndarray]:
+    """Puts several conversations, of one image each, into one row.
+
+    Args:
+      rows: of `merge_row`; an empty dict is a conversation that is left out. The i-th one's image
+        is the i-th of the joint row.
+      vectors: of an image.
+
+    Returns:
+      {"ids", "labels", "places", "segments"}, int32 (L,); {} where nothing is left. A first token
+      carries no loss: what stands before it is of another conversation.
+    """
+    parts: dict[str, list[np.ndarray]] = {"ids": [], "labels": [], "places": [], "segments": []}
+    for number, row in enumerate(rows):
+        if not row:
+            continue
+        labels_L = row["labels"].copy()
+        labels_L[:1] = IGNORE
+        parts["ids"].append(row["ids"])
+        parts["labels"].append(labels_L)
+        parts["places"].append(np.where(row["places"] >= 0, row["places"] + number * vectors, TEXT))
+        parts["segments"].append(np.full(len(labels_L), number + 1))
+    if not parts["ids"]:
+        return {}
+    return {name: np.concatenate(part).astype(np.int32) for name, part in parts.items()}
+
+
+def merged_length(ids_T: np.ndarray, vectors: int) -> int:
+    """How long a row becomes whose every image has so many vectors."""
+    return len(ids_T) + int((np.asarray(ids_T) == IMAGE_ID).sum()) * (vectors - 1)
+
+
+def pad_rows(
+    rows: Sequence[Mapping[str, np.ndarray]], length: int, side: str = "right"
+) -> dict[str, np.ndarray]:
+    """Stacks rows of different length.
+
+    Args:
+      rows: of `merge_row` or `join_rows`; an empty dict is a row of padding alone.
+      length: of the result, at least that of the longest row.
+      side: where padding goes: "right" for training, "left" for generation.
+
+    Returns:
+      int32 (B, length) "ids", "labels", "places", "segments"; see the module.
+
+    Raises:
+      ValueError: a row is too long, or a side that is none.
+    """
+    if side not in SIDES:
+        raise ValueError(f"padding side {side!r} is not one of {SIDES}")
+    longest = max((len(row["ids"]) for row in rows if row), default=0)
+    if longest > length:
+        raise ValueError(f"a row of {longest} tokens does not fit into {length}")
+    fill = {"ids": 0, "labels": IGNORE, "places": TEXT, "segments": 0}
+    out = {name: np.full((len(rows), length), value, np.int32) for name, value in fill.items()}
+    for i, row in enumerate(rows):
+        if not row:
+            continue
+        count = len(row["ids"])
+        where = slice(0, count) if side == "right" else slice(length - count, length)
+        for name, array in {"segments": 1, **row}.items():
+            out[name][i, where] = array
+    return out
+
+
+def bucket_for(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that is long enough, the largest for anything longer."""
+    return next((bucket for bucket in buckets if bucket >= length), buckets[-1])
+
+
+def images_in_order(markers: Sequence[int]) -> list[range]:
+    """Which of a flat list of images each row of a batch uses: the reference's order.
+
+    Args:
+      markers: image markers of each row; a row without uses up one image, which nothing reads.
+
+    Returns:
+      For each row the places of its images in the flat list.
+    """
+    stops = np.cumsum([max(1, count) for count in markers])
+    return [
+        range(stop - max(1, count), stop)
+        for stop, count in zip(stops.tolist(), markers, strict=True)
+    ]

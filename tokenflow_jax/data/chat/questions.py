@@ -1,0 +1,77 @@
+"""Questions as rows that a model answers, and what its ids say."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenflow_jax.data.chat import insertion, templates
+from tokenflow_jax.data.chat.batches import Conversations
+from tokenflow_jax.data.chat.conversations import BrokenSample
+from tokenflow_jax.data.chat.templates import GPT, IMAGE, Template, Turn
+
+
+class Question(NamedTuple):
+    """A question of a data set.
+
+    Attributes:
+      row: of `insertion.merge_row`.
+      image: names the picture; "" where there is none.
+      text: the question.
+      answer: the one in the data.
+    """
+
+    row: dict[str, np.ndarray]
+    image: str
+    text: str
+    answer: str
+
+
+def question_row(
+    template: Template,
+    text_tokenizer: Any,
+    turns: Sequence[Turn],
+    vectors: int,
+    max_length: int | None = None,
+) -> dict[str, np.ndarray]:
+    """The row of turns whose last one waits for an answer.
+
+    Args:
+      template, text_tokenizer: as in training.
+      turns: alternating, the human's first and last; of `templates.prepare_turns`.
+      vectors: of an image.
+      max_length: a longer row is refused.
+
+    Raises:
+      ValueError: the row is too long.
+    """
+    row = insertion.merge_row(template.prompt_ids(text_tokenizer, turns), None, vectors)
+    if max_length is not None and len(row["ids"]) > max_length:
+        raise ValueError(
+            f"the conversation is {len(row['ids'])} tokens long, images included; there is room "
+            f"for {max_length}"
+        )
+    return row
+
+
+def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int]) -> str:
+    """The text of an answer's ids, up to its first stop id."""
+    ids = np.asarray(ids_N).tolist()
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return text_tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+
+
+def first_questions(data: Conversations) -> Iterator[Question]:
+    """The first question of each usable conversation of an opened data set."""
+    for index in range(len(data)):
+        try:
+            sample = data.source[index]
+        except BrokenSample:
+            continue
+        if data.row(index) is None:  # what training skips, and counts
+            continue
+        turns = templates.prepare_turns(sample.turns, bool(sample.image))
+        answer = next(text for role, text in turns if role == GPT)
+        row = question_row(data.template, data.text_tokenizer, turns[:1], data.config.vectors)
+        text = turns[0][1].replace(IMAGE, "").strip()
+        yield Question(row, sample.image, text, answer)

@@ -1,0 +1,301 @@
+"""TokenFlow's image tokenizer: two encoders, one pyramid of shared codes, two decoders.
+
+    images --semantic encoder (ViT)--> 32 channels \\                     / 32 --ViT--> meaning
+                                                    >-- quantised map --<
+    images --pixel encoder (CNN)------> 8 channels /     (40 channels)   \\  8 --CNN--> images
+
+The meaning is the patch features that a frozen teacher sees in the images.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tokenflow_jax.nets.cnn import PixelDecoder, PixelEncoder
+from tokenflow_jax.nets.encoders import EncoderConfig, encoder_kind, normalise
+from tokenflow_jax.nets.resize import bicubic_resize
+from tokenflow_jax.nets.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
+from tokenflow_jax.nets.vitamin import ViTaminConfig
+from tokenflow_jax.parallel.placement import on_batch
+from tokenflow_jax.tokenizer import pyramid as multiscale
+from tokenflow_jax.tokenizer import quantizer
+from tokenflow_jax.tokenizer.pyramid import Pyramid, Scales
+from tokenflow_jax.tokenizer.quantizer import Codebooks
+
+_CLIP_B = ViTConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Hyper-parameters of the tokenizer; the defaults are TokenFlow-B at 224 px.
+
+    Attributes:
+      image_size: side of the images in pixels.
+      scales: grid sides of the pyramid, ascending; the last is the feature map's side.
+      codebook_size: codes K, shared by both codebooks.
+      semantic_channels, pixel_channels: of a code's halves.
+      pixel_weight: weight of the pixel distance in the shared mapping (the reference's w_dis).
+      semantic_encoder: kind of encoder, a key of `encoders.ENCODERS`.
+      vit: the semantic encoder's hyper-parameters, of the class that its kind wants.
+      semantic_decoder_depth, semantic_decoder_heads: of the ViT that decodes the semantic half.
+      teacher_width: channels of the teacher's features, which the semantic half reconstructs.
+      channels, multipliers, blocks: of the pixel encoder.
+      latent_channels: between the pixel encoder or decoder and the quantiser.
+      decoder_channels, decoder_blocks: of the pixel decoder (enhanced: 256 and 5).
+      norm_groups: groups of the pixel branch's GroupNorm.
+      pixel_image_size: side at which the pixel branch works where it is not image_size: images are
+        resized bicubically on the way in and back on the way out (TokenFlow-XL: 432); 0 if it is.
+    """
+
+    image_size: int = 224
+    scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14)
+    codebook_size: int = 32768
+    semantic_channels: int = 32
+    pixel_channels: int = 8
+    pixel_weight: float = 1.0
+    semantic_encoder: str = "clip"
+    vit: EncoderConfig = _CLIP_B
+    semantic_decoder_depth: int = 3
+    semantic_decoder_heads: int = 12
+    teacher_width: int = 512
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    latent_channels: int = 256
+    decoder_channels: int = 128
+    decoder_blocks: int = 3
+    norm_groups: int = 32
+    pixel_image_size: int = 0
+
+    def __post_init__(self):
+        encoder = encoder_kind(self.semantic_encoder).config
+        if not isinstance(self.vit, EncoderConfig):
+            object.__setattr__(self, "vit", encoder(**self.vit))
+        elif not isinstance(self.vit, encoder):
+            raise ValueError(
+                f"tokenizer: semantic_encoder {self.semantic_encoder!r} needs a "
+                f"{encoder.__name__}, not a {type(self.vit).__name__}"
+            )
+        object.__setattr__(self, "scales", tuple(self.scales))
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        self._check()
+
+    def _check(self):
+        problems = []
+        grid = self.pyramid.grid
+        # Only an image of the very size that the encoder was trained for may leave pixels over.
+        known = self.image_size == self.vit.image_size
+        semantic_grid = self.vit.grid if known else self.image_size / self.vit.patch_size
+        pixel_image_size = self.pixel_image_size or self.image_size
+        pixel_grid = pixel_image_size / 2 ** (len(self.multipliers) - 1)
+        if semantic_grid != grid:
+            problems.append(
+                f"image_size {self.image_size} / patch_size {self.vit.patch_size} gives a semantic "
+                f"grid of {semantic_grid:g}, but the scales {self.scales} end at {grid}"
+            )
+        if pixel_grid != grid:
+            problems.append(
+                f"pixel_image_size {pixel_image_size} through {len(self.multipliers)} levels gives "
+                f"a pixel grid of {pixel_grid:g}, but the scales {self.scales} end at {grid}"
+            )
+        if self.codebook_size < 2:
+            problems.append(f"codebook_size {self.codebook_size} is below 2")
+        if self.vit.width % self.semantic_decoder_heads:
+            problems.append(
+                f"width {self.vit.width} is not a multiple of semantic_decoder_heads "
+                f"{self.semantic_decoder_heads}"
+            )
+        for name in ("channels", "decoder_channels"):
+            if any(getattr(self, name) * m % self.norm_groups for m in self.multipliers):
+                problems.append(
+                    f"{name} {getattr(self, name)} times multipliers {self.multipliers}: every "
+                    f"level needs a multiple of norm_groups {self.norm_groups}"
+                )
+        if problems:
+            raise ValueError("tokenizer: " + "; ".join(problems))
+
+    @property
+    def pyramid(self) -> Scales:
+        """The scale list as `Scales`."""
+        return Scales(self.scales)
+
+    @property
+    def code_channels(self) -> int:
+        """Channels of a quantised map."""
+        return self.semantic_channels + self.pixel_channels
+
+
+_SCALES_16 = (1, 2, 4, 6, 8, 10, 12, 14, 16)
+_L = TokenizerConfig(
+    image_size=256,
+    scales=_SCALES_16,
+    semantic_encoder="vitamin",
+    vit=ViTaminConfig(),
+    teacher_width=1152,
+)
+
+# The released tokenizers, by the name that configs, checkpoints and the API use. B at 256 px keeps
+# the position embeddings of 224 px and resizes them; its enhanced decoder is wider and deeper. The
+# paper gives L one scale more than the released code has; weights do not tell which.
+VARIANTS: dict[str, TokenizerConfig] = {
+    "b": TokenizerConfig(),
+    "b_256": TokenizerConfig(image_size=256, scales=_SCALES_16),
+    "b_256_enhanced": TokenizerConfig(
+        image_size=256, scales=_SCALES_16, decoder_channels=256, decoder_blocks=5
+    ),
+    "l": _L,
+    "l_paper": dataclasses.replace(_L, scales=(1, 2, 3, *_SCALES_16[2:])),
+    "xl": TokenizerConfig(
+        image_size=384,
+        scales=(*range(1, 11), 12, 14, 17, 22, 27),
+        semantic_encoder="siglip",
+        vit=SIGLIP_SO400M,
+        teacher_width=1152,
+        pixel_image_size=432,
+    ),
+}
+
+
+class Reconstruction(NamedTuple):
+    """What the decoders make of a quantised map.
+
+    Attributes:
+      images_BHWC: nominally in [-1, 1], not clamped; float32.
+      semantic_BND: reconstruction of the teacher's patch features; float32.
+      last_hidden_BHWC: input of the pixel decoder's last convolution.
+    """
+
+    images_BHWC: jax.Array
+    semantic_BND: jax.Array
+    last_hidden_BHWC: jax.Array
+
+
+class TokenFlow(nn.Module):
+    """The tokenizer as pure functions: `encode`, `quantize`, `decode`, and codes to features.
+
+    Attributes:
+      config: hyper-parameters.
+      dtype: computation dtype of encoders and decoders; the quantiser is always float32.
+      remat: recompute blocks in the backward pass to save memory.
+    """
+
+    config: TokenizerConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        cfg = self.config
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        width = cfg.vit.width
+        encoder = encoder_kind(cfg.semantic_encoder).module
+        self.semantic_encoder = encoder(cfg.vit, self.dtype, self.remat)
+        self.semantic_in_1, self.semantic_in_2 = dense(width), dense(cfg.semantic_channels)
+        self.pixel_encoder = PixelEncoder(
+            cfg.channels,
+            cfg.multipliers,
+            cfg.blocks,
+            cfg.latent_channels,
+            cfg.norm_groups,
+            self.dtype,
+            self.remat,
+        )
+        self.pixel_in, self.pixel_out = dense(cfg.pixel_channels), dense(cfg.latent_channels)
+        self.semantic_codebook = self._codebook("semantic_codebook", cfg.semantic_channels)
+        self.pixel_codebook = self._codebook("pixel_codebook", cfg.pixel_channels)
+        self.semantic_decoder = SemanticDecoder(
+            cfg.vit.grid,
+            width,
+            cfg.semantic_decoder_depth,
+            cfg.semantic_decoder_heads,
+            self.dtype,
+            self.remat,
+        )
+        self.semantic_out_1, self.semantic_out_2 = dense(width), dense(cfg.teacher_width)
+        self.pixel_decoder = PixelDecoder(
+            cfg.decoder_channels,
+            cfg.multipliers,
+            cfg.decoder_blocks,
+            cfg.norm_groups,
+            self.dtype,
+            self.remat,
+        )
+
+    def _codebook(self, name: str, channels: int) -> jax.Array:
+        """Rows start uniform in a cube, then normalised, as in the reference."""
+
+        def init(key, shape):
+            return quantizer.l2_normalize(jax.random.uniform(key, shape, minval=-1, maxval=1))
+
+        return self.param(name, init, (self.config.codebook_size, channels))
+
+    @property
+    def codebooks(self) -> Codebooks:
+        """The raw codebooks."""
+        return Codebooks(self.semantic_codebook, self.pixel_codebook)
+
+    def __call__(self, images_BHWC: jax.Array) -> tuple[Pyramid, Reconstruction]:
+        """Encodes, quantises and decodes (B, H, W, 3) in [-1, 1]."""
+        pyramid = self.quantize(self.encode(images_BHWC))
+        return pyramid, self.decode(pyramid.quantized_BHWC)
+
+    def encode(self, images_BHWC: jax.Array) -> jax.Array:
+        """Images in [-1, 1] to unquantised features.
+
+        Args:
+          images_BHWC: (B, H, H, 3) with H = config.image_size. CLIP sees them as they are, without
+            its own normalisation, as in the reference; the other encoders see them normalised.
+
+        Returns:
+          (B, g, g, C) float32, semantic channels first.
+        """
+        cfg = self.config
+        size = images_BHWC.shape[1:]
+        if size != (cfg.image_size, cfg.image_size, 3):
+            raise ValueError(f"images of shape {size}: the tokenizer takes {cfg.image_size} px RGB")
+        kind, seen_BHWC = encoder_kind(cfg.semantic_encoder), images_BHWC
+        if not kind.raw:
+            seen_BHWC = normalise(images_BHWC, kind.mean, kind.std)
+        tokens_BND = self.semantic_encoder(seen_BHWC.astype(self.dtype))
+        images_BHWC = bicubic_resize(images_BHWC, cfg.pixel_image_size or cfg.image_size)
+        images_BHWC = images_BHWC.astype(self.dtype)
+        semantic_BNC = self.semantic_in_2(jnp.tanh(self.semantic_in_1(tokens_BND)))
+        pixel_BHWC = self.pixel_in(self.pixel_encoder(images_BHWC))
+        semantic_BHWC = semantic_BNC.reshape(*pixel_BHWC.shape[:3], cfg.semantic_channels)
+        features_BHWC = jnp.concatenate([semantic_BHWC, pixel_BHWC], axis=-1)
+        return on_batch(features_BHWC.astype(jnp.float32))
+
+    def quantize(self, features_BHWC: jax.Array, keep_S: jax.Array | None = None) -> Pyramid:
+        """Features to a pyramid of codes; see `multiscale.residual_quantize`."""
+        cfg = self.config
+        return multiscale.residual_quantize(
+            features_BHWC, self.codebooks, cfg.pyramid, cfg.pixel_weight, keep_S
+        )
+
+    def decode(self, quantized_BHWC: jax.Array) -> Reconstruction:
+        """Decodes a quantised map (B, g, g, C) into images and teacher features."""
+        images, hidden = self.decode_pixels(quantized_BHWC)
+        return Reconstruction(images, self.decode_semantics(quantized_BHWC), hidden)
+
+    def decode_pixels(self, quantized_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The pixel half of a quantised map to images (B, H, W, 3) and the last hidden map."""
+        pixel_BHWC = quantized_BHWC[..., self.config.semantic_channels :].astype(self.dtype)
+        images_BHWC, hidden_BHWC = self.pixel_decoder(self.pixel_out(pixel_BHWC))
+        return self.to_image_size(images_BHWC), hidden_BHWC
+
+    def to_image_size(self, images_BHWC: jax.Array) -> jax.Array:
+        """What the last convolution made, in float32 and at config.image_size."""
+        return bicubic_resize(images_BHWC.astype(jnp.float32), self.config.image_size)
+
+    def decode_semantics(self, quantized_BHWC: jax.Array) -> jax.Array:
+        """The semantic half of a quantised map to teacher features (B, g * g, teacher_width)."""
+        semantic_BHWC = quantized_BHWC[..., : self.config.semantic_channels].astype(self.dtype)
+        tokens_BND = jnp.tanh(self.semantic_out_1(self.semantic_decoder(semantic_BHWC)))
+        return self.semantic_out_2(tokens_BND).astype(jnp.float32)
+
+    def features(self, codes_BL: jax.Array) -> jax.Array:
+        """The quantised map (B, g, g, C) of codes; fewer scales work too."""
+        return multiscale.features_from_codes(codes_BL, self.codebooks, self.config.pyramid)

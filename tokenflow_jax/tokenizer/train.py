@@ -1,0 +1,399 @@
+"""How a TokenFlow tokenizer learns: its losses, and one optimisation step of both players.
+
+One step, on one batch of images x:
+
+1. Encode x twice, quantise scale by scale, decode: a reconstruction x', and a reconstruction t' of
+   the patch features t that a frozen teacher sees in x.
+2. Generator loss = |x - x'|^2 + LPIPS(x, x') + lambda * adversarial(D(x'))      what it looks like
+                 + (1 - cosine(t, t'))                                            what it means
+                 + codebook + beta * commitment (+ entropy)                       the code itself
+3. Discriminator loss = hinge (or another) on D(x), D(x') for the SAME x', made before the update.
+4. Clip, Adam, moving average; usage statistics of the codes.
+
+Both updates are one jitted program. The losses on pixels are differentiated with respect to x'
+first, then pulled back through the tokenizer once: the adaptive lambda (a ratio of gradient norms
+at the last convolution) then costs two small weight gradients instead of two more backward passes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokenflow_jax.nets import encoders
+from tokenflow_jax.nets.lpips import LPIPS
+from tokenflow_jax.tokenizer import losses as adversarial
+from tokenflow_jax.tokenizer import pyramid as multiscale
+from tokenflow_jax.tokenizer import quantizer
+from tokenflow_jax.tokenizer.codebook import EMACodebook, revive_dead_codes
+from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.state import (
+    CodebookConfig,
+    Discriminator,
+    LossConfig,
+    TrainState,
+    codebooks_of,
+    with_codebooks,
+)
+from tokenflow_jax.tokenizer.usage import Usage
+from tokenflow_jax.train import optim
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Modules and hyper-parameters of a run, as `step` needs them.
+
+    Attributes:
+      model: the tokenizer.
+      losses, codebook: see there.
+      optimizer, discriminator_optimizer: optax transformations, clipping included.
+      teacher: module of the frozen teacher, or None without distillation.
+      teacher_mean, teacher_std: normalisation of the teacher's input, for images in [0, 1].
+      discriminator: module, or None.
+      lpips: module, or None.
+      trainable: pytree of bools shaped like the parameters, or None when all of them train; the
+        optimizer is made with the same.
+      ema_decay: of the moving average of weights; 0 keeps none.
+      accumulate: microbatches per step.
+      seed: of all the randomness in the steps.
+    """
+
+    model: TokenFlow
+    losses: LossConfig
+    codebook: CodebookConfig
+    optimizer: optax.GradientTransformation
+    discriminator_optimizer: optax.GradientTransformation | None = None
+    teacher: nn.Module | None = None
+    teacher_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    teacher_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    discriminator: nn.Module | None = None
+    lpips: LPIPS | None = None
+    trainable: PyTree | None = None
+    ema_decay: float = 0.0
+    accumulate: int = 1
+    seed: int = 0
+
+    def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
+        """Returns the state before the first step.
+
+        Args:
+          key: of the initial weights.
+          params: the tokenizer's, when they come from elsewhere.
+        """
+        config = self.model.config
+        size = config.image_size
+        image = jnp.zeros((1, size, size, 3))
+        if params is None:
+            params = self.model.init(key, image)["params"]
+        discriminator = None
+        if self.discriminator is not None:
+            variables = self.discriminator.init(jax.random.fold_in(key, 1), image, train=False)
+            discriminator = Discriminator(
+                params=variables["params"],
+                batch_stats=variables.get("batch_stats", {}),
+                opt_state=self.discriminator_optimizer.init(variables["params"]),
+            )
+        codebook = None
+        if self.codebook.update == "ema":
+            codebook = EMACodebook.start(codebooks_of(params))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
+            discriminator=discriminator,
+            usage=Usage.empty(self.codebook.usage_window, config.pyramid, config.codebook_size),
+            codebook=codebook,
+        )
+
+    def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        """One optimisation step; to be jitted with `state` donated.
+
+        Args:
+          state: the run's state.
+          frozen: {"teacher": params, "lpips": params}, as far as the modules are there.
+          batch: {"image": uint8 (B, H, H, 3)} of the global batch.
+
+        Returns:
+          The new state, and scalar metrics ("loss/...", "gradient_norm/...", "usage/...", ...).
+        """
+        scales = self.model.config.pyramid
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        keep_key, dropout_key, revive_key = jax.random.split(key, 3)
+        keep_S = multiscale.draw_kept_scales(keep_key, scales, self.losses.scale_drop)
+
+        def microbatch(batch_stats, inputs):
+            images_BHWC, key = inputs
+            return self._gradients(state, batch_stats, frozen, images_BHWC, keep_S, key)
+
+        batch_stats = state.discriminator.batch_stats if state.discriminator else {}
+        batch_stats, (gradients, metrics, tokens) = self._accumulated(
+            microbatch, batch_stats, batch["image"], dropout_key
+        )
+        usage = state.usage.update(tokens["codes"], scales, keep_S)
+        state = state.replace(usage=usage)
+        state, norms = self._apply(state, gradients, batch_stats)
+        state = self._move_codebook(state, tokens, keep_S, revive_key)
+        return state.replace(step=state.step + 1), metrics | norms | usage.metrics(scales)
+
+    def _accumulated(self, function: Callable, batch_stats, images_BHWC, key):
+        """Runs `function` over the microbatches, averaging gradients and metrics."""
+        count = self.accumulate
+        if count == 1:
+            return function(batch_stats, (images_BHWC, key))
+        if images_BHWC.shape[0] % count:
+            raise ValueError(f"batch of {images_BHWC.shape[0]} images does not split by {count}")
+        # Microbatch m takes every count-th image, so that each device keeps the images it holds.
+        rows = images_BHWC.reshape(-1, count, *images_BHWC.shape[1:]).swapaxes(0, 1)
+        inputs = (rows, jax.random.split(key, count))
+        shapes = jax.eval_shape(function, batch_stats, jax.tree.map(lambda x: x[0], inputs))[1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+
+        def body(carry, inputs):
+            batch_stats, sums = carry
+            batch_stats, (gradients, metrics, tokens) = function(batch_stats, inputs)
+            return (batch_stats, jax.tree.map(jnp.add, sums, (gradients, metrics))), tokens
+
+        (batch_stats, sums), tokens = jax.lax.scan(body, (batch_stats, zeros), inputs)
+        gradients, metrics = jax.tree.map(lambda x: x / count, sums)
+        tokens = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tokens)
+        return batch_stats, (gradients, metrics, tokens)
+
+    def _gradients(self, state, batch_stats, frozen, images_uint8, keep_S, key):
+        """Losses and gradients of both players on one microbatch."""
+        images_BHWC = images_uint8.astype(jnp.float32) / 127.5 - 1
+        target_BND = self._teacher_features(frozen, images_BHWC)
+
+        def reconstruct(params):
+            return self._reconstruct(params, images_BHWC, target_BND, keep_S)
+
+        (rec_BHWC, code_loss), pull_back, (metrics, tokens, hidden) = jax.vjp(
+            reconstruct, state.params, has_aux=True
+        )
+        pixel_loss, pixel_gradient, pixel_metrics = self._pixel_losses(
+            frozen, images_BHWC, rec_BHWC, key
+        )
+        total, image_gradient = pixel_loss + code_loss, pixel_gradient
+        metrics |= pixel_metrics
+        discriminator_gradients = None
+        if self.discriminator is not None:
+            started = state.step >= self.losses.discriminator_start
+            weight = jnp.where(started, self.losses.adversarial_weight, 0.0)
+            (loss, batch_stats), gradient = self._fool(state, batch_stats, rec_BHWC)
+            adaptive = 1.0
+            if self.losses.adaptive:
+                adaptive = self._adaptive_weight(state.params, hidden, pixel_gradient, gradient)
+            total += adaptive * weight * loss
+            image_gradient = pixel_gradient + adaptive * weight * gradient
+            discriminator_gradients, batch_stats, discriminator_metrics = self._discriminate(
+                state, batch_stats, images_BHWC, rec_BHWC, weight
+            )
+            metrics |= discriminator_metrics | {
+                "loss/adversarial": loss,
+                "adversarial/weight": weight,
+                "adversarial/adaptive": jnp.float32(adaptive),
+            }
+        (generator_gradients,) = pull_back((image_gradient, jnp.ones_like(code_loss)))
+        gradients = {"generator": generator_gradients, "discriminator": discriminator_gradients}
+        return batch_stats, (gradients, metrics | {"loss/total": total}, tokens)
+
+    def _teacher_features(self, frozen, images_BHWC):
+        """The frozen teacher's patch features (B, N, D) of images in [-1, 1]."""
+        if self.teacher is None:
+            return None
+        normal = encoders.normalise(images_BHWC, self.teacher_mean, self.teacher_std)
+        features = self.teacher.apply({"params": frozen["teacher"]}, normal)
+        return jax.lax.stop_gradient(features.astype(jnp.float32))
+
+    def _reconstruct(self, params, images_BHWC, target_BND, keep_S):
+        """Tokenizer forward: ((reconstruction, losses on codes and meaning), the rest)."""
+        if self.trainable is not None:
+            params = optim.freeze(params, self.trainable)
+        config, variables = self.model.config, {"params": params}
+        features = self.model.apply(variables, images_BHWC, method="encode")
+        pyramid = self.model.apply(variables, features, keep_S, method="quantize")
+        decoded = self.model.apply(variables, pyramid.quantized_BHWC, method="decode")
+
+        codebooks = codebooks_of(params)
+        if self.codebook.update == "ema":
+            codebooks = jax.lax.stop_gradient(codebooks)
+        weights_L = multiscale.token_weights(config.pyramid, keep_S)
+        chosen_BLC = codebooks.look_up(pyramid.codes_BL)
+        codebook, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen_BLC, weights_L)
+        commitment *= self.losses.commitment_weight
+        entropy = self._entropy(pyramid.z_BLC, codebooks, keep_S)
+        semantic = jnp.float32(0)
+        if target_BND is not None:
+            semantic = jnp.mean(1 - _cosine(decoded.semantic_BND, target_BND))
+        semantic *= self.losses.distillation_weight
+        metrics = {
+            "loss/codebook": codebook,
+            "loss/commitment": commitment,
+            "loss/entropy": entropy,
+            "loss/distillation": semantic,
+        } | self._distances(pyramid.z_BLC, codebooks, weights_L)
+        tokens = {"codes": pyramid.codes_BL}
+        if self.codebook.update == "ema" or self.codebook.revive_every:
+            tokens["z"] = jax.lax.stop_gradient(pyramid.z_BLC)
+        loss = codebook + commitment + entropy + semantic
+        return (decoded.images_BHWC, loss), (metrics, tokens, decoded.last_hidden_BHWC)
+
+    def _entropy(self, z_BLC, codebooks, keep_S):
+        """Entropy loss, averaged over the kept scales."""
+        if not self.losses.entropy_weight:
+            return jnp.float32(0)
+        config = self.model.config
+        table_KC = codebooks.normalized()
+        per_scale = []
+        for where in config.pyramid.slices():
+            z_NC = z_BLC[:, where].reshape(-1, z_BLC.shape[-1])
+            weights_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
+            per_scale.append(
+                quantizer.entropy_loss(
+                    z_NC, table_KC, weights_N, config.semantic_channels, config.pixel_weight
+                )
+            )
+        mean = jnp.sum(jnp.stack(per_scale) * keep_S) / keep_S.sum()
+        return self.losses.entropy_weight * mean
+
+    def _distances(self, z_BLC, codebooks, weights_L):
+        """The reference's distance norms of both halves."""
+        batch, _, channels = z_BLC.shape
+        semantic, pixel = quantizer.distance_statistics(
+            z_BLC.reshape(-1, channels),
+            codebooks.normalized(),
+            jnp.tile(weights_L / batch, batch),
+            self.model.config.semantic_channels,
+        )
+        return {"distance/semantic": semantic, "distance/pixel": pixel}
+
+    def _pixel_losses(self, frozen, images_BHWC, rec_BHWC, key):
+        """Reconstruction and perceptual loss, their gradient at the reconstruction, metrics."""
+
+        def loss(rec_BHWC):
+            error = rec_BHWC - images_BHWC
+            reconstruction = jnp.mean(jnp.abs(error) if self.losses.pixel == "l1" else error**2)
+            perceptual = jnp.float32(0)
+            if self.lpips is not None:
+                dropout_key = key if self.losses.perceptual_dropout else None
+                distance_B = self.lpips.apply(
+                    {"params": frozen["lpips"]}, images_BHWC, rec_BHWC, dropout_key
+                )
+                perceptual = self.losses.perceptual_weight * jnp.mean(distance_B)
+            metrics = {"loss/reconstruction": reconstruction, "loss/perceptual": perceptual}
+            return reconstruction + perceptual, metrics
+
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
+        return value, gradient, metrics
+
+    def _judge(self, params, batch_stats, images_BHWC):
+        """The discriminator's logits with batch statistics, and the moved running statistics."""
+        logits, updated = self.discriminator.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images_BHWC,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return logits.astype(jnp.float32), updated.get("batch_stats", {})
+
+    def _fool(self, state, batch_stats, rec_BHWC):
+        """The generator's adversarial loss: ((loss, batch_stats), gradient at rec_BHWC)."""
+
+        def loss(rec_BHWC):
+            logits, moved = self._judge(state.discriminator.params, batch_stats, rec_BHWC)
+            return adversarial.generator_loss(self.losses.generator_adversarial, logits), moved
+
+        return jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
+
+    def _discriminate(self, state, batch_stats, images_BHWC, rec_BHWC, weight):
+        """The discriminator's gradients on real images and reconstructions."""
+        rec_BHWC = jax.lax.stop_gradient(rec_BHWC)
+
+        def loss(params):
+            # Two passes, as BatchNorm must not mix real and reconstructed images.
+            real, moved = self._judge(params, batch_stats, images_BHWC)
+            fake, moved = self._judge(params, moved, rec_BHWC)
+            metrics = {
+                "adversarial/logits_real": real.mean(),
+                "adversarial/logits_fake": fake.mean(),
+            }
+            value = adversarial.discriminator_loss(self.losses.adversarial, real, fake)
+            return weight * value, (moved, metrics)
+
+        (value, (batch_stats, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.discriminator.params
+        )
+        return gradients, batch_stats, metrics | {"loss/discriminator": value}
+
+    def _adaptive_weight(self, params, hidden_BHWC, pixel_gradient, adversarial_gradient):
+        """|d pixel loss| / |d adversarial loss| at the last convolution's kernel (VQGAN, eq. 7)."""
+        last = params["pixel_decoder"]["conv_out"]
+        convolution = nn.Conv(3, (3, 3), padding=1, dtype=self.model.dtype)
+
+        def apply(kernel):
+            output = convolution.apply({"params": last | {"kernel": kernel}}, hidden_BHWC)
+            return self.model.to_image_size(output)
+
+        _, pull_back = jax.vjp(apply, last["kernel"])
+        pixel_norm, adversarial_norm = (
+            jnp.linalg.norm(pull_back(gradient)[0].ravel())
+            for gradient in (pixel_gradient, adversarial_gradient)
+        )
+        return jnp.clip(pixel_norm / (adversarial_norm + 1e-4), 0.0, 1e4)
+
+    def _apply(self, state, gradients, batch_stats):
+        """Both optimiser updates and the moving average."""
+        norms = {"gradient_norm/generator": optax.tree.norm(gradients["generator"])}
+        updates, opt_state = self.optimizer.update(
+            gradients["generator"], state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(params=params, opt_state=opt_state)
+        if self.ema_decay:
+            state = state.replace(ema=optim.ema_update(state.ema, params, self.ema_decay))
+        if state.discriminator is not None:
+            norms["gradient_norm/discriminator"] = optax.tree.norm(gradients["discriminator"])
+            player = state.discriminator
+            updates, opt_state = self.discriminator_optimizer.update(
+                gradients["discriminator"], player.opt_state, player.params
+            )
+            params = optax.apply_updates(player.params, updates)
+            state = state.replace(discriminator=Discriminator(params, batch_stats, opt_state))
+        return state, norms
+
+    def _move_codebook(self, state, tokens, keep_S, key):
+        """Codebook updates other than the gradient; nothing by default."""
+        if "z" not in tokens:
+            return state
+        config = self.model.config
+        codebooks = codebooks_of(state.params)
+        z_NC = tokens["z"].reshape(-1, config.code_channels)
+        if self.codebook.update == "ema":
+            kept_L = config.pyramid.per_token(keep_S)
+            moved, codebooks = state.codebook.update(
+                codebooks,
+                z_NC,
+                tokens["codes"].reshape(-1),
+                jnp.tile(kept_L, tokens["codes"].shape[0]),
+                self.codebook.ema_decay,
+            )
+            state = state.replace(codebook=moved)
+        if self.codebook.revive_every:
+            due = (state.step + 1) % self.codebook.revive_every == 0
+            count_K = state.usage.counts_SK.sum(axis=0)
+            codebooks = jax.lax.cond(
+                due, lambda c: revive_dead_codes(key, c, z_NC, count_K), lambda c: c, codebooks
+            )
+        return state.replace(params=with_codebooks(state.params, codebooks))
+
+
+def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Cosine similarity along the last axis."""
+    return jnp.sum(quantizer.l2_normalize(x) * quantizer.l2_normalize(y), axis=-1)

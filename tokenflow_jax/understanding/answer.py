@@ -1,0 +1,171 @@
+"""Answers by a language model with a cache: one program for a prompt's bucket, or token by token.
+
+    state = start(model, params, prompt, ...)       the prompt, padded on the LEFT
+    state = step(model, params, state, ...)         one more token for every row
+
+`answer` is both in one compiled program; `start` and `step` alone serve streaming.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tokenflow_jax.nets.lm import Cache, init_cache
+from tokenflow_jax.nets.sampling import draw
+from tokenflow_jax.understanding.model import Understanding
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen.
+
+    Attributes:
+      max_new: tokens at most, the stop id included.
+      stop_ids: an answer ends with the first of these; it belongs to the answer.
+      pad_id: what fills a row behind its end.
+      temperature: 0 takes the most likely token; else logits are divided by it.
+      top_k, top_p: filters of the draw, 0 is off; see `sampling.keep_likely`.
+    """
+
+    max_new: int = 64
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+
+    def __post_init__(self):
+        problems = []
+        if self.max_new < 1:
+            problems.append(f"max_new={self.max_new} must be at least 1")
+        if not self.temperature >= 0:
+            problems.append(f"temperature={self.temperature} must not be negative")
+        if self.top_k < 0 or not 0 <= self.top_p <= 1:
+            problems.append(
+                f"top_k={self.top_k} and top_p={self.top_p}: 0 or more, and between 0 and 1"
+            )
+        if problems:
+            raise ValueError("decoding: " + "; ".join(problems))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        *("ids_BN", "count", "done_B", "logits_BV", "positions_B", "real_BK", "cache", "keys_B"),
+    ),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class AnswerState:
+    """Answers in the making.
+
+    Attributes:
+      ids_BN: int32 (B, max_new), the tokens so far, padding behind them.
+      count: int32, tokens so far.
+      done_B: bool, whether a row has met a stop id.
+      logits_BV: float32, of the next token.
+      positions_B: int32, of the next token.
+      real_BK: bool, as long as the cache; False at the prompt's padding.
+      cache: keys and values.
+      keys_B: a random key per row, so that its draws do not depend on the others.
+    """
+
+    ids_BN: jax.Array
+    count: jax.Array
+    done_B: jax.Array
+    logits_BV: jax.Array
+    positions_B: jax.Array
+    real_BK: jax.Array
+    cache: Cache
+    keys_B: jax.Array
+
+
+def start(
+    model: Understanding, params: PyTree, prompt: dict[str, jax.Array], key: jax.Array,
+    decoding: Decoding,
+) -> AnswerState:  # fmt: skip
+    """Reads prompts.
+
+    Args:
+      model, params: the model.
+      prompt: "ids", "places", "segments" of `data.chat.insertion.pad_rows(..., "left")`,
+        and "features" (B, M, N, C).
+      key: of the draws.
+      decoding: how answers are chosen.
+
+    Returns:
+      The state before the first token.
+    """
+    batch, length = prompt["ids"].shape
+    room = length + decoding.max_new
+    cache = init_cache(model.config.lm, batch, room, model.dtype)
+    hidden_BLC, cache = model.apply(
+        {"params": params}, prompt["ids"], prompt["places"], prompt["segments"], prompt["features"],
+        cache,
+    )  # fmt: skip
+    real_BL = prompt["segments"] > 0
+    real_BK = jnp.pad(real_BL, ((0, 0), (0, decoding.max_new)), constant_values=True)
+    logits_B1V = model.apply({"params": params}, hidden_BLC[:, -1:], method="logits")
+    return AnswerState(
+        jnp.full((batch, decoding.max_new), decoding.pad_id, jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(batch, bool),
+        logits_B1V[:, 0],
+        real_BL.sum(1).astype(jnp.int32),
+        real_BK,
+        cache,
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
+    )
+
+
+def step(
+    model: Understanding, params: PyTree, state: AnswerState, decoding: Decoding
+) -> AnswerState:
+    """One more token for every row; rows that are done get the padding id."""
+    chosen_B = _choose(state, decoding)
+    ids_B = jnp.where(state.done_B, decoding.pad_id, chosen_B)
+    done_B = state.done_B | jnp.isin(chosen_B, jnp.array(decoding.stop_ids, jnp.int32))
+    logits_BV, cache = model.apply(
+        {"params": params}, ids_B, state.positions_B, state.real_BK, state.cache,
+        method="next_token",
+    )  # fmt: skip
+    return dataclasses.replace(
+        state,
+        ids_BN=jax.lax.dynamic_update_slice(state.ids_BN, ids_B[:, None], (0, state.count)),
+        count=state.count + 1,
+        done_B=done_B,
+        logits_BV=logits_BV,
+        positions_B=state.positions_B + 1,
+        cache=cache,
+    )
+
+
+def _choose(state: AnswerState, decoding: Decoding) -> jax.Array:
+    if not decoding.temperature:
+        return jnp.argmax(state.logits_BV, axis=-1).astype(jnp.int32)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.count)
+    logits_B1V = state.logits_BV[:, None] / decoding.temperature
+    return draw(keys_B, logits_B1V, decoding.top_k, decoding.top_p)[:, 0]
+
+
+def answer(
+    model: Understanding, params: PyTree, prompt: dict[str, jax.Array], key: jax.Array,
+    decoding: Decoding,
+) -> jax.Array:  # fmt: skip
+    """Answers prompts until all rows are done: int32 (B, max_new), see `Decoding`.
+
+    Args:
+      model, params, prompt, key, decoding: see `start`.
+    """
+
+    def unfinished(state: AnswerState) -> jax.Array:
+        return (state.count < decoding.max_new) & ~state.done_B.all()
+
+    state = start(model, params, prompt, key, decoding)
+    state = jax.lax.while_loop(unfinished, lambda s: step(model, params, s, decoding), state)
+    return state.ids_BN

@@ -1,0 +1,182 @@
+"""Our own checkpoints as weights: read one array at a time, and written from lazy tensors.
+
+Weights without a training run are a directory with two of a checkpoint's items (see `checkpoint`):
+  state   the arrays: params, and what a PyTorch file held beyond them (buffers, by torch name);
+  info    the config, the source, and name, shape, dtype and checksum of every array.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from tokenflow_jax import files as disk
+from tokenflow_jax.train import checkpoint, checksums
+from tokenflow_jax.train.checkpoint import CheckpointError
+from tokenflow_jax.weights.lazy import LazyTensor
+from tokenflow_jax.weights.rules import unflatten
+
+_CHUNK_BYTES = 4 * 2**20  # read and decompressed at once; more costs memory, less costs time
+_BATCH_BYTES = 16 * 2**20  # written at once, unless one array is larger
+
+
+def load_for_inference(
+    path: str | epath.Path, step: int | None = None, subtrees: tuple[str, ...] = ("params", "ema")
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads config and weights without building the model or reading the optimiser's state.
+
+    Args:
+      path: a workdir, its `checkpoints` folder, one checkpoint, or converted weights.
+      step: which step of a workdir; the newest when None.
+      subtrees: the fields of the training state to read; absent or empty ones are left out.
+
+    Returns:
+      (config, state): the config as plain values, and field -> nested dict of NumPy arrays, plus
+      `step` (int; 0 for converted weights).
+
+    Raises:
+      CheckpointError: no checkpoint there, one without any of the fields, or a damaged one.
+    """
+    info, arrays = open_checkpoint(path, step, subtrees)
+    state = unflatten({name: tensor.read() for name, tensor in arrays.items()})
+    return info["config"], {**state, "step": info["step"]}
+
+
+def open_checkpoint(
+    path: str | epath.Path, step: int | None = None, subtrees: tuple[str, ...] = ("params", "ema")
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Opens the weights of a checkpoint; no array is read yet.
+
+    Args:
+      path, step, subtrees: as for `load_for_inference`.
+
+    Returns:
+      (info, arrays): the info item with `step`, and the arrays of the fields by their paths
+      ("params/a/b"). Reading one checks its bytes.
+
+    Raises:
+      CheckpointError: no checkpoint there, or one without any of the fields.
+    """
+    path = checkpoint.find_checkpoint(path, step)
+    info = checkpoint.read_info(path)
+    if "step" not in info:  # a training checkpoint is named after its step
+        info["step"] = int(path.name)
+    names = [name for name in info["arrays"] if name.split("/")[0] in subtrees]
+    if not names:
+        fields = sorted({name.split("/")[0] for name in info["arrays"]})
+        raise CheckpointError(f"{path} has none of {list(subtrees)}; it has {fields}")
+
+    state = path / "state"
+    base = str(state) if "://" in str(state) else f"file://{state}"
+    # One thread each, because every thread holds a chunk in memory.
+    context = ts.Context({f"{kind}_concurrency": {"limit": 1} for kind in ("data_copy", "file_io")})
+
+    def load(name: str) -> np.ndarray:
+        # What Orbax does, for one array, without reading the whole tree's metadata for each.
+        kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
+        try:
+            store = ts.open({"driver": "zarr", "kvstore": kvstore}, context=context, open=True)
+            array = store.result().read().result()
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: {name} cannot be read ({reason})") from error
+        checkpoint.check_checksums(info["arrays"], unflatten({name: array}), path)
+        return array
+
+    def lazy(name: str) -> LazyTensor:
+        entry = info["arrays"][name]
+        return LazyTensor(
+            name, tuple(entry["shape"]), jnp.dtype(entry["dtype"]), lambda: load(name)
+        )
+
+    return info, {name: lazy(name) for name in names}
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes lazy tensors a few after the others, so that only those are in memory."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self.sums: dict[str, int] = {}
+
+    async def serialize(
+        self,
+        values: Sequence[LazyTensor],
+        infos: Sequence[Any],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[Any]:
+        for part in _batches(values):
+            await self._write(values[part], infos[part], args[part])
+        return []
+
+    async def _write(self, values: Sequence[LazyTensor], infos: Any, args: Any) -> None:
+        """Reads and writes tensors; their data is gone when this returns."""
+        arrays = [value.read() for value in values]
+        for value, array in zip(values, arrays, strict=True):
+            self.sums[value.name] = checksums.sum32(array)
+        for written in await super().serialize(arrays, infos, args):
+            written.result()
+
+
+def _batches(tensors: Sequence[LazyTensor]) -> Iterator[slice]:
+    """Neighbours of a few megabytes together: every write of Orbax's costs some time."""
+    start, size = 0, 0
+    for end, tensor in enumerate(tensors):
+        if end > start and size + tensor.nbytes > _BATCH_BYTES:
+            yield slice(start, end)
+            start, size = end, 0
+        size += tensor.nbytes
+    yield slice(start, len(tensors))
+
+
+def save_weights(
+    path: str | os.PathLike,
+    arrays: Mapping[str, LazyTensor],
+    config: Mapping[str, Any],
+    source: Mapping[str, Any],
+) -> None:
+    """Writes weights that `load_for_inference` and `open_checkpoint` read.
+
+    Args:
+      path: directory to make; incomplete until this returns.
+      arrays: lazy tensors by path ("params/a/b"); one is in memory at a time.
+      config: JSON-able, as of a training run.
+      source: JSON-able, where the weights come from.
+
+    Raises:
+      OSError: the directory cannot be written, for example because the disk is full.
+    """
+    named = {name: LazyTensor(name, t.shape, t.dtype, t.load) for name, t in arrays.items()}
+    tree = unflatten(named)
+    handler = _LazyHandler()
+    registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, handler))
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    path = epath.Path(path).absolute()
+    try:
+        with ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        ) as checkpointer:
+            args = ocp.args.PyTreeSave(tree, save_args=save_args)
+            checkpointer.save(path / "state", args=args)
+    except (ValueError, RuntimeError) as error:  # so TensorStore reports the system's errors
+        reason = disk.full_disk(error)
+        if reason is None:
+            raise
+        raise OSError(reason) from error
+    described = checkpoint.describe_arrays(tree)
+    info = {
+        "format": checkpoint.FORMAT,
+        "step": 0,
+        "config": dict(config),
+        "source": dict(source),
+        "arrays": {n: {**entry, "sum32": handler.sums[n]} for n, entry in described.items()},
+    }
+    (path / "info").mkdir()
+    (path / "info" / "metadata").write_text(json.dumps(info))

@@ -1,0 +1,198 @@
+"""Opens PyTorch's weight files without torch: names and shapes first, data on demand.
+
+`.safetensors` (one file, an index, or a folder of shards) and the zip files that `torch.save` and
+`torch.jit.save` write. A tensor costs memory only while it is used. The pickle inside a zip file
+goes through `pickles`, which executes nothing.
+"""
+
+import glob
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenflow_jax.weights.formats.pickles import UnsafeCheckpoint
+from tokenflow_jax.weights.formats.safetensors import (
+    looks_like_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
+from tokenflow_jax.weights.formats.torch_zip import read_zip
+from tokenflow_jax.weights.lazy import LazyTensor
+
+__all__ = [
+    "LazyTensor",
+    "NoSuchKey",
+    "StateDict",
+    "UnsafeCheckpoint",
+    "open_state_dict",
+    "write_safetensors",
+]
+
+# Wrappers of data-parallel and compiled modules put themselves in front of every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+class NoSuchKey(ValueError):
+    """A file holds no state_dict under the key that was asked for."""
+
+
+class StateDict(Mapping[str, LazyTensor]):
+    """The tensors of a checkpoint by name, in the file's order.
+
+    Attributes:
+      path: where they come from.
+      files: the files that hold them; several if sharded.
+      prefix: what a wrapper had put in front of every name, removed here; "" usually.
+    """
+
+    def __init__(self, path: str, tensors: Mapping[str, LazyTensor], files: Sequence[str] = ()):
+        self.path = path
+        self.files = tuple(files) or (path,)
+        self.prefix = ""
+        while tensors:
+            wrapper = next((w for w in _WRAPPERS if all(n.startswith(w) for n in tensors)), "")
+            if not wrapper:
+                break
+            self.prefix += wrapper
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor's data, read anew."""
+        return self._tensors[name].read()
+
+
+def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDict:
+    """Opens a PyTorch checkpoint; nothing pickled is executed and no data is loaded yet.
+
+    Args:
+      path: a `.safetensors` file, an index (`*.index.json`), a zip file written by `torch.save` or
+        `torch.jit.save` (`.pt`, `.pth`, `.bin`), or a folder with one of these.
+      key: which state_dict of a file that holds several ("model", "ema", "discriminator", ...).
+        None takes "model", else "state_dict", else a bare dict of tensors, else the only one there.
+
+    Returns:
+      A mapping from names to lazy tensors.
+
+    Raises:
+      NoSuchKey: the file has no state_dict under `key`.
+      UnsafeCheckpoint: the pickle in the file wants to call something that is no tensor.
+      ValueError: no such file, unknown or old format, damaged file, no such key.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return _open_folder(path, key)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file or folder; give a .safetensors, .pt or .bin file")
+    if path.endswith(".index.json"):
+        return _open_index(path, key)
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty; fetch it again")
+    if zipfile.is_zipfile(path):
+        return StateDict(path, _choose(path, read_zip(path), key))
+    if path.endswith(".safetensors") or looks_like_safetensors(path):
+        if key is not None:
+            raise NoSuchKey(f"{path}: a .safetensors file has no keys; leave out key={key!r}")
+        return StateDict(path, read_safetensors(path))
+    with open(path, "rb") as file:
+        pickled = file.read(1) == b"\x80"
+    if pickled or tarfile.is_tarfile(path):
+        raise ValueError(
+            f"{path}: an old pickle or tar file (torch.save before version 1.6, or no torch file "
+            "at all), which is not read. Where it was made: torch.save(torch.load(path, "
+            "weights_only=True), new_path), and use new_path"
+        )
+    raise ValueError(
+        f"{path}: neither .safetensors nor a zip file of torch.save; the file is damaged or of "
+        "another kind"
+    )
+
+
+def _open_folder(path: str, key: str | None) -> StateDict:
+    """Opens the one checkpoint of a folder, sharded or not; safetensors first."""
+    for ending in ("safetensors", "bin", "pt", "pth"):
+        indices = sorted(glob.glob(os.path.join(glob.escape(path), f"*.{ending}.index.json")))
+        files = sorted(glob.glob(os.path.join(glob.escape(path), f"*.{ending}")))
+        if len(indices) > 1 or (not indices and len(files) > 1 and ending != "safetensors"):
+            names = [os.path.basename(name) for name in indices or files]
+            raise ValueError(f"{path}: several checkpoints {names}; name one of them")
+        if indices:
+            return _open_index(indices[0], key)
+        if files:
+            return _merge(path, {file: open_state_dict(file, key) for file in files})
+    raise ValueError(f"{path}: no .safetensors, .bin, .pt or .pth file in this folder")
+
+
+def _open_index(path: str, key: str | None) -> StateDict:
+    """Opens the shards that a Hugging Face index names."""
+    folder = os.path.dirname(path)
+    with open(path, encoding="utf-8") as file:
+        try:
+            weight_map = dict(json.load(file)["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: not an index of shards ({error!r}); fetch it again"
+            ) from None
+    shards = sorted(set(weight_map.values()))
+    outside = [s for s in shards if not isinstance(s, str) or os.path.basename(s) != s]
+    absent = [s for s in shards if s not in outside and not os.path.isfile(os.path.join(folder, s))]
+    if outside or absent:
+        raise ValueError(
+            f"{path}: shards outside this folder: {outside or 'none'}; shards that are missing: "
+            f"{absent or 'none'}; fetch the missing files into the index's folder"
+        )
+    merged = _merge(path, {s: open_state_dict(os.path.join(folder, s), key) for s in shards})
+    lacking = sorted(name for name in weight_map if name not in merged)
+    if lacking and not merged.prefix:
+        raise ValueError(f"{path}: the shards do not hold these tensors of the index: {lacking}")
+    return merged
+
+
+def _merge(path: str, shards: Mapping[str, StateDict]) -> StateDict:
+    """Joins shards; a tensor in two of them is an error."""
+    tensors: dict[str, LazyTensor] = {}
+    for shard in shards.values():
+        twice = sorted(tensors.keys() & shard.keys())
+        if twice:
+            raise ValueError(f"{path}: in more than one file: {twice}; name one file")
+        tensors |= shard
+    return StateDict(path, tensors, [file for shard in shards.values() for file in shard.files])
+
+
+def _choose(path: str, root: dict[str, Any], key: str | None) -> dict[str, LazyTensor]:
+    """Picks the wanted state_dict of a file."""
+    groups = {name: value for name, value in root.items() if isinstance(value, dict) and value}
+    bare = {name: value for name, value in root.items() if isinstance(value, LazyTensor)}
+    if key is not None:
+        if key not in groups:
+            raise NoSuchKey(
+                f"{path}: no state_dict under key {key!r}; there are {sorted(groups) or 'none'}"
+                + (", and tensors without a key: leave the key out" if bare else "")
+            )
+        return groups[key]
+    for name in ("model", "state_dict"):
+        if name in groups:
+            return groups[name]
+    if bare:
+        return bare
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    if groups:
+        raise ValueError(f"{path}: several state_dicts; choose one with key= from {sorted(groups)}")
+    raise ValueError(
+        f"{path}: no tensors by name in this file; save model.state_dict() with torch.save"
+    )
