@@ -6,7 +6,7 @@ import os
 import pytest
 from late_writer import writing
 
-from tokenflow_jax import files as disk
+from tokenflow_jax import files
 
 
 def test_nothing_a_file_and_a_directory_are_removed(tmp_path):
@@ -14,23 +14,23 @@ def test_nothing_a_file_and_a_directory_are_removed(tmp_path):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     (tmp_path / "folder" / "inside" / "file").touch()
     for name in ("nothing", "file", "folder"):
-        disk.remove(tmp_path / name)
+        files.remove(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_writer_that_is_ending_is_waited_for(tmp_path):
     with writing(tmp_path / "folder" / "deep", 1.0):
-        disk.remove(tmp_path / "folder")
+        files.remove(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_writer_that_goes_on_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.3)
     with (
         writing(tmp_path / "folder", 2.0),
         pytest.raises(OSError, match=r"something goes on writing there: .*folder"),
     ):
-        disk.remove(tmp_path / "folder")
+        files.remove(tmp_path / "folder")
 
 
 def test_another_refusal_is_told_at_once(tmp_path, monkeypatch):
@@ -40,7 +40,7 @@ def test_another_refusal_is_told_at_once(tmp_path, monkeypatch):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     monkeypatch.setattr(os, "rmdir", refuse)
     with pytest.raises(PermissionError, match="Permission denied"):
-        disk.remove(tmp_path / "folder")
+        files.remove(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_another_refusal_is_told_at_once(tmp_path, monkeypatch):
     ],
 )
 def test_a_full_disk_is_recognised(error):
-    assert disk.full_disk(error) in str(error)
+    assert files.full_disk(error) in str(error)
 
 
 def test_another_error_is_not_a_full_disk():
-    assert disk.full_disk(ValueError("shape (2, 3) does not fit (3, 2)")) is None
+    assert files.full_disk(ValueError("shape (2, 3) does not fit (3, 2)")) is None

@@ -14,11 +14,11 @@ one to finish writes dataset.json. Then train with
 import jax
 from absl import flags
 
-from tokenflow_jax import log as runlog
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions import codes
 from tokenflow_jax.evals import command, image_set
+from tokenflow_jax.log import log, progress
 from tokenflow_jax.tokenizer import api, encoding
 
 
@@ -64,9 +64,9 @@ def main(options: flags.FlagValues = flags.FLAGS) -> None:
         shard_count=jax.process_count() if options.shard_count is None else options.shard_count,
     )
     for note in captions.skipped_notes(*data_sets.values()):
-        runlog.log.info("%s", note)
+        log.info("%s", note)
     done = "complete" if written else "this host's parts are; others are still missing"
-    runlog.log.info("codes of tokenizer %s in %s: %s", tokenizer.fingerprint, options.out, done)
+    log.info("codes of tokenizer %s in %s: %s", tokenizer.fingerprint, options.out, done)
 
 
 def encode(
@@ -109,9 +109,9 @@ def encode(
     encoder = encoding.image_encoder(tokenizer)
     for split, places, file in writer.mine():
         rows = encoding.encode_pictures(encoder, data_sets[split], places, batch_size)
-        rows = encoding.with_progress(rows, len(places), file.name)
+        rows = progress(rows, len(places), file.name)
         count = writer.write(file, (row for row in rows if row is not None))
-        runlog.log.info("%s: %d of %d pictures", file.name, count, len(places))
+        log.info("%s: %d of %d pictures", file.name, count, len(places))
     return writer.finish()
 
 

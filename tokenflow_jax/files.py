@@ -1,8 +1,11 @@
-"""What goes wrong on disks: full ones, and folders that somebody still writes into."""
+"""Files: atomic writing, and removing directories that are still being written."""
 
+import contextlib
 import errno
 import os
+import pathlib
 import time
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -43,3 +46,44 @@ def remove(path: str | os.PathLike) -> None:
         time.sleep(_PAUSE_S)
         if time.monotonic() > deadline and path.exists():
             raise OSError(errno.EBUSY, "something goes on writing there", str(path))
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """Give a partial name beside `path` that becomes `path` when the block ends without an error.
+
+    Args:
+      path: a local file or directory to write.
+      overwrite: allow replacing what is there; it stays until the new one is complete.
+
+    Raises:
+      FileExistsError: there is something and `overwrite` is false.
+      OSError: it cannot be written; what was there is intact.
+    """
+    path = pathlib.Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; give --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    remove(partial)  # left by a killed process
+    try:
+        yield partial
+        if path.is_dir() or partial.is_dir():  # only a file can be replaced in one step
+            old = path.with_name(f".old-{path.name}")
+            remove(old)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+            remove(old)
+        else:
+            os.replace(partial, path)
+    except OSError as error:
+        reason = full_disk(error)
+        if reason is None:
+            raise
+        raise OSError(
+            f"{path} could not be written ({reason}); free some space, run the same again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # the error that matters is raised; the next try cleans
+            remove(partial)

@@ -2,8 +2,13 @@
 
 import logging
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 log = logging.getLogger("tokenflow_jax")
+Item = TypeVar("Item")
+_PROGRESS_S = 5.0  # between progress lines
 
 
 class _Below(logging.Filter):
@@ -55,3 +60,54 @@ def set_up(verbose: bool = True) -> None:
     log.propagate = False
     logging.getLogger("absl").addFilter(_is_not_orbax)
     hush_tensorstore()
+
+
+class Progress:
+    """Log the rate and the remaining time of long work every few seconds.
+
+    Args:
+      task: what is done, for the line.
+      total: how many items there are; None when unknown.
+      unit: plural noun of an item.
+    """
+
+    def __init__(self, task: str, total: int | None, unit: str = "images"):
+        self._task, self._total, self._unit = task, total, unit
+        self._start = self._last = time.monotonic()
+        self._offset = 0
+
+    def restart(self, done: int) -> None:
+        """Leave the first `done` items, in which everything compiles, out of the rate."""
+        self._start, self._offset = time.monotonic(), done
+
+    def update(self, done: int) -> None:
+        """Log a line if the last one is old enough; `done` counts all items so far."""
+        now = time.monotonic()
+        if now - self._last < _PROGRESS_S or done <= self._offset or done == self._total:
+            return
+        self._last = now
+        rate = (done - self._offset) / (now - self._start)
+        of = left = ""
+        if self._total is not None:
+            of, left = f" of {self._total}", f", eta {duration((self._total - done) / rate)}"
+        log.info("%s: %d%s, %.1f %s/s%s", self._task, done, of, rate, self._unit, left)
+
+
+def progress(items: Iterable[Item], total: int, task: str, unit: str = "images") -> Iterator[Item]:
+    """Pass items on and log how far they are."""
+    line = Progress(task, total, unit)
+    for done, item in enumerate(items, 1):
+        yield item
+        line.update(done)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds for people: 42s, 3m05s, 2h07m, 3d04h."""
+    s = max(0, round(seconds))
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"

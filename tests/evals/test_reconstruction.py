@@ -18,6 +18,7 @@ import tokenflow_jax as tfx
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import fid, reconstruction, similarity
 from tokenflow_jax.evals.image_set import ImageSet, heldout_split, kind_of_data
+from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.train import checkpoint
@@ -165,7 +166,7 @@ def test_the_command(command, workdir, tmp_path):
     figures = report["figures"]
     tokenizer = tfx.Tokenizer.load(workdir)
     codes = np.asarray(tokenizer.encode(pictures))
-    made = np.asarray(similarity.to_uint8(tokenizer.decode(codes)))
+    made = np.asarray(to_uint8(tokenizer.decode(codes)))
     expected = similarity.psnr(pictures, made).mean()
     np.testing.assert_allclose(figures["psnr"], expected, atol=0.01)
     assert figures["psnr_reference"] == figures["psnr"] and figures["images"] == 5

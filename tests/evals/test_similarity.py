@@ -5,6 +5,7 @@ import pytest
 from golden.loading import GOLDEN, images_uint8
 
 from tokenflow_jax.evals import similarity
+from tokenflow_jax.nets.pixels import to_uint8
 
 VECTORS = np.load(GOLDEN / "evals.npz")
 
@@ -15,8 +16,8 @@ def pairs():
     images = images_uint8("astronaut_256", "coffee_256")[:, None]
     first, second = images.astype(np.float32) / 127.5 - 1
     return {
-        "0_1": (images[0], np.asarray(similarity.to_uint8(second))),
-        "0_mix": (images[0], np.asarray(similarity.to_uint8(0.9 * first + 0.1 * second))),
+        "0_1": (images[0], np.asarray(to_uint8(second))),
+        "0_mix": (images[0], np.asarray(to_uint8(0.9 * first + 0.1 * second))),
     }
 
 
@@ -59,7 +60,7 @@ def test_ssim_says_what_it_needs():
 
 
 def test_pixels_as_the_reference_writes_them():
-    out = similarity.to_uint8(VECTORS["to_uint8_in"])
+    out = to_uint8(VECTORS["to_uint8_in"])
     np.testing.assert_array_equal(out, VECTORS["to_uint8_out"])
     values = np.arange(256, dtype=np.uint8)
     png = similarity.reference_png(values)

@@ -13,7 +13,7 @@ import optax
 import pytest
 from late_writer import writing
 
-from tokenflow_jax import files as disk
+from tokenflow_jax import files
 from tokenflow_jax.train import checkpoint
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
@@ -236,7 +236,7 @@ def test_opening_waits_for_the_writers_of_a_failed_save(tmp_path):
 
 
 def test_an_unfinished_checkpoint_that_is_written_forever_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.3)
     unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
     reason = r"8\.orbax-checkpoint-tmp cannot be removed \(something goes on writing there\)"
     with writing(unfinished, 2.0), pytest.raises(checkpoint.CheckpointError, match=reason):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokenflow_jax.log import duration
 from tokenflow_jax.train import metrics
 
 
@@ -58,7 +59,7 @@ def test_stopwatch_leaves_out_pauses(monkeypatch):
     ("seconds", "text"), [(0.4, "0s"), (61, "1m01s"), (7620, "2h07m"), (273600, "3d04h")]
 )
 def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_progress_line_shows_the_total_first_and_stays_on_one_line():

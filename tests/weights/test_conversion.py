@@ -15,9 +15,10 @@ import tiny
 from late_writer import writing
 
 import tokenflow_jax as tfx
+from tokenflow_jax.files import write_atomically
 from tokenflow_jax.stages import PARTS
 from tokenflow_jax.train import checkpoint
-from tokenflow_jax.weights.conversion import complete, convert
+from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
 from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
@@ -190,14 +191,14 @@ def test_an_old_target_stays_until_the_new_one_is_complete(tmp_path):
     for name in ("file", "folder"):
         target = tmp_path / name
         for content in ("old", "new"):
-            with complete(target, overwrite=content == "new") as partial:
+            with write_atomically(target, overwrite=content == "new") as partial:
                 if name == "folder":
                     partial.mkdir()
                 (partial / "x" if name == "folder" else partial).write_text(content)
         inside = target / "x" if name == "folder" else target
-        with pytest.raises(FileExistsError, match="--overwrite"), complete(target):
+        with pytest.raises(FileExistsError, match="--overwrite"), write_atomically(target):
             raise AssertionError
-        with pytest.raises(KeyboardInterrupt), complete(target, overwrite=True) as partial:
+        with pytest.raises(KeyboardInterrupt), write_atomically(target, overwrite=True) as partial:
             partial.write_text("half")
             raise KeyboardInterrupt
         assert inside.read_text() == "new"
@@ -209,7 +210,7 @@ def test_a_full_disk_is_the_reason_given_while_threads_still_write(tmp_path):
     with (
         contextlib.ExitStack() as writers,
         pytest.raises(OSError, match=reason),
-        complete(tmp_path / "target") as partial,
+        write_atomically(tmp_path / "target") as partial,
     ):
         writers.enter_context(writing(partial / "state", 1.0))
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))

@@ -29,6 +29,7 @@ from tokenflow_jax.evals import command, fid, similarity
 from tokenflow_jax.evals.image_set import CROP, ImageSet, heldout_split, kind_of_data
 from tokenflow_jax.log import log
 from tokenflow_jax.nets.lpips import LPIPS
+from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import hosts
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.model import TokenFlow
@@ -55,7 +56,7 @@ def reconstructor(model: TokenFlow) -> Callable:
     def reconstruct(params, images_BHWC):
         images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
         pyramid, decoded = model.apply({"params": params}, images_BHWC)
-        return pyramid.codes_BL, similarity.to_uint8(decoded.images_BHWC), pyramid.quantized_BHWC
+        return pyramid.codes_BL, to_uint8(decoded.images_BHWC), pyramid.quantized_BHWC
 
     return hosts.over_local_devices(reconstruct)
 

@@ -17,11 +17,6 @@ PEAK = 255
 REFERENCE_SSIM_RANGE = 2 * PEAK
 
 
-def to_uint8(images_BHWC: jax.Array) -> jax.Array:
-    """Model output to pixels as the reference does: clip(127.5 x + 128, 0, 255), truncated."""
-    return jnp.clip(127.5 * images_BHWC + 128.0, 0.0, 255.0).astype(jnp.uint8)
-
-
 def reference_png(images_BHWC: np.ndarray) -> np.ndarray:
     """What the reference's ground-truth PNG holds of uint8 images: 63 of the 256 values less one.
 

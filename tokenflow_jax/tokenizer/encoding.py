@@ -1,10 +1,9 @@
 """A data set of pictures becomes codes: decoded by threads, encoded batch by batch."""
 
 import collections
-import contextlib
+import functools
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,14 +14,13 @@ import numpy as np
 
 from tokenflow_jax.data.captions.batches import Pictures
 from tokenflow_jax.data.captions.codes import CodesInMemory
-from tokenflow_jax.log import log
+from tokenflow_jax.log import progress
 from tokenflow_jax.parallel import hosts
 from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.frozen import image_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
-from tokenflow_jax.train import metrics
 
 _BATCHES_AHEAD = 2
-_SECONDS = 5  # between progress lines
 
 
 def image_encoder(tokenizer: Tokenizer) -> Callable[[np.ndarray], jax.Array]:
@@ -32,21 +30,9 @@ def image_encoder(tokenizer: Tokenizer) -> Callable[[np.ndarray], jax.Array]:
       tokenizer: in float32 its products have full precision, as in `Tokenizer.encode`.
     """
     model = TokenFlow(tokenizer.config, dtype=jnp.dtype(tokenizer.dtype))
-
-    def encode(params, images_BHWC):
-        images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
-        features = model.apply({"params": params}, images_BHWC, method="encode")
-        return model.apply({"params": params}, features, method="quantize").codes_BL
-
-    compiled = hosts.over_local_devices(encode)
+    compiled = hosts.over_local_devices(functools.partial(image_codes, model))
     params = hosts.to_local_devices(tokenizer.params)
-
-    def run(images_BHWC: np.ndarray) -> jax.Array:
-        exact = jax.default_matmul_precision("highest")
-        with exact if tokenizer.dtype == "float32" else contextlib.nullcontext():
-            return compiled(params, images_BHWC)
-
-    return run
+    return lambda images_BHWC: compiled(params, images_BHWC)
 
 
 def encode_pictures(
@@ -108,18 +94,6 @@ def encode_in_memory(
     rows = encode_pictures(encode, pictures, range(total), batch_size)
     return CodesInMemory(
         f"{pictures.name} as codes",
-        list(with_progress(rows, total, f"codes of {pictures.name}")),
+        list(progress(rows, total, f"codes of {pictures.name}")),
         pictures.skipped,
     )
-
-
-def with_progress(rows: Iterable[Any], total: int, task: str) -> Iterator[Any]:
-    """Passes rows on, and logs every five seconds how far they are."""
-    start = last = time.monotonic()
-    for done, row in enumerate(rows, 1):
-        yield row
-        now = time.monotonic()
-        if now - last >= _SECONDS and done < total:
-            last, rate = now, done / (now - start)
-            left = metrics.duration((total - done) / rate)
-            log.info("%s: %d of %d, %.1f images/s, eta %s", task, done, total, rate, left)

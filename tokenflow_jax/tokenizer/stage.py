@@ -15,8 +15,9 @@ import ml_collections
 import numpy as np
 
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import fid, knn, reconstruction, similarity
+from tokenflow_jax.evals import fid, knn, reconstruction
 from tokenflow_jax.evals.image_set import ImageSet
+from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import hosts, mesh
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.codebook import kmeans
@@ -284,7 +285,7 @@ class _TokenizerStage:
 
         def decode(params, maps_BHWC):
             images, _ = self.model.apply({"params": params}, maps_BHWC, method="decode_pixels")
-            return similarity.to_uint8(images)
+            return to_uint8(images)
 
         return jax.jit(decode)
 

@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from tokenflow_jax import files as disk
+from tokenflow_jax import files
 from tokenflow_jax.train import checksums
 
 FORMAT = 2
@@ -177,7 +177,7 @@ class Checkpoints:
 
     def _raise_write_error(self, step: int | None, error: Exception) -> None:
         """Raises an I/O failure as a CheckpointError, and any other error as it is."""
-        full = disk.full_disk(error)
+        full = files.full_disk(error)
         if full is None and not isinstance(error, OSError):
             raise error
         name = "a checkpoint" if step is None else f"checkpoint {self.path(step)}"
@@ -306,7 +306,7 @@ def _remove_unfinished(directory: epath.Path) -> None:
     """Removes what killed or failed saves left in the folder of the checkpoints."""
     for left in list(directory.glob("*.orbax-checkpoint-tmp*")):
         try:
-            disk.remove(left)
+            files.remove(left)
         except OSError as error:
             raise CheckpointError(
                 f"the unfinished checkpoint {left} cannot be removed ({error.strerror}); end "

@@ -13,6 +13,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from tokenflow_jax.log import duration
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a part of the training state is NaN or infinite."""
@@ -125,18 +127,6 @@ class Stopwatch:
             "perf/images_per_second": steps / seconds * self._images_per_step,
             "perf/data_wait_fraction": (self._all_wait + self._interval_wait) / seconds,
         }
-
-
-def duration(seconds: float) -> str:
-    """Formats seconds for people: 42s, 3m05s, 2h07m, 3d04h."""
-    s = max(0, round(seconds))
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
 def progress_line(

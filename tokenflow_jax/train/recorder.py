@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from tokenflow_jax.log import log
+from tokenflow_jax.log import duration, log
 from tokenflow_jax.train import checkpoint, metrics, report
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
@@ -60,7 +60,7 @@ class Recorder:
         """Ends the first step, which compiles and does not count for steps/s."""
         self.drain()
         self._compile_seconds = time.perf_counter() - self._began
-        log.info("first step, with compilation: %s", metrics.duration(self._compile_seconds))
+        log.info("first step, with compilation: %s", duration(self._compile_seconds))
         self._stopwatch.start()
 
     def evaluate_if_due(self, step: int, state: State) -> None:
@@ -159,7 +159,7 @@ class Recorder:
             for name, value in self._stopwatch.summary().items():
                 facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
             if self._compile_seconds is not None:
-                facts["first step with compilation"] = metrics.duration(self._compile_seconds)
+                facts["first step with compilation"] = duration(self._compile_seconds)
             facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
             facts["start"] = self._origin
             notes = [*self._stage.notes]

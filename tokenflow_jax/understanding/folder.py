@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_jax import files
 from tokenflow_jax.stages import Part
 from tokenflow_jax.train import checkpoint
 from tokenflow_jax.understanding.model import UnderstandingConfig
 from tokenflow_jax.understanding.names import understanding_table, understanding_template
 from tokenflow_jax.weights import conversion, language_model, rules
-from tokenflow_jax.weights.conversion import Written, cast, complete, torch_tensors
+from tokenflow_jax.weights.conversion import Written, cast, torch_tensors
 from tokenflow_jax.weights.lazy import LazyTensor
 
 _KINDS = ("qwen2", "llama")  # a model_type such as llava_qwen2 holds one of them
@@ -109,7 +110,7 @@ def save_understanding_model(
         "tokenflow_strategy": config.strategy,
         "tokenflow_fingerprint": fingerprint,
     }
-    with complete(path, overwrite) as partial:
+    with files.write_atomically(path, overwrite) as partial:
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         language_model.write_shards(partial, tensors, shard_bytes)

@@ -4,18 +4,16 @@ Everything is a mapping of lazy tensors: a source is opened as our arrays by pat
 written from them. What is in memory is one of our arrays and the tensors that it is made of.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import files as disk
+from tokenflow_jax import files
 from tokenflow_jax.stages import PARTS, Part
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.torch import (
@@ -108,7 +106,7 @@ def convert(
       OSError: the target exists or cannot be written.
     """
     source = open_source(src, config, part=part, weights=weights, step=step)
-    with complete(dst, overwrite) as partial:
+    with files.write_atomically(dst, overwrite) as partial:
         if os.fspath(dst).endswith((".pt", ".safetensors")):
             missing = {
                 name: LazyTensor(name, array.shape, array.dtype, lambda array=array: array)
@@ -283,47 +281,6 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
         return out
 
     return LazyTensor(tensor.name, tensor.shape, target, load)
-
-
-@contextlib.contextmanager
-def complete(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Gives a partial name beside `path`, which becomes `path` when the block ends well.
-
-    Args:
-      path: a file or directory to write.
-      overwrite: whether something there may be replaced; it stays until then.
-
-    Raises:
-      FileExistsError: there is something and `overwrite` is false.
-      OSError: it cannot be written; what was there is intact.
-    """
-    path = pathlib.Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    disk.remove(partial)  # of a killed process
-    try:
-        yield partial
-        if path.is_dir() or partial.is_dir():  # only a file can be replaced in one step
-            old = path.with_name(f".old-{path.name}")
-            disk.remove(old)
-            if path.exists():
-                path.rename(old)
-            partial.rename(path)
-            disk.remove(old)
-        else:
-            os.replace(partial, path)
-    except OSError as error:
-        reason = disk.full_disk(error)
-        if reason is None:
-            raise
-        raise OSError(
-            f"{path} could not be written ({reason}); free some space, run the same again"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # the reason is told; the next attempt begins with this
-            disk.remove(partial)
 
 
 def _sha256(path: str) -> str:

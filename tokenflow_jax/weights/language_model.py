@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax import files
 from tokenflow_jax.nets.lm import Decoder, LMConfig
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.conversion import Tensors, cast, complete, torch_tensors
+from tokenflow_jax.weights.conversion import Tensors, cast, torch_tensors
 from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
 from tokenflow_jax.weights.lazy import LazyTensor
 from tokenflow_jax.weights.names.decoder import decoder_rules
@@ -244,7 +245,7 @@ def save_language_model(
     tensors = torch_tensors(arrays, language_model_table(config))
     tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
     fields["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype)
-    with complete(path, overwrite) as partial:
+    with files.write_atomically(path, overwrite) as partial:
         partial.mkdir(parents=True)
         text = json.dumps(fields | dict(more or {}), indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")

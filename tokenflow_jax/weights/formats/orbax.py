@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from tokenflow_jax import files as disk
+from tokenflow_jax import files
 from tokenflow_jax.train import checkpoint, checksums
 from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.weights.lazy import LazyTensor
@@ -166,7 +166,7 @@ def save_weights(
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             checkpointer.save(path / "state", args=args)
     except (ValueError, RuntimeError) as error:  # so TensorStore reports the system's errors
-        reason = disk.full_disk(error)
+        reason = files.full_disk(error)
         if reason is None:
             raise
         raise OSError(reason) from error

@@ -1,0 +1,71 @@
+"""The tokenizer as the language models use it: frozen, its codes computed at full precision."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from tokenflow_jax.nets.pixels import to_float
+from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
+from tokenflow_jax.train import checkpoint
+from tokenflow_jax.weights.conversion import is_torch
+
+CODEBOOKS = ("semantic_codebook", "pixel_codebook")
+_DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
+
+
+def full_precision(dtype: jnp.dtype | str) -> contextlib.AbstractContextManager:
+    """Compute float32 products in full on every accelerator: a code is an argmin."""
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+
+
+def image_codes(model: TokenFlow, params: Any, images_BHWC: jax.Array) -> jax.Array:
+    """Return the int32 codes (B, L) of uint8 images, without gradient."""
+    variables = {"params": params}
+    with full_precision(model.dtype):
+        features = model.apply(variables, to_float(images_BHWC), method="encode")
+        codes_BL = model.apply(variables, features, method="quantize").codes_BL
+    return jax.lax.stop_gradient(codes_BL)
+
+
+def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the parameters that `image_codes` reads: encoders and codebooks, no decoders."""
+    return {name: part for name, part in params.items() if name not in _DECODERS}
+
+
+def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
+    """Return the hyper-parameters of the tokenizer that `config.tokenizer` names.
+
+    Args:
+      tokenizer: `path`, a checkpoint of ours or a PyTorch file, and `variant`, which a PyTorch file
+        needs and which is enough where only shapes matter.
+
+    Raises:
+      ValueError: unknown variant, or a path without one that holds no tokenizer checkpoint.
+    """
+    path, variant = tokenizer.path, tokenizer.variant
+    if variant:
+        if variant not in VARIANTS:
+            raise ValueError(
+                f"tokenizer.variant {variant!r} is unknown; the variants are {sorted(VARIANTS)}"
+            )
+        return VARIANTS[variant]
+    if not path or is_torch(path):
+        raise ValueError(
+            f"tokenizer.path {path!r}: say which model it is with --config.tokenizer.variant=, one "
+            f"of {sorted(VARIANTS)}"
+        )
+    try:
+        saved = checkpoint.read_info(checkpoint.find_checkpoint(path))["config"]
+    except checkpoint.CheckpointError as error:
+        raise ValueError(
+            f"tokenizer.path: {error}; train the quickstart's tokenizer with python -m "
+            "tokenflow_jax.main --config=configs/tokenizer.py --workdir=runs/quickstart"
+        ) from error
+    if saved.get("stage") != "tokenizer":
+        raise ValueError(f"tokenizer.path {path!r} is a run of stage {saved.get('stage')!r}")
+    return TokenizerConfig(**saved["model"])
