@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
-from tokenflow_jax.evals.similarity import to_uint8
 from tokenflow_jax.generation import sample as generate
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
+from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.stages import PARTS
 from tokenflow_jax.tokenizer.api import Tokenizer, language_model_dtype, load_tokenizer_of
