@@ -5,7 +5,7 @@
 
 Variants:
     (none)    a small model from scratch on the quickstart tokenizer's codes of the emoji
-    7b        LLaMA-2 7B, recipe of the paper (arXiv 2412.03069), with captions dropped for guidance
+    7b        LLaMA-2 7B, the paper's recipe (arXiv 2412.03069), with captions dropped for guidance
     parity    the same with all quirks of the released training code
     1b        a model of 1.3 B parameters from scratch, same text and codes
 """
@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _model(model: GenerationConfig) -> ConfigDict:
-    """Hyper-parameters; what is empty or 0 is as the tokenizers have it."""
+    """Return the hyper-parameters; the tokenizers decide those that are empty or 0."""
     fields = dataclasses.asdict(model)
     for name in ("remat", "attention"):  # config.remat, config.attention
         fields["lm"].pop(name)
@@ -37,7 +37,7 @@ def _model(model: GenerationConfig) -> ConfigDict:
 
 
 def _base(model: GenerationConfig) -> ConfigDict:
-    """What the large variants share: the paper's settings."""
+    """Return what the large variants share: the paper's settings."""
     config = ConfigDict()
     config.stage = "generation"
     config.seed = 0  # of weights, data order and captions
@@ -45,6 +45,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "block"  # what the backward pass recomputes: none, block or dots
     config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)
+    config.loss_tokens = 4096  # positions whose logits a device holds at the same time
 
     config.total_steps = 100_000
     config.batch_size = 256  # captioned images per step over all devices (released: 16 a device)
@@ -52,7 +53,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.mesh = ConfigDict()  # devices per axis; -1: the rest
     config.mesh.slice = 1  # slices of a multi-slice job
     config.mesh.data = 1  # copies of the model
-    config.mesh.fsdp = -1  # parameters and optimiser state split, gathered where used
+    config.mesh.fsdp = -1  # parameters and optimizer state split, gathered where used
     config.mesh.tensor = 1  # heads, hidden layers and vocabulary split
 
     # Where weights come from when the workdir has no checkpoint yet.
@@ -64,9 +65,8 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.tokenizer.variant = (
         "b_256_enhanced"  # which model a PyTorch file holds; "" for a workdir
     )
-    config.text = ConfigDict()
-    config.text.tokenizer = ""  # LLaMA-2's folder; bytes or words need none
-    config.text.budget = 128  # ids of a prompt, the start id included; longer ones are cut
+    config.tokenizer.fingerprint = ""  # which one it must be; "" any, and filled in
+    config.text_tokenizer = ""  # LLaMA-2's folder; or bytes or words, which need no files
 
     config.data = ConfigDict()
     config.data.name = "jsonl"  # jsonl, array_record, codes (of tokenflow_jax.encode) or emoji
@@ -74,17 +74,16 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
     config.data.split = "train"  # what trains
     config.data.eval_split = "heldout"  # what is held out
-    config.data.encode = "step"  # codes of images are made in every step; once: before training
+    config.data.encode = "step"  # make codes of images in the step, or once before training
+    config.data.max_length = 128  # ids of a prompt, the start id included; longer ones are cut
     config.data.captions = ("{caption}",)  # see data.captions
     config.data.drop_rate = 0.1  # captions left out, for guidance
-    config.data.fingerprint = ""  # of the tokenizer; filled in, and checked where it is given
 
     config.losses = ConfigDict()
     config.losses.text_weight = 0.0  # of the caption's own loss
     config.losses.log_text = False  # computes it for the curves
     config.losses.vocabulary = "all"  # softmax over all ids, or over the codes
     config.losses.scale_power = 0.0  # a code counts side ** -power, for the side of its scale
-    config.losses.tokens = 4096  # positions whose logits a device holds at the same time
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or adam, muon
@@ -112,7 +111,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.keep_checkpoints = 3  # the newest ones
     config.eval = ConfigDict()
     config.eval.batch_size = 64
-    config.eval.images = 5_000  # held-out images per evaluation; 0 all
+    config.eval.examples = 5_000  # held-out images per evaluation; 0 all
     config.eval.sample_batch = 16  # images drawn at a time
     config.eval.retrieval = 256  # captions drawn at the end and looked up; 0 leaves it out
     config.eval.prompts = (
@@ -168,7 +167,7 @@ QUICKSTART = GenerationConfig(
 
 
 def _quickstart() -> ConfigDict:
-    """Minutes on two cores: a small model learns the emoji by heart."""
+    """Minutes on two cores: a small model memorizes the emoji."""
     config = _base(QUICKSTART)
     config.model.update(scales=(), codebook_size=0, code_channels=0, image_start=0)
     config.model.lm.vocabulary_size = 0
@@ -178,14 +177,14 @@ def _quickstart() -> ConfigDict:
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.tokenizer.path = "runs/quickstart"  # of configs/tokenizer.py
     config.tokenizer.variant = ""
-    config.text.tokenizer = "words"
-    config.text.budget = 12
+    config.text_tokenizer = "words"
     config.data.name = "emoji"  # 1,562 captioned pictures inside the package
     config.data.encode = "once"
+    config.data.max_length = 12
     config.data.captions = ("{caption}", "{caption}", "{caption}", "{caption}, {tags}")
     config.losses.vocabulary = "codes"
-    config.losses.scale_power = 1.5  # what coarse scales get wrong, fine ones cannot mend
-    config.optimizer.name = "muon"  # two to three times as fast as AdamW here
+    config.losses.scale_power = 1.5  # fine scales cannot repair errors of coarse ones
+    config.optimizer.name = "muon"  # two to three times faster than AdamW here
     config.optimizer.learning_rate = 8e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
@@ -199,7 +198,7 @@ def _quickstart() -> ConfigDict:
     config.eval_every = 0
     config.image_every = 650
     config.checkpoint_every = 325
-    config.eval.images = 0
+    config.eval.examples = 0
     config.eval.retrieval = 128
     config.eval.prompts = (
         "red apple", "dog face", "blue car", "panda", "pineapple", "rainbow", "blue heart",

@@ -64,13 +64,13 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _base(model: TokenizerConfig) -> ConfigDict:
-    """What all variants share: the paper's settings."""
+    """Return what all variants share: the paper's settings."""
     config = ConfigDict()
     config.stage = "tokenizer"
     config.seed = 0  # of weights, data order, crops and scale drop
     config.model = ConfigDict(dataclasses.asdict(model))  # see tokenizer.model.TokenizerConfig
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
-    config.remat = False  # recompute blocks in the backward pass to save memory
+    config.remat = "none"  # what the backward pass recomputes: none or block
 
     config.total_steps = 1_000_000  # paper, B; L and XL 500,000
     config.batch_size = 256  # images per step over all devices (paper, released script: 32)
@@ -78,7 +78,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.mesh = ConfigDict()  # devices per axis; -1: the rest
     config.mesh.slice = 1  # slices of a multi-slice job
     config.mesh.data = -1  # copies of the model
-    config.mesh.fsdp = 1  # parameters and optimiser state split, gathered where used
+    config.mesh.fsdp = 1  # parameters and optimizer state split, gathered where used
     config.mesh.tensor = 1  # hidden layers and codebook rows split
 
     # Where weights come from when the workdir has no checkpoint yet.
@@ -138,8 +138,8 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.keep_checkpoints = 3  # the newest ones
     config.eval = ConfigDict()
     config.eval.batch_size = 64
-    config.eval.images = 5_000  # held-out images per evaluation; 0 all
-    config.eval.fid_weights = ""  # Inception weights (README, Evaluation); "" leaves rFID out
+    config.eval.examples = 5_000  # held-out images per evaluation; 0 all
+    config.eval.fid_weights = ""  # Inception weights (see docs/evaluation.md); "" leaves rFID out
     config.eval.grid_images = 8  # columns of the grids
     config.eval.knn_label = ""  # label for the k-NN figures at the end; "" leaves them out
     config.eval.knn_k = 20
@@ -171,14 +171,14 @@ def _large(variant: str) -> ConfigDict:
     model = VARIANTS[variant]
     config = _base(model)
     config.total_steps = 500_000
-    config.remat = True  # 0.4 B parameters of encoder: recomputing beats a smaller batch
+    config.remat = "block"  # 0.4 B parameters of encoder: recomputing beats a smaller batch
     config.teacher.source = model.semantic_encoder
     config.teacher.vit = ConfigDict(dataclasses.asdict(model.vit))
     return config
 
 
 def _b_released() -> ConfigDict:
-    """Where the released script differs from the paper: ImageNet, 100 epochs at batch 32."""
+    """Follow the released script where it differs from the paper: 100 epochs at batch 32."""
     config = _b()
     config.batch_size = 32
     config.total_steps = 100 * 1_281_167 // 32
@@ -214,11 +214,11 @@ def _quickstart() -> ConfigDict:
     config.data.name = "emoji"  # 1,562 captioned pictures inside the package
     config.data.path = ""
     config.data.eval_split = "heldout"  # the tenth that never trains
-    config.data.augment = "center"  # the pictures are framed already; minutes are few
+    config.data.augment = "center"  # the pictures are framed already, and the run is short
     config.teacher.source = "shipped"
-    # 1,400 pictures would only spoil what the encoder learnt from 50,000: all but it trains.
+    # 1,400 pictures would only degrade what the encoder learned from 50,000: it stays frozen.
     config.trainable = ("pixel", "semantic_(?!encoder)")
-    config.losses.adversarial_weight = 0.0  # sharpness is not what minutes buy
+    config.losses.adversarial_weight = 0.0  # a discriminator needs hours to pay off
     config.codebook.revive_every = 10  # a short run cannot wait for dead codes to come back
     config.codebook.usage_window = 32_768
     config.optimizer.learning_rate = 1.5e-3
@@ -231,6 +231,6 @@ def _quickstart() -> ConfigDict:
     config.image_every = 500
     config.checkpoint_every = 500
     config.eval.batch_size = 32
-    config.eval.images = 0
+    config.eval.examples = 0
     config.eval.knn_label = "group"
     return config

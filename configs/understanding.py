@@ -54,7 +54,7 @@ def _model(model: UnderstandingConfig) -> ConfigDict:
 
 
 def _base(model: UnderstandingConfig) -> ConfigDict:
-    """What all variants share."""
+    """Return what all variants share."""
     config = ConfigDict()
     config.stage = "understanding"
     config.seed = 0  # of weights and data order
@@ -68,12 +68,12 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.batch_size = 128  # conversations per step over all devices
     config.accumulate = 1  # microbatches per step, scanned on the device
     # Conversations of a row. With 2 a batch has half as many rows, a long conversation with a short
-    # one, and less padding; what is learnt is the same. May differ from run to run.
+    # one, and less padding; what is learned is the same. A run may go on with another value.
     config.pack = 1
     config.mesh = ConfigDict()  # devices per axis; -1: the rest
     config.mesh.slice = 1  # slices of a multi-slice job
     config.mesh.data = 1  # copies of the model
-    config.mesh.fsdp = -1  # parameters and optimiser state split, gathered where used
+    config.mesh.fsdp = -1  # parameters and optimizer state split, gathered where used
     config.mesh.tensor = 1  # heads, hidden layers and vocabulary split
 
     # Where weights come from when the workdir has no checkpoint yet: a language model (Hugging Face
@@ -84,7 +84,8 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.tokenizer = ConfigDict()  # the frozen tokenizer of images
     config.tokenizer.path = ""  # a workdir, a checkpoint of ours, or a PyTorch file
     config.tokenizer.variant = ""  # which model a PyTorch file holds
-    config.tokenizer.fingerprint = ""  # which one it has to be; "" any, and noted here
+    config.tokenizer.fingerprint = ""  # which one it must be; "" any, and filled in
+    config.text_tokenizer = ""  # the language model's folder, or bytes
 
     config.data = ConfigDict()
     config.data.name = "jsonl"  # or emoji
@@ -100,12 +101,11 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     )
     config.data.own_system = False  # conversations begin with data.system, not the template's
     config.data.system = ""
-    config.data.text_tokenizer = ""  # a folder of the language model, or bytes
-    config.data.image_mode = "pad"  # to a grey square, or square: the aspect ratio changes
+    config.data.image_mode = "pad"  # to a gray square, or square: the aspect ratio changes
     config.data.max_length = 2048  # tokens of a conversation, images included
     config.data.buckets = ()  # lengths of rows below the longest, pack * max_length
     config.data.order = "random"  # or grouped, by kind and length
-    config.data.features = "step"  # tokenize pictures in the step, or once before (small data)
+    config.data.encode = "step"  # make codes of images in the step, or once before training
 
     config.optimizer = _adam()
 
@@ -116,7 +116,7 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.keep_checkpoints = 2  # the newest ones
     config.eval = ConfigDict()
     config.eval.batch_size = 32
-    config.eval.conversations = 500  # held-out ones per evaluation; 0 all
+    config.eval.examples = 500  # held-out conversations per evaluation; 0 all
     config.eval.questions = ()  # of emoji
     config.eval.max_new = 32  # tokens of an answer; 0 answers nothing
     config.eval.grid_images = 8
@@ -186,12 +186,12 @@ def _on_emoji(config: ConfigDict, batch_size: int, steps: int, length: int) -> C
     config.tokenizer.path = "runs/quickstart"  # of configs/tokenizer.py
     config.tokenizer.variant = ""
     config.data.name = "emoji"
-    config.data.features = "once"
+    config.data.encode = "once"
     config.data.image_mode = "square"  # they are square
     config.data.max_length = length
     config.pack, config.data.buckets = 1, ()
     config.data.order = "random"
-    config.eval.conversations = 0
+    config.eval.examples = 0
     config.eval.questions = ("kind",)
     return config
 
@@ -206,7 +206,7 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
     config.data.own_system = True  # none
     config.data.questions = ("kind", "name")
     config.data.together = True
-    config.eval.conversations = 80
+    config.eval.examples = 80
     config.eval.batch_size = 8
     config.eval.max_new = 12
     config.optimizer.learning_rate = 3e-3 if pretrain else 2e-4
@@ -221,7 +221,7 @@ def _quickstart(strategy: str = "last_scale") -> ConfigDict:
     config = _on_emoji(config, 32, 400, 160)
     config.data.template = "vicuna_v1"
     config.data.own_system = True  # none: bytes are many
-    config.data.text_tokenizer = "bytes"
+    config.text_tokenizer = "bytes"
     config.data.questions = ("kind", "kind", "name")  # the first counts twice
     config.data.buckets = (128, 160)
     config.eval.max_new = 24

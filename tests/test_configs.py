@@ -5,8 +5,8 @@ import pytest
 from config_files import tokenizer as configs
 
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer import stage as tokenizer_stage
 from tokenflow_jax.tokenizer.model import TokenizerConfig
+from tokenflow_jax.tokenizer.stage import TokenizerStage
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.stage import LoopOptions
@@ -61,7 +61,7 @@ def test_the_large_variants_learn_from_their_own_kind(variant, kind):
 
 
 def _stage(config):
-    return tokenizer_stage.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+    return TokenizerStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1])).open()
 
 
 def test_b_without_clip_weights_says_where_to_put_them():

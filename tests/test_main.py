@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from tokenflow_jax import cli, main
+from tokenflow_jax import cli, main, stages
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
@@ -135,15 +135,19 @@ def test_default_workdir_is_the_same_each_time(config_file, workdir):
 
 def test_stage_names():
     config = ml_collections.ConfigDict({"stage": "tokenizer"})
-    assert main.stage_module_name(config) == "tokenflow_jax.tokenizer.stage"
+    assert stages.stage_class(config.stage) == "tokenflow_jax.tokenizer.stage:TokenizerStage"
     with pytest.raises(ValueError, match=r"stages available are: .*tokenizer"):
-        main.stage_module_name(ml_collections.ConfigDict({"stage": "understandng"}))
+        stages.stage_class("understandng")
 
 
 def call_with_toy_stage(*arguments, cwd):
     """Runs the program with the toy stage of the loop's tests among its stages."""
-    toy = REPOSITORY / "tests" / "train"
-    code = "from tokenflow_jax import main; main.STAGES['toy'] = 'toy_stage'; main.run()"
+    toy = REPOSITORY / "tests" / "helpers"
+    code = (
+        "from tokenflow_jax import main, stages\n"
+        "stages.STAGES['toy'] = 'toy_stage:ToyStage'\n"
+        "main.run()"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, f"--config={toy / 'toy_stage.py'}", *arguments],
         cwd=cwd,

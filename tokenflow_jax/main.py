@@ -11,26 +11,18 @@ stopped a run that was not done (launch/ sets 143, so that schedulers start it a
 """
 
 import errno
-import importlib
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, stages
 from tokenflow_jax.cli import fail
 from tokenflow_jax.parallel import distributed
-
-# Stage -> module with make_stage(config, mesh); imported only when chosen, to start fast.
-STAGES = {
-    "tokenizer": "tokenflow_jax.tokenizer.stage",
-    "generation": "tokenflow_jax.generation.stage",
-    "understanding": "tokenflow_jax.understanding.stage",
-}
+from tokenflow_jax.train.renamed import refuse_old_keys
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -59,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
     runlog.set_up(verbose=jax.process_index() == 0)
     try:
         loop.LoopOptions.from_config(config)
-        stage_module = importlib.import_module(stage_module_name(config))
-        stage = stage_module.make_stage(config, mesh.make_mesh(config.get("mesh") or {}))
+        refuse_old_keys(config)
+        stage = stages.make_stage(config, mesh.make_mesh(config.get("mesh") or {})).open()
     except (ValueError, OSError) as error:
         if absl_logging.level_debug():
             raise
@@ -102,16 +94,6 @@ def default_workdir(config_file: str) -> str:
     path, _, variant = config_file.partition(":")
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in variant)
     return str(Path("runs") / (Path(path).stem + (f"-{safe}" if safe else "")))
-
-
-def stage_module_name(config: Mapping[str, Any]) -> str:
-    """Returns the module that builds config.stage; ValueError lists the stages there are."""
-    stage = config.get("stage")
-    if stage not in STAGES:
-        raise ValueError(
-            f"config.stage is {stage!r}; the stages available are: {', '.join(sorted(STAGES))}"
-        )
-    return STAGES[stage]
 
 
 def run() -> None:

@@ -11,7 +11,6 @@ devices. For GPUs (h100:64) it estimates the same by arithmetic alone. Weights a
 needed. Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
 """
 
-import importlib
 import os
 import pathlib
 import re
@@ -24,15 +23,9 @@ from typing import Any, NamedTuple
 from absl import app, flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, stages
 from tokenflow_jax.parallel.chips import Topology, parse_topology
 
-# Stage -> module with make_program(config, mesh, platform).
-PROGRAMS = {
-    "tokenizer": "tokenflow_jax.tokenizer.program",
-    "generation": "tokenflow_jax.generation.program",
-    "understanding": "tokenflow_jax.understanding.program",
-}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
 _QUIET = {
@@ -107,22 +100,19 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
 
     from tokenflow_jax.parallel import costs, mesh
 
-    if config.stage not in PROGRAMS:
-        raise ValueError(f"no preflight for the stage {config.stage!r}; one of {list(PROGRAMS)}")
+    stages.stage_class(config.stage)
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     pack = config.get("pack", 1)
     mesh.check_batch_size(sample or config.batch_size, device_mesh, pack)
     if chip.tpu:
         device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
-    module, platform = importlib.import_module(PROGRAMS[config.stage]), "tpu" if chip.tpu else "gpu"
     if sample:
         if config.stage != "generation":
             raise ValueError(f"--sample is for the stage generation, this is {config.stage}")
         config.batch_size = sample
-        program = module.make_sampling_program(config, device_mesh, platform, sample)
-    else:
-        program = module.make_program(config, device_mesh, platform)
+    stage = stages.make_stage(config, device_mesh, "tpu" if chip.tpu else "gpu")
+    program = stage.sampling(sample) if sample else stage.program
     held = {name: costs.shard_bytes(tree) for name, tree in program.parts.items()}
     arguments, total = program.arguments, sum(held.values())
     abstract = device_mesh.abstract_mesh if chip.tpu else device_mesh
@@ -130,7 +120,7 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
         jaxpr = jax.make_jaxpr(program.function)(*arguments).jaxpr
     if chip.tpu:
         with mesh.use(device_mesh):
-            compiled = _compile(program.step.lower(*arguments), total)
+            compiled = _compile(program.compiled.lower(*arguments), total)
     else:
         temporaries = int(costs.live_bytes(jaxpr) / mesh.batch_parts(device_mesh))
         excess = max(total + temporaries - chip.memory_bytes, 0)
@@ -140,7 +130,7 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
         f"{topology.devices} devices, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
         f"parameters: {_count(program.parts['parameters']) / 1e6:.1f} million, "
-        f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {program.dtype}",
+        f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {stage.dtype}",
         "",
         *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
         "",
@@ -288,9 +278,8 @@ def _levers(
     if split < count:
         saved = state * (1 - split / count)
         rows.append((saved, f"--config.mesh.fsdp={count} --config.mesh.data=1: split the state"))
-    remat = config.get("remat", False)  # of language models a policy, of the tokenizer yes or no
-    if remat in (False, "none"):
-        text = f"--config.remat={'block' if remat else True}: recompute activations"
+    if config.remat == "none":
+        text = "--config.remat=block: recompute activations"
         rows.append((compiled.temporaries * 0.6, text))
     parts = batch_parts(mesh) * config.get("pack", 1)
     needed = max(compiled.temporaries - compiled.excess, 1)

@@ -10,12 +10,10 @@ import tiny as tiny_config
 from config_files import generation as configs
 
 import tokenflow_jax as tfx
-from tokenflow_jax import encode, preflight
+from tokenflow_jax import encode, preflight, stages
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
-from tokenflow_jax.generation import stage as generation_stage
-from tokenflow_jax.generation.program import make_program
-from tokenflow_jax.generation.start import _with_codes
+from tokenflow_jax.generation.stage import GenerationStage
 from tokenflow_jax.generation.train import LossConfig
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh
@@ -26,6 +24,7 @@ from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.train.optim import OptimizerConfig
 from tokenflow_jax.train.stage import LoopOptions
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model
+from tokenflow_jax.weights.start import extend_vocabulary
 
 VARIANTS = ("", "7b", "parity", "1b")
 
@@ -55,7 +54,7 @@ def tiny(tokenizer, data, **changes):
     config.total_steps, config.batch_size, config.optimizer.warmup_steps = 4, 4, 0
     config.log_every = config.checkpoint_every = 2
     config.image_every = config.eval_every = 0
-    config.eval.batch_size, config.eval.images, config.eval.sample_batch = 16, 32, 4
+    config.eval.batch_size, config.eval.examples, config.eval.sample_batch = 16, 32, 4
     config.eval.retrieval, config.eval.prompts = 4, ("red apple", "", "赤いリンゴ")
     config.sampling.passes = ((8, 0.9),)
     config.update_from_flattened_dict(changes)
@@ -63,7 +62,7 @@ def tiny(tokenizer, data, **changes):
 
 
 def make(config):
-    return generation_stage.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+    return GenerationStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1])).open()
 
 
 def flat(tree):
@@ -86,11 +85,11 @@ def test_every_variant_is_valid(variant):
     assert LoopOptions.from_config(config).total_steps == config.total_steps
     assert variant in configs.__doc__
     if variant:
-        program = make_program(config, mesh.make_abstract_mesh(config.mesh.to_dict(), 8), "tpu")
-        assert program.model_config.lm.vocabulary_size == 64769
-        assert program.batch["prefix"].shape == (256, 131)
-        assert program.trainer.suffix == (1533, 2492, 29958, 2)
-        message = "--config.text.tokenizer=FOLDER of LLaMA-2"
+        stage = GenerationStage(config, mesh.make_abstract_mesh(config.mesh.to_dict(), 8), "tpu")
+        assert stage.model_config.lm.vocabulary_size == 64769
+        assert stage.batch_shapes["prefix"].shape == (256, 131)
+        assert stage.trainer.suffix == (1533, 2492, 29958, 2)
+        message = "--config.text_tokenizer=FOLDER of LLaMA-2"
         with pytest.raises(ValueError, match=message):
             make(config)
 
@@ -160,7 +159,7 @@ def test_another_tokenizer_is_refused(trained, tokenizer, data, tmp_path):
         tfx.Generator.load(trained[0], other)
     with pytest.raises(ValueError, match=r"data\.path.*made by another tokenizer"):
         make(tiny(str(other), data))
-    config = tiny(tokenizer, data, **{"data.fingerprint": "0123456789abcdef"})
+    config = tiny(tokenizer, data, **{"tokenizer.fingerprint": "0123456789abcdef"})
     with pytest.raises(ValueError, match=r"made by another tokenizer.*0123456789abcdef"):
         make(config)
 
@@ -176,7 +175,7 @@ def test_a_run_does_not_change_its_tokenizer(trained, data, tmp_path, tokenizer)
     splits = {"train": pictures, "heldout": pictures}
     encode.encode(api.Tokenizer.load(other), splits, folder, source="emoji")
     config = tiny(str(other), folder)
-    with pytest.raises(CheckpointError, match=r"config\.data\.fingerprint"):
+    with pytest.raises(CheckpointError, match=r"config\.tokenizer\.fingerprint"):
         loop.train_and_evaluate(config, trained[0], make(config))
 
 
@@ -186,7 +185,7 @@ def test_a_run_does_not_change_its_tokenizer(trained, data, tmp_path, tokenizer)
         ("tokenizer.path", "/no/such/run", "comes from python -m"),
         ("tokenizer.path", "", "needs a trained image tokenizer"),
         ("tokenizer.variant", "huge", "'huge' is unknown"),
-        ("text.tokenizer", "/no/folder", "is not 'bytes', 'words' or a folder"),
+        ("text_tokenizer", "/no/folder", "is not 'bytes', 'words' or a folder"),
         ("model.codebook_size", 7, "model.codebook_size is 7, the tokenizers have 32"),
         ("data.encode", "never", "'never' is not one of"),
         ("data.path", "/no/such/data", "is not a data set of codes"),
@@ -255,7 +254,7 @@ def test_a_language_model_starts_a_run(tokenizer, data, tmp_path):
 def test_the_padding_row_becomes_the_mean_of_the_others():
     known = np.arange(6, dtype=np.float32).reshape(3, 2)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    joined = _with_codes(np.full((6, 2), 9.0, np.float32), known, 4, 0, place)
+    joined = extend_vocabulary(np.full((6, 2), 9.0, np.float32), known, 4, 0, place)
     np.testing.assert_array_equal(joined, [[0, 1], [2, 3], [4, 5], [2, 3], [9, 9], [9, 9]])
 
 
@@ -267,8 +266,8 @@ def test_codes_in_memory_and_pictures_on_the_fly_are_the_same_training(tokenizer
         config.data.name, config.data.path = "emoji", ""
         config.data.split = config.data.eval_split = "heldout"
         stage = make(config)
-        batch = jax.device_put(next(stage.train_data()), stage.batch_sharding)
-        _, metrics = stage.step(stage.init(), stage.frozen, batch)
+        batch = jax.device_put(next(stage.data()), stage.batch_sharding)
+        _, metrics = stage.step(stage.init(), batch)
         batches[encode_when] = {name: float(value) for name, value in metrics.items()}
     assert batches["once"].keys() == batches["step"].keys()
     for name, value in batches["once"].items():
@@ -276,12 +275,12 @@ def test_codes_in_memory_and_pictures_on_the_fly_are_the_same_training(tokenizer
 
 
 def test_preflight_knows_the_stage():
-    assert preflight.PROGRAMS["generation"] == "tokenflow_jax.generation.program"
+    assert stages.STAGES["generation"] == "tokenflow_jax.generation.stage:GenerationStage"
     config = configs.get_config("1b")
     config.batch_size = 64
     fits, text, _ = preflight.report(config, parse_topology("h100:8"))
     assert fits and "frozen tokenizer" in text and "generation on" in text
     fits, text, _ = preflight.report(config, parse_topology("h100:8"), sample=8)
-    assert fits and "sampling on" in text and "codebooks" in text and "optimiser" not in text
+    assert fits and "sampling on" in text and "codebooks" in text and "optimizer" not in text
     with pytest.raises(ValueError, match="cannot be split over 8 devices"):
         preflight.report(config, parse_topology("h100:8"), sample=9)

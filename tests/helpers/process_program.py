@@ -6,7 +6,6 @@ python process_program.py STAGE WORKDIR DELAY MESH [--coordinator= --num_process
   MESH   slice,data,fsdp,tensor
 """
 
-import dataclasses
 import sys
 import time
 import traceback
@@ -25,18 +24,18 @@ def toy():
 
     config = toy_stage.get_config()
     config.mesh = {}
-    return config, toy_stage.make_stage
+    return config, toy_stage.ToyStage
 
 
 def tokenizer():
     from tiny_runs import tokenizer_config as tiny_config
 
-    from tokenflow_jax.tokenizer import stage as tokenizer_stage
+    from tokenflow_jax.tokenizer.stage import TokenizerStage
 
     mesh.LEAST_SPLIT = 64  # so that the tiny model is split at all
-    config = tiny_config(**{"losses.perceptual_weight": 0.0, "eval.images": 8})
+    config = tiny_config(**{"losses.perceptual_weight": 0.0, "eval.examples": 8})
     config.eval_every = config.image_every = 0
-    return config, tokenizer_stage.make_stage
+    return config, TokenizerStage
 
 
 def main(argv):
@@ -49,16 +48,18 @@ def main(argv):
     config.update(total_steps=12, batch_size=8, checkpoint_every=4, log_every=1)
     config.mesh = sizes
     runlog.set_up(verbose=jax.process_index() == 0)
-    stage = make_stage(config, mesh.make_mesh(sizes))
+    stage = make_stage(config, mesh.make_mesh(sizes)).open()
+    step = stage.step
 
-    def step(*arguments):
+    def slow_step(*arguments):
         time.sleep(float(delay))
-        return stage.step(*arguments)
+        return step(*arguments)
 
     from tokenflow_jax.train import loop
 
+    stage.step = slow_step
     try:
-        loop.train_and_evaluate(config, workdir, dataclasses.replace(stage, step=step))
+        loop.train_and_evaluate(config, workdir, stage)
     except checkpoint.CheckpointError as error:
         sys.exit(str(error))
     except Exception:

@@ -3,6 +3,7 @@
 Also a program, `python toy_stage.py WORKDIR [key=value ...]`, so that tests can kill it.
 """
 
+import functools
 import sys
 import time
 
@@ -18,6 +19,7 @@ from tokenflow_jax import log as runlog
 from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train import checkpoint, loop, metrics
+from tokenflow_jax.train.stage import Stage
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
 SIDE = 8
@@ -36,6 +38,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep_checkpoints = 2
     config.batch_size = 8
     config.learning_rate = 0.02
+    config.dtype = "float32"
+    config.trainable = ()
     config.nan_at = -1  # the loss becomes NaN in this step
     config.step_delay = 0.0  # seconds, as if the model were larger
     config.data_delay = 0.0  # seconds per picture, as if it were hard to decode
@@ -95,81 +99,95 @@ def _data(config, device_mesh):
     )
 
 
-def make_stage(config, device_mesh) -> loop.Stage:
-    """Builds the stage as the real ones do."""
-    model = Autoencoder(config.model.width)
-    optimizer = optax.adam(config.learning_rate)
-    sharding = mesh.batch_sharding(device_mesh)
-    key = jax.random.key(config.seed)
+class ToyTrainer:
+    """The training step's modules and options."""
 
-    def as_floats(batch):
-        return batch.astype(jnp.float32) / 127.5 - 1.0
+    def __init__(self, config):
+        self.config, self.model = config, Autoencoder(config.model.width)
+        self.optimizer = optax.adam(config.learning_rate)
+        self.key = jax.random.key(config.seed)
 
-    def init():
-        params = model.init(key, jnp.zeros((1, SIDE, SIDE, 3)), key)["params"]
-        return ToyState(
-            jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params)
-        )
+    def init(self, key):
+        params = self.model.init(key, jnp.zeros((1, SIDE, SIDE, 3)), key)["params"]
+        ema = jax.tree.map(jnp.copy, params)
+        return ToyState(jnp.int32(0), params, ema, self.optimizer.init(params))
 
-    sharded_init = jax.jit(init, out_shardings=mesh.replicated(device_mesh))
-
-    def step(state, frozen, batch):
+    def step(self, state, frozen, batch):
         images_BHWC = as_floats(batch["image"]) * frozen["gain"]
 
         def loss_of(params):
-            noise = jax.random.fold_in(key, state.step)
-            output = model.apply({"params": params}, images_BHWC, noise)
+            noise = jax.random.fold_in(self.key, state.step)
+            output = self.model.apply({"params": params}, images_BHWC, noise)
             loss = jnp.mean((output - images_BHWC) ** 2)
-            return jnp.where(state.step + 1 == config.nan_at, jnp.nan, loss)
+            return jnp.where(state.step + 1 == self.config.nan_at, jnp.nan, loss)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state.ema, params)
         scalars = {"loss/total": loss, "grad_norm": optax.tree.norm(gradients)}
         return ToyState(state.step + 1, params, ema, opt_state), scalars
 
-    jitted = jax.jit(step, donate_argnums=0)
 
-    def slowed(state, frozen, batch):
-        time.sleep(config.step_delay)
-        return jitted(state, frozen, batch)
+def as_floats(batch):
+    return batch.astype(jnp.float32) / 127.5 - 1.0
 
+
+class ToyStage(Stage):
+    """Built as the real ones are."""
+
+    name = "toy"
     held_out_BHWC = np.random.default_rng(99).integers(0, 256, (4, SIDE, SIDE, 3)).astype(np.uint8)
 
-    @jax.jit
-    def reconstruct(ema):
-        images_BHWC = as_floats(held_out_BHWC)
-        output_BHWC = model.apply({"params": ema}, images_BHWC, key)
-        return jnp.mean((output_BHWC - images_BHWC) ** 2), (output_BHWC + 1) * 127.5
+    @functools.cached_property
+    def trainer(self):
+        return ToyTrainer(self.config)
 
-    def evaluate(state):
-        return {"l2": float(reconstruct(state.ema)[0])}
+    @property
+    def parameters(self):
+        return jax.eval_shape(self.trainer.init, jax.random.key(0)).params
 
-    def visualize(state):
-        tiles = np.asarray(reconstruct(state.ema)[1]).clip(0, 255).astype(np.uint8)
-        columns = [np.concatenate(pair) for pair in zip(held_out_BHWC, tiles, strict=True)]
+    @property
+    def frozen_shapes(self):
+        return {"gain": jax.ShapeDtypeStruct((), jnp.float32)}
+
+    @property
+    def batch_shapes(self):
+        return {"image": self.batch_array(jnp.uint8, SIDE, SIDE, 3)}
+
+    def open(self):
+        self.frozen = {"gain": jnp.float32(1.0)}
+        self.notes.append("a toy: it learns nothing of use")
+        return self
+
+    def step(self, state, batch):
+        time.sleep(self.config.step_delay)
+        return super().step(state, batch)
+
+    def data(self):
+        return _data(self.config, self.mesh)
+
+    def load_parameters(self, params):
+        path = self.config.init_from
+        _, loaded = orbax_files.load_for_inference(path)
+        return jax.tree.map(jnp.asarray, loaded["params"]), f"params of {path}"
+
+    @functools.cached_property
+    def _reconstruct(self):
+        def reconstruct(ema):
+            images_BHWC = as_floats(self.held_out_BHWC)
+            output_BHWC = self.trainer.model.apply({"params": ema}, images_BHWC, self.trainer.key)
+            return jnp.mean((output_BHWC - images_BHWC) ** 2), (output_BHWC + 1) * 127.5
+
+        return jax.jit(reconstruct)
+
+    def evaluate(self, state):
+        return {"l2": float(self._reconstruct(state.ema)[0])}
+
+    def visualize(self, state):
+        tiles = np.asarray(self._reconstruct(state.ema)[1]).clip(0, 255).astype(np.uint8)
+        columns = [np.concatenate(pair) for pair in zip(self.held_out_BHWC, tiles, strict=True)]
         return {"reconstructions": np.concatenate(columns, axis=1)}
-
-    def warm_start(state):
-        source, loaded = orbax_files.load_for_inference(config.init_from)
-        del source
-        params = jax.tree.map(jnp.asarray, loaded["params"])
-        return state.replace(params=params), f"params of {config.init_from}"
-
-    return loop.Stage(
-        name="toy",
-        init=sharded_init,
-        step=slowed if config.step_delay else jitted,
-        train_data=lambda: _data(config, device_mesh),
-        batch_sharding=sharding,
-        evaluate=evaluate,
-        visualize=visualize,
-        images_per_step=config.batch_size,
-        warm_start=warm_start if config.get("init_from") else None,
-        frozen={"gain": jnp.float32(1.0)},
-        notes=["a toy: nothing is learned for good"],
-    )
 
 
 def run(workdir, **changes) -> loop.Result:
@@ -177,7 +195,7 @@ def run(workdir, **changes) -> loop.Result:
     config = get_config()
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    return loop.train_and_evaluate(config, workdir, make_stage(config, mesh.make_mesh()))
+    return loop.train_and_evaluate(config, workdir, ToyStage(config, mesh.make_mesh()).open())
 
 
 if __name__ == "__main__":

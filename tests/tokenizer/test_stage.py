@@ -9,12 +9,12 @@ from tiny_runs import tokenizer_config as tiny_config
 
 import tokenflow_jax as tfx
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer import stage as tokenizer_stage
+from tokenflow_jax.tokenizer.stage import TokenizerStage
 from tokenflow_jax.train import loop
 
 
 def make(config):
-    return tokenizer_stage.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+    return TokenizerStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1])).open()
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_fine_tuning_a_fresh_wider_decoder(trained):
     taken = [name for name in before if "pixel_decoder" not in name]
     for name in taken:
         np.testing.assert_array_equal(before[name], source[name])
-    batch = jax.device_put({"image": next(stage.train_data())["image"]}, stage.batch_sharding)
+    batch = jax.device_put({"image": next(stage.data())["image"]}, stage.batch_sharding)
     before = jax.tree.map(np.asarray, before)
-    after, _ = stage.step(start, stage.frozen, batch)
+    after, _ = stage.step(start, batch)
     after = _flat(after.params)
     assert all(np.array_equal(before[name], after[name]) for name in taken)
     assert any(not np.array_equal(before[n], after[n]) for n in before if n not in taken)

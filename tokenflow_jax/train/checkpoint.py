@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from tokenflow_jax import files
 from tokenflow_jax.train import checksums
+from tokenflow_jax.train.renamed import upgrade
 
 FORMAT = 2
 _MAX_LINES = 20
@@ -394,7 +395,7 @@ def read_info(path: epath.Path) -> dict[str, Any]:
             f"{path} has format {info.get('format')}, this version reads {FORMAT}; use the "
             f"version of tokenflow_jax that wrote it"
         )
-    return info
+    return info | {"config": upgrade(info["config"])}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

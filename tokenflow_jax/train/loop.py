@@ -1,7 +1,4 @@
-"""The one training loop: every stage gives it a `Stage` and it reads nothing else of it.
-
-Read `train_and_evaluate` from top to bottom; the rest of the file are its parts.
-"""
+"""The one training loop; read `train_and_evaluate` from top to bottom."""
 
 import dataclasses
 import signal
@@ -20,30 +17,27 @@ from tokenflow_jax.train.stage import LoopOptions, Stage, State
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: the final state, and the name of the signal that stopped it, if one did."""
+    """The final state of a run, and the name of the signal that stopped it, if one did."""
 
     state: State
     stopped_by: str | None = None
 
 
 def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> Result:
-    """Trains a stage to config.total_steps, beginning or continuing in `workdir`.
+    """Train a stage to config.total_steps, from scratch or continuing in `workdir`.
 
-    Where the state comes from, the first that applies:
+    The state comes from the first of these that applies:
       1. the latest complete checkpoint in the workdir: state, position in the data, step; the run
          goes on as if it had never stopped, bit for bit;
-      2. config.init_from (another run's or pretrained weights): a fresh state in which
-         stage.warm_start replaced what it found there; step 0, new data;
+      2. config.init_from (another run's or pretrained weights): a fresh state with those weights,
+         step 0, new data;
       3. scratch: stage.init().
     On SIGTERM or Ctrl-C the running step is finished and saved, and the function returns.
 
     Args:
       config: ConfigDict; the loop reads the fields of LoopOptions, the rest is the stage's.
       workdir: where checkpoints, curves, grids and the report go.
-      stage: what to train.
-
-    Returns:
-      The final state and what stopped the run, if not its end.
+      stage: an open stage (see `Stage.open`).
 
     Raises:
       NonFiniteError: a loss or the state is NaN or infinite; nothing of it was saved.
@@ -55,14 +49,14 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
     saved_config = checkpoint.config_to_dict(config)
     with checkpoint.WorkdirLock(workdir), StopSignals() as stop:
         checkpoints = checkpoint.Checkpoints(workdir, options.keep_checkpoints)
-        data = DevicePrefetcher(stage.train_data(), stage.batch_sharding)
-        state, origin = restore_or_initialise(saved_config, stage, checkpoints, data)
+        data = DevicePrefetcher(stage.data(), stage.batch_sharding)
+        state, origin = restore_or_initialize(saved_config, stage, checkpoints, data)
         step = first_step = int(state.step)
         recorder = Recorder(stage, options, workdir, saved_config, origin, step)
         try:
             while step < options.total_steps and not stop.requested(checkpoints, step):
                 batch = next(data)  # already on the device, unless the data is too slow
-                state, scalars = stage.step(state, stage.frozen, batch)
+                state, scalars = stage.step(state, batch)
                 step += 1
                 # Fetches the scalars of the step before, while the device works on this one.
                 recorder.after_dispatch(step, scalars, data.last_wait)
@@ -86,29 +80,25 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
     return Result(state, stop.name)
 
 
-# A change of these means another run: the saved position or the weights would be misread.
-IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data")
+# A change of these makes another run: the saved position or the weights would be misread.
+IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data", "text_tokenizer")
 FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that the model reads
-# These only say what is recorded when.
+# These only decide what is recorded when.
 FREE_KEYS = (
     "log_every", "eval_every", "image_every", "checkpoint_every", "keep_checkpoints", "eval",
     "init_from", "workdir", "mesh",
 )  # fmt: skip
 
 
-def restore_or_initialise(
+def restore_or_initialize(
     config: Mapping[str, Any],
     stage: Stage,
     checkpoints: checkpoint.Checkpoints,
     data: DevicePrefetcher,
 ) -> tuple[State, str]:
-    """Applies the restore order of `train_and_evaluate`.
-
-    Returns:
-      The state and one line that says where it came from.
-    """
+    """Return the state by the order of `train_and_evaluate`, and a line about its origin."""
     state = stage.init()
-    log_parameters(getattr(state, "params", state))
+    log_parameters(state.params, checkpoints.directory.parent)
     step = checkpoints.latest_step()
     if step is not None:
         check_config_change(checkpoints.read_info(step)["config"], config, checkpoints.path(step))
@@ -118,20 +108,18 @@ def restore_or_initialise(
         del state  # before its successor takes the memory
         state = checkpoints.restore(step, like, data)
         return state, f"continued from checkpoint {checkpoints.path(step)} (step {step})"
-    if stage.warm_start is not None:
+    if config.get("init_from"):
         state, text = stage.warm_start(state)
         return state, f"warm start: {text}"
-    return state, "initialised from scratch"
+    return state, "initialized from scratch"
 
 
 def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: Any) -> None:
-    """Compares the config of a checkpoint with that of the run that continues it.
+    """Compare the config of a checkpoint with that of the run that continues it.
 
-    Intervals may change freely and total_steps may grow. Any other change is named in a warning,
-    since the run then is no longer what an uninterrupted one would have been.
-
-    Raises:
-      CheckpointError: one of IDENTITY_KEYS or a fingerprint changed; all changes are listed.
+    FREE_KEYS may change. Any other change is named in a warning, since the run is then no longer
+    what an uninterrupted one would have been; a change of IDENTITY_KEYS or of a fingerprint raises
+    CheckpointError, which lists all of them.
     """
     changes = checkpoint.config_differences(old, new)
     lines = {key: f"config.{key}: {a!r} -> {b!r}" for key, (a, b) in changes.items()}
@@ -158,7 +146,7 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a request to stop after the running step.
+    """Turn SIGTERM and SIGINT into a request to stop after the running step.
 
     A second signal of the same kind ends the process at once. In a run of several processes JAX's
     preemption service sees SIGTERM instead and makes all of them stop after the same step.
@@ -188,7 +176,7 @@ class StopSignals:
         log.warning("%s: finishing the running step, then saving", self.name)
 
     def requested(self, checkpoints: checkpoint.Checkpoints, step: int) -> bool:
-        """Whether to stop after `step`; the same answer in all processes."""
+        """Tell whether to stop after `step`; the same answer in all processes."""
         if jax.process_count() > 1 and checkpoints.reached_preemption(step):
             self.name = signal.SIGTERM.name
         return self.name is not None

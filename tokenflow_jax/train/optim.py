@@ -1,4 +1,4 @@
-"""Optimisers, schedules, frozen parts and the moving average of weights. Knows no model."""
+"""Optimizers, schedules and frozen parts."""
 
 import dataclasses
 import re
@@ -18,10 +18,10 @@ _ADAMW_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are given,
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Hyper-parameters of one optimiser.
+    """Hyper-parameters of one optimizer.
 
     Attributes:
-      name: "adam", "adamw" (decoupled weight decay), or "muon": orthogonalised momentum (Jordan et
+      name: "adam", "adamw" (decoupled weight decay), or "muon": orthogonalized momentum (Jordan et
         al. 2024) for the kernels of blocks, at AdamW's step size, and for the rest AdamW with
         Nesterov's momentum.
       learning_rate: peak value.
@@ -64,13 +64,15 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step."""
-    peak, warmup = config.learning_rate, config.warmup_steps
+    """Return the learning rate as a function of the step."""
+    peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
     decay_steps = max(total_steps - warmup, 1)
     if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction)
-    elif config.schedule == "linear":
-        main = optax.linear_schedule(peak, peak * config.final_fraction, decay_steps)
+        end = warmup + decay_steps
+        start = 0.0 if warmup else peak
+        return optax.warmup_cosine_decay_schedule(start, peak, warmup, end, peak * final)
+    if config.schedule == "linear":
+        main = optax.linear_schedule(peak, peak * final, decay_steps)
     else:
         main = optax.constant_schedule(peak)
     if not warmup:
@@ -81,16 +83,13 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, trainable: PyTree | None = None
 ) -> optax.GradientTransformation:
-    """Returns clipping, then Adam or AdamW, with the schedule.
+    """Return clipping, then Adam, AdamW or Muon, with the schedule.
 
     Args:
       config: hyper-parameters.
       total_steps: length of the run, where a decaying schedule ends.
       trainable: pytree of bools shaped like the parameters; those marked False never move and
-        have no optimiser state. None when all of them train.
-
-    Returns:
-      An optax transformation whose update is to be added to the parameters.
+        have no optimizer state. None when all of them train.
     """
     parts = []
     if config.clip_norm:
@@ -123,7 +122,7 @@ def make_optimizer(
 
 
 def _hidden_matrices(params: PyTree) -> PyTree:
-    """How each kernel of a hidden layer is a matrix, layers of a scan apart; None for the rest."""
+    """Mark the kernels of hidden layers as matrices, per layer of a scan; None for the rest."""
 
     def matrix(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -135,7 +134,7 @@ def _hidden_matrices(params: PyTree) -> PyTree:
 
 
 def _is_matrix(params: PyTree) -> PyTree:
-    """True for kernels; norms, biases and embeddings by position are not decayed."""
+    """Mark kernels; norms, biases and position embeddings are not decayed."""
 
     def decays(path, _):
         return jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel")
@@ -144,7 +143,7 @@ def _is_matrix(params: PyTree) -> PyTree:
 
 
 def _is_no_bias_or_norm(params: PyTree) -> PyTree:
-    """True for all but biases and the scales of norms."""
+    """Mark everything but biases and the scales of norms."""
 
     def decays(path, _):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -157,18 +156,15 @@ _MASKS = {"kernels": _is_matrix, "all": _is_no_bias_or_norm}
 
 
 def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
-    """Marks the parameters whose path a pattern matches.
+    """Mark the parameters whose path matches a pattern.
 
     Args:
       params: any pytree.
       patterns: regular expressions, matched from the start of paths such as
         "pixel_decoder/conv_in/kernel".
 
-    Returns:
-      A pytree of bools.
-
     Raises:
-      ValueError: for patterns that match nothing; names the top-level parts.
+      ValueError: patterns that match nothing; names the top-level parts.
     """
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -183,10 +179,5 @@ def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
 
 
 def freeze(params: PyTree, trainable: PyTree) -> PyTree:
-    """Stops the gradient of unmarked parameters, so that their backward pass is never built."""
+    """Stop the gradient of unmarked parameters, so that their backward pass is never built."""
     return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)
-
-
-def ema_update(ema: PyTree, params: PyTree, decay: float) -> PyTree:
-    """Moves the average: decay * ema + (1 - decay) * params."""
-    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)

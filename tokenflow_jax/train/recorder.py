@@ -1,4 +1,4 @@
-"""What a run tells the world, and the checks that go with it."""
+"""Run logging and reporting, and the checks that go with it."""
 
 import time
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from clu import parameter_overview
 from etils import epath
 
 from tokenflow_jax.log import duration, log
@@ -15,7 +16,7 @@ from tokenflow_jax.train.stage import LoopOptions, Stage, State
 
 
 class Recorder:
-    """All that a run tells the world: progress lines, curves, grids, evaluations, saves, report."""
+    """Progress lines, curves, grids, evaluations, saves and the report of a run."""
 
     def __init__(
         self,
@@ -26,15 +27,15 @@ class Recorder:
         origin: str,
         step: int,
     ):
-        """Opens the writers and logs how the run begins."""
+        """Open the writers and log how the run starts."""
         self._stage, self._options, self._workdir = stage, options, workdir
         self._config, self._origin = config, origin
         self._writer = metrics.Writer(workdir, step, enabled=jax.process_index() == 0)
         self._averages = metrics.Averages()
-        self._stopwatch = metrics.Stopwatch(options.total_steps, stage.images_per_step)
+        self._stopwatch = metrics.Stopwatch(options.total_steps, stage.config.batch_size)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._step = step
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
         self._compile_seconds: float | None = None
         evals = [line for line in self._writer.history if any(k[:5] == "eval/" for k in line)]
         self._evaluated_at = evals[-1]["step"] if evals else None
@@ -43,7 +44,7 @@ class Recorder:
             log.info("%s", note)
 
     def after_dispatch(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
-        """Takes the scalars of a step just dispatched, and fetches those of the one before."""
+        """Keep the scalars of a step just dispatched, and fetch those of the step before."""
         self._step = step
         self._stopwatch.waited(data_wait)
         previous, self._pending = self._pending, (step, scalars)
@@ -51,20 +52,20 @@ class Recorder:
             self._fetch(*previous)
 
     def drain(self) -> None:
-        """Fetches what is still pending, that is, waits for the last step."""
+        """Fetch pending scalars, that is, wait for the last step."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._fetch(*pending)
 
     def finish_compilation(self) -> None:
-        """Ends the first step, which compiles and does not count for steps/s."""
+        """End the first step, which compiles and does not count for steps/s."""
         self.drain()
-        self._compile_seconds = time.perf_counter() - self._began
+        self._compile_seconds = time.perf_counter() - self._start
         log.info("first step, with compilation: %s", duration(self._compile_seconds))
         self._stopwatch.start()
 
     def evaluate_if_due(self, step: int, state: State) -> None:
-        """Writes held-out figures and image grids when their turn has come."""
+        """Write held-out figures and image grids when they are due."""
         evaluate = self._options.due(self._options.eval_every, step) and step != self._evaluated_at
         images = self._options.due(self._options.image_every, step) and step != self._evaluated_at
         if not evaluate and not images:
@@ -90,7 +91,7 @@ class Recorder:
         state: State,
         data: DevicePrefetcher,
     ) -> None:
-        """Saves a checkpoint after making sure that the step and the state are finite."""
+        """Save a checkpoint after checking that the step and the state are finite."""
         self.drain()
         self._stopwatch.pause()
         bad = non_finite_arrays(state)
@@ -101,7 +102,7 @@ class Recorder:
         self._stopwatch.start()
 
     def finish(self, step: int, stopped_by: str | None, checkpoints: checkpoint.Checkpoints):
-        """Writes the report and says how the run ended."""
+        """Write the report and log how the run ended."""
         total = self._options.total_steps
         path = self._write_report(step)
         where = f"checkpoint {checkpoints.path(step)}, report {path}"
@@ -114,7 +115,7 @@ class Recorder:
     def explain_non_finite(
         self, error: metrics.NonFiniteError, checkpoints: checkpoint.Checkpoints
     ) -> metrics.NonFiniteError:
-        """Writes the report, and adds to the error which checkpoint is good and what to do."""
+        """Write the report, and add the last good checkpoint and a remedy to the error."""
         checkpoints.wait()
         self._write_report(self._step)
         last = checkpoints.latest_step()
@@ -129,7 +130,7 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Closes the writers."""
+        """Close the writers."""
         self._writer.close()
 
     def _fetch(self, step: int, scalars: dict[str, jax.Array]) -> None:
@@ -162,16 +163,14 @@ class Recorder:
                 facts["first step with compilation"] = duration(self._compile_seconds)
             facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
             facts["start"] = self._origin
-            notes = [*self._stage.notes]
-            if self._stage.final_notes is not None:
-                notes += self._stage.final_notes()
+            notes = [*self._stage.notes, *self._stage.final_notes()]
             self._writer.flush()
             report.write_report(self._workdir, self._writer.history, facts, self._config, notes)
         return path
 
 
 def non_finite_arrays(tree: Any) -> list[str]:
-    """Returns the names of the floating arrays that hold a NaN or an infinity."""
+    """Return the names of the floating arrays that hold a NaN or an infinity."""
     named = jax.tree_util.tree_flatten_with_path(tree)[0]
     floats = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
@@ -187,9 +186,12 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
-def log_parameters(params: Any) -> None:
-    """Logs how many parameters each top-level part has."""
+def log_parameters(params: Any, workdir: epath.Path) -> None:
+    """Log the size of each top-level part; write the table of all arrays to parameters.txt."""
     parts = params.items() if isinstance(params, Mapping) else [("all", params)]
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in parts}
     text = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     log.info("parameters: %s; total %s", text, f"{sum(counts.values()):,}")
+    if jax.process_index() == 0:
+        table = parameter_overview.get_parameter_overview(dict(params), include_stats="sharding")
+        (workdir / "parameters.txt").write_text(table + "\n")

@@ -1,64 +1,228 @@
-"""The contract between a stage of training and the loop."""
+"""A stage of training: what the loop runs, and what preflight compiles.
 
+A stage is built from a config and a mesh alone: modules, and shapes and shardings of everything its
+step takes. That is enough to compile the step for hardware you don't have. `open` then loads
+frozen weights and data, after which the loop can run it.
+"""
+
+import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.parallel import mesh as meshes
+from tokenflow_jax.train import checkpoint, optim
 
-State = Any  # a flax.struct pytree with an int32 scalar `.step`
-Batch = Any  # a pytree of global jax.Arrays
+PyTree = Any
+State = Any  # a flax.struct dataclass with an int32 scalar `step`, `params` and perhaps `ema`
+DTYPES = ("auto", "float32", "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What a stage hands to the loop. `train/<stage>.py` builds it in `make_stage(config, mesh)`.
+class Program(NamedTuple):
+    """A function and the shapes and shardings of its arguments.
 
     Attributes:
-      name: for logs and the report, for example "tokenizer".
-      init: returns the initial state from scratch, sharded: a flax.struct pytree of arrays with an
-        int32 scalar `.step` = 0. Every floating array in it must stay finite.
-      step: (state, frozen, batch) -> (state, metrics). Jitted, donates the state. `metrics` holds
-        scalars: "loss/total" and whatever else is worth a curve; every "loss/*" must be finite.
-      train_data: returns the infinite data iterator of this process's share of the batches (see
-        `mesh.batch_share`): a `data.dealing.DealtBatches`, or anything with `__next__`, `get_state`
-        and `set_state(states of all shares)`; batches are pytrees of host-local NumPy arrays.
-      batch_sharding: how a global batch lies on the devices.
-      evaluate: state -> held-out figures; names get the prefix "eval/" when they lack it.
-      visualize: state -> grids, name -> uint8 (height, width, 3).
-      images_per_step: images per optimiser step over all processes, for images/s.
-      warm_start: applies config.init_from to a fresh state; returns it and a text of what was
-        loaded from where. None when config.init_from is empty.
-      frozen: weights that `step` reads and never changes (a teacher, LPIPS); not checkpointed.
-      notes: lines to log at the start and print in the report ("trained without LPIPS: ...").
-      final_notes: called at the end, returns lines such as the pictures that were skipped.
+      function: not jitted, for tracing.
+      compiled: the same, jitted; call or lower it with the mesh in use.
+      arguments: trees of jax.ShapeDtypeStruct.
+      parts: the arguments by what they are, for reports.
+    """
+
+    function: Callable[..., Any]
+    compiled: Any
+    arguments: tuple[PyTree, ...]
+    parts: Mapping[str, PyTree]
+
+
+class Stage(abc.ABC):
+    """One stage: `init`, `step`, `data`, `evaluate`, `visualize`.
+
+    Attributes:
+      name: for logs and the report.
       headline: metrics of the progress line, in order; all losses when empty.
+      config: ConfigDict; a stage may fill in what a checkpoint must know about itself.
+      mesh: from `meshes.make_mesh`, or an abstract one.
+      platform: "tpu", "gpu" or "cpu": where it will run.
+      frozen: weights that the step reads and never changes; set by `open`, not checkpointed.
+      notes: lines to log at the start and print in the report.
     """
 
     name: str
-    init: Callable[[], State]
-    step: Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]
-    train_data: Callable[[], Any]
-    batch_sharding: jax.sharding.NamedSharding
-    evaluate: Callable[[State], Mapping[str, float]]
-    visualize: Callable[[State], Mapping[str, np.ndarray]]
-    images_per_step: int
-    warm_start: Callable[[State], tuple[State, str]] | None = None
-    frozen: Any = None
-    notes: list[str] = dataclasses.field(default_factory=list)
-    final_notes: Callable[[], list[str]] | None = None
     headline: tuple[str, ...] = ()
+
+    def __init__(self, config: Any, mesh: meshes.Mesh, platform: str | None = None):
+        """Check the config; no weights and no data are read.
+
+        Raises:
+          ValueError: wrong values, all of them.
+        """
+        self.config, self.mesh = config, mesh
+        self.platform = platform or jax.default_backend()
+        self.frozen: PyTree = {}
+        self.notes: list[str] = []
+        meshes.check_batch_size(config.batch_size, mesh, self.pack)
+
+    @abc.abstractmethod
+    def open(self) -> "Stage":
+        """Load frozen weights and data; return the stage.
+
+        Raises:
+          ValueError, OSError: files that are missing or do not fit.
+        """
+
+    @property
+    @abc.abstractmethod
+    def trainer(self) -> Any:
+        """The modules and `step` of the training step, and `init` of its state."""
+
+    @property
+    @abc.abstractmethod
+    def parameters(self) -> PyTree:
+        """Shapes of the trained model's parameters."""
+
+    @property
+    @abc.abstractmethod
+    def frozen_shapes(self) -> PyTree:
+        """Shapes of the frozen weights."""
+
+    @property
+    @abc.abstractmethod
+    def batch_shapes(self) -> PyTree:
+        """Shapes of a global batch, with its sharding."""
+
+    @abc.abstractmethod
+    def data(self) -> Any:
+        """Return this process's share of the training batches, infinite and resumable.
+
+        The iterator has `__next__` (pytrees of host-local NumPy arrays), `get_state` and
+        `set_state(states of all shares)`, such as `data.dealing.DealtBatches`.
+        """
+
+    @abc.abstractmethod
+    def evaluate(self, state: State) -> Mapping[str, float]:
+        """Return held-out figures; names get the prefix "eval/" when they lack it."""
+
+    @abc.abstractmethod
+    def visualize(self, state: State) -> Mapping[str, np.ndarray]:
+        """Return grids, name -> uint8 (height, width, 3)."""
+
+    def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
+        """Return the weights of `config.init_from` in the shape of `params`, and what was taken."""
+        raise ValueError(f"stage {self.name} cannot start from config.init_from")
+
+    def final_notes(self) -> list[str]:
+        """Return lines for the end of the run, such as the pictures that were skipped."""
+        return []
+
+    @property
+    def pack(self) -> int:
+        """Samples that share a row of the batch."""
+        return self.config.get("pack", 1)
+
+    @functools.cached_property
+    def dtype(self) -> jnp.dtype:
+        """Computation dtype of the networks."""
+        name = self.config.dtype
+        if name not in DTYPES:
+            raise ValueError(f"dtype {name!r} is not one of {list(DTYPES)}")
+        if name == "auto":
+            name = "float32" if self.platform == "cpu" else "bfloat16"
+        return jnp.dtype(name)
+
+    @functools.cached_property
+    def trainable(self) -> PyTree | None:
+        """Which parameters train; None when all do."""
+        patterns = tuple(self.config.trainable)
+        return optim.matching(self.parameters, patterns) if patterns else None
+
+    @functools.cached_property
+    def state_shapes(self) -> State:
+        """Shapes and shardings of the training state."""
+        return meshes.placed(jax.eval_shape(self.trainer.init, jax.random.key(0)), self.mesh)
+
+    @property
+    def parts(self) -> dict[str, PyTree]:
+        """Shapes of the step's arguments by what they are, for reports."""
+        state = self.state_shapes
+        parts = {"parameters": state.params, "optimizer": state.opt_state}
+        if getattr(state, "ema", None) is not None:
+            parts["average of parameters"] = state.ema
+        return parts
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The training step; the state is donated."""
+        frozen = meshes.placed(self.frozen_shapes, self.mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, (self.state_shapes, frozen))
+        compiled = jax.jit(
+            self.trainer.step,
+            donate_argnums=0,
+            # A batch may hold more than the step reads (labels), all of it split alike.
+            in_shardings=(*shardings, self.batch_sharding),
+            out_shardings=(shardings[0], meshes.replicated(self.mesh)),
+        )
+        arguments = (self.state_shapes, frozen, self.batch_shapes)
+        frozen_name = "frozen networks" if self.name == "tokenizer" else "frozen tokenizer"
+        parts = self.parts | {frozen_name: frozen, "batch": self.batch_shapes}
+        return Program(self.trainer.step, compiled, arguments, parts)
+
+    def step(self, state: State, batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
+        """Run one training step; the state is given up.
+
+        Returns:
+          The new state, and scalar metrics: "loss/total" and others. Every "loss/*" must be finite.
+        """
+        with meshes.use(self.mesh):
+            return self.program.compiled(state, self.frozen, batch)
+
+    def init(self) -> State:
+        """Return the state from scratch, sharded."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        return jax.jit(self.trainer.init, out_shardings=shardings)(jax.random.key(self.config.seed))
+
+    def warm_start(self, state: State) -> tuple[State, str]:
+        """Return the state with the weights of `config.init_from`, and what was taken."""
+        params, text = self.load_parameters(state.params)
+        return self.with_params(state, params), text
+
+    def with_params(self, state: State, params: PyTree) -> State:
+        """Replace the weights, and the moving average by copies of them."""
+        state = state.replace(params=params)
+        if getattr(state, "ema", None) is not None:
+            state = state.replace(ema=jax.tree.map(jnp.copy, params))
+        return state
+
+    def weights(self, state: State) -> PyTree:
+        """Return the weights to evaluate: the moving average where there is one."""
+        ema = getattr(state, "ema", None)
+        return state.params if ema is None else ema
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Put host arrays where the mesh wants them."""
+        return jax.device_put(tree, meshes.shardings(tree, self.mesh))
+
+    @property
+    def batch_sharding(self) -> jax.sharding.NamedSharding:
+        """How a batch lies on the devices."""
+        return meshes.batch_sharding(self.mesh)
+
+    def batch_array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of an array of a global batch; `shape` leaves out its rows."""
+        rows = self.config.batch_size // self.pack
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=self.batch_sharding)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """The part of the config that the loop reads; a field that the config lacks has this default.
+    """The part of the config that the loop reads, with defaults.
 
     Attributes:
-      total_steps: optimiser steps of the whole run, restored ones included.
+      total_steps: optimizer steps of the whole run, restored ones included.
       log_every: steps between progress lines and points of the curves.
       eval_every: steps between evaluations; 0 only at the end.
       image_every: steps between image grids; 0 only at the end.
@@ -85,13 +249,13 @@ class LoopOptions:
 
     @classmethod
     def from_config(cls, config: Any) -> "LoopOptions":
-        """Takes the fields from a ConfigDict; ValueError lists every bad one."""
+        """Take the fields from a ConfigDict; ValueError lists every wrong one."""
         values = checkpoint.config_to_dict(config)
         if "total_steps" not in values:
-            raise ValueError("the config has no total_steps; set the number of optimiser steps")
+            raise ValueError("the config has no total_steps; set the number of optimizer steps")
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: values[name] for name in names if name in values})
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something done each `every` steps, and at the end, is due after `step`."""
+        """Tell whether something done each `every` steps, and at the end, is due after `step`."""
         return step == self.total_steps or (every > 0 and step % every == 0)

@@ -1,0 +1,189 @@
+"""Warm start: replace fresh parameters by those of another model or of a language model."""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.train import optim
+from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.formats.torch import open_state_dict
+from tokenflow_jax.weights.language_model import load_language_model, read_config
+from tokenflow_jax.weights.lazy import data
+from tokenflow_jax.weights.rules import flatten, unflatten
+
+PyTree = Any
+# A language model of other sizes is another model; `remat` and `attention` are a run's choice.
+_SAME = (
+    "width", "layers", "heads", "kv_heads", "head_channels", "mlp_width", "rope_theta", "norm_eps",
+    "qkv_bias",
+)  # fmt: skip
+_VOCABULARY = {"lm/embed/embedding": 0, "lm/head/kernel": 1}  # path -> axis of ids
+
+
+def take(
+    arrays: Mapping[str, Any],
+    path: str,
+    params: PyTree,
+    shardings: PyTree,
+    *,
+    fresh: tuple[str, ...] = (),
+    remedy: str = "",
+) -> PyTree:
+    """Replace parameters by arrays of the same paths and shapes, one at a time.
+
+    Args:
+      arrays: by path, lazy or not.
+      path: where they are from, for messages.
+      params: fresh parameters; those that are replaced are given up.
+      shardings: of the parameters.
+      fresh: patterns of parameters that stay as they are.
+      remedy: added to the error.
+
+    Raises:
+      ValueError: arrays that are missing or of another shape, all of them.
+    """
+    ours, places = flatten(params), flatten(shardings)
+    kept = flatten(optim.matching(params, fresh)) if fresh else {}
+    wanted = {name: array for name, array in ours.items() if not kept.get(name)}
+    check_fit(arrays, path, wanted, remedy)
+    taken = {
+        name: jax.device_put(np.asarray(data(arrays[name]), array.dtype), places[name])
+        for name, array in wanted.items()
+    }
+    return unflatten(ours | taken)
+
+
+def check_fit(
+    arrays: Mapping[str, Any], path: str, wanted: Mapping[str, Any], remedy: str = ""
+) -> None:
+    """Raise ValueError that lists every wanted array that is missing or has another shape."""
+    wrong = [
+        f"{name} is {tuple(arrays[name].shape) if name in arrays else None} there, "
+        f"{tuple(array.shape)} here"
+        for name, array in wanted.items()
+        if name not in arrays or tuple(arrays[name].shape) != tuple(array.shape)
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model{remedy}:\n  " + "\n  ".join(wrong))
+
+
+def load_model(
+    path: str, part: Any, config: Any, params: PyTree, shardings: PyTree, lm_ids: int | None = None
+) -> tuple[PyTree, str]:
+    """Load the weights of a language model, or of a whole model of the same stage.
+
+    Args:
+      path: a Hugging Face folder or .gguf file; or a model of `part`: a workdir or checkpoint of
+        ours, or a PyTorch checkpoint with the released names.
+      part: the `weights.part.Part` of the stage.
+      config: the model's hyper-parameters, with `lm`.
+      params: fresh parameters; those that are replaced are given up.
+      shardings: of the parameters.
+      lm_ids: see `take_language_model`.
+
+    Returns:
+      The parameters, and what was taken.
+
+    Raises:
+      ValueError: a model of another shape; everything that differs.
+    """
+    if is_language_model(path):
+        return take_language_model(path, config.lm, params, shardings, lm_ids)
+    own = config if conversion.is_torch(path) else None
+    source = conversion.open_source(path, part, own)
+    return take(source.arrays, path, params, shardings), f"{source.weights} weights of {path}"
+
+
+def is_language_model(path: str) -> bool:
+    """Tell whether a path holds a language model alone, without a projector."""
+    if path.endswith(".gguf"):
+        return True
+    if not conversion.is_torch(path):
+        return os.path.isfile(os.path.join(path, "config.json"))
+    try:
+        names = open_state_dict(path)
+    except ValueError:
+        return False  # opening it as a whole model says what is wrong
+    return not any(name.startswith("model.mm_projector") for name in names)
+
+
+def take_language_model(
+    path: str, lm: LMConfig, params: PyTree, shardings: PyTree, ids: int | None = None
+) -> tuple[PyTree, str]:
+    """Replace the parameters under "lm/" by a language model's.
+
+    Args:
+      path: of the language model.
+      lm: our hyper-parameters.
+      params, shardings: as for `take`.
+      ids: None when our vocabulary is the language model's, array by array. Otherwise ids from here
+        on are ours alone (codes): their rows stay random, new rows below become the mean of the
+        known ones, as in the reference, and arrays that only one of the two has are left alone.
+
+    Raises:
+      ValueError: another architecture or shape; everything that differs.
+    """
+    _check_language_model(path, lm, ("tied_head",) if ids is None else ())
+    ours, places = flatten(params), flatten(shardings)
+    taken: dict[str, jax.Array] = {}
+
+    def place(name: str, array: np.ndarray) -> None:
+        name = f"lm/{name}"
+        if name not in ours and ids is not None:
+            return  # such as the head of a model whose head is tied here
+        if name in ours and name in _VOCABULARY and ids is not None:
+            array = extend_vocabulary(ours[name], array, ids, _VOCABULARY[name], places[name])
+        if name not in ours or array.shape != ours[name].shape:
+            shape = ours[name].shape if name in ours else None
+            raise ValueError(f"{path}: {name} is {array.shape} there, {shape} in config.model.lm")
+        taken[name] = jax.device_put(jnp.asarray(array, ours[name].dtype), places[name])
+
+    found, _ = load_language_model(path, place=place)
+    if ids is None:
+        missing = [name for name in ours if name.startswith("lm/") and name not in taken]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}, which config.model.lm has")
+        return unflatten(ours | taken), f"language model {path}, the projector from scratch"
+    if found.tied_head and "lm/head/kernel" in ours:
+        table = np.asarray(taken["lm/embed/embedding"][: found.vocabulary_size])
+        place("head/kernel", np.ascontiguousarray(table.T))
+    text = f"language model {path} ({len(taken)} of {len(ours)} arrays), the rest from scratch"
+    return unflatten(ours | taken), text
+
+
+def _check_language_model(path: str, lm: LMConfig, more: tuple[str, ...]) -> None:
+    if path.endswith(".gguf"):  # its arrays are compared one by one
+        return
+    source = read_config(path)
+    wrong = [
+        f"{name} is {getattr(source, name)} there, {getattr(lm, name)} here"
+        for name in (*_SAME, *more)
+        if getattr(source, name) != getattr(lm, name)
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit config.model.lm: " + "; ".join(wrong))
+
+
+def extend_vocabulary(
+    fresh: jax.Array, known: np.ndarray, ids: int, axis: int, sharding: Any
+) -> jax.Array:
+    """Join a pretrained table's rows, their mean up to `ids`, and fresh rows from there on."""
+    rows = min(known.shape[axis], ids)
+    known = np.take(known, np.arange(rows), axis=axis)
+    mean = known.astype(np.float32).mean(axis=axis, keepdims=True)
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def join(fresh, known, mean):
+        index = jnp.arange(fresh.shape[axis])
+        index = index[:, None] if axis == 0 else index[None]
+        joined = jax.lax.dynamic_update_slice(fresh, known.astype(fresh.dtype), (0, 0))
+        new = (index >= rows) & (index < ids)
+        return jnp.where(new, mean.astype(fresh.dtype), joined)
+
+    return join(fresh, known, mean)
