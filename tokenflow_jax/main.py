@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from tokenflow_jax import cli, stages
 from tokenflow_jax.cli import fail
 from tokenflow_jax.parallel import distributed
-from tokenflow_jax.train.renamed import refuse_old_keys
+from tokenflow_jax.train.run_config import refuse_old_keys
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",

@@ -14,7 +14,7 @@ import pytest
 from late_writer import writing
 
 from tokenflow_jax import files
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.train import checkpoint, run_config
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
 
@@ -274,10 +274,10 @@ def test_a_place_without_checkpoints_is_named(tmp_path):
 
 def test_config_becomes_plain_and_differences_are_found():
     config = ml_collections.ConfigDict({"scales": (1, 2), "model": {"dim": 4}, "path": None})
-    plain = checkpoint.config_to_dict(config)
+    plain = run_config.config_to_dict(config)
     assert plain == {"scales": [1, 2], "model": {"dim": 4}, "path": None}
     other = {"scales": [1, 2], "model": {"dim": 5, "depth": 1}, "path": None}
-    assert checkpoint.config_differences(plain, other) == {
+    assert run_config.config_differences(plain, other) == {
         "model.dim": (4, 5),
         "model.depth": (None, 1),
     }

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tokenflow_jax.train import checkpoint, metrics
+from tokenflow_jax.train.lock import WorkdirLock
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -235,7 +236,7 @@ def test_bad_options_are_reported_together(tmp_path):
 
 def test_two_runs_cannot_share_a_workdir(tmp_path):
     with (
-        checkpoint.WorkdirLock(tmp_path),
+        WorkdirLock(tmp_path),
         pytest.raises(checkpoint.CheckpointError, match="another run is writing"),
     ):
         toy_stage.run(tmp_path)

@@ -17,7 +17,7 @@ from late_writer import writing
 import tokenflow_jax as tfx
 from tokenflow_jax.files import write_atomically
 from tokenflow_jax.stages import PARTS
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.train import checkpoint, run_config
 from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
@@ -133,7 +133,7 @@ class NoPosition:
 
 def test_a_training_run_for_pytorch(tmp_path, random_state):
     part = PARTS["tokenizer"]
-    config = checkpoint.config_to_dict({"model": dataclasses.asdict(TINY), "stage": "tokenizer"})
+    config = run_config.config_to_dict({"model": dataclasses.asdict(TINY), "stage": "tokenizer"})
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
     for step in (3, 4):
         raw, ema = (

@@ -1,18 +1,17 @@
-"""Checkpoints: training state + data iterator + config, complete or absent, never half.
+"""Checkpoints: training state, data position and config; complete or absent, never half.
 
 A checkpoint is the directory `<workdir>/checkpoints/<step>` with two items:
   state   the arrays, as Orbax writes them;
   info    JSON: the config, every process's position in the training data, and name, shape, dtype
           and checksum of every array.
 Orbax renames the directory into place when all is written, so a killed process leaves only a
-temporary one, which the next start removes. The checksums are there because nothing in Orbax
-notices a damaged byte.
+temporary one, which the next start removes. The checksums are ours: nothing in Orbax notices a
+damaged byte.
 
 Nothing in a checkpoint depends on how many devices or processes wrote it: it is restored onto any
 mesh and into any number of processes.
 """
 
-import fcntl
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +25,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from tokenflow_jax import files
-from tokenflow_jax.train import checksums
-from tokenflow_jax.train.renamed import upgrade
+from tokenflow_jax.train.checksums import compare_arrays, describe_arrays
+from tokenflow_jax.train.run_config import upgrade
 
 FORMAT = 2
 _MAX_LINES = 20
@@ -41,13 +40,12 @@ class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, workdir: str | epath.Path, keep: int = 2, asynchronous: bool | None = None):
-        """Opens (or creates) `<workdir>/checkpoints` and removes what a killed save left behind.
+        """Open (or create) `<workdir>/checkpoints` and remove what a killed save left behind.
 
         Args:
           workdir: the run's directory.
           keep: how many of the latest checkpoints stay.
-          asynchronous: write in the background. By default on accelerators only: on CPU the host
-            copy would be the very buffer that the next step overwrites.
+          asynchronous: write in the background; by default on accelerators only.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1")
@@ -56,7 +54,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             # Orbax's own cleaning overlooks a directory that it was killed right after making.
             _remove_unfinished(self.directory)
-        if asynchronous is None:
+        if asynchronous is None:  # on CPU the host copy is the buffer that the next step overwrites
             asynchronous = jax.default_backend() != "cpu"
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -68,22 +66,21 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest complete checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> epath.Path:
-        """Returns the directory of a checkpoint."""
+        """Return the directory of a checkpoint."""
         return self.directory / str(step)
 
     def save(self, step: int, state: Any, data: Any, config: Mapping[str, Any]) -> None:
-        """Saves a checkpoint; returns when the state may be overwritten.
+        """Save a checkpoint; return when the state may be overwritten.
 
         Args:
-          step: the number of finished steps, which names the checkpoint.
+          step: number of finished steps, which names the checkpoint.
           state: a pytree of arrays.
-          data: an object with `get_state()`: this process's position in the training data, as
-            JSON-able values.
-          config: JSON-able config (see config_to_dict).
+          data: an object whose `get_state()` is this process's position in the data, JSON-able.
+          config: JSON-able (see `run_config.config_to_dict`).
 
         Raises:
           CheckpointError: the disk is full or not writable; earlier checkpoints are intact.
@@ -108,41 +105,34 @@ class Checkpoints:
             self._raise_write_error(step, error)
 
     def wait(self) -> None:
-        """Waits until a save in the background is complete; raises as `save` does."""
+        """Wait until a save in the background is complete; raise as `save` does."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             self._raise_write_error(None, error)
 
     def close(self) -> None:
-        """Waits for pending work and releases the manager's threads; raises as `save` does."""
+        """Wait for pending work and release the manager's threads; raise as `save` does."""
         try:
             self._manager.close()
         except (OSError, ValueError, RuntimeError) as error:
             self._raise_write_error(None, error)
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether any process of a multi-process run was told to end (needs jax.distributed)."""
+        """Tell whether any process of the run was told to end (needs jax.distributed)."""
         return self._manager.reached_preemption(step)
 
     def read_info(self, step: int) -> dict[str, Any]:
-        """Returns the info item of a checkpoint.
-
-        Raises:
-          CheckpointError: it is not a checkpoint of this project, or one of a newer format.
-        """
+        """Return the info item of a checkpoint; raise as the function `read_info` does."""
         return read_info(self.path(step))
 
     def restore(self, step: int, like: Any, data: Any) -> Any:
-        """Restores the state onto the shardings of `like`, and the position in the data.
+        """Restore the state onto the shardings of `like`, and the position in the data.
 
         Args:
           step: which checkpoint.
           like: pytree of arrays or jax.ShapeDtypeStruct with shardings; only shapes are used.
           data: an object with `set_state(positions)`, which gets those of all processes that saved.
-
-        Returns:
-          The state, with the structure of `like`.
 
         Raises:
           CheckpointError: arrays are absent, left over, or of another shape or dtype (all of them
@@ -177,7 +167,7 @@ class Checkpoints:
         return restored.state
 
     def _raise_write_error(self, step: int | None, error: Exception) -> None:
-        """Raises an I/O failure as a CheckpointError, and any other error as it is."""
+        """Raise an I/O failure as a CheckpointError, and any other error as it is."""
         full = files.full_disk(error)
         if full is None and not isinstance(error, OSError):
             raise error
@@ -191,7 +181,7 @@ class Checkpoints:
         ) from error
 
     def _last_complete(self, failed: int | None) -> epath.Path | None:
-        """The newest finished checkpoint on disk: the manager also lists the one that failed."""
+        """Find the newest finished checkpoint: the manager also lists the one that failed."""
         steps = [
             int(p.name)
             for p in self.directory.iterdir()
@@ -200,93 +190,8 @@ class Checkpoints:
         return self.path(max(steps)) if steps else None
 
 
-class WorkdirLock:
-    """Keeps two runs from writing to one workdir; the kernel drops it if the process is killed."""
-
-    def __init__(self, workdir: str | epath.Path):
-        self._path = epath.Path(workdir) / ".lock"
-        self._file = None
-
-    def __enter__(self) -> "WorkdirLock":
-        # Object stores have no locks; of several processes of one run the first one locks.
-        if "://" in str(self._path) or jax.process_index() != 0:
-            return self
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise CheckpointError(
-                f"another run is writing to {self._path.parent}; wait for it to end, or give "
-                f"another --workdir"
-            ) from error
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """Turns a ConfigDict into plain JSON values (tuples become lists)."""
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.loads(json.dumps(plain, default=str, sort_keys=True))
-
-
-def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
-    """Returns dotted key -> (old value, new value) for all that differs; absent values are None."""
-    old_flat, new_flat = _flatten(old), _flatten(new)
-    return {
-        key: (old_flat.get(key), new_flat.get(key))
-        for key in sorted(old_flat.keys() | new_flat.keys())
-        if old_flat.get(key) != new_flat.get(key)
-    }
-
-
-def describe_arrays(tree: Any, with_sums: bool = False) -> dict[str, dict[str, Any]]:
-    """Lists the arrays of a pytree: path -> shape, dtype and, if asked, checksum.
-
-    Args:
-      tree: arrays or anything with shape and dtype.
-      with_sums: also read the arrays (see `checksums`), in all processes together.
-    """
-    named = jax.tree_util.tree_flatten_with_path(tree)[0]
-    described = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-        }
-        for path, leaf in named
-    }
-    if with_sums:
-        sums = checksums.sums_of([leaf for _, leaf in named])
-        for entry, value in zip(described.values(), sums, strict=True):
-            entry["sum32"] = value
-    return described
-
-
-def compare_arrays(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Returns one line per array that is absent, left over, or of another shape or dtype."""
-
-    def text(entry: Mapping[str, Any]) -> str:
-        return f"{entry['dtype']}{entry['shape']}"
-
-    problems = []
-    for name in sorted(saved.keys() | wanted.keys()):
-        if name not in wanted:
-            problems.append(f"{name} {text(saved[name])} is only in the checkpoint")
-        elif name not in saved:
-            problems.append(f"{name} {text(wanted[name])} is not in the checkpoint")
-        elif text(saved[name]) != text(wanted[name]):
-            problems.append(
-                f"{name} is {text(saved[name])} in the checkpoint and {text(wanted[name])} here"
-            )
-    return problems
-
-
 def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> None:
-    """Raises CheckpointError naming the restored arrays whose bytes are not those saved.
+    """Raise CheckpointError that names the restored arrays whose bytes are not those saved.
 
     Args:
       saved: the `arrays` of the info item.
@@ -304,7 +209,7 @@ def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> No
 
 
 def _remove_unfinished(directory: epath.Path) -> None:
-    """Removes what killed or failed saves left in the folder of the checkpoints."""
+    """Remove what killed or failed saves left in the checkpoints directory."""
     for left in list(directory.glob("*.orbax-checkpoint-tmp*")):
         try:
             files.remove(left)
@@ -316,7 +221,7 @@ def _remove_unfinished(directory: epath.Path) -> None:
 
 
 def _before(path: epath.Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Say what to do about a damaged checkpoint."""
     steps = [
         int(p.name)
         for p in path.parent.iterdir()
@@ -332,7 +237,7 @@ def _before(path: epath.Path) -> str:
 
 
 def _of_all_processes(value: Any) -> list[Any]:
-    """The JSON-able values of all processes, by process, in each of them."""
+    """Gather a JSON-able value of each process in all of them."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -346,7 +251,7 @@ def _of_all_processes(value: Any) -> list[Any]:
 
 
 def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Path:
-    """Finds a checkpoint directory from a workdir, its `checkpoints` folder, or itself.
+    """Find a checkpoint directory from a workdir, its `checkpoints` folder, or itself.
 
     Args:
       path: any of the three.
@@ -378,7 +283,7 @@ def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Pa
 
 
 def read_info(path: epath.Path) -> dict[str, Any]:
-    """Returns the info item of a checkpoint directory.
+    """Return the info item of a checkpoint directory, its config under today's keys.
 
     Raises:
       CheckpointError: it is not a checkpoint of this project, or one of a newer format.
@@ -396,16 +301,6 @@ def read_info(path: epath.Path) -> dict[str, Any]:
             f"version of tokenflow_jax that wrote it"
         )
     return info | {"config": upgrade(info["config"])}
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _bullets(lines: list[str]) -> str:

@@ -10,6 +10,7 @@ with a chance of 1 - 2^-32.
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,14 +22,7 @@ _CHUNK = 2**16  # words hashed at once on the host, few enough for the processor
 
 
 def sum32(array: np.ndarray) -> int:
-    """The checksum of an array in this process's memory.
-
-    Args:
-      array: of any shape and any dtype of whole bytes.
-
-    Returns:
-      An integer in [0, 2^32).
-    """
+    """Return the checksum of an array in this process's memory, in [0, 2^32)."""
     flat = np.ascontiguousarray(array).reshape(-1)
     words = flat.view(f"u{min(flat.itemsize, 4)}")
     position = np.arange(min(_CHUNK, words.size), dtype=np.uint32) * _GOLDEN
@@ -48,14 +42,9 @@ def sum32(array: np.ndarray) -> int:
 
 
 def sums_of(leaves: list[Any]) -> list[int]:
-    """The checksums of arrays, computed where they are.
+    """Return the checksum of each whole array, computed where it is.
 
-    Args:
-      leaves: NumPy or jax arrays. In a run of several processes all of them must call this with
-        the same arrays.
-
-    Returns:
-      What `sum32` gives for each whole array, the same in all processes.
+    In a run of several processes all of them must call this with the same arrays.
     """
     remote = [i for i, leaf in enumerate(leaves) if not _in_host_memory(leaf)]
     sums = {i: sum32(np.asarray(leaves[i])) for i in range(len(leaves)) if i not in set(remote)}
@@ -87,7 +76,7 @@ def _compiled(out_sharding: jax.sharding.NamedSharding | None):
 
 
 def _sum32(x: jax.Array) -> jax.Array:
-    """`sum32` of a jax array: elementwise, then one sum."""
+    """Compute `sum32` of a jax array: elementwise, then one sum."""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == bool:
@@ -105,3 +94,42 @@ def _sum32(x: jax.Array) -> jax.Array:
     hashed *= np.uint32(0xC2B2AE35)
     hashed ^= hashed >> 16
     return hashed.sum(dtype=jnp.uint32)
+
+
+def describe_arrays(tree: Any, with_sums: bool = False) -> dict[str, dict[str, Any]]:
+    """Describe the arrays of a pytree: path -> shape, dtype and, if asked, "sum32".
+
+    With `with_sums` the arrays are read; all processes must call this together.
+    """
+    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    described = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+        }
+        for path, leaf in named
+    }
+    if with_sums:
+        sums = sums_of([leaf for _, leaf in named])
+        for entry, value in zip(described.values(), sums, strict=True):
+            entry["sum32"] = value
+    return described
+
+
+def compare_arrays(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return one line per array that is absent, left over, or of another shape or dtype."""
+
+    def text(entry: Mapping[str, Any]) -> str:
+        return f"{entry['dtype']}{entry['shape']}"
+
+    problems = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name not in wanted:
+            problems.append(f"{name} {text(saved[name])} is only in the checkpoint")
+        elif name not in saved:
+            problems.append(f"{name} {text(wanted[name])} is not in the checkpoint")
+        elif text(saved[name]) != text(wanted[name]):
+            problems.append(
+                f"{name} is {text(saved[name])} in the checkpoint and {text(wanted[name])} here"
+            )
+    return problems

@@ -10,8 +10,10 @@ from etils import epath
 
 from tokenflow_jax.log import log
 from tokenflow_jax.train import checkpoint, metrics
+from tokenflow_jax.train.lock import WorkdirLock
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.recorder import Recorder, log_parameters
+from tokenflow_jax.train.run_config import config_differences, config_to_dict
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
 
 
@@ -46,8 +48,8 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
     """
     options = LoopOptions.from_config(config)
     workdir = epath.Path(workdir)
-    saved_config = checkpoint.config_to_dict(config)
-    with checkpoint.WorkdirLock(workdir), StopSignals() as stop:
+    saved_config = config_to_dict(config)
+    with WorkdirLock(workdir), StopSignals() as stop:
         checkpoints = checkpoint.Checkpoints(workdir, options.keep_checkpoints)
         data = DevicePrefetcher(stage.data(), stage.batch_sharding)
         state, origin = restore_or_initialize(saved_config, stage, checkpoints, data)
@@ -121,7 +123,7 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
     what an uninterrupted one would have been; a change of IDENTITY_KEYS or of a fingerprint raises
     CheckpointError, which lists all of them.
     """
-    changes = checkpoint.config_differences(old, new)
+    changes = config_differences(old, new)
     lines = {key: f"config.{key}: {a!r} -> {b!r}" for key, (a, b) in changes.items()}
     identity = [
         text

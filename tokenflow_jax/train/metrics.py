@@ -1,7 +1,4 @@
-"""What a run measures: the finite check, averages between log lines, throughput, and the writers.
-
-Nothing here touches the device except by fetching scalars; the loop decides when that happens.
-"""
+"""Measurements of a run: the finite check, averages, throughput, and the writers of curves."""
 
 import json
 import math
@@ -21,7 +18,7 @@ class NonFiniteError(RuntimeError):
 
 
 def non_finite(scalars: Mapping[str, float], prefix: str = "loss/") -> dict[str, float]:
-    """Returns the entries under `prefix` that are NaN or infinite."""
+    """Return the entries under `prefix` that are NaN or infinite."""
     return {k: v for k, v in scalars.items() if k.startswith(prefix) and not math.isfinite(v)}
 
 
@@ -33,13 +30,13 @@ class Averages:
         self._counts: dict[str, int] = {}
 
     def add(self, scalars: Mapping[str, float]) -> None:
-        """Adds one step's scalars; a key may be absent from some steps."""
+        """Add one step's scalars; a key may be absent from some steps."""
         for key, value in scalars.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
             self._counts[key] = self._counts.get(key, 0) + 1
 
     def pop(self) -> dict[str, float]:
-        """Returns the means and starts anew."""
+        """Return the means and start over."""
         means = {key: self._sums[key] / self._counts[key] for key in self._sums}
         self._sums, self._counts = {}, {}
         return means
@@ -48,8 +45,8 @@ class Averages:
 class Stopwatch:
     """Steps per second without compilation, evaluation and saving; time to the end with them.
 
-    `start` and `pause` enclose the time that counts as training. The data wait is the part of it
-    that the loop spent blocked on the next batch.
+    Time between `start` and `pause` counts as training; the data wait is the part of it that the
+    loop spent blocked on the next batch.
     """
 
     def __init__(self, total_steps: int, images_per_step: int) -> None:
@@ -63,35 +60,30 @@ class Stopwatch:
         self._wall_since: float | None = None
 
     def start(self) -> None:
-        """Begins (or goes on) counting training time."""
+        """Start (or go on) counting training time."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
             self._wall_since = self._wall_since or self._running_since
 
     def pause(self) -> None:
-        """Stops counting training time, for compilation, evaluation, images or saving."""
+        """Stop counting training time, for compilation, evaluation, images or saving."""
         if self._running_since is not None:
             self._interval += time.perf_counter() - self._running_since
             self._running_since = None
 
     def waited(self, seconds: float) -> None:
-        """Counts time that was spent blocked on the next batch."""
+        """Count time that was spent blocked on the next batch."""
         if self._running_since is not None:
             self._interval_wait += seconds
 
     def step(self) -> None:
-        """Counts one finished step."""
+        """Count one finished step."""
         self._interval_steps += 1
 
     def pop(self, step: int) -> dict[str, float]:
-        """Returns the figures since the last `pop` and starts a new interval.
+        """Return the figures since the last `pop` and start a new interval; {} without a step.
 
-        Args:
-          step: the step reached, for the time that remains.
-
-        Returns:
-          perf/steps_per_second, perf/images_per_second, perf/data_wait_fraction (of training
-          time, 0 to 1) and perf/eta_seconds; empty when no step was counted.
+        perf/data_wait_fraction is of the training time, from 0 to 1.
         """
         if not self._interval_steps:
             return {}
@@ -116,7 +108,7 @@ class Stopwatch:
         return figures
 
     def summary(self) -> dict[str, float]:
-        """Returns throughput and data wait over the whole run so far (since this start of it)."""
+        """Return throughput and data wait since this start of the run."""
         steps = self._all_steps + self._interval_steps
         running = time.perf_counter() - self._running_since if self._running_since else 0.0
         seconds = self._all + self._interval + running
@@ -132,16 +124,12 @@ class Stopwatch:
 def progress_line(
     step: int, total_steps: int, scalars: Mapping[str, float], headline: tuple[str, ...] = ()
 ) -> str:
-    """Formats one log line.
+    """Format a log line such as `step 120/1000  total 0.412  l2 0.031  4.2 steps/s  eta 3m28s`.
 
     Args:
       step, total_steps: progress.
       scalars: averaged metrics and the figures of Stopwatch.pop.
       headline: names to show, in this order; all losses, the total first, when empty.
-
-    Returns:
-      For example `step   120/1000  total 0.412  l2 0.031  4.2 steps/s  269 images/s  eta 3m28s
-      data wait 0.4%`, on one line.
     """
     losses = [name for name in scalars if name.startswith("loss/")]
     losses.sort(key=lambda name: name != "loss/total")
@@ -158,18 +146,18 @@ def progress_line(
 
 
 def evaluation_line(step: int, figures: Mapping[str, float]) -> str:
-    """Formats held-out figures: `step 200  held-out: psnr 21.3  codes_used 0.71`."""
+    """Format held-out figures: `step 200  held-out: psnr 21.3  codes_used 0.71`."""
     texts = [f"{name.removeprefix('eval/')} {value:.4g}" for name, value in figures.items()]
     return f"step {step}  held-out: " + "  ".join(texts)
 
 
 def is_remote(path: str | epath.Path) -> bool:
-    """Whether a path is in an object store (gs://...), where files cannot grow."""
+    """Tell whether a path is in an object store (gs://...), where files cannot grow."""
     return "://" in str(path)
 
 
 def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl: one dict with `step` and scalars per line, in order of writing.
+    """Read metrics.jsonl: one dict with `step` and scalars per line, in order of writing.
 
     A last line cut short by a kill is dropped; an absent file is an empty history.
     """
@@ -189,15 +177,15 @@ def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-    """Writes scalars and image grids to TensorBoard events, metrics.jsonl and images/*.png."""
+    """Writer of scalars and image grids: TensorBoard events, metrics.jsonl and images/*.png."""
 
     def __init__(self, workdir: str | epath.Path, resume_step: int = 0, enabled: bool = True):
-        """Opens the files, dropping what a previous run wrote beyond the restored step.
+        """Open the files, dropping what a previous run wrote beyond the restored step.
 
         Args:
           workdir: the run's directory.
           resume_step: the step just restored; 0 for a new run, which starts empty files.
-          enabled: False on all processes but the first: everything then does nothing.
+          enabled: False on all processes but the first, where nothing is written.
         """
         self._enabled = enabled
         self._workdir = epath.Path(workdir)
@@ -213,13 +201,13 @@ class Writer:
         for path in (self._workdir / "images").glob("*_[0-9]*.png"):
             if int(path.stem.rsplit("_", 1)[1]) > resume_step:
                 path.unlink()
-        # Object stores cannot append: there the file is written anew at each flush, that is, with
-        # each checkpoint; a run continues from there, so a kill loses nothing that counts.
+        # Object stores cannot append: there each flush rewrites the file. A run
+        # continues from a checkpoint, so a kill loses no line that is not computed again.
         self._file = None if is_remote(self._workdir) else self._history_path.open("a")
         self._events = _Events(self._workdir / "tensorboard", resume_step)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one line of scalars; a non-finite value is written as null."""
+        """Write one line of scalars; a non-finite value is written as null."""
         if not self._enabled or not scalars:
             return
         finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
@@ -232,7 +220,7 @@ class Writer:
             self._events.scalar(step, key, float(value))
 
     def images(self, step: int, grids: Mapping[str, np.ndarray]) -> None:
-        """Writes grids, uint8 (height, width, 3), as PNG files and TensorBoard images."""
+        """Write grids, uint8 (height, width, 3), as PNG files and TensorBoard images."""
         if not self._enabled:
             return
         for name, grid_HWC in grids.items():
@@ -248,7 +236,7 @@ class Writer:
             self._events.image(step, name, grid_HWC)
 
     def flush(self) -> None:
-        """Makes everything written so far readable by others."""
+        """Make everything written so far readable by others."""
         if not self._enabled:
             return
         if self._file is None:
@@ -256,7 +244,7 @@ class Writer:
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flush and close the files."""
         if not self._enabled:
             return
         self.flush()
@@ -265,7 +253,7 @@ class Writer:
         self._events.close()
 
     def _rewrite(self) -> None:
-        """Writes the whole history beside and renames: a kill in between must not lose it."""
+        """Write the whole history beside and rename: a kill in between must not lose it."""
         rewritten = self._workdir / "metrics.jsonl.new"
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         rewritten.replace(self._history_path)
@@ -274,8 +262,8 @@ class Writer:
 class _Events:
     """TensorBoard's event file, written by the calling thread.
 
-    tensorboardX's SummaryWriter has a thread of its own for it. A full disk ends that thread with a
-    traceback, and then the training waits for good for it to take the next event.
+    tensorboardX's SummaryWriter writes from a thread of its own: a full disk ends that thread with
+    a traceback, and the training then blocks forever on its queue.
     """
 
     _FLUSH_SECONDS = 60.0

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.parallel import mesh as meshes
-from tokenflow_jax.train import checkpoint, optim
+from tokenflow_jax.train import optim
+from tokenflow_jax.train.run_config import config_to_dict
 
 PyTree = Any
 State = Any  # a flax.struct dataclass with an int32 scalar `step`, `params` and perhaps `ema`
@@ -250,7 +251,7 @@ class LoopOptions:
     @classmethod
     def from_config(cls, config: Any) -> "LoopOptions":
         """Take the fields from a ConfigDict; ValueError lists every wrong one."""
-        values = checkpoint.config_to_dict(config)
+        values = config_to_dict(config)
         if "total_steps" not in values:
             raise ValueError("the config has no total_steps; set the number of optimizer steps")
         names = [field.name for field in dataclasses.fields(cls)]

@@ -170,7 +170,7 @@ def save_weights(
         if reason is None:
             raise
         raise OSError(reason) from error
-    described = checkpoint.describe_arrays(tree)
+    described = checksums.describe_arrays(tree)
     info = {
         "format": checkpoint.FORMAT,
         "step": 0,

@@ -1,8 +1,10 @@
-"""Config keys that have another name now; checkpoints of before are read under the new ones."""
+"""The config of a run: as plain values, under today's keys, compared with another one."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+# Keys of before; checkpoints that have them are read under the new ones.
 RENAMED = {
     "text.tokenizer": "text_tokenizer",
     "text.budget": "data.max_length",
@@ -44,3 +46,29 @@ def refuse_old_keys(config: Mapping[str, Any]) -> None:
         old.append("config.remat is now 'none' or 'block'")
     if old:
         raise ValueError("; ".join(old))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Turn a ConfigDict into plain JSON values; tuples become lists."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return json.loads(json.dumps(plain, default=str, sort_keys=True))
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
+    """Return dotted key -> (old value, new value) of all differences; None where absent."""
+    old_flat, new_flat = _flatten(old), _flatten(new)
+    return {
+        key: (old_flat.get(key), new_flat.get(key))
+        for key in sorted(old_flat.keys() | new_flat.keys())
+        if old_flat.get(key) != new_flat.get(key)
+    }
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
