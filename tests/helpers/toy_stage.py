@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from read_weights import load_for_inference
 
 from tokenflow_jax import log as runlog
 from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train import checkpoint, loop, metrics
-from tokenflow_jax.weights.formats import orbax as orbax_files
 
 SIDE = 8
 
@@ -152,7 +152,7 @@ def make_stage(config, device_mesh) -> loop.Stage:
         return {"reconstructions": np.concatenate(columns, axis=1)}
 
     def warm_start(state):
-        source, loaded = orbax_files.load_for_inference(config.init_from)
+        source, loaded = load_for_inference(config.init_from)
         del source
         params = jax.tree.map(jnp.asarray, loaded["params"])
         return state.replace(params=params), f"params of {config.init_from}"

@@ -19,8 +19,8 @@ from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.generation.train import LossConfig, Trainer
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.stages import tokenizer_template
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import tokenizer_template
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.program import StepProgram, encoder_parts, find_tokenizer_config

@@ -14,8 +14,8 @@ import ml_collections
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.stages import tokenizer_template
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import tokenizer_template
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.program import StepProgram, encoder_parts, find_tokenizer_config
 from tokenflow_jax.understanding.model import (
