@@ -15,17 +15,24 @@ import pytest
 import tiny
 from golden import weights
 from golden.loading import manifest
+from torch_states import random_state, tiny_part
 
 from tokenflow_jax.convert import main
-from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
+from tokenflow_jax.tokenizer import names
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
+from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
 
 REPOSITORY = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("part")
+
+
+@pytest.fixture(autouse=True)
+def part(monkeypatch):
+    monkeypatch.setattr(names, "PART", tiny_part())
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, random_state):
+def here(tmp_path, monkeypatch):
     """A folder with a good checkpoint of the variant clip, there.pt."""
     monkeypatch.chdir(tmp_path)
     write_torch_zip("there.pt", {"model": random_state(tiny.TINY)})
@@ -46,7 +53,7 @@ def test_there_and_back(here, capsys):
     assert capsys.readouterr().out.count("raw weights") == 2
     there, back = open_state_dict("there.pt"), open_state_dict("back.safetensors")
     assert set(there) == set(back)
-    assert all(there.read(name).tobytes() == back.read(name).tobytes() for name in there)
+    assert all(there[name].read().tobytes() == back[name].read().tobytes() for name in there)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,7 @@ def test_mistakes_are_one_line(here, capsys, flags, message):
     assert [path.name for path in here.iterdir()] == ["there.pt"]
 
 
-def test_three_wrong_tensors_are_all_reported(here, capsys, random_state):
+def test_three_wrong_tensors_are_all_reported(here, capsys):
     state = random_state(tiny.TINY)
     state["quant_conv.weight"] = state["quant_conv.weight"][:-1]
     state["encoder.conv_inn.bias"] = state.pop("encoder.conv_in.bias")
@@ -143,26 +150,28 @@ MEASURE = """
     import dataclasses, resource, sys
     sys.path.insert(0, "tests")
     import numpy as np, tiny
-    from tokenflow_jax.convert import conversion, parts
     from tokenflow_jax.convert import main, prepare_process
     from tokenflow_jax.nets.vit import ViTConfig
+    from tokenflow_jax.tokenizer.names import PART
+    from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+    from tokenflow_jax.weights.rules import flatten
 
     config = dataclasses.replace(
         tiny.TINY, vit=ViTConfig(image_size=16, patch_size=4, width=768, depth=12, heads=8)
     )
-    parts.PARTS["tokenizer"].variants.clear()
-    parts.PARTS["tokenizer"].variants["deep"] = config
-    flat = conversion.flatten(parts.PARTS["tokenizer"].template(config))
+    PART.variants.clear()
+    PART.variants["deep"] = config
+    flat = flatten(PART.template(config))
     sizes = [4 * int(np.prod(leaf.shape)) for leaf in flat.values()]
     folder = sys.argv[1]
     if sys.argv[2] == "make":
         state = {}
         for path, leaf in flat.items():
-            rule, names = parts.PARTS["tokenizer"].table(config).find(path, leaf.shape)
+            rule, names = PART.table(config).find(path, leaf.shape)
             shape = rule.torch_shape(leaf.shape)
             draw = np.random.default_rng(0).standard_normal
             state |= {name: draw(shape, np.float32) for name in names}
-        conversion.write_torch_zip(f"{folder}/there.pt", {"model": state})
+        write_torch_zip(f"{folder}/there.pt", {"model": state})
     else:
         def peak():
             return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -215,4 +224,4 @@ def test_released_sizes_come_back_bit_for_bit(tmp_path, monkeypatch, variant, ca
     assert main([f"--src={tmp_path}/ours", "--to=torch", f"--dst={tmp_path}/back.pt"]) == 0
     back = open_state_dict(tmp_path / "back.pt")
     assert set(back) == set(state)
-    assert all(back.read(name).tobytes() == array.tobytes() for name, array in state.items())
+    assert all(back[name].read().tobytes() == array.tobytes() for name, array in state.items())

@@ -9,8 +9,9 @@ shards), a training workdir, one of its checkpoints, or a directory that this pr
 target's form follows its ending: .safetensors; .pt, which then holds {"model": state_dict};
 anything else becomes a directory for Tokenizer.load and --config.init_from. With
 --part=understanding and --to=torch it may also be a folder, which gets the released layout:
-config.json and sharded .safetensors. As a source such a folder needs no --variant. --tokenizer says
-which image tokenizer the model reads: a directory notes its fingerprint, others are refused then.
+config.json and sharded .safetensors. As a source such a folder needs no --variant. --tokenizer
+names the image tokenizer that the model reads: a directory notes its fingerprint, and others are
+refused then.
 
 One set of weights is written: the moving average (EMA) when the source has one, else the raw
 weights. torch is not needed, and nothing that is pickled in a file is ever executed. Memory holds
@@ -29,144 +30,118 @@ from typing import Any
 from absl import logging as absl_logging
 
 from tokenflow_jax import log as runlog
+from tokenflow_jax import stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tokenflow_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--src", required=True, help="weights to read")
-    parser.add_argument("--dst", required=True, help="file or directory to write")
-    parser.add_argument("--to", required=True, choices=("orbax", "torch"), help="kind of target")
-    parser.add_argument("--variant", help="which model; a PyTorch file does not know, ours does")
-    parser.add_argument("--part", default="tokenizer", help="which model of TokenFlow")
-    parser.add_argument("--tokenizer", help="of --part=understanding: what it reads, to be noted")
-    parser.add_argument("--tokenizer_variant", help="which model a PyTorch tokenizer is")
-    parser.add_argument("--weights", choices=("ema", "raw"), help="default: EMA when there is one")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--src", required=True, help="weights to read")
+    add("--dst", required=True, help="file or directory to write")
+    add("--to", required=True, choices=("orbax", "torch"), help="kind of target")
+    add("--variant", help="which model; a PyTorch file does not know, ours does")
+    add("--part", default="tokenizer", help=f"which model: {', '.join(stages.STAGES)}")
+    add("--tokenizer", help="of --part=understanding: the image tokenizer that it reads")
+    add("--tokenizer_variant", help="which model a PyTorch tokenizer is")
+    add("--weights", choices=("ema", "raw"), help="default: EMA when there is one")
+    add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the parameters; default: as in the source",
     )
-    parser.add_argument("--step", type=int, help="which checkpoint of a workdir; default: newest")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --dst")
+    add("--step", type=int, help="which checkpoint of a workdir; default: newest")
+    add("--overwrite", action="store_true", help="replace what is at --dst")
     options = parser.parse_args(argv)
     runlog.hush_tensorstore()
+    start = time.monotonic()
     try:
-        _convert(options)
+        written = _convert(options)
     except (OSError, ValueError) as error:
         print(f"convert: {error}", file=sys.stderr, flush=True)
         return 2
+    print(
+        f"wrote {options.dst}: {written.weights} weights, {written.tensors} arrays, "
+        f"{written.nbytes / 1e9:.2f} GB, {time.monotonic() - start:.0f} s"
+    )
     return 0
 
 
-def _convert(options: argparse.Namespace) -> None:
-    """Checks the flags, converts, and says what was written."""
-    is_file = options.dst.endswith((".pt", ".safetensors"))
-    torch_target = is_file or (options.part == "understanding" and options.to == "torch")
-    if torch_target != (options.to == "torch"):
+def _convert(options: argparse.Namespace) -> Any:
+    """Check the flags and convert."""
+    from tokenflow_jax.weights import conversion  # here, so that --help is quick
+
+    understanding = options.part == "understanding"
+    is_file = options.dst.endswith(conversion.TORCH_FILES)
+    if (is_file or (understanding and options.to == "torch")) != (options.to == "torch"):
         raise ValueError(
             f"--to={options.to} does not go with --dst={options.dst}: a file that ends in .pt or "
             ".safetensors is for torch, a directory for orbax"
         )
-    from tokenflow_jax import stages as parts  # here, so that --help is quick
-    from tokenflow_jax.weights import conversion
-
-    if options.part not in parts.PARTS:
-        raise ValueError(f"--part={options.part}: one of {', '.join(parts.PARTS)}")
-    part = parts.PARTS[options.part]
-    if options.variant is not None and options.variant not in part.variants:
-        raise ValueError(f"--variant={options.variant}: one of {', '.join(part.variants)}")
-    if options.tokenizer and (options.part != "understanding" or is_file):
+    if options.part not in stages.STAGES:
+        raise ValueError(f"--part={options.part}: one of {', '.join(stages.STAGES)}")
+    variants = stages.part(options.part).variants
+    if options.variant is not None and options.variant not in variants:
+        raise ValueError(f"--variant={options.variant}: one of {', '.join(variants)}")
+    if options.tokenizer and (is_file or not understanding):
         raise ValueError(
             f"--tokenizer goes with --part=understanding and a directory, not with "
             f"--part={options.part} and --dst={options.dst}: nothing there can note it"
         )
-    if options.part == "understanding":
-        _convert_understanding(options, part)
-        return
-    if options.variant is None and conversion.is_torch(options.src):
+    config = variants[options.variant] if options.variant else None
+    flags = {name: getattr(options, name) for name in ("weights", "dtype", "step", "overwrite")}
+    if understanding:
+        from tokenflow_jax.understanding import folder
+
+        return folder.convert(
+            options.src,
+            options.dst,
+            config,
+            folder=options.to == "torch" and not is_file,
+            tokenizer=_identify(options.tokenizer, options.tokenizer_variant),
+            **flags,
+        )
+    if config is None and conversion.is_torch(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
-            f"--variant=one of {', '.join(part.variants)}"
+            f"--variant=one of {', '.join(variants)}"
         )
-    start = time.monotonic()
-    written = conversion.convert(
-        options.src,
-        options.dst,
-        part.variants[options.variant] if options.variant else None,
-        part=part,
-        weights=options.weights,
-        dtype=options.dtype,
-        step=options.step,
-        overwrite=options.overwrite,
-    )
-    _report(options.dst, written, start)
-
-
-def _convert_understanding(options: argparse.Namespace, part: Any) -> None:
-    """The same for a model that goes with a tokenizer, and may lie in a folder."""
-    from tokenflow_jax.understanding import folder as understanding_folder
-
-    start = time.monotonic()
-    written = understanding_folder.convert(
-        options.src,
-        options.dst,
-        part,
-        config=part.variants[options.variant] if options.variant else None,
-        folder=options.to == "torch" and not options.dst.endswith((".pt", ".safetensors")),
-        dtype=options.dtype,
-        step=options.step,
-        overwrite=options.overwrite,
-        tokenizer=_identify(options.tokenizer, options.tokenizer_variant),
-    )
-    _report(options.dst, written, start)
+    return conversion.convert(options.src, options.dst, stages.part(options.part), config, **flags)
 
 
 def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
-    """What is noted of an image tokenizer."""
+    """Return what a checkpoint notes of its image tokenizer."""
     if not path:
         return None
     from tokenflow_jax.tokenizer.fingerprint import fingerprint
-    from tokenflow_jax.tokenizer.model import VARIANTS
     from tokenflow_jax.weights import conversion
 
-    config = None
+    part, config = stages.part("tokenizer"), None
     if conversion.is_torch(path):
-        if variant not in VARIANTS:
+        if variant not in part.variants:
             raise ValueError(
                 f"{path} is a PyTorch checkpoint: say which model it holds, "
-                f"--tokenizer_variant=one of {', '.join(VARIANTS)}"
+                f"--tokenizer_variant=one of {', '.join(part.variants)}"
             )
-        config = VARIANTS[variant]
-    source = conversion.open_source(path, config)
+        config = part.variants[variant]
+    source = conversion.open_source(path, part, config)
     found = fingerprint(source.config, source.arrays)
     return {"path": path, "variant": variant or "", "fingerprint": found}
 
 
-def _report(dst: str, written: Any, start: float) -> None:
-    print(
-        f"wrote {dst}: {written.weights} weights, {written.tensors} arrays, "
-        f"{written.nbytes / 1e9:.2f} GB, {time.monotonic() - start:.0f} s"
-    )
-
-
 def prepare_process() -> None:
-    """Settings of a process that does nothing else."""
-    # Orbax logs tracebacks of errors that are told in one line.
+    """Set up a process that does nothing but convert."""
+    # Orbax logs tracebacks of errors that one line already reports.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: an accelerator stays free
-    _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Tells glibc to give freed arrays back at once; it would keep those of up to 32 MB."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
+        # glibc gives freed arrays back at once; it would keep those of up to 32 MB.
         m_mmap_threshold = -3
         libc.mallopt(m_mmap_threshold, 256 * 1024)
 

@@ -1,9 +1,13 @@
-"""The one registry of stages: what trains, and what converts."""
+"""The one registry of stages; each is a folder of this package, imported when it is needed."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Stage -> module with its class; imported only when chosen, so that commands start fast.
+if TYPE_CHECKING:
+    from tokenflow_jax.train.stage import Stage
+    from tokenflow_jax.weights.part import Part
+
+# Name -> module and class of what trains. The folder's `names.PART` is what converts.
 STAGES = {
     "tokenizer": "tokenflow_jax.tokenizer.stage:TokenizerStage",
     "generation": "tokenflow_jax.generation.stage:GenerationStage",
@@ -11,7 +15,7 @@ STAGES = {
 }
 
 
-def make_stage(config: Any, mesh: Any, platform: str | None = None) -> Any:
+def make_stage(config: Any, mesh: Any, platform: str | None = None) -> "Stage":
     """Return the stage of a config, not open yet (see `train.stage.Stage`).
 
     Args:
@@ -33,3 +37,9 @@ def stage_class(stage: str | None) -> str:
             f"config.stage is {stage!r}; the stages available are: {', '.join(sorted(STAGES))}"
         )
     return STAGES[stage]
+
+
+def part(stage: str) -> "Part":
+    """Return what the converter needs to know of a stage's model."""
+    stage_class(stage)
+    return importlib.import_module(f"tokenflow_jax.{stage}.names").PART

@@ -10,7 +10,7 @@ from golden import weights
 from golden.loading import manifest
 
 from tokenflow_jax.evals import fid
-from tokenflow_jax.weights.formats.torch import write_safetensors
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 

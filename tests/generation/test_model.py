@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_states
 from golden import generation as golden
 
 from tokenflow_jax.generation.model import (
@@ -16,7 +17,6 @@ from tokenflow_jax.generation.model import (
 )
 from tokenflow_jax.generation.names import generation_table
 from tokenflow_jax.tokenizer import pyramid as multiscale
-from tokenflow_jax.weights import rules
 
 CASES = ("s3", "s4", pytest.param("s9", marks=pytest.mark.slow))
 
@@ -145,7 +145,7 @@ def test_losses_and_gradients(name):
         np.testing.assert_allclose(total, data[f"loss_{kind}"], atol=1e-5, rtol=0)
         np.testing.assert_allclose(image, data["loss_vision"], atol=1e-5, rtol=0)
         np.testing.assert_allclose(text, data["loss_text"], atol=1e-5, rtol=0)
-        got = rules.to_torch(jax.tree.map(np.asarray, gradients["params"]), table)
+        got = torch_states.to_torch(jax.tree.map(np.asarray, gradients["params"]), table)
         assert sorted(got) == sorted(data["grad_param_names"])
         norms = [np.linalg.norm(got[n].astype(np.float64)) for n in data["grad_param_names"]]
         np.testing.assert_allclose(norms, data[f"grad_norm_{kind}"], rtol=1e-4)

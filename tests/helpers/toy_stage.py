@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from read_weights import load_for_inference
 
 from tokenflow_jax import log as runlog
 from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train import checkpoint, loop, metrics
 from tokenflow_jax.train.stage import Stage
-from tokenflow_jax.weights.formats import orbax as orbax_files
 
 SIDE = 8
 
@@ -169,7 +169,7 @@ class ToyStage(Stage):
 
     def load_parameters(self, params):
         path = self.config.init_from
-        _, loaded = orbax_files.load_for_inference(path)
+        _, loaded = load_for_inference(path)
         return jax.tree.map(jnp.asarray, loaded["params"]), f"params of {path}"
 
     @functools.cached_property

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_states
+from discriminator_names import patchgan_rules, stylegan_rules
 from PIL import Image
 
 from tokenflow_jax.nets.discriminator import (
@@ -23,7 +25,6 @@ from tokenflow_jax.nets.discriminator import (
 )
 from tokenflow_jax.tokenizer import losses
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.names.discriminator import patchgan_rules, stylegan_rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 VECTORS = np.load(GOLDEN / "parts_small.npz")
@@ -207,8 +208,8 @@ def test_stylegan_against_the_reference():
     state = runpy.run_path(str(GOLDEN / "weights.py"))["state_dict"](manifest, 0)
     shapes = jax.eval_shape(StyleGAN().init, jax.random.key(0), jnp.zeros((1, 256, 256, 3)), False)
     variables = rules.to_flax(state, stylegan_rules(256), shapes)
-    buffers = rules.read_buffers(state, stylegan_rules(256))
-    back = rules.to_torch(variables, stylegan_rules(256), buffers)
+    buffers = torch_states.read_buffers(state, stylegan_rules(256))
+    back = torch_states.to_torch(variables, stylegan_rules(256), buffers)
     assert back.keys() == state.keys()
     for name, array in state.items():
         np.testing.assert_array_equal(back[name], array)

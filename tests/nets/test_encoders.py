@@ -17,7 +17,7 @@ from tokenflow_jax.nets import encoders
 from tokenflow_jax.nets.vit import ViTConfig
 from tokenflow_jax.nets.vitamin import ViTaminConfig
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.formats.torch import write_safetensors
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.names import encoders as loading
 
 DRAW = runpy.run_path(str(GOLDEN / "weights.py"))["state_dict"]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_states
 from PIL import Image
 
 from tokenflow_jax.nets.lpips import LPIPS, lpips_template
@@ -24,7 +25,7 @@ def golden_params():
     manifest = json.loads((GOLDEN / "parts.lpips.manifest.json").read_text())
     state = runpy.run_path(str(GOLDEN / "weights.py"))["state_dict"](manifest, 0)
     params = rules.to_flax(state, TABLE, lpips_template())
-    back = rules.to_torch(params, TABLE, rules.read_buffers(state, TABLE))
+    back = torch_states.to_torch(params, TABLE, torch_states.read_buffers(state, TABLE))
     assert back.keys() == state.keys()
     assert all(back[name].tobytes() == state[name].tobytes() for name in state)
     return params

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 import tiny as tiny_config
+import torch_states
 from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
 
 import tokenflow_jax as tfx
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.model import TokenFlow
-from tokenflow_jax.tokenizer.names import tokenizer_buffers, tokenizer_table
-from tokenflow_jax.weights import rules
+from tokenflow_jax.tokenizer.names import PART, tokenizer_buffers, tokenizer_table
 from tokenflow_jax.weights.conversion import convert
-from tokenflow_jax.weights.formats.torch import write_safetensors
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
 # Variant, image size, strides of the stored arrays, tolerance of pixels.
 CASES = {
@@ -122,13 +122,13 @@ def test_what_weights_do_not_tell(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
     path = tmp_path / "tiny.safetensors"
     buffers = tokenizer_buffers(TINY)
-    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    write_safetensors(path, torch_states.to_torch(tiny.params, tokenizer_table(TINY), buffers))
     loaded = tfx.Tokenizer.load(path, variant="tiny", scales=(2, 4), pixel_weight=3.0)
     assert (loaded.config.scales, loaded.config.pixel_weight) == ((2, 4), 3.0)
     assert tfx.Tokenizer.load(path, variant="tiny").config == TINY
     with pytest.raises(ValueError, match=r"scales \(1, 2\) end at 2"):
         tfx.Tokenizer.load(path, variant="tiny", scales=(1, 2))
-    convert(path, tmp_path / "ours", TINY)
+    convert(path, tmp_path / "ours", PART, TINY)
     with pytest.raises(ValueError, match="knows its own scales"):
         tfx.Tokenizer.load(tmp_path / "ours", scales=(2, 4))
     with pytest.raises(ValueError, match=r"ours is a checkpoint of ours.*got 'tinny'"):
@@ -153,7 +153,7 @@ def test_the_tokenizer_that_a_language_model_was_trained_with(tiny, tmp_path, mo
     monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
     path = str(tmp_path / "tiny.safetensors")
     buffers = tokenizer_buffers(TINY)
-    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    write_safetensors(path, torch_states.to_torch(tiny.params, tokenizer_table(TINY), buffers))
     known = {"path": path, "variant": "tiny", "fingerprint": tiny.fingerprint}
     assert api.load_tokenizer_of("runs/m", known).fingerprint == tiny.fingerprint
     moved = {**known, "path": str(tmp_path / "gone")}

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch_states
+from discriminator_names import patchgan_rules
 from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
 
@@ -19,8 +21,7 @@ from tokenflow_jax.tokenizer.names import tokenizer_table
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
 from tokenflow_jax.train import optim
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.names.clip import CLIP_VISUAL
-from tokenflow_jax.weights.names.discriminator import patchgan_rules
+from tokenflow_jax.weights.names.encoders import CLIP_VISUAL
 from tokenflow_jax.weights.names.lpips import LPIPS as LPIPS_TABLE
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -165,9 +166,9 @@ def late_start(run):
 @pytest.fixture(scope="module")
 def plain_step(late_start):
     batch_stats, (gradients, metrics, _) = late_start(DISCRIMINATOR_START)
-    generator = rules.to_torch(gradients["generator"], TOKENIZER)
+    generator = torch_states.to_torch(gradients["generator"], TOKENIZER)
     variables = {"params": gradients["discriminator"], "batch_stats": batch_stats}
-    return generator, rules.to_torch(variables, PATCHGAN), metrics
+    return generator, torch_states.to_torch(variables, PATCHGAN), metrics
 
 
 @pytest.mark.slow
@@ -259,8 +260,8 @@ def test_three_steps(run, name):
     for params, before, table, expected in now:
         if table is PATCHGAN:
             params, before = {"params": params}, {"params": before}
-        moved = rules.to_torch(jax.tree.map(np.subtract, params, before), table)
-        for key, value in rules.to_torch(params, table).items():
+        moved = torch_states.to_torch(jax.tree.map(np.subtract, params, before), table)
+        for key, value in torch_states.to_torch(params, table).items():
             if key not in expected:
                 continue
             np.testing.assert_allclose(
@@ -280,8 +281,8 @@ def test_three_steps(run, name):
 
 def _check_after(state, arrays):
     """Some whole parameters after three small steps: within two percent of how far they moved."""
-    ours = rules.to_torch(state.params, TOKENIZER)
-    ours |= rules.to_torch({"params": state.discriminator.params}, PATCHGAN)
+    ours = torch_states.to_torch(state.params, TOKENIZER)
+    ours |= torch_states.to_torch({"params": state.discriminator.params}, PATCHGAN)
     checked = 0
     for key in arrays.files:
         if key.startswith("after/"):
@@ -293,7 +294,7 @@ def _check_after(state, arrays):
 
 def _check_ema(state, expected):
     """The moving average with decay 0.9: its norm, and how far it is from the start."""
-    ema = rules.to_torch(state.ema, TOKENIZER)
+    ema = torch_states.to_torch(state.ema, TOKENIZER)
     for name, values in expected.items():
         norm = np.linalg.norm(ema[name].astype(np.float64).ravel())
         _close(norm, values["decay_0.9"]["norm"], 1e-7)

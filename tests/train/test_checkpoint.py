@@ -12,10 +12,10 @@ import numpy as np
 import optax
 import pytest
 from late_writer import writing
+from read_weights import load_for_inference
 
 from tokenflow_jax import files
 from tokenflow_jax.train import checkpoint, run_config
-from tokenflow_jax.weights.formats import orbax as orbax_files
 
 
 @flax.struct.dataclass
@@ -247,7 +247,7 @@ def test_an_unfinished_checkpoint_that_is_written_forever_is_an_error(tmp_path, 
 def test_weights_alone_can_be_read_from_any_level(tmp_path, below):
     state = make_state()
     save(tmp_path, state).close()
-    config, loaded = orbax_files.load_for_inference(tmp_path / below)
+    config, loaded = load_for_inference(tmp_path / below)
     assert config == CONFIG
     assert loaded["step"] == 7
     assert set(loaded) == {"params", "ema", "step"}
@@ -259,17 +259,17 @@ def test_weights_without_ema_and_by_step(tmp_path):
     checkpoints = save(tmp_path, make_state(ema=False), step=3)
     checkpoints.save(4, make_state(ema=False), Position(), CONFIG)
     checkpoints.close()
-    _, loaded = orbax_files.load_for_inference(tmp_path, step=3)
+    _, loaded = load_for_inference(tmp_path, step=3)
     assert set(loaded) == {"params", "step"} and loaded["step"] == 3
     with pytest.raises(checkpoint.CheckpointError, match=r"has the steps \[3, 4\] \(step 5"):
-        orbax_files.load_for_inference(tmp_path, step=5)
+        load_for_inference(tmp_path, step=5)
 
 
 def test_a_place_without_checkpoints_is_named(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
-        orbax_files.load_for_inference(tmp_path)
+        load_for_inference(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
-        orbax_files.load_for_inference(tmp_path / "absent")
+        load_for_inference(tmp_path / "absent")
 
 
 def test_config_becomes_plain_and_differences_are_found():

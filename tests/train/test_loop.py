@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from read_weights import load_for_inference
 
 from tokenflow_jax.train import checkpoint, metrics
 from tokenflow_jax.train.lock import WorkdirLock
-from tokenflow_jax.weights.formats import orbax as orbax_files
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_stage
@@ -48,7 +48,7 @@ def wait_for_step(workdir, step, process, limit=240):
 def arrays_of(workdir):
     """Every array of the newest checkpoint by name, read without the loop."""
     fields = ("step", "params", "ema", "opt_state")
-    _, state = orbax_files.load_for_inference(workdir, subtrees=fields)
+    _, state = load_for_inference(workdir, subtrees=fields)
     named = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}
 

@@ -10,17 +10,15 @@ import tiny
 
 from tokenflow_jax import convert as command
 from tokenflow_jax.nets.lm import LMConfig
-from tokenflow_jax.stages import PARTS
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.understanding.folder import (
     read_understanding_config,
     save_understanding_model,
 )
 from tokenflow_jax.understanding.model import UnderstandingConfig
-from tokenflow_jax.understanding.names import understanding_template
+from tokenflow_jax.understanding.names import PART, understanding_template
 from tokenflow_jax.weights import conversion, rules
 
-PART = PARTS["understanding"]
 CONFIG = UnderstandingConfig(
     LMConfig(
         vocabulary_size=50, width=16, layers=3, heads=4, kv_heads=2, mlp_width=24, qkv_bias=True
@@ -58,14 +56,14 @@ def test_a_folder_comes_back(tmp_path, projector):
     )  # fmt: skip
     run = ["--part=understanding", f"--src={folder}", f"--dst={ours}", "--to=orbax"]
     assert command.main(run) == 0
-    source = conversion.open_source(ours, part=PART)
+    source = conversion.open_source(ours, PART)
     assert source.config == config
     same(rules.unflatten({n: t.read() for n, t in source.arrays.items()}), params)
     run = ["--part=understanding", f"--src={ours}", f"--dst={again}", "--to=torch"]
     assert command.main(run) == 0
     config_again, fields = read_understanding_config(again)
     assert config_again == config and fields["tokenflow_fingerprint"] == "abc"
-    source = conversion.open_source(again, config, part=PART)
+    source = conversion.open_source(again, PART, config)
     same(rules.unflatten({n: t.read() for n, t in source.arrays.items()}), params)
 
 
@@ -79,7 +77,7 @@ def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
     assert command.main([*run, "--tokenizer=b.pt"]) == 2
     assert "--tokenizer_variant=one of" in capsys.readouterr().err
     assert command.main([*run, f"--tokenizer={tokenizer}"]) == 0
-    saved = conversion.open_source(ours, part=PART).saved
+    saved = conversion.open_source(ours, PART).saved
     assert saved["tokenizer"] == {
         "path": str(tokenizer), "variant": "",
         "fingerprint": api.Tokenizer.load(tokenizer).fingerprint,

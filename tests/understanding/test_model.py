@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_states
 
 from tokenflow_jax.data.chat import insertion
 from tokenflow_jax.tokenizer.pyramid import Scales
@@ -106,7 +107,7 @@ def test_gradients(case):
         return out["loss"] / out["labels"]
 
     gradients = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params))
-    state = rules.to_torch(gradients, understanding_table(model.config))
+    state = torch_states.to_torch(gradients, understanding_table(model.config))
     names = want["grad_param_names"].tolist()
     assert sorted(names) == sorted(state)
     norms = [np.linalg.norm(state[name]) for name in names]
@@ -305,7 +306,7 @@ def test_a_linear_projector_goes_both_ways():
     config = dataclasses.replace(model_of("qwen")[0].config, projector="linear")
     shapes = understanding_template(config)
     params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
-    state = rules.to_torch(params, understanding_table(config))
+    state = torch_states.to_torch(params, understanding_table(config))
     assert state["model.mm_projector.weight"].shape == (64, 40)
     back = rules.to_flax(state, understanding_table(config), shapes)
     assert jax.tree.structure(back) == jax.tree.structure(params)

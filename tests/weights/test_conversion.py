@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import tiny
 from late_writer import writing
+from read_weights import load_for_inference
+from torch_states import random_state, tiny_part
 
 import tokenflow_jax as tfx
 from tokenflow_jax.files import write_atomically
-from tokenflow_jax.stages import PARTS
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.train import checkpoint, run_config
 from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats import orbax as orbax_files
-from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
+from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
 from tokenflow_jax.weights.rules import CheckpointMismatch, flatten, to_flax
 
@@ -32,25 +35,25 @@ def assert_same(path, expected):
     state = open_state_dict(path)
     assert set(state) == set(expected)
     for name, array in expected.items():
-        read = state.read(name)
+        read = state[name].read()
         assert read.dtype == array.dtype and read.shape == array.shape, name
         assert read.tobytes() == array.tobytes(), name
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_round_trip_is_bit_identical(tmp_path, random_state, kind, dtype):
+def test_round_trip_is_bit_identical(tmp_path, kind, dtype):
     config = tiny.KINDS[kind]
     state = random_state(config, dtype)
     write_safetensors(tmp_path / "there.safetensors", state)
-    written = convert(tmp_path / "there.safetensors", tmp_path / "ours", config)
+    written = convert(tmp_path / "there.safetensors", tmp_path / "ours", PART, config)
     assert written.weights == "raw" and written.nbytes == sum(a.nbytes for a in state.values())
     for target in ("back.pt", "back.safetensors"):
-        assert convert(tmp_path / "ours", tmp_path / target, config).tensors == len(state)
+        assert convert(tmp_path / "ours", tmp_path / target, PART, config).tensors == len(state)
         assert_same(tmp_path / target, state)
 
 
-def test_shards_and_buffers_that_the_source_lacks(tmp_path, random_state):
+def test_shards_and_buffers_that_the_source_lacks(tmp_path):
     state = random_state(TINY)
     del state[USAGE]
     names = list(state)
@@ -61,8 +64,8 @@ def test_shards_and_buffers_that_the_source_lacks(tmp_path, random_state):
         write_safetensors(folder / file, {name: state[name] for name in part})
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    convert(folder, tmp_path / "ours", TINY)
-    convert(tmp_path / "ours", tmp_path / "back.pt")
+    convert(folder, tmp_path / "ours", PART, TINY)
+    convert(tmp_path / "ours", tmp_path / "back.pt", PART)
     # PyTorch's strict loading wants the history, even an empty one.
     assert_same(tmp_path / "back.pt", state | {USAGE: np.zeros(131072, np.float32)})
     info, _ = orbax_files.open_checkpoint(tmp_path / "ours")
@@ -71,55 +74,54 @@ def test_shards_and_buffers_that_the_source_lacks(tmp_path, random_state):
 
 @pytest.mark.parametrize(("weights", "taken"), [(None, "ema"), ("ema", "ema"), ("raw", "raw")])
 @pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_ema_unless_raw_is_asked_for(tmp_path, random_state, weights, taken, key):
+def test_ema_unless_raw_is_asked_for(tmp_path, weights, taken, key):
     states = {"raw": random_state(TINY), "ema": random_state(TINY, seed=1)}
     write_torch_zip(tmp_path / "both.pt", {key: states["raw"], "ema": states["ema"]})
-    convert(tmp_path / "both.pt", tmp_path / "ours", TINY, weights=weights)
-    written = convert(tmp_path / "ours", tmp_path / "back.pt")
+    convert(tmp_path / "both.pt", tmp_path / "ours", PART, TINY, weights=weights)
+    written = convert(tmp_path / "ours", tmp_path / "back.pt", PART)
     assert written.weights == "raw"  # one set of weights was written, and it has no average
     assert_same(tmp_path / "back.pt", states[taken])
 
 
 @pytest.mark.parametrize(("group", "asked"), [("model", "ema"), ("ema", "raw")])
-def test_weights_that_are_not_there(tmp_path, random_state, group, asked):
+def test_weights_that_are_not_there(tmp_path, group, asked):
     write_torch_zip(tmp_path / "one.pt", {group: random_state(TINY)})
     with pytest.raises(ValueError, match=f"one.pt has no {asked} weights; it has (raw|ema)$"):
-        convert(tmp_path / "one.pt", tmp_path / "ours", TINY, weights=asked)
+        convert(tmp_path / "one.pt", tmp_path / "ours", PART, TINY, weights=asked)
     assert not (tmp_path / "ours").exists()
 
 
-def test_parameters_change_type_and_buffers_do_not(tmp_path, random_state):
+def test_parameters_change_type_and_buffers_do_not(tmp_path):
     state = random_state(TINY)
     write_safetensors(tmp_path / "there.safetensors", state)
-    convert(tmp_path / "there.safetensors", tmp_path / "ours", TINY, dtype="bfloat16")
+    convert(tmp_path / "there.safetensors", tmp_path / "ours", PART, TINY, dtype="bfloat16")
     half = {n: a.astype(ml_dtypes.bfloat16) if n != USAGE else a for n, a in state.items()}
-    convert(tmp_path / "ours", tmp_path / "half.pt")
+    convert(tmp_path / "ours", tmp_path / "half.pt", PART)
     assert_same(tmp_path / "half.pt", half)
-    convert(tmp_path / "ours", tmp_path / "whole.pt", dtype="float32")
+    convert(tmp_path / "ours", tmp_path / "whole.pt", PART, dtype="float32")
     assert_same(tmp_path / "whole.pt", {n: a.astype(np.float32) for n, a in half.items()})
 
 
-def test_values_that_do_not_fit_into_half_precision(tmp_path, random_state):
+def test_values_that_do_not_fit_into_half_precision(tmp_path):
     state = random_state(TINY)
     state["quant_conv.bias"][0] = 1e5
     write_safetensors(tmp_path / "there.safetensors", state)
     for target in ("half.pt", "ours"):
         with pytest.raises(ValueError, match=r"(quant_conv.bias|pixel_in/bias) .* float16"):
-            convert(tmp_path / "there.safetensors", tmp_path / target, TINY, dtype="float16")
+            convert(tmp_path / "there.safetensors", tmp_path / target, PART, TINY, dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
 
 
-def test_the_tokenizer_loads_either_form(tmp_path, random_state):
+def test_the_tokenizer_loads_either_form(tmp_path):
     state = random_state(TINY)
     write_safetensors(tmp_path / "there.safetensors", state)
-    convert(tmp_path / "there.safetensors", tmp_path / "ours", TINY)
-    part = PARTS["tokenizer"]
-    expected = flatten(to_flax(state, part.table(TINY), part.template(TINY)))
+    convert(tmp_path / "there.safetensors", tmp_path / "ours", PART, TINY)
+    expected = flatten(to_flax(state, PART.table(TINY), PART.template(TINY)))
     loaded = tfx.Tokenizer.load(tmp_path / "ours")
     assert loaded.config == TINY
     for name, array in flatten(loaded.params).items():
         np.testing.assert_array_equal(array, expected[name])
-    convert(tmp_path / "there.safetensors", tmp_path / "half", TINY, dtype="bfloat16")
+    convert(tmp_path / "there.safetensors", tmp_path / "half", PART, TINY, dtype="bfloat16")
     half = tfx.Tokenizer.load(tmp_path / "half")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
 
@@ -131,13 +133,12 @@ class NoPosition:
         return {}
 
 
-def test_a_training_run_for_pytorch(tmp_path, random_state):
-    part = PARTS["tokenizer"]
+def test_a_training_run_for_pytorch(tmp_path):
     config = run_config.config_to_dict({"model": dataclasses.asdict(TINY), "stage": "tokenizer"})
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
     for step in (3, 4):
         raw, ema = (
-            to_flax(random_state(TINY, seed=seed), part.table(TINY), part.template(TINY))
+            to_flax(random_state(TINY, seed=seed), PART.table(TINY), PART.template(TINY))
             for seed in (step, 10 * step)
         )
         state = {"step": jnp.int32(step), "params": raw, "ema": ema, "opt_state": (raw,)}
@@ -147,43 +148,44 @@ def test_a_training_run_for_pytorch(tmp_path, random_state):
     def expected(seed):
         return random_state(TINY, seed=seed) | {USAGE: np.zeros(131072, np.float32)}
 
-    convert(tmp_path / "run", tmp_path / "newest.pt")
+    convert(tmp_path / "run", tmp_path / "newest.pt", PART)
     assert_same(tmp_path / "newest.pt", expected(40))
-    convert(tmp_path / "run", tmp_path / "raw.safetensors", TINY, weights="raw", step=3)
+    convert(tmp_path / "run", tmp_path / "raw.safetensors", PART, TINY, weights="raw", step=3)
     assert_same(tmp_path / "raw.safetensors", expected(3))
     # Weights alone, for use or to begin another run from.
-    convert(tmp_path / "run", tmp_path / "ours")
-    _, state = orbax_files.load_for_inference(tmp_path / "ours")
+    convert(tmp_path / "run", tmp_path / "ours", PART)
+    _, state = load_for_inference(tmp_path / "ours")
     assert set(state) == {"params", "step"} and state["step"] == 0
-    convert(tmp_path / "ours", tmp_path / "again.pt")
+    convert(tmp_path / "ours", tmp_path / "again.pt", PART)
     assert_same(tmp_path / "again.pt", expected(40))
 
     other = dataclasses.replace(TINY, codebook_size=48)
     with pytest.raises(ValueError, match=r"run does not hold .*=48.*, but .*=32"):
-        convert(tmp_path / "run", tmp_path / "x.pt", other)
+        convert(tmp_path / "run", tmp_path / "x.pt", PART, other)
 
 
-def test_problems_come_together_with_the_variant_that_fits(tmp_path, random_state, part):
+def test_problems_come_together_with_the_variant_that_fits(tmp_path):
     write_safetensors(tmp_path / "there.safetensors", random_state(TINY))
+    part = tiny_part()
     with pytest.raises(CheckpointMismatch) as caught:
-        convert(tmp_path / "there.safetensors", tmp_path / "ours", part.variants["wide"], part=part)
+        convert(tmp_path / "there.safetensors", tmp_path / "ours", part, part.variants["wide"])
     text = str(caught.value)
     assert "2 problems" in text
     assert "these weights fit the variant clip and the variant clip_again" in text
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_flipped_byte_in_our_checkpoint_is_found(tmp_path, random_state):
+def test_a_flipped_byte_in_our_checkpoint_is_found(tmp_path):
     state = random_state(TINY)
     write_safetensors(tmp_path / "there.safetensors", state)
-    convert(tmp_path / "there.safetensors", tmp_path / "ours", TINY)
+    convert(tmp_path / "there.safetensors", tmp_path / "ours", PART, TINY)
     files = [path for path in (tmp_path / "ours" / "state").rglob("d/*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
     with pytest.raises(checkpoint.CheckpointError, match=r"ours.*(damaged|cannot be read)"):
-        convert(tmp_path / "ours", tmp_path / "back.pt")
+        convert(tmp_path / "ours", tmp_path / "back.pt", PART)
     assert not list(tmp_path.glob("*back.pt"))
 
 

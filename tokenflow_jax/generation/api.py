@@ -18,9 +18,9 @@ import numpy as np
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
 from tokenflow_jax.generation import sample as generate
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
+from tokenflow_jax.generation.names import PART
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.stages import PARTS
 from tokenflow_jax.tokenizer.api import Tokenizer, language_model_dtype, load_tokenizer_of
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.quantizer import Codebooks
@@ -154,7 +154,7 @@ class Generator:
         dtype = language_model_dtype(dtype)
         config = _torch_config(path, variant)
         source = conversion.open_source(
-            path, config, part=PARTS["generation"], weights=None if ema else "raw", step=step
+            path, PART, config, weights=None if ema else "raw", step=step
         )
         saved = source.saved
         fingerprint = saved.get("data", {}).get("fingerprint")

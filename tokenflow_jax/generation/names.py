@@ -1,4 +1,4 @@
-"""Rules and part of the generation model, by the names of the reference's checkpoints."""
+"""The generation model's names in the reference's checkpoints, and what the converter is handed."""
 
 import functools
 from collections.abc import Mapping
@@ -6,43 +6,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from tokenflow_jax.generation.model import Generation, GenerationConfig
+from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.weights.names.decoder import decoder_rules
-from tokenflow_jax.weights.rules import DENSE, Rule, RuleTable
+from tokenflow_jax.weights.part import Part
+from tokenflow_jax.weights.rules import Rule, RuleTable, layer
 
 
 def generation_table(config: GenerationConfig) -> RuleTable:
-    """The rules; a checkpoint may hold the ids of the first and the last code, which are handed on.
-
-    Args:
-      config: of the model; one table serves all of them.
-    """
-    projector = [
-        rule
-        for ours, theirs in (("fc1", 0), ("fc2", 2))
-        for rule in (
-            Rule(f"projector/{ours}/kernel", f"model.mm_projector.{theirs}.weight", DENSE),
-            Rule(f"projector/{ours}/bias", f"model.mm_projector.{theirs}.bias"),
-        )
-    ]
+    """Return the rules, the same for all configs."""
     return RuleTable(
         "generation model",
         (
             *decoder_rules("lm/"),
-            *projector,
+            *layer("projector/fc1", "model.mm_projector.0"),
+            *layer("projector/fc2", "model.mm_projector.2"),
             Rule("level_embedding", "model.lvl_embed.weight"),
             Rule("position_embedding", "model.pos_1LC"),
         ),
-        buffers=("*image_token_start", "*image_token_end"),
+        buffers=("*image_token_start", "*image_token_end"),  # ids of the first and the last code
         ignored=("*.rotary_emb.inv_freq",),
     )
 
 
 @functools.cache
 def generation_template(config: GenerationConfig) -> Mapping[str, Any]:
-    """Shapes of the model's parameters, without computing any."""
+    """Return the shapes of the model's parameters, without computing any."""
     codes = config.pyramid.tokens
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     shapes = (
@@ -56,6 +45,10 @@ def generation_template(config: GenerationConfig) -> Mapping[str, Any]:
     return jax.eval_shape(init, jax.random.key(0), *shapes)["params"]
 
 
-def generation_buffers(config: GenerationConfig) -> dict[str, np.ndarray]:
-    """Nothing beyond the parameters is needed."""
-    return {}
+PART = Part(
+    config_class=GenerationConfig,
+    variants=VARIANTS,
+    stage="generation",
+    table=generation_table,
+    template=generation_template,
+)

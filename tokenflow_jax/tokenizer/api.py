@@ -15,6 +15,7 @@ from etils import epath
 from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.tokenizer.fingerprint import fingerprint
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.rules import flatten, unflatten
 
@@ -72,7 +73,9 @@ class Tokenizer:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
         config = _config(path, variant, {"scales": scales, "pixel_weight": pixel_weight})
-        source = conversion.open_source(path, config, weights=None if ema else "raw", step=step)
+        source = conversion.open_source(
+            path, PART, config, weights=None if ema else "raw", step=step
+        )
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
         return cls(source.config, unflatten(params), dtype)
 

@@ -1,4 +1,4 @@
-"""Which tokenizer is which: a hash of all that decides on codes."""
+"""A hash of everything in a tokenizer that decides on codes."""
 
 import hashlib
 import json
@@ -8,36 +8,26 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax.tokenizer.model import TokenizerConfig
-from tokenflow_jax.weights.lazy import LazyTensor
+from tokenflow_jax.weights.lazy import data
 
-# What decides on codes: hyper-parameters, and top-level parts of the weights.
+# What decides on codes: hyper-parameters, and top-level parts of the weights. The decoders do not,
+# so a finer decoder reads the codes of its predecessor.
 _FIELDS = ("image_size", "scales", "pixel_weight", "semantic_encoder", "pixel_image_size")
 _PARTS = (
-    "semantic_encoder",
-    "semantic_in_1",
-    "semantic_in_2",
-    "pixel_encoder",
-    "pixel_in",
-    "semantic_codebook",
-    "pixel_codebook",
-)
+    "semantic_encoder", "semantic_in_1", "semantic_in_2", "pixel_encoder", "pixel_in",
+    "semantic_codebook", "pixel_codebook",
+)  # fmt: skip
 
 
 def fingerprint(config: TokenizerConfig, arrays: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that two tokenizers share if they give the same codes.
+    """Return 16 hexadecimal digits that two tokenizers share if they give the same codes.
 
-    Encoders, codebooks, scales and how distances are weighed are in it. The decoders are not, so a
-    finer decoder reads the codes of its predecessor.
-
-    Args:
-      config: of the tokenizer.
-      arrays: its parameters by path; lazy ones are read one at a time.
+    `arrays` are the parameters by path; lazy ones are read one at a time.
     """
     fields = {name: getattr(config, name) for name in _FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         if name.split("/")[0] in _PARTS:
-            array = array.read() if isinstance(array, LazyTensor) else array
-            array = np.ascontiguousarray(array, np.float32)
+            array = np.ascontiguousarray(data(array), np.float32)
             digest.update(f"{name} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()[:16]

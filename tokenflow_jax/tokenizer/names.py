@@ -1,23 +1,33 @@
-"""Rules for the TokenFlow tokenizer.
+"""The tokenizer's names in PyTorch checkpoints, and what the converter is handed.
 
-A table covers both decoders (normal and enhanced) and every width and depth: which blocks,
-shortcuts and attentions exist is read from the model's shapes. The semantic encoder's kind decides
-which table it is.
+One table covers both decoders (normal and enhanced) and every width and depth: the model's shapes
+say which blocks, shortcuts and attentions exist. Only the semantic encoder decides on the table.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.encoders import encoder_kind
-from tokenflow_jax.tokenizer.model import TokenizerConfig
-from tokenflow_jax.weights.names import siglip
-from tokenflow_jax.weights.names.clip import layer, vit_rules
-from tokenflow_jax.weights.names.vitamin import vitamin_rules
-from tokenflow_jax.weights.rules import CONV, CONV1X1_DENSE, DENSE, Rule, RuleTable, Transform
+from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
+from tokenflow_jax.weights.names import encoders
+from tokenflow_jax.weights.part import Part
+from tokenflow_jax.weights.rules import (
+    CONV,
+    CONV1X1_DENSE,
+    DENSE,
+    Rule,
+    RuleTable,
+    Transform,
+    layer,
+)
 
 _ENCODER = "encoder_vqkd."
-_TOWER = _ENCODER + siglip.TOWER
+_TOWER = _ENCODER + encoders.TOWER
 _USAGE = ("quantize.codebook_used", (131072,))  # the reference's history of codes
 
 
@@ -39,7 +49,7 @@ def _attention(path: str, name: str) -> list[Rule]:
 
 
 def _pixel_branch(path: str, name: str, resample: tuple[str, str]) -> list[Rule]:
-    """Rules for the convolutional encoder or decoder; `resample` is (ours, theirs)."""
+    """Return rules for the convolutional encoder or decoder; `resample` is (ours, theirs)."""
     ours, theirs = resample
     return [
         *layer(f"{path}/conv_in", f"{name}.conv_in", CONV),
@@ -55,7 +65,7 @@ def _pixel_branch(path: str, name: str, resample: tuple[str, str]) -> list[Rule]
 
 
 def _semantic_decoder(path: str, name: str) -> list[Rule]:
-    """Rules for the BEiT-style decoder: biases for q and v only."""
+    """Return rules for the BEiT-style decoder, which has biases for q and v only."""
     block, torch_block = f"{path}/blocks", f"{name}.blocks.{{layer}}"
     return [
         *layer(f"{path}/patch_embed", f"{name}.patch_embed.proj", CONV1X1_DENSE),
@@ -74,21 +84,24 @@ def _semantic_decoder(path: str, name: str) -> list[Rule]:
 
 
 @functools.cache
-def tokenizer_table(config: TokenizerConfig) -> RuleTable:
-    """The table of a tokenizer.
+def tokenizer_template(config: TokenizerConfig) -> Mapping[str, Any]:
+    """Return the shapes of the tokenizer's parameters, without computing any."""
+    size = config.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]
 
-    Its buffers are what a PyTorch checkpoint holds beyond our parameters: the usage history, the
-    normalisation's constants, and the layers of SigLIP that nothing reads. Conversion carries them
-    along, so that they come back bit for bit.
-    """
+
+@functools.cache
+def tokenizer_table(config: TokenizerConfig) -> RuleTable:
+    """Return the rules of a tokenizer."""
     kind = config.semantic_encoder
-    encoder = {
-        "clip": lambda: vit_rules("semantic_encoder/", _ENCODER),
-        "siglip": lambda: siglip.siglip_rules("semantic_encoder/", _TOWER),
-        "vitamin": lambda: vitamin_rules("semantic_encoder/", _ENCODER),
-    }[kind]()
+    encoder_rules, name = {
+        "clip": (encoders.clip_rules, _ENCODER),
+        "siglip": (encoders.siglip_rules, _TOWER),
+        "vitamin": (encoders.vitamin_rules, _ENCODER),
+    }[kind]
     rules = (
-        *encoder,
+        *encoder_rules("semantic_encoder/", name),
         *layer("semantic_in_1", "encode_task_layer.0"),
         *layer("semantic_in_2", "encode_task_layer.2"),
         *_pixel_branch("pixel_encoder", "encoder", ("down", "downsample")),
@@ -101,19 +114,16 @@ def tokenizer_table(config: TokenizerConfig) -> RuleTable:
         *layer("semantic_out_1", "decode_task_layer.0"),
         *layer("semantic_out_2", "decode_task_layer.2"),
     )
+    # Conversion carries what a checkpoint holds beyond our parameters along, bit for bit.
     buffers = tuple(tokenizer_buffers(config))
     return RuleTable(f"TokenFlow tokenizer with the {kind} encoder", rules, buffers=buffers)
 
 
 def tokenizer_buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
-    """What PyTorch's strict loading wants beyond our parameters, for a model trained here.
+    """Return what PyTorch's strict loading needs beyond our parameters, for a model trained here.
 
-    Args:
-      config: of the tokenizer.
-
-    Returns:
-      Torch names to float32 arrays: an empty usage history, the encoder's normalisation and, for
-      the layers of SigLIP that nothing reads, zeros.
+    These are an empty usage history, the encoder's normalization and, for the layers of SigLIP that
+    nothing reads, zeros.
     """
     name, shape = _USAGE
     buffers = {name: np.zeros(shape, np.float32)}
@@ -124,6 +134,17 @@ def tokenizer_buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
             buffers[f"scaling_layer.{name}"] = constant
     if config.semantic_encoder == "siglip":
         vit = config.vit
-        unused = siglip.unused_shapes(vit.depth, vit.width, vit.mlp_width or 4 * vit.width)
+        mlp_width = vit.mlp_width or 4 * vit.width
+        unused = encoders.siglip_unused_shapes(vit.depth, vit.width, mlp_width)
         buffers |= {_TOWER + name: np.zeros(shape, np.float32) for name, shape in unused.items()}
     return buffers
+
+
+PART = Part(
+    config_class=TokenizerConfig,
+    variants=VARIANTS,
+    stage="tokenizer",
+    table=tokenizer_table,
+    template=tokenizer_template,
+    buffers=tokenizer_buffers,
+)

@@ -24,7 +24,6 @@ from tokenflow_jax.data.chat import conversations, insertion, questions, templat
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Template, Turn
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.stages import PARTS
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.understanding.answer import AnswerState, Decoding, answer, start, step
@@ -36,6 +35,7 @@ from tokenflow_jax.understanding.model import (
     vectors_per_image,
     visual_features,
 )
+from tokenflow_jax.understanding.names import PART
 from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.rules import unflatten
 
@@ -119,7 +119,7 @@ class Assistant:
         path = os.fspath(path)
         dtype = api.language_model_dtype(dtype)
         config, known = _torch_config(path, variant)
-        source = conversion.open_source(path, config, part=PARTS["understanding"], step=step)
+        source = conversion.open_source(path, PART, config, step=step)
         known = source.saved or known
         data = known.get("data", {})
         tokenizer = api.load_tokenizer_of(
@@ -406,7 +406,7 @@ def _torch_config(
     if not conversion.is_torch(path):
         return None, {}
     if variant is not None:
-        variants = PARTS["understanding"].variants
+        variants = PART.variants
         if variant not in variants:
             raise ValueError(f"variant {variant!r}: one of {', '.join(variants)}")
         return variants[variant], {}

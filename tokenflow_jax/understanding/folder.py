@@ -5,23 +5,17 @@ weights lie in one .safetensors file or in shards with an index. What we write a
 fingerprint of the image tokenizer, as `tokenflow_fingerprint`.
 """
 
-import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from tokenflow_jax import files
-from tokenflow_jax.stages import Part
 from tokenflow_jax.train import checkpoint
 from tokenflow_jax.understanding.model import UnderstandingConfig
-from tokenflow_jax.understanding.names import understanding_table, understanding_template
-from tokenflow_jax.weights import conversion, language_model, rules
-from tokenflow_jax.weights.conversion import Written, cast, torch_tensors
-from tokenflow_jax.weights.lazy import LazyTensor
+from tokenflow_jax.understanding.names import PART
+from tokenflow_jax.weights import conversion, language_model
+from tokenflow_jax.weights.conversion import Written
+from tokenflow_jax.weights.folder import read_fields, write_folder
 
 _KINDS = ("qwen2", "llama")  # a model_type such as llava_qwen2 holds one of them
 
@@ -29,24 +23,19 @@ _KINDS = ("qwen2", "llama")  # a model_type such as llava_qwen2 holds one of the
 def read_understanding_config(
     path: str | os.PathLike,
 ) -> tuple[UnderstandingConfig, Mapping[str, Any]]:
-    """The hyper-parameters that a folder's config.json describes, and all that it says.
+    """Return the hyper-parameters that a folder's config.json describes, and all its fields.
 
     Raises:
       ValueError: there is no config.json, or it describes no model that can be loaded.
     """
-    path = pathlib.Path(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); name the variant of these weights, or give a folder "
-            "with a config.json"
-        ) from error
+        fields, file = read_fields(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, or name the variant of these weights") from error
     kind = str(fields.get("model_type", ""))
     found = "qwen2" if "qwen" in kind else next((k for k in _KINDS if k in kind), kind)
     found = "llama" if found == "llava" else found
-    lm = language_model.config_from_json({**fields, "model_type": found}, str(file))
+    lm = language_model.config_from_json({**fields, "model_type": found}, file)
     config = UnderstandingConfig(
         lm,
         int(fields.get("mm_hidden_size", 40)),
@@ -62,59 +51,20 @@ def save_understanding_model(
     arrays: Mapping[str, Any],
     *,
     fingerprint: str = "",
-    dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
-    overwrite: bool = False,
+    **options: Any,
 ) -> Written:
-    """Writes a folder with the released layout.
+    """Write a folder with the released layout.
 
-    Args:
-      path: the folder; it appears when it is complete.
-      config: of the model.
-      arrays: its parameters, nested, or by path as `conversion.open_source` has them.
-      fingerprint: of the image tokenizer.
-      dtype: of the files; None keeps that of the parameters.
-      shard_bytes: weights beyond this are split over several files.
-      overwrite: whether a folder there may be replaced.
-
-    Returns:
-      What was written.
-
-    Raises:
-      ValueError: the parameters are not this config's.
-      OSError: the folder exists or cannot be written.
+    `arrays` are nested or by path, lazy or not; `fingerprint` is that of the image tokenizer;
+    options and errors are those of `weights.folder.write_folder`.
     """
-    flat = arrays if any("/" in name for name in arrays) else rules.flatten(arrays)
-    template = rules.flatten(understanding_template(config))
-    wrong = sorted(
-        name
-        for name in flat.keys() | template.keys()
-        if name not in flat or name not in template or flat[name].shape != template[name].shape
-    )
-    if wrong:
-        raise ValueError(f"these parameters are not the config's: {', '.join(wrong)}")
-    lazy = {
-        name: x
-        if isinstance(x, LazyTensor)
-        else LazyTensor(name, x.shape, np.dtype(x.dtype), functools.partial(np.asarray, x))
-        for name, x in flat.items()
-    }
-    tensors = torch_tensors(lazy, understanding_table(config))
-    tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
-    fields = language_model.config_to_json(
-        config.lm, str(tensors["model.embed_tokens.weight"].dtype)
-    )
-    fields |= {
+    fields = language_model.config_to_json(config.lm) | {
         "mm_hidden_size": config.vision_channels,
         "mm_projector_type": config.projector,
         "tokenflow_strategy": config.strategy,
         "tokenflow_fingerprint": fingerprint,
     }
-    with files.write_atomically(path, overwrite) as partial:
-        partial.mkdir(parents=True)
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        language_model.write_shards(partial, tensors, shard_bytes)
-    return Written("raw", len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+    return write_folder(path, fields, arrays, PART.table(config), PART.template(config), **options)
 
 
 # What a checkpoint of ours notes besides the model: which tokenizers it goes with.
@@ -126,24 +76,23 @@ _TEXT_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    part: Part,
-    *,
     config: UnderstandingConfig | None = None,
+    *,
     folder: bool = False,
+    tokenizer: Mapping[str, str] | None = None,
+    weights: str | None = None,
     dtype: str | None = None,
     step: int | None = None,
     overwrite: bool = False,
-    tokenizer: Mapping[str, str] | None = None,
 ) -> Written:
-    """Converts an understanding model; what is known of its tokenizers goes with it.
+    """Convert an understanding model and what is known of its tokenizers.
 
     Args:
-      src, dst: as of `conversion.convert`; `src` may be a folder with the released layout.
-      part: of understanding.
+      src, dst, weights, dtype, step, overwrite: as of `conversion.convert`; `src` may be a folder
+        with the released layout.
       config: of PyTorch weights without a config.json.
-      folder: writes a folder with the released layout.
-      dtype, step, overwrite: as of `conversion.convert`.
-      tokenizer: of images, the one that it reads: "path", "variant" and "fingerprint".
+      folder: write a folder with the released layout.
+      tokenizer: "path", "variant" and "fingerprint" of the image tokenizer that the model reads.
 
     Raises:
       ValueError: the source is known to read another tokenizer; or see `conversion.convert`.
@@ -158,24 +107,17 @@ def convert(
     else:
         saved = checkpoint.read_info(checkpoint.find_checkpoint(src, step))["config"]
         known = {name: saved[name] for name in _KEPT if name in saved}
+    own = known.get("tokenizer", {}).get("fingerprint", "")
     if tokenizer is not None:
-        own = known.get("tokenizer", {}).get("fingerprint")
         if own and own != tokenizer["fingerprint"]:
             raise ValueError(
                 f"{os.fspath(src)} reads the tokenizer with the fingerprint {own}; "
                 f"{tokenizer['path']} has {tokenizer['fingerprint']}: its codes mean something else"
             )
-        known["tokenizer"] = dict(tokenizer)
+        own, known["tokenizer"] = tokenizer["fingerprint"], dict(tokenizer)
+    which, how = {"weights": weights, "step": step}, {"dtype": dtype, "overwrite": overwrite}
     if not folder:
-        return conversion.convert(
-            src, dst, config, part=part, dtype=dtype, step=step, overwrite=overwrite, more=known
-        )
-    source = conversion.open_source(src, config, part=part, step=step)
-    return save_understanding_model(
-        dst,
-        source.config,
-        source.arrays,
-        fingerprint=known.get("tokenizer", {}).get("fingerprint", ""),
-        dtype=dtype,
-        overwrite=overwrite,
-    )
+        return conversion.convert(src, dst, PART, config, more=known, **which, **how)
+    source = conversion.open_source(src, PART, config, **which)
+    written = save_understanding_model(dst, source.config, source.arrays, fingerprint=own, **how)
+    return written._replace(weights=source.weights)

@@ -1,4 +1,4 @@
-"""Rules of the understanding model, by the names of the reference's checkpoints.
+"""The understanding model's names in the reference's checkpoints, and what the converter is handed.
 
 The released layout is a Hugging Face folder of Qwen2 (or Llama) whose weights also hold the
 projector: `model.mm_projector.0` and `.2`, or `model.mm_projector` where it is linear.
@@ -11,22 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tokenflow_jax.understanding.model import Understanding, UnderstandingConfig
+from tokenflow_jax.understanding.model import VARIANTS, Understanding, UnderstandingConfig
 from tokenflow_jax.weights.names.decoder import decoder_rules
-from tokenflow_jax.weights.rules import DENSE, Rule, RuleTable
+from tokenflow_jax.weights.part import Part
+from tokenflow_jax.weights.rules import RuleTable, layer
 
 
 def understanding_table(config: UnderstandingConfig) -> RuleTable:
-    """The rules of a model; the vision tower's weights in a file are left alone."""
+    """Return the rules of a model."""
     names = {"linear": (("fc1", ""),)}.get(config.projector, (("fc1", ".0"), ("fc2", ".2")))
-    projector = [
+    projector = (
         rule
         for ours, theirs in names
-        for rule in (
-            Rule(f"projector/{ours}/kernel", f"model.mm_projector{theirs}.weight", DENSE),
-            Rule(f"projector/{ours}/bias", f"model.mm_projector{theirs}.bias"),
-        )
-    ]
+        for rule in layer(f"projector/{ours}", f"model.mm_projector{theirs}")
+    )
     ignored = ("*.rotary_emb.inv_freq", "model.vision_tower.*")
     if config.lm.tied_head:
         ignored = (*ignored, "lm_head.weight")
@@ -35,8 +33,17 @@ def understanding_table(config: UnderstandingConfig) -> RuleTable:
 
 @functools.cache
 def understanding_template(config: UnderstandingConfig) -> Mapping[str, Any]:
-    """Shapes of the model's parameters, without computing any."""
+    """Return the shapes of the model's parameters, without computing any."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     features = jax.ShapeDtypeStruct((1, 1, 1, config.vision_channels), jnp.float32)
     init = functools.partial(Understanding(config).init, method="loss")
     return jax.eval_shape(init, jax.random.key(0), ids, ids, ids, ids, features)["params"]
+
+
+PART = Part(
+    config_class=UnderstandingConfig,
+    variants=VARIANTS,
+    stage="understanding",
+    table=understanding_table,
+    template=understanding_template,
+)

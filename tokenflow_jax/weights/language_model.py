@@ -2,44 +2,42 @@
 
     config, params = load_language_model("Qwen2.5-0.5B-Instruct", dtype="bfloat16")
     save_language_model("folder", config, params)
+    gguf_to_folder("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")
 
-No torch and no transformers are needed. What is in memory while loading is the result and one
-tensor of the file; with `place`, one of our arrays (the layers of one parameter) and one tensor.
+Neither torch nor transformers is needed for weights. Loading holds the result and one tensor of the
+file in memory; with `place`, one of our arrays (the layers of one parameter) and one tensor.
 """
 
 import functools
-import json
 import os
-import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import files
 from tokenflow_jax.nets.lm import Decoder, LMConfig
-from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.conversion import Tensors, cast, torch_tensors
-from tokenflow_jax.weights.formats.torch import open_state_dict, write_safetensors
-from tokenflow_jax.weights.lazy import LazyTensor
-from tokenflow_jax.weights.names.decoder import decoder_rules
-from tokenflow_jax.weights.rules import RuleTable
+from tokenflow_jax.weights.conversion import Written, cast
+from tokenflow_jax.weights.folder import read_fields, write_folder
+from tokenflow_jax.weights.formats import gguf
+from tokenflow_jax.weights.formats.torch import open_state_dict
+from tokenflow_jax.weights.names.decoder import decoder_rules, gguf_config_fields, gguf_tensors
+from tokenflow_jax.weights.rules import RuleTable, Tensors, flax_arrays, unflatten
 
-_SHARD = 5 * 10**9  # bytes
 _IGNORED = ("*.rotary_emb.inv_freq",)
 
 
 def language_model_table(config: LMConfig) -> RuleTable:
-    """The rules of a Hugging Face Llama or Qwen2; a tied head may be in a file, too."""
+    """Return the rules of a Hugging Face Llama or Qwen2."""
+    # A file may hold the head of a tied model, too.
     ignored = (*_IGNORED, "lm_head.weight") if config.tied_head else _IGNORED
     return RuleTable("language model", tuple(decoder_rules()), ignored=ignored)
 
 
 @functools.cache
 def language_model_template(config: LMConfig) -> Mapping[str, Any]:
-    """Shapes of the decoder's parameters, without computing any."""
+    """Return the shapes of the decoder's parameters, without computing any."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = functools.partial(Decoder(config).init, method="whole")
     return jax.eval_shape(init, jax.random.key(0), ids)["params"]
@@ -55,17 +53,11 @@ _SIZES = {
 
 
 def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> LMConfig:
-    """The hyper-parameters that a Hugging Face config.json describes.
-
-    Args:
-      fields: the file's content.
-      where: its name, for messages.
-
-    Returns:
-      The config, with default `remat` and `attention`.
+    """Return the hyper-parameters that the fields of a Hugging Face config.json describe.
 
     Raises:
-      ValueError: another architecture, or features that this decoder does not have; all of them.
+      ValueError: another architecture, or features that this decoder does not have, all of them,
+        in the file `where`.
     """
     kind = fields.get("model_type")
     problems = [f"{name} is missing" for name in _SIZES if name not in fields]
@@ -104,8 +96,8 @@ def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> L
         raise ValueError(f"{where}: {error}") from None
 
 
-def config_to_json(config: LMConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The content of a config.json that transformers loads as the same model.
+def config_to_json(config: LMConfig) -> dict[str, Any]:
+    """Return the fields of a config.json that transformers loads as the same model.
 
     Raises:
       ValueError: Hugging Face has no such architecture.
@@ -131,28 +123,13 @@ def config_to_json(config: LMConfig, dtype: str = "float32") -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
-        "torch_dtype": dtype,
+        "torch_dtype": "float32",  # or what `write_folder` writes
     }
 
 
 def read_config(path: str | os.PathLike) -> LMConfig:
-    """The config of a Hugging Face folder; see `config_from_json`.
-
-    Raises:
-      ValueError: there is no readable config.json in the folder, or its model cannot be loaded.
-    """
-    path = pathlib.Path(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file} is missing; give a folder in Hugging Face's format, with config.json and "
-            ".safetensors files"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); fetch it again") from None
-    return config_from_json(fields, str(file))
+    """Return the config of a Hugging Face folder; raises as `config_from_json` and if it lacks."""
+    return config_from_json(*read_fields(path))
 
 
 def load_language_model(
@@ -162,47 +139,41 @@ def load_language_model(
     dtype: str | None = None,
     place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> tuple[LMConfig, dict[str, Any]]:
-    """Loads a language model.
+    """Load a language model; return its config and the nested parameters of `Decoder`.
 
     Args:
       path: a folder in Hugging Face's format (one .safetensors file or shards with an index), one
-        weight file beside its config.json, or a .gguf file (see `weights.formats.gguf`).
+        weight file beside its config.json, or a .gguf file.
       config: what to expect instead of what config.json says.
       dtype: of the parameters; None keeps the file's.
       place: (our path, array) -> what to keep of it, called for one array after the other: put
         it on its devices here, and the host never holds the whole model.
 
-    Returns:
-      The config and the parameters of `Decoder`, a nested dict.
-
     Raises:
       CheckpointMismatch: names or shapes that do not fit, all of them.
       ValueError: no such file, a damaged one, or a model of another architecture.
     """
+    config, arrays = _open(path, config, dtype)
+    place = place or (lambda name, array: array)
+    return config, unflatten({name: place(name, t.read()) for name, t in arrays.items()})
+
+
+def _open(
+    path: str | os.PathLike, config: LMConfig | None, dtype: str | None
+) -> tuple[LMConfig, Tensors]:
+    """Return the config and our arrays by path."""
     if os.fspath(path).endswith(".gguf"):
-        from tokenflow_jax.weights.formats import gguf
-
-        found, arrays = gguf.open_gguf(path, config)
-        return found, rules.unflatten(dict(_placed(arrays, dtype, place)))
-    config = config or read_config(path)
-    state = open_state_dict(path)
-    arrays = rules.iterate_flax(
-        {name: cast(tensor, dtype) for name, tensor in state.items()},
-        language_model_table(config),
-        language_model_template(config),
-        cast=False,
-    )
-    return config, rules.unflatten(dict(_placed(arrays, None, place)))
-
-
-def _placed(
-    arrays: Iterator[tuple[str, np.ndarray]],
-    dtype: str | None,
-    place: Callable[[str, np.ndarray], Any] | None,
-) -> Iterator[tuple[str, Any]]:
-    for path, array in arrays:
-        array = array if dtype is None else array.astype(jnp.dtype(dtype), copy=False)
-        yield path, array if place is None else place(path, array)
+        fields, tensors = gguf.read_gguf(path)
+        fields = gguf_config_fields(fields, tied="output.weight" not in tensors)
+        config = config or config_from_json(fields, os.fspath(path))
+        state: Mapping[str, Any] = gguf_tensors(tensors, config)
+    else:
+        config = config or read_config(path)
+        state = open_state_dict(path)
+    # Each tensor, not the whole array: memory holds the result and one tensor of the file.
+    state = {name: cast(tensor, dtype) for name, tensor in state.items()}
+    arrays = flax_arrays(state, language_model_table(config), language_model_template(config))
+    return config, arrays
 
 
 def save_language_model(
@@ -210,69 +181,33 @@ def save_language_model(
     config: LMConfig,
     params: Mapping[str, Any],
     *,
-    dtype: str | None = None,
     more: Mapping[str, Any] | None = None,
-    shard_bytes: int = _SHARD,
-    overwrite: bool = False,
-) -> None:
-    """Saves a language model as a folder that transformers loads.
+    **options: Any,
+) -> Written:
+    """Save a language model as a folder that transformers loads.
 
-    Args:
-      path: the folder to write; it appears when it is complete.
-      config, params: as of `load_language_model`.
-      dtype: of the file; None keeps that of the parameters.
-      more: further entries of config.json, such as `eos_token_id`.
-      shard_bytes: weights beyond this are split over several files.
-      overwrite: whether a folder there may be replaced.
+    `params` are nested or by path, `more` are further entries of config.json, such as
+    `eos_token_id`; options and errors are those of `write_folder`, and an architecture that
+    transformers does not have is a ValueError.
+    """
+    fields = config_to_json(config) | dict(more or {})
+    table, template = language_model_table(config), language_model_template(config)
+    return write_folder(path, fields, params, table, template, **options)
+
+
+def gguf_to_folder(
+    path: str | os.PathLike, folder: str | os.PathLike, dtype: str | None = None
+) -> LMConfig:
+    """Write weights (float32 unless `dtype`), config and text tokenizer of a GGUF file as a folder.
 
     Raises:
-      ValueError: transformers has no such architecture, or the parameters are not this config's.
-      OSError: the folder exists or cannot be written.
+      ValueError: see `formats.gguf.text_tokenizer` and `load_language_model`.
     """
-    fields = config_to_json(config)
-    flat, template = rules.flatten(params), rules.flatten(language_model_template(config))
-    wrong = [
-        f"{name}: {_shape(flat, name)} given, {_shape(template, name)} in the config"
-        for name in sorted(flat.keys() | template.keys())
-        if _shape(flat, name) != _shape(template, name)
-    ]
-    if wrong:
-        raise ValueError("these parameters are not the config's:\n  " + "\n  ".join(wrong))
-    arrays = {
-        name: LazyTensor(name, x.shape, np.dtype(x.dtype), functools.partial(np.asarray, x))
-        for name, x in flat.items()
-    }
-    tensors = torch_tensors(arrays, language_model_table(config))
-    tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
-    fields["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype)
-    with files.write_atomically(path, overwrite) as partial:
-        partial.mkdir(parents=True)
-        text = json.dumps(fields | dict(more or {}), indent=2)
-        (partial / "config.json").write_text(text + "\n", encoding="utf-8")
-        write_shards(partial, tensors, shard_bytes)
-
-
-def _shape(flat: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-    return tuple(flat[name].shape) if name in flat else None
-
-
-def write_shards(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> None:
-    """One file, or several with Hugging Face's index."""
-    shards: list[Tensors] = [{}]
-    for name, tensor in tensors.items():
-        size = sum(t.nbytes for t in shards[-1].values())
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0])
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    tokenizer = gguf.text_tokenizer(path)
+    config, arrays = _open(path, None, dtype)
+    known, _ = gguf.read_gguf(path)
+    ids = {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")}
+    more = {name: known[key] for name, key in ids.items() if key in known}
+    save_language_model(folder, config, arrays, more=more)
+    tokenizer.save_pretrained(os.fspath(folder))
+    return config

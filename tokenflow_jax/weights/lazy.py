@@ -1,9 +1,10 @@
-"""Tensors that are read when they are needed, so that a whole model never is in memory."""
+"""Tensors that are read when they are needed, so that a whole model is never in memory."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +13,7 @@ _PIECE = 4 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file: shape and dtype now, data when `read` is called.
-
-    Attributes:
-      name: its name in the file.
-      shape: as it will be read.
-      dtype: NumPy (or ml_dtypes) dtype.
-    """
+    """A tensor of a file: name, shape and NumPy (or ml_dtypes) dtype now, data on `read`."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,31 +22,29 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """Returns the data, read anew at every call."""
+        """Return the data, read anew at every call."""
         return self.load()
 
 
+def in_memory(name: str, array: Any) -> LazyTensor:
+    """Wrap an array (NumPy's or JAX's), unless it is lazy already."""
+    if isinstance(array, LazyTensor):
+        return array
+    return LazyTensor(name, array.shape, np.dtype(array.dtype), lambda: np.asarray(array))
+
+
 def data(tensor: LazyTensor | np.ndarray) -> np.ndarray:
-    """The data of a tensor, lazy or not."""
+    """Return the data of a tensor, lazy or not."""
     return tensor.read() if isinstance(tensor, LazyTensor) else np.asarray(tensor)
 
 
 def read_block(path: str | os.PathLike, start: int, size: int) -> np.ndarray:
-    """Reads bytes of a file into memory of their own: unlike a map, they go when the array goes.
+    """Read `size` bytes of a file as uint8; ValueError if the file ends before that.
 
-    Args:
-      path: the file.
-      start, size: in bytes.
-
-    Returns:
-      uint8 (size,).
-
-    Raises:
-      ValueError: the file ends before that.
+    The memory is the array's own: unlike a map, it is freed with the array.
     """
     block = np.fromfile(path, np.uint8, size, offset=start)
     if len(block) != size:
@@ -60,7 +53,7 @@ def read_block(path: str | os.PathLike, start: int, size: int) -> np.ndarray:
 
 
 def pieces(array: np.ndarray) -> Iterator[memoryview]:
-    """The bytes of an array in C order, a few megabytes at a time whatever its strides."""
+    """Yield the bytes of an array in C order, a few megabytes at a time whatever its strides."""
     rows = array.reshape(1) if array.ndim == 0 else array
     step = max(1, _PIECE // max(1, rows[:1].nbytes))
     for start in range(0, len(rows), step):

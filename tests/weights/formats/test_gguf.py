@@ -11,12 +11,13 @@ import pytest
 
 from tokenflow_jax.weights import language_model, rules
 from tokenflow_jax.weights.formats import gguf
+from tokenflow_jax.weights.names.decoder import GGUF_NAMES
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 WEIGHTS = runpy.run_path(str(GOLDEN / "weights.py"))
 CASES = json.loads((GOLDEN / "language_models.json").read_text())
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "Q6_K": 14, "BF16": 30}
-THEIRS = {theirs: ours for ours, theirs in gguf._NAMES.items()}
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "I8": 24, "BF16": 30}
+THEIRS = {theirs: ours for ours, theirs in GGUF_NAMES.items()}
 
 
 def text(value):
@@ -73,7 +74,7 @@ def write(path, fields, tensors, raw=None):
         head += text(name) + struct.pack("<I", array.ndim)
         head += b"".join(struct.pack("<Q", size) for size in reversed(array.shape))
         head += struct.pack("<IQ", TYPES[kind], len(data))
-        body = raw or (encode(array, kind) if kind != "Q6_K" else b"")
+        body = raw or (encode(array, kind) if kind != "I8" else b"")
         data += body + b"\0" * (-len(body) % 32)
     path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
     return path
@@ -165,8 +166,8 @@ def test_a_block_of_four_bits_by_hand(tmp_path):
 
 def test_what_is_not_read_is_said(tmp_path):
     array = np.ones((2, 32), np.float32)
-    tensors = dict.fromkeys(("one", "two"), (array, "Q6_K"))
-    with pytest.raises(ValueError, match=r"(?s)one: type 14 is not read.*two: type 14"):
+    tensors = dict.fromkeys(("one", "two"), (array, "I8"))
+    with pytest.raises(ValueError, match=r"(?s)one: type 24 is not read.*two: type 24"):
         gguf.read_gguf(write(tmp_path / "t.gguf", {}, tensors))
     path, *_ = model_file(tmp_path / "m.gguf")
     whole = path.read_bytes()
@@ -206,7 +207,7 @@ def test_text_tokenizer_and_folder(tmp_path):
     assert tokenizer.convert_ids_to_tokens(ids)[:6] == ["a", "Ġth", "e", "n", "Ġ", "1"]
     assert ids[-3] == tokenizer.eos_token_id == 0
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a then 12é"
-    config = gguf.to_folder(path, tmp_path / "folder", dtype="bfloat16")
+    config = language_model.gguf_to_folder(path, tmp_path / "folder", dtype="bfloat16")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
     assert again.encode("a then 12<|end|>é") == ids and again.eos_token_id == 0
     found, params = language_model.load_language_model(tmp_path / "folder")

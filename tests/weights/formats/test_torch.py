@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tokenflow_jax.weights.formats.pickles import load_numpy_pickle
-from tokenflow_jax.weights.formats.torch import UnsafeCheckpoint, open_state_dict, write_safetensors
+from tokenflow_jax.weights.formats.pickles import UnsafeCheckpoint, load_numpy_pickle
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
+from tokenflow_jax.weights.formats.torch import open_state_dict
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 BASE = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -39,18 +40,18 @@ def test_reads_every_kind_of_tensor():
     assert list(state) == list(expected)
     for name, array in expected.items():
         assert state[name].shape == array.shape and state[name].dtype == array.dtype, name
-        read = state.read(name)
+        read = state[name].read()
         assert read.dtype == array.dtype
         np.testing.assert_array_equal(read, array, err_msg=name)
-        assert not np.shares_memory(read, state.read(name)) or not read.size
+        assert not np.shares_memory(read, state[name].read()) or not read.size
 
 
 @pytest.mark.parametrize(("key", "offset"), [(None, 0), ("model", 0), ("ema", 0.5)])
 def test_training_checkpoint_with_optimiser_and_namespace(key, offset):
     state = open_state_dict(GOLDEN / "torch_training.pt", key)
     assert set(state) == {"weight", "bias"}
-    np.testing.assert_array_equal(state.read("weight"), np.arange(6).reshape(2, 3) + offset)
-    np.testing.assert_array_equal(state.read("bias"), np.array([7, 8]) + offset)
+    np.testing.assert_array_equal(state["weight"].read(), np.arange(6).reshape(2, 3) + offset)
+    np.testing.assert_array_equal(state["bias"].read(), np.array([7, 8]) + offset)
 
 
 def test_unknown_key_names_the_known_ones():
@@ -61,7 +62,7 @@ def test_unknown_key_names_the_known_ones():
 def test_scripted_module():
     state = open_state_dict(GOLDEN / "torch_script.pt")
     assert {"0.weight", "0.bias", "1.running_var", "1.num_batches_tracked"} <= set(state)
-    np.testing.assert_array_equal(state.read("0.weight"), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(state["0.weight"].read(), [[1, 2], [3, 4]])
 
 
 def test_old_format_names_the_remedy():
@@ -194,9 +195,9 @@ def tensor_pickle(numel, offset, shape, strides, state=None, element=None):
 def test_handmade_tensor_is_read(tmp_path):
     data = np.arange(4, dtype=np.float32).tobytes()
     path = zip_of(tmp_path / "w.pt", tensor_pickle(4, 1, (3,), (1,)), data)
-    np.testing.assert_array_equal(open_state_dict(path).read("w"), [1, 2, 3])
+    np.testing.assert_array_equal(open_state_dict(path)["w"].read(), [1, 2, 3])
     path = zip_of(tmp_path / "v.pt", tensor_pickle(4, 0, (2,), (1,), element="int64"), data)
-    np.testing.assert_array_equal(open_state_dict(path).read("w"), np.frombuffer(data, np.int64))
+    np.testing.assert_array_equal(open_state_dict(path)["w"].read(), np.frombuffer(data, np.int64))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ STATE = {
 def assert_same(state, expected):
     assert set(state) == set(expected)
     for name, array in expected.items():
-        read = state.read(name)
+        read = state[name].read()
         assert read.dtype == array.dtype and read.shape == array.shape
         np.testing.assert_array_equal(read, array)
 
@@ -333,18 +334,56 @@ def test_wrapper_prefixes_are_removed(tmp_path):
     assert state.prefix == "module._orig_mod."
 
 
-def test_damaged_safetensors_lists_every_tensor(tmp_path):
-    path = tmp_path / "bad.safetensors"
-    header = {
-        "good": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-        "long": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-        "odd": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
-        "new": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]},
-    }
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + b"\x00" * 4)
-    with pytest.raises(ValueError, match=r"(?s)long.*odd.*new"):
-        open_state_dict(path)
-    path.write_bytes(struct.pack("<Q", 2**60) + text)
-    with pytest.raises(ValueError, match="header"):
-        open_state_dict(path)
+GOOD = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+NEXT = GOOD | {"data_offsets": [4, 8]}
+TWICE = f'{{"twice": {json.dumps(GOOD)}, "twice": {json.dumps(NEXT)}}}'
+
+
+def write_raw(path, header, data=b"\x00" * 4):
+    """Write a .safetensors file with any header: a dict, or its text."""
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_a_good_safetensors_header_is_read(tmp_path):
+    """Guards the tests of damaged ones, which differ from it in one thing each."""
+    write_raw(tmp_path / "good.safetensors", {"good": GOOD})
+    np.testing.assert_array_equal(open_state_dict(tmp_path / "good.safetensors")["good"].read(), 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        ({"good": GOOD, "long": GOOD | {"shape": [2], "data_offsets": [4, 12]}}, b"\x00" * 8),
+        ({"odd": GOOD | {"shape": [2]}}, b"\x00" * 4),
+        ({"good": GOOD, "overlap": GOOD}, b"\x00" * 4),
+        ({"good": GOOD, "hole": GOOD | {"data_offsets": [8, 12]}}, b"\x00" * 12),
+        ({"negative": GOOD | {"shape": [-1]}}, b"\x00" * 4),
+        ({"unknown": GOOD | {"dtype": "F5"}}, b"\x00" * 4),
+        ({"good": GOOD}, b"\x00" * 5),  # trailing bytes
+        ({"good": GOOD}, b"\x00" * 3),
+        (TWICE, b"\x00" * 8),
+        ("[]", b""),
+        ("{", b""),
+    ],
+)
+def test_damaged_safetensors_is_refused(tmp_path, header, data):
+    write_raw(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(ValueError, match=r"bad\.safetensors: damaged .*fetch it again"):
+        open_state_dict(tmp_path / "bad.safetensors")
+
+
+def test_a_safetensors_header_longer_than_the_file_is_refused(tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(ValueError, match=r"bad\.safetensors: damaged .*header"):
+        open_state_dict(tmp_path / "bad.safetensors")
+
+
+def test_unknown_types_in_safetensors_are_all_listed(tmp_path):
+    """Types that the package knows and NumPy does not."""
+    byte = {"dtype": "F8_E8M0", "shape": [2]}
+    header = {name: byte | {"data_offsets": [2 * i, 2 * i + 2]} for i, name in enumerate("ab")}
+    write_raw(tmp_path / "new.safetensors", header)
+    with pytest.raises(ValueError, match=r"(?s)new\.safetensors.*a: F8_E8M0.*b: F8_E8M0"):
+        open_state_dict(tmp_path / "new.safetensors")

@@ -60,10 +60,12 @@ def test_round_trip_of_all_types_and_strides(tmp_path):
     state = open_state_dict(path)
     assert list(state) == list(STATE)
     for name, array in STATE.items():
-        read = state.read(name)
+        read = state[name].read()
         assert read.dtype == array.dtype and read.shape == array.shape
         assert read.tobytes() == array.tobytes(), name
-    np.testing.assert_array_equal(open_state_dict(path, "ema").read("matrix"), STATE["matrix"] + 1)
+    np.testing.assert_array_equal(
+        open_state_dict(path, "ema")["matrix"].read(), STATE["matrix"] + 1
+    )
 
 
 def test_layout_as_torch_writes_it(tmp_path):
@@ -103,7 +105,7 @@ def test_one_tensor_at_a_time(tmp_path):
     }
     write_torch_zip(tmp_path / "model.pt", {"model": lazy})
     state = open_state_dict(tmp_path / "model.pt")
-    assert [state.read(name)[0, 0] for name in state] == [0, 1, 2, 3]
+    assert [state[name].read()[0, 0] for name in state] == [0, 1, 2, 3]
 
 
 def test_types_without_a_storage_are_listed(tmp_path):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from torch_states import to_torch
 
 from tokenflow_jax.nets import lpips as perceptual
-from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.formats.torch import write_safetensors
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.names.lpips import LPIPS as TABLE
 from tokenflow_jax.weights.names.lpips import find_lpips, load_lpips
 from tokenflow_jax.weights.rules import CheckpointMismatch
@@ -55,7 +55,7 @@ def test_reads_the_numpy_pickle(tmp_path, params, protocol):
 
 def test_reads_the_references_names(tmp_path, params):
     path = tmp_path / "lpips.safetensors"
-    state = rules.to_torch(params, TABLE)
+    state = to_torch(params, TABLE)
     assert state["lin2.model.1.weight"].shape == (1, 16, 1, 1)
     write_safetensors(path, state | {"scaling_layer.shift": np.zeros((1, 3, 1, 1), np.float32)})
     jax.tree.map(np.testing.assert_array_equal, load_lpips(path), params)

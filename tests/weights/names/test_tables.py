@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from discriminator_names import patchgan_rules
 from PIL import Image
 from tiny import narrow
+from torch_states import read_buffers, to_torch
 
 from tokenflow_jax.nets.discriminator import PatchGAN
 from tokenflow_jax.nets.vit import ViT, ViTConfig
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow
 from tokenflow_jax.tokenizer.names import tokenizer_buffers, tokenizer_table
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.names.clip import CLIP_VISUAL
-from tokenflow_jax.weights.names.discriminator import patchgan_rules
+from tokenflow_jax.weights.names.encoders import CLIP_VISUAL
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 WEIGHTS = runpy.run_path(str(GOLDEN / "weights.py"))
@@ -59,7 +60,7 @@ def narrower(shapes, shrink):
 def assert_round_trip(state, table, shapes):
     tree = rules.to_flax(state, table, shapes)
     assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, shapes)
-    back = rules.to_torch(tree, table, rules.read_buffers(state, table))
+    back = to_torch(tree, table, read_buffers(state, table))
     assert back.keys() == state.keys()
     for name, array in state.items():
         assert back[name].dtype == array.dtype and back[name].shape == array.shape, name
@@ -145,7 +146,9 @@ def test_a_decoder_to_be_started_afresh_can_be_left_out():
     config = dataclasses.replace(config_of("clipb_224", 8), decoder_channels=32, decoder_blocks=5)
     shapes = tokenizer_template(config)
     del shapes["pixel_decoder"]
-    tree = rules.to_flax(state, tokenizer_table(config), shapes, ignore=("decoder.*",))
+    table = tokenizer_table(config)
+    table = dataclasses.replace(table, ignored=(*table.ignored, "decoder.*"))
+    tree = rules.to_flax(state, table, shapes)
     assert tree.keys() == shapes.keys()
 
 
@@ -164,7 +167,7 @@ def test_patchgan_of_other_depths(layers):
         lambda leaf: random.random(leaf.shape, np.float32),
         template(PatchGAN(filters=8, layers=layers), 64, False),
     )
-    state = rules.to_torch(variables, patchgan_rules(layers))
+    state = to_torch(variables, patchgan_rules(layers))
     assert f"main.{3 * layers + 2}.bias" in state
     tree = rules.to_flax(state, patchgan_rules(layers), variables)
     jax.tree.map(np.testing.assert_array_equal, tree, variables)
@@ -174,7 +177,7 @@ def test_clip_visual_tower_inside_a_whole_clip():
     state = WEIGHTS["state_dict"](narrower(manifest("loss_clipb_224.teacher"), 16), 0)
     shapes = template(ViT(ViTConfig(width=48, projection=32)), 224)["params"]
     tree = rules.to_flax(state, CLIP_VISUAL, shapes)
-    back = rules.to_torch(tree, CLIP_VISUAL)
+    back = to_torch(tree, CLIP_VISUAL)
     assert back.keys() == {name for name in state if name.startswith("visual.")}
     for name, array in back.items():
         np.testing.assert_array_equal(array, state[name])

@@ -1,10 +1,11 @@
 """Our own checkpoints as weights: read one array at a time, and written from lazy tensors.
 
-Weights without a training run are a directory with two of a checkpoint's items (see `checkpoint`):
+Converted weights are a directory with two of a checkpoint's items (see `train.checkpoint`):
   state   the arrays: params, and what a PyTorch file held beyond them (buffers, by torch name);
   info    the config, the source, and name, shape, dtype and checksum of every array.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,39 +28,19 @@ _CHUNK_BYTES = 4 * 2**20  # read and decompressed at once; more costs memory, le
 _BATCH_BYTES = 16 * 2**20  # written at once, unless one array is larger
 
 
-def load_for_inference(
+def open_checkpoint(
     path: str | epath.Path, step: int | None = None, subtrees: tuple[str, ...] = ("params", "ema")
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads config and weights without building the model or reading the optimiser's state.
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    """Open the weights of a checkpoint without reading an array yet.
 
     Args:
       path: a workdir, its `checkpoints` folder, one checkpoint, or converted weights.
       step: which step of a workdir; the newest when None.
-      subtrees: the fields of the training state to read; absent or empty ones are left out.
+      subtrees: the fields of the training state to open; absent ones are left out.
 
     Returns:
-      (config, state): the config as plain values, and field -> nested dict of NumPy arrays, plus
-      `step` (int; 0 for converted weights).
-
-    Raises:
-      CheckpointError: no checkpoint there, one without any of the fields, or a damaged one.
-    """
-    info, arrays = open_checkpoint(path, step, subtrees)
-    state = unflatten({name: tensor.read() for name, tensor in arrays.items()})
-    return info["config"], {**state, "step": info["step"]}
-
-
-def open_checkpoint(
-    path: str | epath.Path, step: int | None = None, subtrees: tuple[str, ...] = ("params", "ema")
-) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Opens the weights of a checkpoint; no array is read yet.
-
-    Args:
-      path, step, subtrees: as for `load_for_inference`.
-
-    Returns:
-      (info, arrays): the info item with `step`, and the arrays of the fields by their paths
-      ("params/a/b"). Reading one checks its bytes.
+      (info, arrays): the info item with `step` (0 for converted weights), and the arrays of the
+      fields by their paths ("params/a/b"). Reading one checks its bytes.
 
     Raises:
       CheckpointError: no checkpoint there, or one without any of the fields.
@@ -100,7 +81,7 @@ def open_checkpoint(
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes lazy tensors a few after the others, so that only those are in memory."""
+    """Writes lazy tensors a few at a time, so that only those are in memory."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -117,7 +98,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     async def _write(self, values: Sequence[LazyTensor], infos: Any, args: Any) -> None:
-        """Reads and writes tensors; their data is gone when this returns."""
+        """Read and write tensors; their data is freed when this returns."""
         arrays = [value.read() for value in values]
         for value, array in zip(values, arrays, strict=True):
             self.sums[value.name] = checksums.sum32(array)
@@ -126,7 +107,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _batches(tensors: Sequence[LazyTensor]) -> Iterator[slice]:
-    """Neighbours of a few megabytes together: every write of Orbax's costs some time."""
+    """Yield neighbors of a few megabytes together: every write of Orbax's costs some time."""
     start, size = 0, 0
     for end, tensor in enumerate(tensors):
         if end > start and size + tensor.nbytes > _BATCH_BYTES:
@@ -142,19 +123,18 @@ def save_weights(
     config: Mapping[str, Any],
     source: Mapping[str, Any],
 ) -> None:
-    """Writes weights that `load_for_inference` and `open_checkpoint` read.
+    """Write weights that `open_checkpoint` reads.
 
     Args:
       path: directory to make; incomplete until this returns.
-      arrays: lazy tensors by path ("params/a/b"); one is in memory at a time.
+      arrays: lazy tensors by path ("params/a/b"); a few megabytes are in memory at a time.
       config: JSON-able, as of a training run.
       source: JSON-able, where the weights come from.
 
     Raises:
       OSError: the directory cannot be written, for example because the disk is full.
     """
-    named = {name: LazyTensor(name, t.shape, t.dtype, t.load) for name, t in arrays.items()}
-    tree = unflatten(named)
+    tree = unflatten({name: dataclasses.replace(t, name=name) for name, t in arrays.items()})
     handler = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, handler))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
@@ -165,7 +145,7 @@ def save_weights(
         ) as checkpointer:
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             checkpointer.save(path / "state", args=args)
-    except (ValueError, RuntimeError) as error:  # so TensorStore reports the system's errors
+    except (ValueError, RuntimeError) as error:  # TensorStore's form of the system's errors
         reason = files.full_disk(error)
         if reason is None:
             raise

@@ -1,13 +1,13 @@
 """Reads pickled data without ever running what a pickle asks for.
 
-A pickle is a program: it names functions and calls them. The reader here resolves a name to one of
+A pickle is a program: it names functions and calls them. Here a name becomes
 
-  * a harmless stand-in that we wrote for it (how torch and NumPy rebuild their arrays),
+  * a harmless stand-in of our own (for the functions that rebuild torch's and NumPy's arrays),
   * otherwise an inert class, which is not the real one, is never imported, and only remembers what
-    it was given. So an `argparse.Namespace` or an optimiser beside the weights stops nothing.
+    it was given. So an `argparse.Namespace` or an optimizer beside the weights stops nothing.
 
 Calling an inert class as a function is refused by name, except for a few data types whose pickles
-always do so. Nothing is ever imported or executed on a file's behalf.
+always do so.
 """
 
 import collections
@@ -19,6 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+# What a damaged pickle may raise while it is read.
+_DAMAGED = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 class UnsafeCheckpoint(ValueError):
@@ -46,7 +52,7 @@ _DATA_TYPES = frozenset(
 
 
 class _InertType(type):
-    """Metaclass of stand-ins for unknown names; a call is refused unless the name is plain data."""
+    """Metaclass of the stand-ins; a call is refused unless the name is plain data."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> "Inert":
         if cls.origin not in _DATA_TYPES:
@@ -65,10 +71,10 @@ class Inert(metaclass=_InertType):
     """A stand-in for an object of an unknown class.
 
     Attributes:
-      origin: "module.name" of the class that the file named (on the class).
-      arguments: what it would have been constructed with.
-      state: what would have been its attributes, usually a dict.
-      entries: its key-value pairs, when the real class is a mapping.
+      origin: "module.name" of the real class.
+      arguments: of its constructor.
+      state: its attributes, usually a dict.
+      entries: its key-value pairs, if it is a mapping.
     """
 
     __slots__ = ("arguments", "entries", "state")
@@ -86,13 +92,13 @@ class Inert(metaclass=_InertType):
         self.entries[key] = value
 
     def append(self, item: Any) -> None:
-        """Items of an unknown list or set are dropped: no tensor is looked for there."""
+        """Drop an item of an unknown list or set: no tensor is looked for there."""
 
     extend = add = append
 
 
 class Rebuilder:
-    """A named function of a file, replaced by one of ours; cannot be altered by the file."""
+    """One of our functions in place of a named one; a file cannot alter it."""
 
     __slots__ = ("_function",)
 
@@ -107,7 +113,7 @@ class Rebuilder:
 
 
 class _Dtype:
-    """Stand-in for numpy.dtype while it is being rebuilt."""
+    """Stand-in for numpy.dtype."""
 
     __slots__ = ("dtype",)
 
@@ -122,7 +128,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stand-in for numpy.ndarray: receives its state afterwards, see `plain`."""
+    """Stand-in for numpy.ndarray, which receives its state later; `plain` unwraps it."""
 
     __slots__ = ("array",)
 
@@ -132,7 +138,6 @@ class _Array:
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """Builds an array from bytes, after checking that they are the right number."""
     if not (isinstance(dtype, _Dtype) and isinstance(data, bytes | bytearray)):
         raise ValueError("a NumPy array that is not plain numbers")
     shape = tuple(int(size) for size in shape)
@@ -152,21 +157,21 @@ def _frombuffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Old pickle protocols write bytes as text in Latin-1."""
+    """Decode bytes, which old pickle protocols write as text in Latin-1."""
     if not (isinstance(text, str) and encoding == "latin1"):
         raise UnsafeCheckpoint(f"the file asks to encode text as {encoding!r}; nothing was run")
     return text.encode("latin1")
 
 
 def _no_bytes(*arguments: Any) -> bytes:
-    """Protocol 2 writes empty bytes as a call of bytes without arguments."""
+    """Return b"", which protocol 2 writes as a call of bytes without arguments."""
     if arguments:
         raise UnsafeCheckpoint("the file asks to call builtins.bytes on data; nothing was run")
     return b""
 
 
 def _known() -> dict[str, Any]:
-    """Fresh stand-ins for what NumPy arrays and plain containers need."""
+    """Return fresh stand-ins for what NumPy arrays and plain containers need."""
     known = {
         "collections.OrderedDict": collections.OrderedDict,
         "_codecs.encode": Rebuilder(_encode),
@@ -181,15 +186,8 @@ def _known() -> dict[str, Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler whose every name is a stand-in."""
-
-    def __init__(
-        self,
-        file: io.BufferedIOBase,
-        known: Mapping[str, Any],
-        persistent: Callable[[Any], Any] | None,
-    ):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, data: bytes, known: Mapping[str, Any], persistent: Callable | None):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
         self._names = _known() | dict(known)
         self._persistent = persistent
 
@@ -215,11 +213,11 @@ def load_pickle(
     known: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Reads one pickle without running anything that it names.
+    """Read one pickle without running anything that it names.
 
     Args:
       data: the pickle.
-      where: what to call the file in errors.
+      where: its name in errors.
       known: further stand-ins, {"module.name": object}.
       persistent: resolves the pickle's persistent ids; None refuses them.
 
@@ -231,19 +229,10 @@ def load_pickle(
       ValueError: the pickle is damaged.
     """
     try:
-        return _Unpickler(io.BytesIO(data), known or {}, persistent).load()
+        return _Unpickler(data, known or {}, persistent).load()
     except UnsafeCheckpoint as error:
         raise UnsafeCheckpoint(f"{where}: {error}") from None
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{where}: not a readable pickle ({type(error).__name__}: {error}); the file is "
             "damaged or of an unknown kind: fetch it again"
@@ -251,7 +240,7 @@ def load_pickle(
 
 
 def plain(value: Any) -> Any:
-    """Unwraps what `load_pickle` read: dicts, lists and tuples of NumPy arrays and plain values."""
+    """Unwrap dicts, lists and tuples of NumPy arrays and plain values from `load_pickle`."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in dict.items(value)}
     if isinstance(value, list | tuple):
@@ -264,18 +253,7 @@ def plain(value: Any) -> Any:
 
 
 def load_numpy_pickle(path: str | os.PathLike) -> Any:
-    """Reads a pickle of plain containers of NumPy arrays, never running what it names.
-
-    Args:
-      path: the file.
-
-    Returns:
-      The containers with read-only NumPy arrays.
-
-    Raises:
-      UnsafeCheckpoint: the pickle wants to call something that is not plain data.
-      ValueError: the file cannot be read.
-    """
+    """Read a file of plain containers of NumPy arrays (read-only); raises as `load_pickle`."""
     with open(path, "rb") as file:
         value = load_pickle(file.read(), os.fspath(path))
     try:

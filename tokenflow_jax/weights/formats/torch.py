@@ -13,40 +13,24 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from tokenflow_jax.weights.formats.pickles import UnsafeCheckpoint
-from tokenflow_jax.weights.formats.safetensors import (
-    looks_like_safetensors,
-    read_safetensors,
-    write_safetensors,
-)
+from tokenflow_jax.weights.formats.safetensors import looks_like_safetensors, read_safetensors
 from tokenflow_jax.weights.formats.torch_zip import read_zip
 from tokenflow_jax.weights.lazy import LazyTensor
-
-__all__ = [
-    "LazyTensor",
-    "NoSuchKey",
-    "StateDict",
-    "UnsafeCheckpoint",
-    "open_state_dict",
-    "write_safetensors",
-]
 
 # Wrappers of data-parallel and compiled modules put themselves in front of every name.
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
 class NoSuchKey(ValueError):
-    """A file holds no state_dict under the key that was asked for."""
+    """A file holds no state_dict under the requested key."""
 
 
 class StateDict(Mapping[str, LazyTensor]):
     """The tensors of a checkpoint by name, in the file's order.
 
     Attributes:
-      path: where they come from.
-      files: the files that hold them; several if sharded.
+      path: the checkpoint.
+      files: the files that hold the tensors; several if sharded.
       prefix: what a wrapper had put in front of every name, removed here; "" usually.
     """
 
@@ -71,13 +55,9 @@ class StateDict(Mapping[str, LazyTensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor's data, read anew."""
-        return self._tensors[name].read()
-
 
 def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDict:
-    """Opens a PyTorch checkpoint; nothing pickled is executed and no data is loaded yet.
+    """Open a PyTorch checkpoint; nothing pickled is executed and no data is loaded yet.
 
     Args:
       path: a `.safetensors` file, an index (`*.index.json`), a zip file written by `torch.save` or
@@ -85,13 +65,10 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
       key: which state_dict of a file that holds several ("model", "ema", "discriminator", ...).
         None takes "model", else "state_dict", else a bare dict of tensors, else the only one there.
 
-    Returns:
-      A mapping from names to lazy tensors.
-
     Raises:
       NoSuchKey: the file has no state_dict under `key`.
       UnsafeCheckpoint: the pickle in the file wants to call something that is no tensor.
-      ValueError: no such file, unknown or old format, damaged file, no such key.
+      ValueError: no such file, unknown or old format, damaged file.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -123,7 +100,7 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
 
 
 def _open_folder(path: str, key: str | None) -> StateDict:
-    """Opens the one checkpoint of a folder, sharded or not; safetensors first."""
+    """Open the one checkpoint of a folder, sharded or not; safetensors first."""
     for ending in ("safetensors", "bin", "pt", "pth"):
         indices = sorted(glob.glob(os.path.join(glob.escape(path), f"*.{ending}.index.json")))
         files = sorted(glob.glob(os.path.join(glob.escape(path), f"*.{ending}")))
@@ -133,12 +110,12 @@ def _open_folder(path: str, key: str | None) -> StateDict:
         if indices:
             return _open_index(indices[0], key)
         if files:
-            return _merge(path, {file: open_state_dict(file, key) for file in files})
+            return _merge(path, [open_state_dict(file, key) for file in files])
     raise ValueError(f"{path}: no .safetensors, .bin, .pt or .pth file in this folder")
 
 
 def _open_index(path: str, key: str | None) -> StateDict:
-    """Opens the shards that a Hugging Face index names."""
+    """Open the shards that a Hugging Face index names."""
     folder = os.path.dirname(path)
     with open(path, encoding="utf-8") as file:
         try:
@@ -155,26 +132,26 @@ def _open_index(path: str, key: str | None) -> StateDict:
             f"{path}: shards outside this folder: {outside or 'none'}; shards that are missing: "
             f"{absent or 'none'}; fetch the missing files into the index's folder"
         )
-    merged = _merge(path, {s: open_state_dict(os.path.join(folder, s), key) for s in shards})
+    merged = _merge(path, [open_state_dict(os.path.join(folder, s), key) for s in shards])
     lacking = sorted(name for name in weight_map if name not in merged)
     if lacking and not merged.prefix:
         raise ValueError(f"{path}: the shards do not hold these tensors of the index: {lacking}")
     return merged
 
 
-def _merge(path: str, shards: Mapping[str, StateDict]) -> StateDict:
-    """Joins shards; a tensor in two of them is an error."""
+def _merge(path: str, shards: Sequence[StateDict]) -> StateDict:
+    """Join shards; a tensor in two of them is an error."""
     tensors: dict[str, LazyTensor] = {}
-    for shard in shards.values():
+    for shard in shards:
         twice = sorted(tensors.keys() & shard.keys())
         if twice:
             raise ValueError(f"{path}: in more than one file: {twice}; name one file")
         tensors |= shard
-    return StateDict(path, tensors, [file for shard in shards.values() for file in shard.files])
+    return StateDict(path, tensors, [file for shard in shards for file in shard.files])
 
 
 def _choose(path: str, root: dict[str, Any], key: str | None) -> dict[str, LazyTensor]:
-    """Picks the wanted state_dict of a file."""
+    """Return the state_dict of a file under `key`, or the obvious one."""
     groups = {name: value for name, value in root.items() if isinstance(value, dict) and value}
     bare = {name: value for name, value in root.items() if isinstance(value, LazyTensor)}
     if key is not None:

@@ -13,49 +13,29 @@ from tokenflow_jax.weights.formats.pickles import Inert, Rebuilder, UnsafeCheckp
 from tokenflow_jax.weights.lazy import LazyTensor, read_block
 
 TORCH_DTYPES = {
-    "bool": np.dtype(np.bool_),
-    "uint8": np.dtype(np.uint8),
-    "int8": np.dtype(np.int8),
-    "uint16": np.dtype(np.uint16),
-    "int16": np.dtype(np.int16),
-    "uint32": np.dtype(np.uint32),
-    "int32": np.dtype(np.int32),
-    "uint64": np.dtype(np.uint64),
-    "int64": np.dtype(np.int64),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-    "complex64": np.dtype(np.complex64),
-    "complex128": np.dtype(np.complex128),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-}
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
+        "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+        "float8_e4m3fn", "float8_e5m2",
+    )
+}  # fmt: skip
 STORAGE_DTYPES = {
-    "Bool": "bool",
-    "Byte": "uint8",
-    "Char": "int8",
-    "Short": "int16",
-    "Int": "int32",
-    "Long": "int64",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Float": "float32",
-    "Double": "float64",
-    "ComplexFloat": "complex64",
-    "ComplexDouble": "complex128",
-}
+    "Bool": "bool", "Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32",
+    "Long": "int64", "Half": "float16", "BFloat16": "bfloat16", "Float": "float32",
+    "Double": "float64", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+}  # fmt: skip
 
 
 # Named tuples, because a pickle cannot change them once they are made and checked.
 class _Element(NamedTuple):
-    """An element type: of a typed storage, or torch.float32 and the like. None is untyped bytes."""
+    """An element type, of a typed storage or torch.float32 and the like; None is untyped bytes."""
 
     dtype: np.dtype | None
 
 
 class _Storage(NamedTuple):
-    """A block of a file's data and how the pickle says to read it."""
+    """A block of a file's data, as the pickle describes it."""
 
     member: str
     dtype: np.dtype | None
@@ -73,7 +53,7 @@ class _Tensor(NamedTuple):
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    """Stand-in for torch._utils._rebuild_tensor and _v2 (rest: gradient flag, hooks, metadata)."""
+    # Of torch._utils._rebuild_tensor and _v2; rest: gradient flag, hooks, metadata.
     metadata = rest[2] if len(rest) > 2 else None
     return _tensor(storage, offset, shape, strides, storage.dtype, metadata)
 
@@ -88,14 +68,14 @@ def _rebuild_tensor_v3(
     element: Any,
     *rest,
 ) -> _Tensor:
-    """Stand-in for torch._utils._rebuild_tensor_v3, whose storage is untyped."""
+    # The storage of torch._utils._rebuild_tensor_v3 is untyped.
     return _tensor(storage, offset, shape, strides, element.dtype, rest[0] if rest else None)
 
 
 def _tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any, metadata: Any
 ) -> _Tensor:
-    """Checks a tensor's extent against its storage: a view must never leave it."""
+    """Check a tensor's extent against its storage: a view must never leave it."""
     if not isinstance(storage, _Storage) or dtype is None:
         raise ValueError("a tensor without a typed storage")
     if isinstance(metadata, dict) and any(metadata.values()):
@@ -115,14 +95,14 @@ def _tensor(
 
 
 def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
-    """Stand-in for torch._tensor._rebuild_from_type_v2: a tensor that carries attributes."""
+    # Of torch._tensor._rebuild_from_type_v2: a tensor that carries attributes.
     if not isinstance(function, Rebuilder):
         raise UnsafeCheckpoint(f"the file rebuilds a tensor through {function!r}; nothing was run")
     return function(*arguments)
 
 
 def _torch_names() -> dict[str, Any]:
-    """Stand-ins for what the pickle of a torch file may call or name."""
+    """Return stand-ins for what the pickle of a torch file may call or name."""
     first = Rebuilder(lambda value, *_: value)
     known = {
         "torch._utils._rebuild_tensor": Rebuilder(_rebuild_tensor),
@@ -146,7 +126,7 @@ def _torch_names() -> dict[str, Any]:
 
 
 def _open_zip(path: str) -> tuple[dict[str, zipfile.ZipInfo], str, bytes, bytes]:
-    """Returns a torch file's members, the prefix of their names, its pickle and its byte order."""
+    """Return a torch file's members, the prefix of their names, its pickle and its byte order."""
     with zipfile.ZipFile(path) as archive:
         infos = {info.filename: info for info in archive.infolist()}
         roots = [name for name in infos if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -158,7 +138,7 @@ def _open_zip(path: str) -> tuple[dict[str, zipfile.ZipInfo], str, bytes, bytes]
 
 
 def read_zip(path: str) -> Any:
-    """Reads the pickle of a torch zip file; its tensors become LazyTensor."""
+    """Return a torch file's nested dicts of LazyTensor, two levels deep."""
     try:
         infos, prefix, pickled, order = _open_zip(path)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
@@ -192,7 +172,7 @@ def read_zip(path: str) -> Any:
 
 
 def _data_start(path: str, info: zipfile.ZipInfo) -> int:
-    """Where the data of an uncompressed member begins."""
+    """Return the position of an uncompressed member's data."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{path}: {info.filename} is compressed, which torch.save never does")
     # A local header has 30 bytes, then a name and extra data whose lengths are its last four bytes.
@@ -201,10 +181,7 @@ def _data_start(path: str, info: zipfile.ZipInfo) -> int:
 
 
 def _lazy(root: Any, load: Callable[[_Tensor], np.ndarray]) -> Any:
-    """Turns a pickle's root into nested dicts of LazyTensor, two levels deep; drops other data.
-
-    A module saved by `torch.jit.save` is a tree of attributes and becomes one flat dict.
-    """
+    """Keep the tensors of a pickle's root, two levels deep; a scripted module becomes flat."""
 
     def tensors(items: Mapping[Any, Any]) -> dict[str, LazyTensor]:
         return {
@@ -223,7 +200,7 @@ def _lazy(root: Any, load: Callable[[_Tensor], np.ndarray]) -> Any:
 
 
 def _items(value: Any) -> dict[Any, Any]:
-    """Key-value pairs of a dict, or of an unknown class that looks like one; empty otherwise."""
+    """Return the items of a dict, or of an unknown class that looks like one; else none."""
     if isinstance(value, dict):
         return dict(dict.items(value))
     return value.entries if isinstance(value, Inert) else {}
@@ -232,7 +209,7 @@ def _items(value: Any) -> dict[Any, Any]:
 def _attributes(
     module: Inert, prefix: str, above: tuple[int, ...]
 ) -> Iterator[tuple[str, _Tensor]]:
-    """Walks a scripted module's attributes: parameters, buffers and sub-modules."""
+    """Yield a scripted module's parameters and buffers, those of its submodules included."""
     state = module.state if isinstance(module.state, dict) else {}
     for name, value in state.items():
         if isinstance(value, _Tensor):

@@ -27,11 +27,7 @@ _ORDERED_DICT = b"ccollections\nOrderedDict\n)" + _REDUCE
 def write_torch_zip(
     path: str | os.PathLike, groups: Mapping[str, Mapping[str, np.ndarray | LazyTensor]]
 ) -> None:
-    """Writes a `.pt` file; of lazy tensors, one is in memory at a time.
-
-    Args:
-      path: the file to write.
-      groups: {"model": {name: array or lazy tensor}, ...}, what torch.load will return.
+    """Write a `.pt` file for which torch.load returns `groups`; one lazy tensor is in memory.
 
     Raises:
       ValueError: a dtype for which torch has no typed storage.
@@ -53,13 +49,13 @@ def write_torch_zip(
 
 
 def _padding(end: int) -> bytes:
-    """An extra field of a header that would end at byte `end`: the data then begins aligned."""
+    """Return an extra field for a header that would end at byte `end`, to align the data."""
     padding = -(end + 4) % _ALIGNMENT  # the field has a name and a length of two bytes each
     return b"FB" + struct.pack("<H", padding) + bytes(padding)
 
 
 def _pickle(groups: Mapping[str, Mapping[str, np.ndarray | LazyTensor]]) -> bytes:
-    """A dict of OrderedDicts of tensors, whose storages are numbered in their order."""
+    """Pickle a dict of OrderedDicts of tensors, whose storages are numbered in their order."""
     out, key = [_PROTOCOL, _EMPTY_DICT, _MARK], 0
     for group, tensors in groups.items():
         out += [_text(group), _ORDERED_DICT, _MARK]
@@ -71,7 +67,7 @@ def _pickle(groups: Mapping[str, Mapping[str, np.ndarray | LazyTensor]]) -> byte
 
 
 def _tensor(tensor: np.ndarray | LazyTensor, key: int) -> bytes:
-    """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)."""
+    # torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
     shape = tensor.shape
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     storage = _tuple(

@@ -1,4 +1,8 @@
-"""Loads a semantic encoder alone, from the files of CLIP, SigLIP and ViTamin themselves."""
+"""Rules for the semantic encoders CLIP, SigLIP and ViTamin, and loading one from its own file.
+
+`path` is what our paths start with, "" or ending in "/"; `name` is what the torch names start with,
+"" or ending in ".". An encoder of any width and depth may stand alone or inside another checkpoint.
+"""
 
 import os
 from collections.abc import Mapping
@@ -6,42 +10,178 @@ from typing import Any
 
 from tokenflow_jax.weights import rules
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.names.clip import CLIP_HUGGING_FACE, CLIP_VISUAL
-from tokenflow_jax.weights.names.siglip import SIGLIP_VISION
-from tokenflow_jax.weights.names.vitamin import vitamin_table
+from tokenflow_jax.weights.rules import CONV, CONV1X1_DENSE, DENSE, Rule, RuleTable, layer
+
+TOWER = "vision_model."  # before the names of a vision tower in Hugging Face's format
+
+
+def clip_rules(path: str = "", name: str = "") -> list[Rule]:
+    """Return rules for OpenAI's visual transformer, with or without the final projection."""
+    block, torch_block = f"{path}blocks", f"{name}transformer.resblocks.{{layer}}"
+    return [
+        Rule(f"{path}patch_embed/kernel", f"{name}conv1.weight", CONV),
+        Rule(f"{path}class_embedding", f"{name}class_embedding"),
+        Rule(f"{path}position_embedding", f"{name}positional_embedding"),
+        *layer(f"{path}pre_norm", f"{name}ln_pre", norm=True),
+        *layer(f"{block}/norm1", f"{torch_block}.ln_1", norm=True),
+        Rule(f"{block}/attention/qkv/kernel", f"{torch_block}.attn.in_proj_weight", DENSE),
+        Rule(f"{block}/attention/qkv/bias", f"{torch_block}.attn.in_proj_bias"),
+        *layer(f"{block}/attention/out", f"{torch_block}.attn.out_proj"),
+        *layer(f"{block}/norm2", f"{torch_block}.ln_2", norm=True),
+        *layer(f"{block}/mlp/fc1", f"{torch_block}.mlp.c_fc"),
+        *layer(f"{block}/mlp/fc2", f"{torch_block}.mlp.c_proj"),
+        *layer(f"{path}post_norm", f"{name}ln_post", norm=True),
+        Rule(f"{path}projection", f"{name}proj"),
+    ]
+
+
+def _hugging_face_blocks(block: str, torch_block: str) -> list[Rule]:
+    """Return rules for a stack of blocks, as Hugging Face names those of CLIP and SigLIP."""
+    attention = [f"{torch_block}.self_attn.{part}_proj" for part in "qkv"]
+    weights, biases = (tuple(f"{a}.{kind}" for a in attention) for kind in ("weight", "bias"))
+    return [
+        *layer(f"{block}/norm1", f"{torch_block}.layer_norm1", norm=True),
+        Rule(f"{block}/attention/qkv/kernel", weights, DENSE),
+        Rule(f"{block}/attention/qkv/bias", biases),
+        *layer(f"{block}/attention/out", f"{torch_block}.self_attn.out_proj"),
+        *layer(f"{block}/norm2", f"{torch_block}.layer_norm2", norm=True),
+        *layer(f"{block}/mlp/fc1", f"{torch_block}.mlp.fc1"),
+        *layer(f"{block}/mlp/fc2", f"{torch_block}.mlp.fc2"),
+    ]
+
+
+def _hugging_face_clip_rules() -> tuple[Rule, ...]:
+    """Return rules for CLIP's visual transformer by Hugging Face's names."""
+    return (
+        Rule("patch_embed/kernel", f"{TOWER}embeddings.patch_embedding.weight", CONV),
+        Rule("class_embedding", f"{TOWER}embeddings.class_embedding"),
+        Rule("position_embedding", f"{TOWER}embeddings.position_embedding.weight"),
+        *layer("pre_norm", f"{TOWER}pre_layrnorm", norm=True),  # sic
+        *_hugging_face_blocks("blocks", f"{TOWER}encoder.layers.{{layer}}"),
+        *layer("post_norm", f"{TOWER}post_layernorm", norm=True),
+        Rule("projection", "visual_projection.weight", DENSE),
+    )
+
+
+def siglip_rules(path: str = "", name: str = "") -> list[Rule]:
+    """Return rules for SigLIP's vision tower up to any of its layers."""
+    return [
+        *layer(f"{path}patch_embed", f"{name}embeddings.patch_embedding", CONV),
+        Rule(f"{path}position_embedding", f"{name}embeddings.position_embedding.weight"),
+        *_hugging_face_blocks(f"{path}blocks", f"{name}encoder.layers.{{layer}}"),
+    ]
+
+
+def siglip_unused_shapes(depth: int, width: int, mlp_width: int) -> dict[str, tuple[int, ...]]:
+    """Return torch names and shapes of what TokenFlow never reads of SigLIP's tower.
+
+    These are the layer after the first `depth`, the final norm and the pooling head; the names
+    lack the tower's prefix.
+    """
+
+    def affine(name: str, out: int, *inputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (out, *inputs), f"{name}.bias": (out,)}
+
+    last = f"encoder.layers.{depth}"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in ("q", "k", "v", "out"):
+        shapes |= affine(f"{last}.self_attn.{part}_proj", width, width)
+    for norm in (f"{last}.layer_norm1", f"{last}.layer_norm2", "post_layernorm", "head.layernorm"):
+        shapes |= affine(norm, width)
+    for mlp in (f"{last}.mlp", "head.mlp"):
+        shapes |= affine(f"{mlp}.fc1", mlp_width, width) | affine(f"{mlp}.fc2", width, mlp_width)
+    return shapes | {
+        "head.probe": (1, 1, width),
+        "head.attention.in_proj_weight": (3 * width, width),
+        "head.attention.in_proj_bias": (3 * width,),
+        **affine("head.attention.out_proj", width, width),
+    }
+
+
+def vitamin_rules(path: str = "", name: str = "") -> list[Rule]:
+    """Return rules for ViTamin as timm names it."""
+    backbone = f"{name}patch_embed.backbone"
+    stage, torch_stage = f"{path}stage_{{i}}_block_{{j}}", f"{backbone}.stages.{{i}}.{{j}}"
+    block, torch_block = f"{path}blocks", f"{name}blocks.{{layer}}"
+    return [
+        *layer(f"{path}stem_conv1", f"{backbone}.stem.conv1", CONV),
+        *layer(f"{path}stem_norm", f"{backbone}.stem.norm1", norm=True),
+        *layer(f"{path}stem_conv2", f"{backbone}.stem.conv2", CONV),
+        *layer(f"{stage}/norm", f"{torch_stage}.pre_norm", norm=True),
+        *layer(f"{stage}/widen", f"{torch_stage}.conv1_1x1", CONV1X1_DENSE),
+        *layer(f"{stage}/depthwise", f"{torch_stage}.conv2_kxk", CONV),
+        *layer(f"{stage}/narrow", f"{torch_stage}.conv3_1x1", CONV1X1_DENSE),
+        *layer(f"{stage}/shortcut", f"{torch_stage}.shortcut.expand", CONV1X1_DENSE),
+        *layer(f"{path}pool_norm", f"{backbone}.pool.norm", norm=True),
+        *layer(f"{path}pool_conv", f"{backbone}.pool.proj", CONV),
+        *layer(f"{block}/norm1", f"{torch_block}.norm1", norm=True),
+        *layer(f"{block}/attention/qkv", f"{torch_block}.attn.qkv"),
+        *layer(f"{block}/attention/out", f"{torch_block}.attn.proj"),
+        *layer(f"{block}/norm2", f"{torch_block}.norm2", norm=True),
+        *layer(f"{block}/mlp/norm", f"{torch_block}.mlp.norm", norm=True),
+        *layer(f"{block}/mlp/gate", f"{torch_block}.mlp.w0"),
+        *layer(f"{block}/mlp/value", f"{torch_block}.mlp.w1"),
+        *layer(f"{block}/mlp/out", f"{torch_block}.mlp.w2"),
+    ]
+
+
+# A whole model's file also holds a text tower, and a SigLIP's further layers and a head.
+CLIP_VISUAL = RuleTable(
+    "CLIP visual encoder",
+    tuple(clip_rules("", "visual.")),
+    ignored=(
+        "positional_embedding", "text_projection", "logit_scale", "token_embedding.weight",
+        "ln_final.*", "transformer.*", "input_resolution", "context_length", "vocab_size",
+    ),
+)  # fmt: skip
+_CLIP_HUGGING_FACE = RuleTable(
+    "CLIP visual encoder (Hugging Face's names)",
+    _hugging_face_clip_rules(),
+    ignored=(
+        "text_model.*", "text_projection.weight", "logit_scale", f"{TOWER}embeddings.position_ids",
+    ),
+)  # fmt: skip
+_SIGLIP = RuleTable(
+    "SigLIP vision tower",
+    tuple(siglip_rules("", TOWER)),
+    ignored=(
+        f"{TOWER}post_layernorm.*", f"{TOWER}head.*", f"{TOWER}encoder.layers.*",
+        f"{TOWER}embeddings.position_ids", "text_model.*", "logit_scale", "logit_bias",
+    ),
+)  # fmt: skip
+
+
+def _vitamin(name: str) -> RuleTable:
+    return RuleTable(
+        "ViTamin image encoder",
+        tuple(vitamin_rules("", name)),
+        ignored=(
+            f"{name}head.*", f"{name}norm.*", f"{name}fc_norm.*", "visual.head.*", "text.*",
+            "logit_scale", "logit_bias",
+        ),
+    )  # fmt: skip
 
 
 def encoder_table(kind: str, names: Mapping[str, Any]) -> rules.RuleTable:
-    """Chooses the table for a file by the names in it.
-
-    Args:
-      kind: a key of `nets.encoders.ENCODERS`.
-      names: the file's tensors by name.
-
-    Raises:
-      ValueError: an unknown kind.
-    """
+    """Return the table of a `nets.encoders.ENCODERS` kind for a file with these names."""
     if kind == "clip":
-        hugging_face = any(name.startswith("vision_model.") for name in names)
-        return CLIP_HUGGING_FACE if hugging_face else CLIP_VISUAL
+        hugging_face = any(name.startswith(TOWER) for name in names)
+        return _CLIP_HUGGING_FACE if hugging_face else CLIP_VISUAL
     if kind == "siglip":
-        return SIGLIP_VISION
+        return _SIGLIP
     if kind == "vitamin":
         trunk = "visual.trunk."
-        return vitamin_table(trunk if any(name.startswith(trunk) for name in names) else "")
+        return _vitamin(trunk if any(name.startswith(trunk) for name in names) else "")
     raise ValueError(f"no files of the encoder {kind!r} are known; one of clip, siglip, vitamin")
 
 
 def load_encoder(kind: str, path: str | os.PathLike, template: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads an encoder's weights.
+    """Load an encoder's weights as nested NumPy arrays.
 
     Args:
       kind: a key of `nets.encoders.ENCODERS`.
       path: OpenAI's ViT-B-16.pt, a file of open_clip, timm or Hugging Face, sharded or not.
       template: shapes of the encoder's parameters.
-
-    Returns:
-      Parameters, nested NumPy arrays.
 
     Raises:
       CheckpointMismatch: names or shapes that do not fit, all of them.

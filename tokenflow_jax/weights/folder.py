@@ -1,0 +1,98 @@
+"""Folders in Hugging Face's format: config.json and .safetensors, one file or indexed shards."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tokenflow_jax import files
+from tokenflow_jax.weights.conversion import Written, cast, different_shapes
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
+from tokenflow_jax.weights.lazy import in_memory
+from tokenflow_jax.weights.rules import RuleTable, Tensors, flatten, torch_tensors
+
+_SHARD_BYTES = 5 * 10**9
+
+
+def read_fields(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
+    """Return the fields of the config.json in a folder (or beside a file), and its path.
+
+    Raises:
+      ValueError: it is missing or cannot be read.
+    """
+    path = pathlib.Path(path)
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))), str(file)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file} is missing; give a folder in Hugging Face's format, with config.json and "
+            ".safetensors files"
+        ) from None
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from None
+
+
+def write_folder(
+    path: str | os.PathLike,
+    fields: Mapping[str, Any],
+    params: Mapping[str, Any],
+    table: RuleTable,
+    template: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+    overwrite: bool = False,
+) -> Written:
+    """Write a Hugging Face folder: config.json and weights.
+
+    Args:
+      path: the folder; it appears when it is complete.
+      fields: of config.json.
+      params: nested or by path, lazy or not; with the shapes of `template`.
+      table: the model's rules.
+      dtype: of the files; None keeps that of the parameters.
+      shard_bytes: weights beyond this are split over several files.
+      overwrite: replace a folder there.
+
+    Raises:
+      ValueError: the parameters are not the config's.
+      OSError: the folder exists or cannot be written.
+    """
+    arrays = {name: in_memory(name, array) for name, array in flatten(params).items()}
+    wrong = different_shapes(arrays, template)
+    if wrong:
+        raise ValueError("these parameters are not the config's:\n  " + "\n  ".join(wrong))
+    tensors = {name: cast(t, dtype) for name, t in torch_tensors(arrays, table).items()}
+    fields = {**fields, "torch_dtype": str(tensors["model.embed_tokens.weight"].dtype)}
+    with files.write_atomically(path, overwrite) as partial:
+        partial.mkdir(parents=True)
+        _write_json(partial / "config.json", fields)
+        _write_shards(partial, tensors, shard_bytes)
+    return Written("raw", len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _write_shards(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> None:
+    """Write one file, or several with Hugging Face's index."""
+    shards: list[Tensors] = [{}]
+    for name, tensor in tensors.items():
+        size = sum(t.nbytes for t in shards[-1].values())
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
