@@ -182,7 +182,7 @@ def test_a_run_does_not_change_its_tokenizer(trained, data, tmp_path, tokenizer)
 @pytest.mark.parametrize(
     "path,value,message",
     [
-        ("tokenizer.path", "/no/such/run", "comes from python -m"),
+        ("tokenizer.path", "/no/such/run", "train the quickstart's tokenizer with python -m"),
         ("tokenizer.path", "", "needs a trained image tokenizer"),
         ("tokenizer.variant", "huge", "'huge' is unknown"),
         ("text_tokenizer", "/no/folder", "is not 'bytes', 'words' or a folder"),
@@ -192,6 +192,7 @@ def test_a_run_does_not_change_its_tokenizer(trained, data, tmp_path, tokenizer)
         ("data.captions", ("a cat",), "must name some of"),
         ("sampling.passes", ((33, 0.0),), "top_k 33 must be 0 .off. to 32"),
         ("batch_size", 0, "batch_size"),
+        ("loss_tokens", 0, "loss_tokens 0 must be at least 1"),
         ("dtype", "float16", "'float16' is not one of"),
     ],
 )

@@ -27,6 +27,7 @@ from tokenflow_jax.tokenizer import quantizer
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.tokenizer.quantizer import Codebooks
+from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
 from tokenflow_jax.train import optim
 
@@ -103,7 +104,7 @@ def step(sizes):
         codebook=CodebookConfig(usage_window=500),
         optimizer=optim.make_optimizer(adam, 100),
         discriminator_optimizer=optim.make_optimizer(adam, 100),
-        teacher=ViT(vit),
+        teacher=Teacher(ViT(vit)),
         discriminator=PatchGAN(filters=4, layers=1),
         ema_decay=0.9,
     )

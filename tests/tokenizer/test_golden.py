@@ -18,6 +18,7 @@ from tokenflow_jax.nets.vit import ViT, ViTConfig
 from tokenflow_jax.tokenizer import losses
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import tokenizer_table
+from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
 from tokenflow_jax.train import optim
 from tokenflow_jax.weights import rules
@@ -69,9 +70,7 @@ def run():
             codebook=CodebookConfig(),
             optimizer=optim.make_optimizer(adam, 10),
             discriminator_optimizer=optim.make_optimizer(adam, 10),
-            teacher=teacher,
-            teacher_mean=CLIP_MEAN,
-            teacher_std=CLIP_STD,
+            teacher=Teacher(teacher, CLIP_MEAN, CLIP_STD),
             discriminator=gan,
             lpips=LPIPS(),
             ema_decay=0.9,
@@ -98,7 +97,10 @@ def _gradients_of(trainer):
         keep_S = jnp.ones(len(trainer.model.config.scales))
         batch_stats = state.discriminator.batch_stats
         key = jax.random.key(0)
-        return trainer._gradients(state, batch_stats, frozen, images, keep_S, key)
+        stats, (gradients, metrics), tokens = trainer._gradients(
+            state, batch_stats, frozen, images, keep_S, key
+        )
+        return stats, (gradients, metrics, tokens)
 
     return jax.jit(compute, compiler_options=OPTIMISED)
 

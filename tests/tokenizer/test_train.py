@@ -12,6 +12,7 @@ from tokenflow_jax.nets.discriminator import PatchGAN, StyleGAN
 from tokenflow_jax.nets.encoders import encoder_kind
 from tokenflow_jax.nets.vit import ViT
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow
+from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
 from tokenflow_jax.train import optim
 
@@ -28,7 +29,7 @@ def make_trainer(losses=None, codebook=None, learning_rate=3e-3, gan=False, **op
         codebook=CodebookConfig(usage_window=500, **(codebook or {})),
         optimizer=optim.make_optimizer(adam, 100, options.get("trainable")),
         discriminator_optimizer=optim.make_optimizer(adam, 100),
-        teacher=ViT(VIT),
+        teacher=Teacher(ViT(VIT)),
         discriminator=PatchGAN(filters=4, layers=1) if gan else None,
         **options,
     )
@@ -102,9 +103,7 @@ def test_a_step_with_every_encoder(kind):
     trainer = dataclasses.replace(
         make_trainer(gan=True, losses={"adaptive": True}),
         model=TokenFlow(config),
-        teacher=teacher,
-        teacher_mean=spec.mean,
-        teacher_std=spec.std,
+        teacher=Teacher(teacher, spec.mean, spec.std),
         discriminator=gan,
     )
     shape = (2, config.image_size, config.image_size, 3)
@@ -135,7 +134,7 @@ def test_a_step_of_every_variant(variant):
     config = dataclasses.replace(config, teacher_width=vit.width)
     teacher = encoder_kind(config.semantic_encoder).module(vit)
     trainer = dataclasses.replace(
-        make_trainer(gan=True), model=TokenFlow(config, remat=True), teacher=teacher
+        make_trainer(gan=True), model=TokenFlow(config, remat=True), teacher=Teacher(teacher)
     )
     size = config.image_size
     images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
@@ -201,7 +200,7 @@ def test_accumulation_takes_the_same_step(frozen, batch, gan):
         np.testing.assert_allclose(
             one[0]["gradient_norm/generator"], four[0]["gradient_norm/generator"], rtol=rtol
         )
-    with pytest.raises(ValueError, match="batch of 8 images does not split by 3"):
+    with pytest.raises(ValueError, match="batch of 8 rows does not split by accumulate=3"):
         run(make_trainer(accumulate=3), frozen, batch, 1)
 
 

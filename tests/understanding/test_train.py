@@ -58,7 +58,7 @@ def test_microbatches_weigh_every_label_alike(frozen):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), states[0], other)
         for name, value in metrics[0].items():
             np.testing.assert_allclose(found[name], value, rtol=1e-4)
-    with pytest.raises(ValueError, match="does not split by 3"):
+    with pytest.raises(ValueError, match="does not split by accumulate=3"):
         trainer(accumulate=3).step(state, frozen, batch)
 
 

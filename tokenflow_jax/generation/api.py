@@ -157,11 +157,10 @@ class Generator:
             path, PART, config, weights=None if ema else "raw", step=step
         )
         saved = source.saved
-        fingerprint = saved.get("data", {}).get("fingerprint")
-        known = {**saved.get("tokenizer", {}), "fingerprint": fingerprint}
+        known = saved.get("tokenizer", {})
         tokenizer = load_tokenizer_of(path, known, tokenizer, tokenizer_variant)
-        text = dict(saved.get("text", {"tokenizer": "", "budget": 128}))
-        text_tokenizer = text_tokenizer or text["tokenizer"]
+        text_tokenizer = text_tokenizer or saved.get("text_tokenizer", "")
+        length = saved.get("data", {}).get("max_length", 128)
         if not text_tokenizer:
             raise ValueError(
                 f"{path} does not say which text tokenizer it was trained with: give it"
@@ -173,7 +172,7 @@ class Generator:
             config=source.config,
             params=unflatten(mesh.place_parameters(arrays, device_mesh)),
             tokenizer=tokenizer,
-            prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), text["budget"]),
+            prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), length),
             recipe=Recipe(**_recipe(saved.get("sampling", {}))),
             dtype=dtype,
             source={"checkpoint": path, "weights": source.weights},

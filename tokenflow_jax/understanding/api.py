@@ -125,7 +125,7 @@ class Assistant:
         tokenizer = api.load_tokenizer_of(
             path, known.get("tokenizer", {}), tokenizer, tokenizer_variant
         )
-        text_tokenizer = text_tokenizer or data.get("text_tokenizer")
+        text_tokenizer = text_tokenizer or known.get("text_tokenizer")
         if not text_tokenizer:
             raise ValueError(f"{path} does not say which text tokenizer it reads: give it")
         if system is None and data.get("own_system"):
@@ -412,4 +412,4 @@ def _torch_config(
         return variants[variant], {}
     config, fields = read_understanding_config(path)
     known = {"tokenizer": {"fingerprint": fields.get("tokenflow_fingerprint", "")}}
-    return config, known | {"data": {"text_tokenizer": path}}
+    return config, known | {"text_tokenizer": path}

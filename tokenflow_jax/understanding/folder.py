@@ -68,7 +68,7 @@ def save_understanding_model(
 
 
 # What a checkpoint of ours notes besides the model: which tokenizers it goes with.
-_KEPT = ("tokenizer", "data")
+_KEPT = ("tokenizer", "text_tokenizer", "data")
 # Files by which one knows that a folder holds a text tokenizer, too.
 _TEXT_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -103,7 +103,7 @@ def convert(
             config, fields = read_understanding_config(src)
         known = {"tokenizer": {"fingerprint": fields.get("tokenflow_fingerprint", "")}}
         if any((pathlib.Path(src) / name).is_file() for name in _TEXT_TOKENIZERS):
-            known["data"] = {"text_tokenizer": os.fspath(src)}
+            known["text_tokenizer"] = os.fspath(src)
     else:
         saved = checkpoint.read_info(checkpoint.find_checkpoint(src, step))["config"]
         known = {name: saved[name] for name in _KEPT if name in saved}
