@@ -29,7 +29,7 @@ from tokenflow_jax.nets.lpips import LPIPS
 from tokenflow_jax.tokenizer import losses as adversarial
 from tokenflow_jax.tokenizer import pyramid as multiscale
 from tokenflow_jax.tokenizer import quantizer
-from tokenflow_jax.tokenizer.codebook import EMACodebook, revive_dead_codes
+from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage, revive_dead_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.state import (
     CodebookConfig,
@@ -39,7 +39,6 @@ from tokenflow_jax.tokenizer.state import (
     codebooks_of,
     with_codebooks,
 )
-from tokenflow_jax.tokenizer.usage import Usage
 from tokenflow_jax.train import optim
 
 PyTree = Any
