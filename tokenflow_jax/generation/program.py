@@ -183,7 +183,7 @@ class SamplingProgram:
         """The sampling loop."""
         passes = tuple(map(tuple, self.training.config.sampling.passes))
         pad_id = self.training.prompts.pad_id
-        return generate.sampling_function(self.training.model, pad_id, passes, guided=True)
+        return generate.Sampler(self.training.model, pad_id, passes)
 
     @functools.cached_property
     def step(self) -> Any:
