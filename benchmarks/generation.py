@@ -43,6 +43,7 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
+    from tests.helpers import recomputed_sampling
     from tokenflow_jax.generation import sample as generate
     from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
     from tokenflow_jax.nets.lm import LMConfig
@@ -86,14 +87,14 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, float]:
         jax.random.normal(keys[2], (config.codebook_size, 8)),
     )
     ids = jax.random.randint(keys[0], (options.images, 131), 0, config.image_start)
-    prompt = generate.Prompt(ids, jnp.ones(ids.shape, bool))
-    negative = generate.Prompt(ids[:1] + 1, prompt.real_BP[:1])
-    run = jax.jit(
-        functools.partial(
-            generate.sample, model, passes=generate.PASSES[options.passes], method=method
-        )
-    )
-    inputs = (params, books, prompt, negative, keys[3:], 7.5)
+    sampler = generate.Sampler(model, -1, generate.PASSES[options.passes])  # no id is padding
+
+    def recomputed(*args):
+        codes = {d.scale: d.codes_BL for d in recomputed_sampling.draws(sampler, method, *args)}
+        return jnp.concatenate(list(codes.values()), axis=1)
+
+    run = jax.jit(sampler if method == "cache" else recomputed)
+    inputs = (params["params"], books, ids, ids[:1] + 1, keys[3:], 7.5)
     start = time.perf_counter()
     compiled = run.lower(*inputs).compile()
     compile_seconds = time.perf_counter() - start

@@ -14,8 +14,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tokenflow_jax.generation.api import REFERENCE_NEGATIVE
 from tokenflow_jax.generation.model import VARIANTS, GenerationConfig
+from tokenflow_jax.generation.sample import REFERENCE_NEGATIVE
 from tokenflow_jax.nets.lm import LMConfig
 
 

@@ -66,7 +66,7 @@ def test_nothing_compiles_again(generator):
 
 def test_the_shortest_prefix_gives_the_codes_of_the_whole_budget(generator):
     prompts, greedy = generator.prompts, ((1, 0.0),)
-    sampler = generator._sampler(greedy, True)
+    sampler = generator._sampler(greedy)
     short, whole = (prompts.encode_all(["a dog", ""], shortest=s) for s in (True, False))
     assert (short.shape[1], whole.shape[1]) == (13, 21)
     codes = [

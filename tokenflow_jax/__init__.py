@@ -1,5 +1,6 @@
 """TokenFlow: one image tokenizer for multimodal understanding and generation, in JAX and Flax."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,19 +11,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Assistant", "Generator", "Tokenizer", "__version__"]
 
+_PARTS = {"Assistant": "understanding", "Generator": "generation", "Tokenizer": "tokenizer"}
+
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that the data pipeline's processes and `--help` do not load jax.
-    if name == "Assistant":
-        from tokenflow_jax.understanding.api import Assistant
-
-        return Assistant
-    if name == "Tokenizer":
-        from tokenflow_jax.tokenizer.api import Tokenizer
-
-        return Tokenizer
-    if name == "Generator":
-        from tokenflow_jax.generation.api import Generator
-
-        return Generator
+    if name in _PARTS:
+        return getattr(importlib.import_module(f"tokenflow_jax.{_PARTS[name]}.api"), name)
     raise AttributeError(f"module 'tokenflow_jax' has no attribute {name!r}")

@@ -6,30 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recomputed_sampling
 from golden import generation as golden
 
-from tokenflow_jax.generation import sample as generate
 from tokenflow_jax.generation.model import Generation
-from tokenflow_jax.generation.sample import Prompt
+from tokenflow_jax.generation.sample import Sampler
 
 
-def prompts(case, data):
+def prompts(data):
     ids = jnp.asarray(data["prefix_ids"], jnp.int32)
-    real = ids != case.pad_id
     half = len(ids) // 2
-    return Prompt(ids[:half], real[:half]), Prompt(ids[half:], real[half:])
+    return ids[:half], ids[half:]
+
+
+def sampler(case, passes=((1, 0.0),)):
+    return jax.jit(Sampler(Generation(case.config), case.pad_id, passes))
 
 
 @functools.cache
-def sampler(name, passes, method):
-    """The compiled program; all passes greedy, as the stored results."""
+def traced(name, passes, method):
+    """The compiled program, with the watched logits of every pass; all passes are greedy."""
     case = golden.load(name)
-    greedy = ((1, 0.0),) * passes
-    return jax.jit(
-        functools.partial(
-            generate.sample_traced, Generation(case.config), passes=greedy, method=method
-        )
-    )
+    greedy = Sampler(Generation(case.config), case.pad_id, ((1, 0.0),) * passes)
+    draws = greedy.draws
+    if method != "cache":
+        draws = functools.partial(recomputed_sampling.draws, greedy, method)
+
+    def run(watched, *args):
+        return [(d.scale, d.index, d.codes_BL, d.logits_BLK[..., watched]) for d in draws(*args)]
+
+    return jax.jit(run)
 
 
 QUICK = (("s3", 1, "cache"), ("s4", 3, "cache"))
@@ -48,60 +54,65 @@ SETTINGS = [
 def test_equals_the_reference(name, passes, method):
     """Codes, the code of every pass, and guided logits; guidance 7.5 and 0 in one program."""
     case, data = golden.load(name), golden.stored(name, "generate")
-    run = sampler(name, passes, method)
+    run = traced(name, passes, method)
     keys = jax.random.split(jax.random.key(0), 2)
     watched = jnp.asarray(data[f"steps{passes}_cfg7p5:probe_ids"]) - case.config.image_start
+    params = case.params["params"]
     for key, guidance in (("7p5", 7.5), ("0", 0.0)):
         start = f"steps{passes}_cfg{key}:"
-        codes, draws = run(
-            case.params, case.codebooks, *prompts(case, data), keys, guidance, watched=watched
-        )
+        draws = run(watched, params, case.codebooks, *prompts(data), keys, guidance)
+        last = {int(scale): codes for scale, _, codes, _ in draws}
+        codes = np.concatenate(list(last.values()), axis=1)
         np.testing.assert_array_equal(codes, data[start + "codes"])
-        order = [[draw.scale, draw.index] for draw in draws]
+        order = [[scale, index] for scale, index, _, _ in draws]
         np.testing.assert_array_equal(order, data[start + "call_scale_loop"])
-        every = np.concatenate([draw.codes_BL for draw in draws], axis=1)
+        every = np.concatenate([codes for _, _, codes, _ in draws], axis=1)
         np.testing.assert_array_equal(every, data[start + "argmax"])
         want = data.get(start + "probe_logits")
         assert want is not None or guidance == 0
         if want is not None:
-            got = np.concatenate([draw.logits_BLn for draw in draws], axis=1)
+            got = np.concatenate([logits for _, _, _, logits in draws], axis=1)
             np.testing.assert_allclose(got, want, atol=2e-4, rtol=0)
     assert run._cache_size() == 1  # one program, whatever the guidance
 
 
+def test_codes_are_the_last_passes_of_all_scales():
+    case, data = golden.load("s4"), golden.stored("s4", "generate")
+    keys = jax.random.split(jax.random.key(0), 2)
+    run = sampler(case, ((1, 0.0),) * 3)
+    codes = run(case.params["params"], case.codebooks, *prompts(data), keys, 7.5)
+    np.testing.assert_array_equal(codes, data["steps3_cfg7p5:codes"])
+
+
 def test_without_a_negative_prompt_equals_no_guidance():
     case, data = golden.load("s4"), golden.stored("s4", "generate")
-    prompt, _ = prompts(case, data)
+    prompt, _ = prompts(data)
     keys = jax.random.split(jax.random.key(0), 2)
-    run = functools.partial(generate.sample, Generation(case.config), passes=((1, 0.0),))
-    codes = jax.jit(run)(case.params, case.codebooks, prompt, None, keys)
+    codes = sampler(case)(case.params["params"], case.codebooks, prompt, None, keys)
     np.testing.assert_array_equal(codes, data["steps1_cfg0:codes"])
 
 
 @pytest.mark.slow
 def test_one_negative_prompt_serves_all():
     case, data = golden.load("s4"), golden.stored("s4", "generate")
-    prompt, negative = prompts(case, data)
-    single = Prompt(*(x[:1] for x in negative))
-    run = functools.partial(generate.sample, Generation(case.config), passes=((1, 0.0),))
+    prompt, negative = prompts(data)
     keys = jax.random.split(jax.random.key(0), 2)
-    codes = jax.jit(run)(case.params, case.codebooks, prompt, single, keys, 7.5)
+    codes = sampler(case)(case.params["params"], case.codebooks, prompt, negative[:1], keys, 7.5)
     np.testing.assert_array_equal(codes, data["steps1_cfg7p5:codes"])
 
 
 def test_rows_are_independent():
     """Random draws: equal seeds give equal images, in any batch; other seeds give others."""
     case, data = golden.load("s3"), golden.stored("s3", "generate")
-    prompt, negative = prompts(case, data)
-    run = jax.jit(functools.partial(generate.sample, Generation(case.config), passes=((100, 0.9),)))
+    prompt, negative = prompts(data)
+    run = functools.partial(sampler(case, ((100, 0.9),)), case.params["params"], case.codebooks)
     keys = jax.random.split(jax.random.key(5), 2)
-    single = Prompt(*(x[:1] for x in negative))  # both rows of `negative` are the same
-    both = run(case.params, case.codebooks, prompt, single, keys)
-    second = Prompt(*(x[1:] for x in prompt))
-    alone = run(case.params, case.codebooks, second, single, keys[1:])
+    single = negative[:1]  # both rows of `negative` are the same
+    both = run(prompt, single, keys)
+    alone = run(prompt[1:], single, keys[1:])
     np.testing.assert_array_equal(alone[0], both[1])
     others = jax.random.split(jax.random.key(6), 2)
-    assert (run(case.params, case.codebooks, prompt, single, others) != both).any()
+    assert (run(prompt, single, others) != both).any()
     assert int(both.max()) < case.config.codebook_size
 
 
@@ -109,35 +120,16 @@ def test_rows_are_independent():
 def test_prefixes_of_another_length_are_another_bucket():
     """More padding in front changes nothing but the program."""
     case, data = golden.load("s4"), golden.stored("s4", "generate")
-    both = prompts(case, data)
-    longer = [
-        Prompt(
-            jnp.pad(ids, ((0, 0), (5, 0)), constant_values=case.pad_id),
-            jnp.pad(real, ((0, 0), (5, 0))),
-        )
-        for ids, real in both
-    ]
-    run = jax.jit(functools.partial(generate.sample, Generation(case.config), passes=((1, 0.0),)))
+    longer = [jnp.pad(ids, ((0, 0), (5, 0)), constant_values=case.pad_id) for ids in prompts(data)]
     keys = jax.random.split(jax.random.key(0), 2)
-    codes = run(case.params, case.codebooks, *longer, keys, 7.5)
+    codes = sampler(case)(case.params["params"], case.codebooks, *longer, keys, 7.5)
     np.testing.assert_array_equal(codes, data["steps1_cfg7p5:codes"])
 
 
-def test_what_does_not_fit_is_said_at_once():
+def test_everything_that_does_not_fit_is_reported_together():
     case, data = golden.load("s3"), golden.stored("s3", "generate")
-    prompt, negative = prompts(case, data)
-    wrong = Prompt(*(x[:, 1:] for x in negative))
+    prompt, negative = prompts(data)
     keys = jax.random.split(jax.random.key(0), 3)
-    with pytest.raises(
-        ValueError, match=r"method 'quick'.*passes is empty.*3 keys for 2.*\(2, 18\)"
-    ):
-        generate.sample(
-            Generation(case.config),
-            case.params,
-            case.codebooks,
-            prompt,
-            wrong,
-            keys,
-            passes=(),
-            method="quick",
-        )
+    run = Sampler(Generation(case.config), case.pad_id, ())
+    with pytest.raises(ValueError, match=r"passes is empty.*3 keys for 2.*\(2, 18\)"):
+        run(case.params["params"], case.codebooks, prompt, negative[:, 1:], keys)

@@ -6,7 +6,6 @@ python sharding_program.py language 1,2,2,2 ...       the generation model: loss
 """
 
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -168,14 +167,13 @@ def language(sizes):
     step = jax.jit(
         jax.value_and_grad(loss), out_shardings=(None, mesh.shardings(params, device_mesh))
     )
-    draw = jax.jit(functools.partial(generate.sample, model, passes=((8, 0.9), (1, 0.0))))
-    prompt = generate.Prompt(*batch[:2])
-    negative = generate.Prompt(batch[0][:1], batch[1][:1])
+    draw = jax.jit(generate.Sampler(model, 0, ((8, 0.9), (1, 0.0))))
+    prompt = jnp.where(batch[1], batch[0], 0)
     with mesh.use(device_mesh):
         compiled = step.lower(placed, *batch).compile()
         total, gradients = step(placed, *batch)
         keys = jax.random.split(jax.random.key(1), 16)
-        drawn = draw(placed, books, prompt, negative, keys, 3.0)
+        drawn = draw(placed["params"], books, prompt, prompt[:1], keys, 3.0)
     return {
         "loss": float(total),
         "gradients": [np.asarray(g).ravel()[::7].tolist() for g in jax.tree.leaves(gradients)],

@@ -63,9 +63,9 @@ KINDS = {"clip": TINY, "vitamin": TINY_L, "siglip": TINY_XL}
 
 
 def narrow(config: TokenizerConfig, shrink: int) -> TokenizerConfig:
-    """A model whose every wide axis is `shrink` times narrower; depths and sizes stay.
+    """Divide every wide axis of a model by `shrink`; depths and sizes stay.
 
-    There are fewer heads where the width would not divide.
+    The number of heads drops where the width would not divide.
     """
     vit = {
         name: getattr(config.vit, name) // shrink
@@ -86,7 +86,7 @@ def narrow(config: TokenizerConfig, shrink: int) -> TokenizerConfig:
 
 
 def random_params(config: TokenizerConfig, seed: int):
-    """Weights of a tokenizer without compiling its initialisers; NumPy arrays."""
+    """Return random weights of a tokenizer as NumPy arrays, without compiling its initializers."""
     image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
     shapes = jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]
     rng = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ def random_params(config: TokenizerConfig, seed: int):
 
 
 def write_tokenizer(path, config: TokenizerConfig = TINY, seed: int = 0):
-    """A checkpoint of random weights, as the conversion tool writes one; returns its path."""
+    """Write a checkpoint of random weights like the conversion tool does; return its path."""
     params = rules.flatten(random_params(config, seed))
     tensors = {
         f"params/{name}": LazyTensor(name, array.shape, array.dtype, lambda array=array: array)

@@ -42,7 +42,7 @@ def pictures():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_reference_parity(case, tmp_path):
-    """Stored are every so manieth row of semantic_recon and pixel, to keep the files small."""
+    """The files store every n-th row of semantic_recon and every n-th pixel, to stay small."""
     variant, size, rows, pixels, tolerance = CASES[case]
     path = str(tmp_path / "tokenflow.safetensors")
     write_safetensors(path, weights.state_dict(manifest(f"tokenizer_{case}"), 0))
@@ -82,9 +82,9 @@ def test_uint8_and_float_are_the_same_picture(tiny, pictures):
 
 def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
     tiny.encode(pictures)
-    size = tiny._compiled["encode"]._cache_size()
+    size = tiny.compiled["encode"]._cache_size()
     tiny.encode(pictures[::-1])
-    assert tiny._compiled["encode"]._cache_size() == size
+    assert tiny.compiled["encode"]._cache_size() == size
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_bad_codes(tiny, codes, message):
         tiny.decode(codes)
 
 
-def test_what_weights_do_not_tell(tiny, tmp_path, monkeypatch):
-    """The pyramid and the distance's weight of a PyTorch file can be said; ours know."""
+def test_scales_and_weight_of_a_pytorch_file_can_be_given(tiny, tmp_path, monkeypatch):
+    """They override the variant of a PyTorch file; checkpoints of ours know theirs."""
     monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
     path = tmp_path / "tiny.safetensors"
     buffers = tokenizer_buffers(TINY)
@@ -146,29 +146,3 @@ def test_loading_says_what_is_wrong(tmp_path):
         tfx.Tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="float16"):
         tfx.Tokenizer.load(path, variant="b", dtype="float16")
-
-
-def test_the_tokenizer_that_a_language_model_was_trained_with(tiny, tmp_path, monkeypatch):
-    """Where its checkpoint says, or where it is now; another one is refused before it is used."""
-    monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
-    path = str(tmp_path / "tiny.safetensors")
-    buffers = tokenizer_buffers(TINY)
-    write_safetensors(path, torch_states.to_torch(tiny.params, tokenizer_table(TINY), buffers))
-    known = {"path": path, "variant": "tiny", "fingerprint": tiny.fingerprint}
-    assert api.load_tokenizer_of("runs/m", known).fingerprint == tiny.fingerprint
-    moved = {**known, "path": str(tmp_path / "gone")}
-    assert api.load_tokenizer_of("runs/m", moved, path, "tiny").config == TINY
-    assert api.load_tokenizer_of("runs/m", {}, tiny) is tiny
-    with pytest.raises(ValueError, match=r"gone' of runs/m is not there; say where"):
-        api.load_tokenizer_of("runs/m", moved)
-    with pytest.raises(ValueError, match=r"runs/m does not say where.*--tokenizer="):
-        api.load_tokenizer_of("runs/m", {"path": "", "fingerprint": tiny.fingerprint})
-    with pytest.raises(ValueError, match=r"is 0123, that .* codes mean something else"):
-        api.load_tokenizer_of("runs/m", {"fingerprint": "0123"}, tiny)
-
-
-def test_what_a_language_model_computes_in():
-    assert api.language_model_dtype("auto") == "float32"  # these tests run on CPU
-    assert api.language_model_dtype("bfloat16") == "bfloat16"
-    with pytest.raises(ValueError, match="dtype 'half'"):
-        api.language_model_dtype("half")

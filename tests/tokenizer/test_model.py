@@ -17,7 +17,7 @@ TINY = dataclasses.replace(tiny.TINY, vit=dataclasses.replace(tiny.TINY.vit, dep
 
 @functools.cache
 def build(config):
-    """Model, random variables (drawn, not initialised: that would have to compile) and images."""
+    """Model, random variables (drawn, not initialized, which would have to compile) and images."""
     rng, model = np.random.default_rng(0), TokenFlow(config)
     shape = (2, config.image_size, config.image_size, 3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
@@ -55,7 +55,7 @@ def test_shapes_and_every_parameter_learns(kind):
     assert sorted(still) == ["pixel_codebook", "semantic_codebook"]
 
 
-def test_bfloat16_keeps_the_quantiser_in_float32(model_and_variables):
+def test_bfloat16_keeps_the_quantizer_in_float32(model_and_variables):
     _, variables, images = model_and_variables
     model = TokenFlow(TINY, dtype=jnp.bfloat16)
     features = jax.eval_shape(functools.partial(model.apply, method="encode"), variables, images)
@@ -138,7 +138,7 @@ def test_bad_configs_say_what_is_wrong(change, message):
         dataclasses.replace(TINY, **change)
 
 
-def test_misspelt_key_raises():
+def test_misspelled_key_raises():
     with pytest.raises(TypeError, match="codebok_size"):
         TokenizerConfig(codebok_size=8)
     with pytest.raises(ValueError, match="patch_size"):

@@ -7,9 +7,14 @@ import pytest
 from golden import weights
 from golden.loading import GOLDEN
 
-from tokenflow_jax.tokenizer import pyramid as multiscale
 from tokenflow_jax.tokenizer import quantizer
-from tokenflow_jax.tokenizer.pyramid import Scales
+from tokenflow_jax.tokenizer.pyramid import (
+    Scales,
+    draw_kept_scales,
+    features_from_codes,
+    residual_quantize,
+    token_weights,
+)
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 
 SCALES = {
@@ -36,11 +41,11 @@ def _features(case):
 def test_codes_and_map_of_stored_features(case, codebooks):
     features, stored = _features(case)
     scales = Scales(SCALES[case])
-    pyramid = jax.jit(lambda f: multiscale.residual_quantize(f, codebooks, scales))(features)
+    pyramid = jax.jit(lambda f: residual_quantize(f, codebooks, scales))(features)
     np.testing.assert_array_equal(pyramid.codes_BL, stored["indices"])
     expected = stored["quantized"].transpose(0, 2, 3, 1)
     np.testing.assert_allclose(pyramid.quantized_BHWC, expected, rtol=0, atol=2e-5)
-    again = multiscale.features_from_codes(pyramid.codes_BL, codebooks, scales)
+    again = features_from_codes(pyramid.codes_BL, codebooks, scales)
     np.testing.assert_allclose(again, expected, rtol=0, atol=2e-5)
 
 
@@ -54,8 +59,8 @@ def test_training_losses(case, dropped, codebooks):
 
     @jax.jit
     def losses(features):
-        pyramid = multiscale.residual_quantize(features, codebooks, scales, 1.0, keep)
-        weights_L = multiscale.token_weights(scales, keep)
+        pyramid = residual_quantize(features, codebooks, scales, 1.0, keep)
+        weights_L = token_weights(scales, keep)
         chosen = codebooks.look_up(pyramid.codes_BL)
         vq, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen, weights_L)
         table = codebooks.normalized()
@@ -90,43 +95,43 @@ def _small(codes=16):
 def test_any_scale_list(sides):
     books, features = _small()
     scales = Scales(sides)
-    pyramid = multiscale.residual_quantize(features, books, scales)
+    pyramid = residual_quantize(features, books, scales)
     assert pyramid.codes_BL.shape == (2, sum(s * s for s in sides))
-    again = multiscale.features_from_codes(pyramid.codes_BL, books, scales)
+    again = features_from_codes(pyramid.codes_BL, books, scales)
     np.testing.assert_allclose(again, pyramid.quantized_BHWC, atol=1e-5)
 
 
-def test_a_single_scale_is_plain_quantisation():
+def test_a_single_scale_is_plain_quantization():
     books, features = _small()
-    pyramid = multiscale.residual_quantize(features, books, Scales((4,)))
+    pyramid = residual_quantize(features, books, Scales((4,)))
     z = quantizer.normalize_halves(features, 4).reshape(-1, 6)
     expected = books.normalized()[quantizer.nearest_codes(z, books.normalized(), 4)]
     np.testing.assert_allclose(pyramid.quantized_BHWC.reshape(-1, 6), expected, atol=1e-6)
 
 
-def test_a_dropped_scale_is_as_if_it_were_not_there():
+def test_dropping_a_scale_equals_leaving_it_out():
     books, features = _small()
     keep = jnp.array([1.0, 0.0, 1.0])
-    dropped = multiscale.residual_quantize(features, books, Scales((1, 2, 4)), 1.0, keep)
-    without = multiscale.residual_quantize(features, books, Scales((1, 4)))
+    dropped = residual_quantize(features, books, Scales((1, 2, 4)), 1.0, keep)
+    without = residual_quantize(features, books, Scales((1, 4)))
     np.testing.assert_array_equal(dropped.quantized_BHWC, without.quantized_BHWC)
     np.testing.assert_array_equal(dropped.codes_BL[:, 5:], without.codes_BL[:, 1:])
 
 
 def test_drawing_scales():
     scales = Scales((1, 2, 3, 4))
-    draw = jax.jit(lambda key: multiscale.draw_kept_scales(key, scales, 0.5))
+    draw = jax.jit(lambda key: draw_kept_scales(key, scales, 0.5))
     draws = np.stack([draw(jax.random.key(i)) for i in range(200)])
     assert draws[:, 0].all()  # never the first
     assert set(draws.sum(1)) == {3.0, 4.0}  # one at most
     assert 60 < (draws.sum(1) == 3).sum() < 140
     assert all((draws[:, s] == 0).any() for s in (1, 2, 3))
     np.testing.assert_array_equal(draws[7], draw(jax.random.key(7)))
-    assert multiscale.draw_kept_scales(jax.random.key(0), Scales((16,)), 1.0).tolist() == [1.0]
+    assert draw_kept_scales(jax.random.key(0), Scales((16,)), 1.0).tolist() == [1.0]
 
 
 def test_weights_average_within_then_over_kept_scales():
-    weights_L = multiscale.token_weights(Scales((1, 2, 4)), jnp.array([1.0, 0.0, 1.0]))
+    weights_L = token_weights(Scales((1, 2, 4)), jnp.array([1.0, 0.0, 1.0]))
     np.testing.assert_allclose(weights_L, [0.5] + [0] * 4 + [0.5 / 16] * 16)
 
 
@@ -138,4 +143,4 @@ def test_errors_name_both_sides():
             Scales(bad)
     books, features = _small()
     with pytest.raises(ValueError, match="4 x 4"):
-        multiscale.residual_quantize(features, books, Scales((1, 3)))
+        residual_quantize(features, books, Scales((1, 3)))

@@ -28,7 +28,7 @@ def _dense_distances(z_NC, books, pixel_weight):
 
 @pytest.mark.parametrize("pixel_weight", [0.0, 0.3, 1.0, 4.0])
 @pytest.mark.parametrize("rows", [8, 16, 37])
-def test_nearest_code_minimises_the_sum_of_both_distances(monkeypatch, pixel_weight, rows):
+def test_nearest_code_minimizes_the_sum_of_both_distances(monkeypatch, pixel_weight, rows):
     monkeypatch.setattr(quantizer, "_MAX_CHUNK", rows)  # several chunks, the last one padded
     z, books = _setup()
     ours = quantizer.nearest_codes(z, books.normalized(), SEMANTIC, pixel_weight)
@@ -129,6 +129,6 @@ def test_distance_statistics_against_the_dense_form():
     np.testing.assert_allclose(jnp.stack(ours), jnp.stack(expected), rtol=1e-5)
 
 
-def test_normalising_zero_is_finite_both_ways():
+def test_normalizing_zero_is_finite_both_ways():
     value, gradient = jax.value_and_grad(lambda x: quantizer.l2_normalize(x).sum())(jnp.zeros(4))
     assert value == 0 and jnp.all(jnp.isfinite(gradient))

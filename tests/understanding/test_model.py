@@ -42,7 +42,7 @@ def model_of(kind):
 
 
 def batch_of(ids_BT, mask_BT, labels_BT, features_INC, *, side="right", images=None):
-    """Rows of tokens with their images, as the reference hands them out."""
+    """Rows of tokens with their images, in the form of the reference."""
     rows, vectors = [], features_INC.shape[1]
     labels_BT = [None] * len(ids_BT) if labels_BT is None else labels_BT
     for ids, mask, labels in zip(ids_BT, mask_BT.astype(bool), labels_BT, strict=True):
@@ -228,7 +228,7 @@ QUICK = {("qwen", "batch_left"), ("qwen", "text_only"), ("llama", "eos")}
     ],
 )
 def test_greedy_answers(kind, call):
-    """The ids, and the scores token by token with a cache."""
+    """The ids, and the scores, token by token with a cache."""
     model, params, pad = model_of(kind)
     want = load(kind, "generate")
     features, new = want["image_features"], want[f"{call}:new_ids"]
@@ -290,7 +290,7 @@ def test_strategies_have_the_stated_shapes(codes, strategy):
 
 
 def test_strategies_agree_where_they_must(codes):
-    """The last scale of the growing maps is the quantised map; halves are its halves."""
+    """The last scale of the growing maps is the quantized map; halves are its halves."""
     of = lambda strategy: understanding.visual_features(*codes, strategy)  # noqa: E731
     last, full, residual = of("last_scale"), of("full_scale"), of("residual")
     np.testing.assert_allclose(full[:, 5:], last, atol=1e-6)
@@ -312,7 +312,7 @@ def test_a_linear_projector_goes_both_ways():
     assert jax.tree.structure(back) == jax.tree.structure(params)
 
 
-def test_a_config_names_all_that_is_wrong():
+def test_a_config_reports_every_problem():
     lm = model_of("qwen")[0].config.lm
     with pytest.raises(ValueError, match=r"projector.*strategy.*vision_channels"):
         UnderstandingConfig(lm, 0, "mlp3x", "first_scale")

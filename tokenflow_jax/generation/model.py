@@ -1,6 +1,6 @@
 """Text to image by next-scale prediction (arXiv 2412.03069, sec. 3.3): the model and its losses.
 
-A sequence, for scales of 1 and 4 codes, a prefix of P = 6 ids and a suffix of 2:
+The sequence for scales of 1 and 4 codes, a prefix of P = 6 ids and a suffix of 2:
 
     index    0    1    2     3    4    5     6    7    8    9    10     11    12
     ids     pad start text  <    img   >     c0   c1   c2   c3   c4     </img> end
@@ -9,14 +9,14 @@ A sequence, for scales of 1 and 4 codes, a prefix of P = 6 ids and a suffix of 2
     position                          0      1    2    3    4
     predicts                          c0     c1   c2   c3   c4  </img>  end
 
-Codes are never embedded. What stands at the index of a code is what is known when its scale is to
-be predicted: the features of all coarser scales, resized to the scale before it is drawn. So every
-position predicts a code of its own scale, all codes of a scale at once, and attention within the
-scales is by blocks (`attention.Blocks`), beginning with the last id of the prefix.
+Codes are never embedded. The input for a scale is what is known before it is predicted: the
+features of all coarser scales, resized to it. Each of its positions predicts a code of the same
+scale, all of them at once, so attention goes by blocks (`attention.Blocks`): a scale reads itself
+whole. The prefix's last id is the block of the first scale.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -36,21 +36,13 @@ _INIT = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """Hyper-parameters of the generation model.
+    """Hyper-parameters of the generation model."""
 
-    Attributes:
-      lm: of the decoder; its vocabulary is text, padding and codes. A mapping of them will do.
-      scales: sides of the code pyramid's grids, ascending, as the tokenizer's.
-      codebook_size: number of codes.
-      image_start: vocabulary id of code 0; all ids below are text and padding.
-      code_channels: channels of a code, semantic and pixel.
-    """
-
-    lm: LMConfig
-    scales: tuple[int, ...]
+    lm: LMConfig  # or a mapping of its fields; the vocabulary is text, padding and codes
+    scales: tuple[int, ...]  # the tokenizer's
     codebook_size: int
-    image_start: int
-    code_channels: int = 40
+    image_start: int  # vocabulary id of code 0; all ids below are text and padding
+    code_channels: int = 40  # semantic and pixel
 
     def __post_init__(self):
         if isinstance(self.lm, Mapping):
@@ -62,7 +54,7 @@ class GenerationConfig:
         except ValueError as error:
             problems.append(str(error))
         if self.scales[:1] != (1,):
-            problems.append(f"scales {self.scales} must begin with 1: one position predicts it")
+            problems.append(f"scales {self.scales} must begin with 1, which one position predicts")
         if self.image_start < 1 or self.codebook_size < 1:
             problems.append(
                 f"image_start={self.image_start} and codebook_size={self.codebook_size} must be "
@@ -78,89 +70,50 @@ class GenerationConfig:
 
     @property
     def pyramid(self) -> Scales:
-        """The scales with their arithmetic."""
         return Scales(self.scales)
 
     def blocks(self, prefix: int) -> Blocks:
-        """Where attention is by blocks, after a prefix of so many ids."""
+        """Return the blocks of attention after a prefix of `prefix` ids."""
         return Blocks(prefix - 1, tuple(side * side for side in self.scales))
 
 
-# The published text-to-image model: LLaMA-2-7B with a row for padding and 32,768 codes of the
+# The published text-to-image model: LLaMA-2-7B, a row for padding, and the 32,768 codes of the
 # enhanced 256-pixel tokenizer.
 VARIANTS: dict[str, GenerationConfig] = {
     "7b": GenerationConfig(
         lm=LMConfig(
-            vocabulary_size=64769,
-            width=4096,
-            layers=32,
-            heads=32,
-            kv_heads=32,
-            mlp_width=11008,
-            norm_eps=1e-5,
-            norms="after",
-            qk_norm=True,
+            vocabulary_size=64769, width=4096, layers=32, heads=32, kv_heads=32, mlp_width=11008,
+            norm_eps=1e-5, norms="after", qk_norm=True,
         ),
         scales=(1, 2, 4, 6, 8, 10, 12, 14, 16),
         codebook_size=32768,
         image_start=32001,
     ),
-}
+}  # fmt: skip
 
 
-def scale_inputs(
-    codes_BN: jax.Array, codebooks: Codebooks, scales: Scales
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """What each scale but the first is predicted from, and what it becomes with its own codes.
+def next_scale_features(codes_BN: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
+    """Return the inputs at all codes but the first, float32 (B, N - 1, C).
 
-    A chain: f = z_1, then for every further scale the input is up(f), resized to that scale only,
-    and f = up(f) + z. (The decoder's input is another one: `multiscale.features_from_codes` resizes
-    every scale directly to the finest.)
-
-    Args:
-      codes_BN: codes of all scales, or of the coarsest ones.
-      codebooks: the tokenizer's.
-      scales: of the codes.
-
-    Yields:
-      up(f) and up(f) + z, each (B, side, side, C).
+    A chain: f = z_1; every further scale's input is up(f), f resized to that scale only, and then
+    f = up(f) + z. (The image decoder's input is another: see `pyramid.features_from_codes`.)
     """
     vectors_BNC = codebooks.look_up(codes_BN)
-    features_BhwC = None
+    batch, _, channels = vectors_BNC.shape
+    features_BhwC, inputs = None, [jnp.zeros((batch, 0, channels))]
     for side, where in zip(scales.sides, scales.slices(), strict=True):
-        z_BhwC = vectors_BNC[:, where].reshape(codes_BN.shape[0], side, side, -1)
+        z_BhwC = vectors_BNC[:, where].reshape(batch, side, side, channels)
         if features_BhwC is None:
             features_BhwC = z_BhwC
             continue
         up_BhwC = bicubic_resize(features_BhwC, side)
         features_BhwC = up_BhwC + z_BhwC
-        yield up_BhwC, features_BhwC
-
-
-def next_scale_features(codes_BN: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
-    """The inputs at all codes but the first.
-
-    Args:
-      codes_BN: int codes, N of them, coarse to fine.
-      codebooks, scales: the tokenizer's.
-
-    Returns:
-      (B, N - 1, C) float32.
-    """
-    batch, channels = codes_BN.shape[0], sum(half.shape[-1] for half in codebooks)
-    inputs = [
-        up.reshape(batch, -1, channels) for up, _ in scale_inputs(codes_BN, codebooks, scales)
-    ]
-    return jnp.concatenate([jnp.zeros((batch, 0, channels)), *inputs], axis=1)
+        inputs.append(up_BhwC.reshape(batch, -1, channels))
+    return jnp.concatenate(inputs, axis=1)
 
 
 class Projector(nn.Module):
-    """Two dense layers with an exact GELU between them: features of codes to tokens.
-
-    Attributes:
-      width: of both layers.
-      dtype: computation dtype.
-    """
+    """Two dense layers with an exact GELU between them: features of codes to tokens."""
 
     width: int
     dtype: jnp.dtype = jnp.float32
@@ -172,37 +125,24 @@ class Projector(nn.Module):
 
 
 class TokenLosses(NamedTuple):
-    """Cross entropies over the whole vocabulary and whether the label scored highest.
+    """Cross entropies over the whole vocabulary; N codes, T ids of suffix, P of prefix."""
 
-    Attributes:
-      image: float32 (B, N + T), of the N codes and the T ids of the suffix.
-      image_right: bool, the same shape.
-      text: float32 (B, P - 1), of all ids of the prefix but the first, 0 for padding; None unless
-        asked for.
-      text_labels: bool (B, P - 1), where there is a label.
-    """
-
-    image: jax.Array
-    image_right: jax.Array
-    text: jax.Array | None = None
-    text_labels: jax.Array | None = None
+    image: jax.Array  # float32 (B, N + T), of codes and suffix
+    image_right: jax.Array  # bool (B, N + T), True where the label scored highest
+    text: jax.Array | None = None  # float32 (B, P - 1), of all but the first id, 0 at padding
+    text_labels: jax.Array | None = None  # bool (B, P - 1), True where there is a label
 
     def image_loss(self) -> jax.Array:
-        """Mean over codes and suffix of the batch."""
+        """Return the mean over the batch's codes and suffixes."""
         return self.image.mean()
 
     def text_loss(self) -> jax.Array:
-        """Mean over start, text and `<img>` of the batch."""
+        """Return the mean over the batch's texts and `<img>` marks."""
         return self.text.sum() / jnp.maximum(self.text_labels.sum(), 1)
 
 
 class Generation(nn.Module):
-    """The language model that writes images scale by scale.
-
-    Attributes:
-      config: hyper-parameters.
-      dtype: computation dtype; parameters are float32 unless others are passed in.
-    """
+    """The language model that writes images scale by scale."""
 
     config: GenerationConfig
     dtype: jnp.dtype = jnp.float32
@@ -211,8 +151,8 @@ class Generation(nn.Module):
         cfg = self.config
         self.lm = Decoder(cfg.lm, self.dtype)
         self.projector = Projector(cfg.lm.width, self.dtype)
-        # Row 0 is everything but the features of scales; row 1, of the first scale, which has none,
-        # is never used, as in released checkpoints.
+        # Row 0 is for everything that is not a scale's features. Row 1 would be for the first
+        # scale, which has none: it is never used, as in released checkpoints.
         self.level_embedding = self.param(
             "level_embedding", _INIT, (len(cfg.scales) + 1, cfg.lm.width)
         )
@@ -221,30 +161,14 @@ class Generation(nn.Module):
         )
 
     def embed_text(self, ids_BL: jax.Array, first_code_last: bool = False) -> jax.Array:
-        """Inputs of ordinary ids.
-
-        Args:
-          ids_BL: of the prefix or the suffix.
-          first_code_last: for a prefix, whose last position predicts the first code.
-
-        Returns:
-          (B, L, C).
-        """
+        """Return the inputs (B, L, C) of a prefix, whose last id predicts a code, or a suffix."""
         x_BLC = self.lm.embed(ids_BL) + self.level_embedding[0].astype(self.dtype)
         if first_code_last:
             x_BLC = x_BLC.at[:, -1].add(self.position_embedding[0].astype(self.dtype))
         return x_BLC
 
     def embed_features(self, features_BMC: jax.Array, scale: int | None = None) -> jax.Array:
-        """Inputs of codes beyond the first.
-
-        Args:
-          features_BMC: of all scales but the first (`next_scale_features`), or of one of them.
-          scale: which one, counted from 0; None for all.
-
-        Returns:
-          (B, M, C).
-        """
+        """Return the inputs (B, M, C) of all scales but the first, or of `scale` (from 0) alone."""
         pyramid = self.config.pyramid
         slices = pyramid.slices()
         where = slice(1, pyramid.tokens) if scale is None else slices[scale]
@@ -259,16 +183,13 @@ class Generation(nn.Module):
         features_BMC: jax.Array,
         suffix_BT: jax.Array,
     ) -> jax.Array:
-        """Runs the decoder on whole sequences, as training does.
+        """Run the decoder on whole sequences, as training does: (B, P + N + T, C), after the norm.
 
         Args:
           prefix_BP: int ids up to and including `<img>`, padded on the left to one length.
-          real_BP: bool, False for padding.
-          features_BMC: (B, N - 1, C) of `next_scale_features`.
+          real_BP: bool, False at padding.
+          features_BMC: of `next_scale_features`, M = N - 1.
           suffix_BT: int ids of `</img>` and the end.
-
-        Returns:
-          (B, P + N + T, C) after the final norm.
         """
         batch, prefix = prefix_BP.shape
         inputs_BLC = self.inputs(prefix_BP, features_BMC, suffix_BT)
@@ -281,7 +202,7 @@ class Generation(nn.Module):
     def inputs(
         self, prefix_BP: jax.Array, features_BMC: jax.Array, suffix_BT: jax.Array
     ) -> jax.Array:
-        """The decoder's inputs (B, P + N + T, C); see `__call__`."""
+        """Return the decoder's inputs (B, P + N + T, C); see `__call__`."""
         zero_C = self.level_embedding[0].astype(self.dtype)
         parts = (
             self.embed_text(prefix_BP, first_code_last=True),
@@ -300,16 +221,9 @@ class Generation(nn.Module):
         suffix_BT: jax.Array,
         *,
         text: bool = False,
-        tokens: int = 4096,
+        tokens: int = 4096,  # positions whose logits a device holds at a time
     ) -> TokenLosses:
-        """Losses of a batch; see `__call__`.
-
-        Args:
-          prefix_BP, real_BP, features_BMC, suffix_BT: see `__call__`.
-          codes_BN: int codes, the labels.
-          text: whether to compute the loss of the prefix, too.
-          tokens: positions whose logits a device holds at the same time.
-        """
+        """Return a batch's losses, with `text` those of the prefix, too."""
         hidden_BLC = self(prefix_BP, real_BP, features_BMC, suffix_BT)
         last = prefix_BP.shape[1] - 1
         labels_BM = jnp.concatenate([self.config.image_start + codes_BN, suffix_BT], axis=1)
@@ -321,26 +235,14 @@ class Generation(nn.Module):
         return TokenLosses(image, right, text_Bp, real_BP[:, 1:])
 
     def code_logits(self, hidden_BLC: jax.Array) -> jax.Array:
-        """Scores of codes only, float32 (B, L, codebook_size); no other rows are computed."""
+        """Return the scores of codes, float32 (B, L, codebook_size), without computing others."""
         rows = (self.config.image_start, self.config.codebook_size)
         return self.lm.logits(hidden_BLC, rows)
 
     def decode(
-        self, inputs_BLC: jax.Array, start: int, mask: Mask, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Runs the decoder on the tokens from index `start` on.
-
-        Args:
-          inputs_BLC: of `embed_text` and `embed_features`.
-          start: index of the first of them.
-          mask: of all tokens up to the last of them, or more.
-          cache: holds the tokens before them; None where there are none.
-
-        Returns:
-          (B, L, C) after the final norm, and the cache with these tokens.
-        """
+        self, inputs_BLC: jax.Array, start: int, mask: Mask, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Run the decoder on the inputs from index `start` on; the cache holds those before."""
         length = inputs_BLC.shape[1]
         positions = start + jnp.arange(length)[None]
-        if cache is not None:
-            cache = cache.at(start, start + length)
-        return self.lm(inputs_BLC, positions, mask, cache)
+        return self.lm(inputs_BLC, positions, mask, cache.at(start, start + length))

@@ -1,14 +1,13 @@
-"""Whether drawn pictures show what their captions say: which real pictures are they nearest to?"""
+"""Caption retrieval: which real pictures are nearest to the one drawn for a caption?"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.generation.api import Generator, Recipe
-from tokenflow_jax.nets.encoders import encoder_kind, normalise
+from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.model import TokenFlow
 
@@ -24,33 +23,24 @@ def caption_retrieval(
     count: int,
     batch_size: int,
 ) -> dict[str, float]:
-    """How often a caption's own picture is among the ten nearest to the one drawn for it.
+    """Measure how often a caption's own picture is among the ten nearest to the one drawn for it.
 
-    Pictures are compared by what the tokenizer's semantic encoder sees in them: the mean of its
-    patch features, less the mean over all pictures, by cosine. The real pictures are the
-    tokenizer's reconstructions, so that what it loses does not tell them from drawn ones.
-
-    Args:
-      drawn: draws.
-      recipe: how.
-      examples: captioned codes or pictures; at most 5,000 of them, evenly spaced, are compared.
-      count: how many captions are drawn, evenly spaced.
-      batch_size: pictures at a time.
+    Pictures are compared by the tokenizer's semantic encoder: the mean of its patch features, less
+    the mean over all pictures, by cosine. The real pictures are the tokenizer's reconstructions, so
+    that its losses do not tell them from drawn ones.
 
     Returns:
-      "top10", a rate; "chance", what guessing gives; "rank", the median place, from 1.
-
-    Raises:
-      ValueError: none of the examples is usable.
+      "top10", a rate; "chance", the same for guessing; "rank", the median place, from 1.
     """
     bank_codes, bank_captions = _bank(drawn.tokenizer, examples, batch_size)
+    # Captions to draw, evenly spaced like the bank.
     chosen = np.unique(np.arange(count) * len(bank_captions) // count)
     texts = [bank_captions[i] for i in chosen]
     codes = drawn.codes(texts, [0] * len(texts), recipe, batch_size)
-    see = _eyes(drawn, batch_size)
-    bank_ND, queries_QD = see(bank_codes), see(codes)
-    centre_D = bank_ND.mean(axis=0)
-    similarity_QN = _unit(queries_QD - centre_D) @ _unit(bank_ND - centre_D).T
+    features = make_feature_fn(drawn, batch_size)
+    bank_ND, queries_QD = features(bank_codes), features(codes)
+    center_D = bank_ND.mean(axis=0)
+    similarity_QN = _unit(queries_QD - center_D) @ _unit(bank_ND - center_D).T
     own_Q = similarity_QN[np.arange(len(chosen)), chosen]
     rank_Q = (similarity_QN > own_Q[:, None]).sum(axis=1) + 1
     return {
@@ -63,7 +53,7 @@ def caption_retrieval(
 def _bank(
     tokenizer: Tokenizer, examples: captions.Examples, batch_size: int
 ) -> tuple[np.ndarray, list[str]]:
-    """Codes and captions of the usable examples."""
+    """Return the codes and captions of the usable examples."""
     total = min(len(examples), _LARGEST_BANK)
     arrays, texts = [], []
     for index in (np.arange(total) * len(examples) // total).tolist():
@@ -81,31 +71,27 @@ def _bank(
     return np.stack(arrays), texts
 
 
-def _eyes(drawn: Generator, batch_size: int):
-    """A function from codes (N, L) to features (N, D) of their pictures."""
+def make_feature_fn(drawn: Generator, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from codes (N, L) to features (N, D) of their pictures."""
     tokenizer = drawn.tokenizer
-    model, kind = TokenFlow(tokenizer.config), encoder_kind(tokenizer.config.semantic_encoder)
+    model = TokenFlow(tokenizer.config)
 
     @jax.jit
-    def features(params: Mapping, images_BHWC: jax.Array) -> jax.Array:
-        images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
-        if not kind.raw:
-            images_BHWC = normalise(images_BHWC, kind.mean, kind.std)
-        tokens_BND = model.apply(
-            {"params": params}, images_BHWC, method=lambda model, x: model.semantic_encoder(x)
-        )
+    def encode(params: Mapping, images_BHWC: jax.Array) -> jax.Array:
+        images_BHWC = to_float(images_BHWC)
+        tokens_BND = model.apply({"params": params}, images_BHWC, method="semantic_tokens")
         return tokens_BND.mean(axis=1)
 
-    def see(codes_NL: np.ndarray) -> np.ndarray:
+    def features(codes_NL: np.ndarray) -> np.ndarray:
         rows = []
         for start in range(0, len(codes_NL), batch_size):
             images = drawn.decode(codes_NL[start : start + batch_size])
             missing = batch_size - len(images)
-            filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
-            rows.append(np.asarray(features(tokenizer.params, filled))[: len(images)])
+            padded = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+            rows.append(np.asarray(encode(tokenizer.params, padded))[: len(images)])
         return np.concatenate(rows)
 
-    return see
+    return features
 
 
 def _unit(features_ND: np.ndarray) -> np.ndarray:

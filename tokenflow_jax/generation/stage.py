@@ -13,9 +13,11 @@ from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
 from tokenflow_jax.evals import reconstruction
-from tokenflow_jax.generation import api, retrieval, sample
+from tokenflow_jax.generation import retrieval
+from tokenflow_jax.generation.api import Generator
 from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.generation.names import PART
+from tokenflow_jax.generation.sample import Recipe, Sampler
 from tokenflow_jax.generation.train import LossConfig, Trainer, TrainState
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer import encoding
@@ -127,7 +129,7 @@ class GenerationStage(CodeStage):
         }
         books = Codebooks(*(parts["codebooks"][name] for name in CODEBOOKS))
         passes = tuple(map(tuple, self.config.sampling.passes))
-        function = sample.sampling_function(self.model, self.prompts.pad_id, passes, guided=True)
+        function = Sampler(self.model, self.prompts.pad_id, passes)
         arguments = (parts["parameters"], books, *parts["prompts"])
         return Program(function, jax.jit(function), arguments, parts)
 
@@ -136,7 +138,7 @@ class GenerationStage(CodeStage):
         config = self.config
         self.check_sources("FOLDER of LLaMA-2 (its tokenizer files), or 'bytes' or 'words'")
         self._captions = captions.CaptionConfig(config.data.captions, config.data.drop_rate)
-        self._recipe = api.Recipe(**config.sampling)
+        self._recipe = Recipe(**config.sampling)
         self._recipe.check(self.model_config)
         self.open_tokenizer(self.model_config)
         self.frozen = self.place(self._frozen(self.tokenizer.params))
@@ -244,9 +246,9 @@ class GenerationStage(CodeStage):
         return {name: float(value) for name, value in figures.items()}
 
     @functools.cached_property
-    def _generator(self) -> api.Generator:
+    def _generator(self) -> Generator:
         """A generator without weights: all that draw share what it compiles."""
-        return api.Generator(
+        return Generator(
             self.model_config,
             {},
             self.tokenizer,

@@ -1,41 +1,35 @@
 """The public Python API: images to codes and back."""
 
-import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from tokenflow_jax.data.captions.codes import check_tokenizer
+from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.fingerprint import fingerprint
+from tokenflow_jax.tokenizer.frozen import CODEBOOKS, full_precision, image_codes
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
+from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A trained TokenFlow tokenizer: `encode`, `decode`, `features`.
+    """A trained TokenFlow tokenizer: `encode`, `decode`, `features`; compiled per batch shape.
 
-    Every method is compiled once per batch shape. In float32 all products have full precision on
-    every accelerator, because a code is an argmin.
-
-    Attributes:
-      config: the model's hyper-parameters (`image_size`, `scales`, `codebook_size`, ...).
-      params: its weights.
-      dtype: what encoders and decoders compute in; the quantiser is always float32.
+    In float32 all products have full precision on every accelerator: a code is an argmin.
     """
 
-    config: TokenizerConfig
+    config: TokenizerConfig  # hyper-parameters: image_size, scales, codebook_size, ...
     params: dict
-    dtype: str = "float32"
+    dtype: str = "float32"  # of encoders and decoders; the quantizer is always float32
 
     @classmethod
     def load(
@@ -49,22 +43,17 @@ class Tokenizer:
         scales: Sequence[int] | None = None,
         pixel_weight: float | None = None,
     ) -> "Tokenizer":
-        """Loads a tokenizer.
+        """Load a tokenizer.
 
         Args:
-          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` wrote, or a
-            PyTorch file (.pt, .pth, .bin, .safetensors, a folder or index of sharded ones). Pickled
-            code is never executed.
-          variant: for a PyTorch file which model it is, one of `tokenizer.model.VARIANTS`; a
-            checkpoint of ours knows.
-          ema: takes the moving average of the weights when the checkpoint has one.
-          step: which checkpoint of a workdir; the newest when None.
+          path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
+            wrote, or a PyTorch file (.pt, .pth, .bin, .safetensors, a folder or index of shards).
+            Pickled code is never executed.
+          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file; checkpoints of ours know.
+          ema: use the moving average of the weights if there is one.
+          step: checkpoint of a workdir; the newest by default.
           dtype: "float32" or "bfloat16".
-          scales, pixel_weight: of a PyTorch file whose pyramid or weight of the pixel distance are
-            not its variant's; weights do not tell.
-
-        Returns:
-          A `Tokenizer`.
+          scales, pixel_weight: override the variant of a PyTorch file, whose weights do not tell.
 
         Raises:
           ValueError: no such path or variant, or weights that do not fit (all of them listed).
@@ -72,21 +61,26 @@ class Tokenizer:
         path = os.fspath(path)
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
-        config = _config(path, variant, {"scales": scales, "pixel_weight": pixel_weight})
-        source = conversion.open_source(
-            path, PART, config, weights=None if ema else "raw", step=step
-        )
+        changes = {"scales": scales, "pixel_weight": pixel_weight}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        config = variant_config(path, variant, VARIANTS)
+        if changes and not conversion.is_torch(path):
+            raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
+        if changes:
+            config = dataclasses.replace(config, **changes)
+        weights = None if ema else "raw"
+        source = conversion.open_source(path, PART, config, weights=weights, step=step)
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
         return cls(source.config, unflatten(params), dtype)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that two tokenizers share if they give the same codes."""
+        """16 hexadecimal digits, the same for all tokenizers that give the same codes."""
         return fingerprint(self.config, flatten(self.params))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a data set of codes, or a model trained on codes, notes of its tokenizer."""
+        """The record that data sets of codes and models trained on codes keep of the tokenizer."""
         return {
             "fingerprint": self.fingerprint,
             "codebook_size": self.config.codebook_size,
@@ -95,44 +89,41 @@ class Tokenizer:
         }
 
     @functools.cached_property
-    def _model(self) -> TokenFlow:
+    def model(self) -> TokenFlow:
         return TokenFlow(self.config, dtype=jnp.dtype(self.dtype))
 
     @functools.cached_property
-    def _compiled(self) -> dict:
-        """Jitted functions of (params, input); made once, so that nothing recompiles."""
+    def codebooks(self) -> Codebooks:
+        """The codebooks, on the default device."""
+        return Codebooks(*(jnp.asarray(self.params[name]) for name in CODEBOOKS))
 
-        def encode(params, images_BHWC):
-            features = self._model.apply({"params": params}, images_BHWC, method="encode")
-            return self._model.apply({"params": params}, features, method="quantize").codes_BL
+    @functools.cached_property
+    def compiled(self) -> dict[str, Callable[[Any, Any], jax.Array]]:
+        """Jitted functions of (params, array)."""
 
-        def features(params, codes_BL):
-            return self._model.apply({"params": params}, codes_BL, method="features")
+        # "pixels" and "semantics" take maps, not codes: one program for any number of scales.
+        def jitted(method: str) -> Callable:
+            return jax.jit(lambda params, x: self.model.apply({"params": params}, x, method=method))
 
-        def decode(params, codes_BL):
-            maps = features(params, codes_BL)
-            return self._model.apply({"params": params}, maps, method="decode_pixels")[0]
+        def pixels(params, maps_BHWC):
+            return self.model.apply({"params": params}, maps_BHWC, method="decode_pixels")[0]
 
-        def semantics(params, codes_BL):
-            maps = features(params, codes_BL)
-            return self._model.apply({"params": params}, maps, method="decode_semantics")
+        return {
+            "encode": jax.jit(functools.partial(image_codes, self.model)),
+            "features": jitted("features"),
+            "pixels": jax.jit(pixels),
+            "semantics": jitted("decode_semantics"),
+        }
 
-        functions = (encode, features, decode, semantics)
-        return {function.__name__: jax.jit(function) for function in functions}
-
-    def _run(self, name: str, argument: np.ndarray) -> jax.Array:
-        exact = jax.default_matmul_precision("highest")
-        with exact if self.dtype == "float32" else contextlib.nullcontext():
-            return self._compiled[name](self.params, argument)
+    def _run(self, name: str, array: np.ndarray | jax.Array) -> jax.Array:
+        with full_precision(self.dtype):
+            return self.compiled[name](self.params, array)
 
     def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
-        """Turns images into codes.
+        """Turn images into int32 codes (B, L), coarse to fine, row by row within a scale.
 
         Args:
-          images: uint8 (B, H, W, 3), or float (B, H, W, 3) in [-1, 1]; H = W = config.image_size.
-
-        Returns:
-          int32 codes (B, L), coarse to fine, row by row within a scale.
+          images: uint8 (B, H, H, 3), or float (B, H, H, 3) in [-1, 1]; H = config.image_size.
 
         Raises:
           ValueError: wrong shape, dtype or range, or values that are not finite.
@@ -140,37 +131,24 @@ class Tokenizer:
         return self._run("encode", self._images(images))
 
     def decode(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
-        """Turns codes back into images.
+        """Turn codes into float32 images (B, H, H, 3), nominally in [-1, 1], not clamped.
 
         Args:
           codes_BL: integer codes of all scales, or of the coarsest scales only.
 
-        Returns:
-          float32 (B, H, W, 3), nominally in [-1, 1] and not clamped.
-
         Raises:
           ValueError: codes out of range, or a number of codes that ends inside a scale.
         """
-        return self._run("decode", self._codes(codes_BL))
+        return self._run("pixels", self._maps(codes_BL))
 
     def features(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
-        """The quantised map of codes at the final scale: what a language model reads.
-
-        Args:
-          codes_BL: as for `decode`.
-
-        Returns:
-          float32 (B, N, C), N grid cells row by row; semantic channels first, then pixel ones.
-
-        Raises:
-          ValueError: as `decode`.
-        """
-        maps_BHWC = self._run("features", self._codes(codes_BL))
+        """Return the quantized map of codes, which a language model reads: float32 (B, N, C)."""
+        maps_BHWC = self._maps(codes_BL)
         return maps_BHWC.reshape(maps_BHWC.shape[0], -1, maps_BHWC.shape[-1])
 
     def semantics(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
-        """The teacher's patch features as reconstructed from codes: (B, N, teacher_width)."""
-        return self._run("semantics", self._codes(codes_BL))
+        """Return the teacher's patch features rebuilt from codes: (B, N, teacher_width)."""
+        return self._run("semantics", self._maps(codes_BL))
 
     def _images(self, images) -> np.ndarray | jax.Array:
         size = self.config.image_size
@@ -180,7 +158,7 @@ class Tokenizer:
                 f"{size}, 3); crop and resize first (tokenflow_jax.data.images.center_crop)"
             )
         if images.dtype == np.uint8:
-            return np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1)
+            return to_float(np.asarray(images))
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images of dtype {images.dtype}: give uint8, or floats in [-1, 1]")
         low, high = float(images.min(initial=0.0)), float(images.max(initial=0.0))
@@ -191,7 +169,7 @@ class Tokenizer:
             )
         return images.astype(np.float32)
 
-    def _codes(self, codes_BL) -> np.ndarray:
+    def _maps(self, codes_BL) -> jax.Array:
         codes_BL = np.asarray(codes_BL)
         if codes_BL.ndim != 2 or not np.issubdtype(codes_BL.dtype, np.integer):
             raise ValueError(
@@ -205,67 +183,18 @@ class Tokenizer:
                 f"codes span {codes_BL.min()} to {codes_BL.max()}; this codebook has 0 to "
                 f"{size - 1}"
             )
-        return codes_BL.astype(np.int32)
+        return self._run("features", codes_BL.astype(np.int32))
 
 
-def load_tokenizer_of(
-    model: str,
-    known: Mapping[str, Any],
-    tokenizer: str | os.PathLike | Tokenizer | None = None,
-    variant: str | None = None,
-) -> Tokenizer:
-    """The image tokenizer that a language model was trained with.
-
-    Args:
-      model: where the model is, for messages.
-      known: "path", "variant" and "fingerprint" of its tokenizer, as far as its checkpoint knows.
-      tokenizer: it, or where it is now; where it was when None.
-      variant: which model a PyTorch tokenizer is.
-
-    Raises:
-      CodesError: the tokenizer is not the one that the model was trained with.
-      ValueError: nobody says where it is, it is not there, or it cannot be loaded.
-    """
-    if tokenizer is None:
-        tokenizer, variant = known.get("path"), variant or known.get("variant")
-        if not tokenizer:
-            raise ValueError(
-                f"{model} does not say where the image tokenizer is that it was trained with: "
-                "give it (--tokenizer=)"
-            )
-    if not isinstance(tokenizer, Tokenizer):
-        if not epath.Path(tokenizer).exists():
-            raise ValueError(
-                f"the image tokenizer {os.fspath(tokenizer)!r} of {model} is not there; say where "
-                "it is (--tokenizer=)"
-            )
-        tokenizer = Tokenizer.load(tokenizer, variant or None)
-    if known.get("fingerprint"):
-        check_tokenizer(model, known, tokenizer.identity)
-    return tokenizer
-
-
-def language_model_dtype(name: str) -> str:
-    """What a language model computes in: "auto" is bfloat16 on accelerators, float32 on CPU."""
-    if name == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r}: one of 'auto', 'float32', 'bfloat16'")
-    return name
-
-
-def _config(path: str, variant: str | None, options: Mapping[str, Any]) -> TokenizerConfig | None:
-    """The config that was asked for; None for a checkpoint of ours, which knows its own."""
-    options = {name: value for name, value in options.items() if value is not None}
+def variant_config(path: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
+    """Return the config of a named variant; None for a checkpoint of ours without a name."""
     is_torch = conversion.is_torch(path)
-    if options and not is_torch:
-        raise ValueError(f"{path} knows its own {' and '.join(options)}: leave them out")
     if variant is None and not is_torch:
         return None
-    if variant not in VARIANTS:
+    if variant not in variants:
         kind = "a PyTorch checkpoint" if is_torch else "a checkpoint of ours"
         raise ValueError(
-            f"{path} is {kind}: say which model it holds, variant=one of {sorted(VARIANTS)} "
+            f"{path} is {kind}: say which model it holds, variant=one of {sorted(variants)} "
             f"(got {variant!r})"
         )
-    return dataclasses.replace(VARIANTS[variant], **options)
+    return variants[variant]

@@ -1,13 +1,14 @@
-"""Other ways to start and move the codebooks than the gradient; all of them off by default.
+"""Codebook learning: k-means start, moving-average update, revival of dead codes, and usage.
 
-Each works on the joint table (both halves of a code together), so the shared mapping stays one
-mapping. Shapes as in `quantizers`; everything is float32.
+The first three replace the gradient on the codebooks; all are off by default. They work on both
+halves of a code together, so the shared mapping stays one mapping. Shapes as in `quantizer`.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.tokenizer.quantizer import Codebooks, nearest_codes, normalize_halves
 
 
@@ -16,7 +17,7 @@ def _split(table_KC: jax.Array, semantic_channels: int) -> Codebooks:
 
 
 def _sums(z_NC: jax.Array, codes_N: jax.Array, weights_N: jax.Array, size: int):
-    """Weighted count (K,) and sum (K, C) of the tokens assigned to each code."""
+    """Return the weighted count (K,) and sum (K, C) of the tokens assigned to each code."""
     count_K = jnp.zeros(size).at[codes_N].add(weights_N)
     sum_KC = jnp.zeros((size, z_NC.shape[-1])).at[codes_N].add(z_NC * weights_N[:, None])
     return count_K, sum_KC
@@ -30,18 +31,7 @@ def kmeans(
     pixel_weight: float = 1.0,
     iterations: int = 10,
 ) -> Codebooks:
-    """Clusters tokens by the shared mapping's own distance, to start the codebooks.
-
-    Args:
-      key: draws the first centres from the tokens, and replacements for empty clusters.
-      z_NC: tokens, both halves of unit norm; fewer tokens than codes are drawn more than once.
-      size: number of codes K.
-      semantic_channels, pixel_weight: as in `quantizers.nearest_codes`.
-      iterations: of Lloyd's algorithm.
-
-    Returns:
-      Codebooks of unit-norm halves.
-    """
+    """Start the codebooks by clustering unit-norm tokens with the shared mapping's own distance."""
     tokens = z_NC.shape[0]
     even_N = jnp.ones(tokens)
 
@@ -49,29 +39,25 @@ def kmeans(
         codes_N = nearest_codes(z_NC, table_KC, semantic_channels, pixel_weight)
         count_K, sum_KC = _sums(z_NC, codes_N, even_N, size)
         spare_KC = z_NC[jax.random.randint(key, (size,), 0, tokens)]
-        centre_KC = jnp.where(count_K[:, None] > 0, sum_KC, spare_KC)
-        return normalize_halves(centre_KC, semantic_channels), None
+        center_KC = jnp.where(count_K[:, None] > 0, sum_KC, spare_KC)
+        return normalize_halves(center_KC, semantic_channels), None
 
     start_key, key = jax.random.split(key)
+    # Tokens fewer than codes are drawn repeatedly.
     chosen_K = jax.random.choice(start_key, tokens, (size,), replace=tokens < size)
     table_KC, _ = jax.lax.scan(step, z_NC[chosen_K], jax.random.split(key, iterations))
     return _split(table_KC, semantic_channels)
 
 
 class EMACodebook(flax.struct.PyTreeNode):
-    """Running sums of the tokens that chose each code (VQ-VAE's moving-average codebook).
+    """Running sums of the tokens that chose each code (VQ-VAE's moving-average codebook)."""
 
-    Attributes:
-      count_K: decayed number of tokens per code.
-      sum_KC: decayed sum of those tokens.
-    """
-
-    count_K: jax.Array
-    sum_KC: jax.Array
+    count_K: jax.Array  # decayed number of tokens per code
+    sum_KC: jax.Array  # decayed sum of those tokens
 
     @classmethod
     def start(cls, codebooks: Codebooks) -> "EMACodebook":
-        """Sums that reproduce the given codebooks, each code seen once."""
+        """Return sums that reproduce the given codebooks, each code seen once."""
         table_KC = codebooks.normalized()
         return cls(count_K=jnp.ones(codebooks.size), sum_KC=table_KC)
 
@@ -80,21 +66,10 @@ class EMACodebook(flax.struct.PyTreeNode):
         codebooks: Codebooks,
         z_NC: jax.Array,
         codes_N: jax.Array,
-        weights_N: jax.Array,
-        decay: float,
+        weights_N: jax.Array,  # 0 for tokens to ignore
+        decay: float,  # of the running sums, in [0, 1)
     ) -> tuple["EMACodebook", Codebooks]:
-        """Moves every code that was chosen towards the mean of its tokens.
-
-        Args:
-          codebooks: the current codebooks; rows no token chose stay as they are.
-          z_NC: tokens, both halves of unit norm.
-          codes_N: their codes.
-          weights_N: 0 for tokens to ignore.
-          decay: of the running sums, in [0, 1).
-
-        Returns:
-          The new sums and codebooks of unit-norm halves.
-        """
+        """Move every chosen code towards the mean of its tokens; the other rows stay."""
         count_K, sum_KC = _sums(z_NC, codes_N, weights_N, codebooks.size)
         new = EMACodebook(
             count_K=decay * self.count_K + (1 - decay) * count_K,
@@ -109,19 +84,69 @@ class EMACodebook(flax.struct.PyTreeNode):
 def revive_dead_codes(
     key: jax.Array, codebooks: Codebooks, z_NC: jax.Array, count_K: jax.Array
 ) -> Codebooks:
-    """Replaces codes that the usage window never saw by random tokens of the batch.
-
-    Args:
-      key: draws the tokens.
-      codebooks: the current codebooks.
-      z_NC: tokens of the batch, both halves of unit norm.
-      count_K: how often each code was used within the window.
-
-    Returns:
-      The codebooks with dead rows replaced, live rows untouched.
-    """
+    """Replace codes whose count in the usage window is zero by random tokens of the batch."""
     chosen_K = jax.random.randint(key, (codebooks.size,), 0, z_NC.shape[0])
     fresh = _split(z_NC[chosen_K], codebooks.semantic_KC.shape[-1])
     dead_K1 = (count_K == 0)[:, None]
     pairs = zip(fresh, codebooks, strict=True)
     return Codebooks(*(jnp.where(dead_K1, new, old) for new, old in pairs))
+
+
+class Usage(flax.struct.PyTreeNode):
+    """Codebook usage and perplexity over the last W codes of the global batch, on the device.
+
+    A ring remembers the window's codes, so that those leaving it can be subtracted from the counts:
+    a step costs three scatters and no sort, and only the final figures travel to the host.
+    """
+
+    history_W: jax.Array  # int32 ring of `scale * K + code`; -1 where nothing was written yet
+    counts_SK: jax.Array  # int32, uses of each code by each scale within the window
+    head: jax.Array  # int32, where the next entry goes
+
+    @classmethod
+    def empty(cls, window: int, scales: Scales, codebook_size: int) -> "Usage":
+        """Return an empty window of that many codes."""
+        return cls(
+            history_W=jnp.full(window, -1, jnp.int32),
+            counts_SK=jnp.zeros((len(scales), codebook_size), jnp.int32),
+            head=jnp.zeros((), jnp.int32),
+        )
+
+    def update(self, codes_BL: jax.Array, scales: Scales, keep_S: jax.Array) -> "Usage":
+        """Add the codes of the kept scales, scale by scale, of which the last W stay."""
+        window, (_, size) = self.history_W.shape[0], self.counts_SK.shape
+        batch = codes_BL.shape[0]
+        by_scale = [codes_BL[:, where].reshape(-1) + s * size
+                    for s, where in enumerate(scales.slices())]  # fmt: skip
+        entry_M = jnp.concatenate(by_scale)
+        kept_M = jnp.concatenate(
+            [jnp.full(batch * n * n, keep_S[s] > 0) for s, n in enumerate(scales.sides)]
+        )
+        rank_M = jnp.cumsum(kept_M) - 1
+        total = rank_M[-1] + 1
+        written_M = kept_M & (rank_M >= total - window)
+        nowhere = window + self.counts_SK.size  # out of range of both: dropped
+        slot_M = jnp.where(written_M, (self.head + rank_M) % window, nowhere)
+
+        leaving_M = self.history_W.at[slot_M].get(mode="fill", fill_value=-1)
+        counts = self.counts_SK.reshape(-1)
+        counts = counts.at[jnp.where(leaving_M >= 0, leaving_M, nowhere)].add(-1, mode="drop")
+        counts = counts.at[jnp.where(written_M, entry_M, nowhere)].add(1, mode="drop")
+        return Usage(
+            history_W=self.history_W.at[slot_M].set(entry_M, mode="drop"),
+            counts_SK=counts.reshape(self.counts_SK.shape),
+            head=(self.head + total) % window,
+        )
+
+    def metrics(self, scales: Scales) -> dict[str, jax.Array]:
+        """Return usage/all, usage/scale_<side> (fractions of codes) and perplexity/... (1 to K)."""
+        rows = {"all": self.counts_SK.sum(axis=0)}
+        rows |= {f"scale_{side}": self.counts_SK[s] for s, side in enumerate(scales.sides)}
+        metrics = {}
+        for name, counts_K in rows.items():
+            p_K = counts_K / jnp.maximum(counts_K.sum(), 1)
+            # Perplexity is exp(entropy) of the counts.
+            entropy = -jnp.sum(p_K * jnp.log(jnp.where(p_K > 0, p_K, 1.0)))
+            metrics[f"usage/{name}"] = jnp.mean(counts_K > 0)
+            metrics[f"perplexity/{name}"] = jnp.exp(entropy)
+        return metrics

@@ -24,10 +24,12 @@ def full_precision(dtype: jnp.dtype | str) -> contextlib.AbstractContextManager:
 
 
 def image_codes(model: TokenFlow, params: Any, images_BHWC: jax.Array) -> jax.Array:
-    """Return the int32 codes (B, L) of uint8 images, without gradient."""
+    """Return the int32 codes (B, L) of images, uint8 or in [-1, 1], without gradient."""
+    if images_BHWC.dtype == jnp.uint8:
+        images_BHWC = to_float(images_BHWC)
     variables = {"params": params}
     with full_precision(model.dtype):
-        features = model.apply(variables, to_float(images_BHWC), method="encode")
+        features = model.apply(variables, images_BHWC, method="encode")
         codes_BL = model.apply(variables, features, method="quantize").codes_BL
     return jax.lax.stop_gradient(codes_BL)
 
@@ -40,12 +42,8 @@ def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
     """Return the hyper-parameters of the tokenizer that `config.tokenizer` names.
 
-    Args:
-      tokenizer: `path`, a checkpoint of ours or a PyTorch file, and `variant`, which a PyTorch file
-        needs and which is enough where only shapes matter.
-
-    Raises:
-      ValueError: unknown variant, or a path without one that holds no tokenizer checkpoint.
+    `path` is a checkpoint of ours or a PyTorch file; `variant` is needed for the latter, and
+    suffices where only shapes matter.
     """
     path, variant = tokenizer.path, tokenizer.variant
     if variant:

@@ -1,10 +1,10 @@
 """TokenFlow's image tokenizer: two encoders, one pyramid of shared codes, two decoders.
 
     images --semantic encoder (ViT)--> 32 channels \\                     / 32 --ViT--> meaning
-                                                    >-- quantised map --<
+                                                    >-- quantized map --<
     images --pixel encoder (CNN)------> 8 channels /     (40 channels)   \\  8 --CNN--> images
 
-The meaning is the patch features that a frozen teacher sees in the images.
+The meaning is a frozen teacher's patch features of the images.
 """
 
 import dataclasses
@@ -21,54 +21,41 @@ from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.nets.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
 from tokenflow_jax.nets.vitamin import ViTaminConfig
 from tokenflow_jax.parallel.placement import on_batch
-from tokenflow_jax.tokenizer import pyramid as multiscale
-from tokenflow_jax.tokenizer import quantizer
-from tokenflow_jax.tokenizer.pyramid import Pyramid, Scales
-from tokenflow_jax.tokenizer.quantizer import Codebooks
+from tokenflow_jax.tokenizer.pyramid import (
+    Pyramid,
+    Scales,
+    features_from_codes,
+    residual_quantize,
+)
+from tokenflow_jax.tokenizer.quantizer import Codebooks, l2_normalize
 
 _CLIP_B = ViTConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Hyper-parameters of the tokenizer; the defaults are TokenFlow-B at 224 px.
+    """Hyper-parameters of the tokenizer; the defaults are TokenFlow-B at 224 px."""
 
-    Attributes:
-      image_size: side of the images in pixels.
-      scales: grid sides of the pyramid, ascending; the last is the feature map's side.
-      codebook_size: codes K, shared by both codebooks.
-      semantic_channels, pixel_channels: of a code's halves.
-      pixel_weight: weight of the pixel distance in the shared mapping (the reference's w_dis).
-      semantic_encoder: kind of encoder, a key of `encoders.ENCODERS`.
-      vit: the semantic encoder's hyper-parameters, of the class that its kind wants.
-      semantic_decoder_depth, semantic_decoder_heads: of the ViT that decodes the semantic half.
-      teacher_width: channels of the teacher's features, which the semantic half reconstructs.
-      channels, multipliers, blocks: of the pixel encoder.
-      latent_channels: between the pixel encoder or decoder and the quantiser.
-      decoder_channels, decoder_blocks: of the pixel decoder (enhanced: 256 and 5).
-      norm_groups: groups of the pixel branch's GroupNorm.
-      pixel_image_size: side at which the pixel branch works where it is not image_size: images are
-        resized bicubically on the way in and back on the way out (TokenFlow-XL: 432); 0 if it is.
-    """
-
-    image_size: int = 224
-    scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14)
-    codebook_size: int = 32768
-    semantic_channels: int = 32
-    pixel_channels: int = 8
-    pixel_weight: float = 1.0
-    semantic_encoder: str = "clip"
-    vit: EncoderConfig = _CLIP_B
+    image_size: int = 224  # side in pixels
+    scales: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 12, 14)  # grid sides, ascending to the map's side
+    codebook_size: int = 32768  # codes K, shared by both codebooks
+    semantic_channels: int = 32  # of a code
+    pixel_channels: int = 8  # of a code
+    pixel_weight: float = 1.0  # of the pixel distance in the shared mapping (the reference's w_dis)
+    semantic_encoder: str = "clip"  # a key of `nets.encoders.ENCODERS`
+    vit: EncoderConfig = _CLIP_B  # the semantic encoder, of the class that its kind wants
     semantic_decoder_depth: int = 3
     semantic_decoder_heads: int = 12
-    teacher_width: int = 512
-    channels: int = 128
+    teacher_width: int = 512  # channels of the teacher's features, which the semantic half rebuilds
+    channels: int = 128  # of the pixel encoder, times the multiplier of each level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
-    latent_channels: int = 256
-    decoder_channels: int = 128
-    decoder_blocks: int = 3
-    norm_groups: int = 32
+    latent_channels: int = 256  # between the quantizer and the pixel encoder or decoder
+    decoder_channels: int = 128  # of the pixel decoder (enhanced: 256)
+    decoder_blocks: int = 3  # enhanced: 5
+    norm_groups: int = 32  # of the pixel branch's GroupNorm
+    # Side at which the pixel branch works if not at image_size (TokenFlow-XL: 432): images are
+    # resized bicubically on the way in and back on the way out. 0 means image_size.
     pixel_image_size: int = 0
 
     def __post_init__(self):
@@ -87,7 +74,7 @@ class TokenizerConfig:
     def _check(self):
         problems = []
         grid = self.pyramid.grid
-        # Only an image of the very size that the encoder was trained for may leave pixels over.
+        # Patches may leave pixels over only at the image size that the encoder was trained for.
         known = self.image_size == self.vit.image_size
         semantic_grid = self.vit.grid if known else self.image_size / self.vit.patch_size
         pixel_image_size = self.pixel_image_size or self.image_size
@@ -120,12 +107,10 @@ class TokenizerConfig:
 
     @property
     def pyramid(self) -> Scales:
-        """The scale list as `Scales`."""
         return Scales(self.scales)
 
     @property
     def code_channels(self) -> int:
-        """Channels of a quantised map."""
         return self.semantic_channels + self.pixel_channels
 
 
@@ -138,9 +123,9 @@ _L = TokenizerConfig(
     teacher_width=1152,
 )
 
-# The released tokenizers, by the name that configs, checkpoints and the API use. B at 256 px keeps
+# The released tokenizers, by the names that configs, checkpoints and the API use. B at 256 px keeps
 # the position embeddings of 224 px and resizes them; its enhanced decoder is wider and deeper. The
-# paper gives L one scale more than the released code has; weights do not tell which.
+# paper gives L one scale more than the released code does, and weights fit either.
 VARIANTS: dict[str, TokenizerConfig] = {
     "b": TokenizerConfig(),
     "b_256": TokenizerConfig(image_size=256, scales=_SCALES_16),
@@ -161,105 +146,62 @@ VARIANTS: dict[str, TokenizerConfig] = {
 
 
 class Reconstruction(NamedTuple):
-    """What the decoders make of a quantised map.
-
-    Attributes:
-      images_BHWC: nominally in [-1, 1], not clamped; float32.
-      semantic_BND: reconstruction of the teacher's patch features; float32.
-      last_hidden_BHWC: input of the pixel decoder's last convolution.
-    """
-
-    images_BHWC: jax.Array
-    semantic_BND: jax.Array
-    last_hidden_BHWC: jax.Array
+    images_BHWC: jax.Array  # nominally in [-1, 1], not clamped; float32
+    semantic_BND: jax.Array  # reconstruction of the teacher's patch features; float32
+    last_hidden_BHWC: jax.Array  # input of the pixel decoder's last convolution
 
 
 class TokenFlow(nn.Module):
-    """The tokenizer as pure functions: `encode`, `quantize`, `decode`, and codes to features.
-
-    Attributes:
-      config: hyper-parameters.
-      dtype: computation dtype of encoders and decoders; the quantiser is always float32.
-      remat: recompute blocks in the backward pass to save memory.
-    """
+    """The tokenizer: `encode` and `quantize` images, `decode` maps, and codes to `features`."""
 
     config: TokenizerConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    dtype: jnp.dtype = jnp.float32  # of encoders and decoders; the quantizer is always float32
+    remat: bool = False  # recompute blocks in the backward pass to save memory
 
     def setup(self):
         cfg = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype)
-        width = cfg.vit.width
+        width, common = cfg.vit.width, (self.dtype, self.remat)
         encoder = encoder_kind(cfg.semantic_encoder).module
-        self.semantic_encoder = encoder(cfg.vit, self.dtype, self.remat)
+        self.semantic_encoder = encoder(cfg.vit, *common)
         self.semantic_in_1, self.semantic_in_2 = dense(width), dense(cfg.semantic_channels)
         self.pixel_encoder = PixelEncoder(
-            cfg.channels,
-            cfg.multipliers,
-            cfg.blocks,
-            cfg.latent_channels,
-            cfg.norm_groups,
-            self.dtype,
-            self.remat,
+            cfg.channels, cfg.multipliers, cfg.blocks, cfg.latent_channels, cfg.norm_groups, *common
         )
         self.pixel_in, self.pixel_out = dense(cfg.pixel_channels), dense(cfg.latent_channels)
         self.semantic_codebook = self._codebook("semantic_codebook", cfg.semantic_channels)
         self.pixel_codebook = self._codebook("pixel_codebook", cfg.pixel_channels)
         self.semantic_decoder = SemanticDecoder(
-            cfg.vit.grid,
-            width,
-            cfg.semantic_decoder_depth,
-            cfg.semantic_decoder_heads,
-            self.dtype,
-            self.remat,
+            cfg.vit.grid, width, cfg.semantic_decoder_depth, cfg.semantic_decoder_heads, *common
         )
         self.semantic_out_1, self.semantic_out_2 = dense(width), dense(cfg.teacher_width)
         self.pixel_decoder = PixelDecoder(
-            cfg.decoder_channels,
-            cfg.multipliers,
-            cfg.decoder_blocks,
-            cfg.norm_groups,
-            self.dtype,
-            self.remat,
+            cfg.decoder_channels, cfg.multipliers, cfg.decoder_blocks, cfg.norm_groups, *common
         )
 
     def _codebook(self, name: str, channels: int) -> jax.Array:
-        """Rows start uniform in a cube, then normalised, as in the reference."""
-
-        def init(key, shape):
-            return quantizer.l2_normalize(jax.random.uniform(key, shape, minval=-1, maxval=1))
+        def init(key, shape):  # uniform in a cube, then normalized, as in the reference
+            return l2_normalize(jax.random.uniform(key, shape, minval=-1, maxval=1))
 
         return self.param(name, init, (self.config.codebook_size, channels))
 
     @property
     def codebooks(self) -> Codebooks:
-        """The raw codebooks."""
+        """The codebooks as they are stored, of any norm."""
         return Codebooks(self.semantic_codebook, self.pixel_codebook)
 
     def __call__(self, images_BHWC: jax.Array) -> tuple[Pyramid, Reconstruction]:
-        """Encodes, quantises and decodes (B, H, W, 3) in [-1, 1]."""
+        """Encode, quantize and decode images (B, H, H, 3) in [-1, 1]."""
         pyramid = self.quantize(self.encode(images_BHWC))
         return pyramid, self.decode(pyramid.quantized_BHWC)
 
     def encode(self, images_BHWC: jax.Array) -> jax.Array:
-        """Images in [-1, 1] to unquantised features.
-
-        Args:
-          images_BHWC: (B, H, H, 3) with H = config.image_size. CLIP sees them as they are, without
-            its own normalisation, as in the reference; the other encoders see them normalised.
-
-        Returns:
-          (B, g, g, C) float32, semantic channels first.
-        """
+        """Encode images (B, H, H, 3) in [-1, 1] as features (B, g, g, C), semantic ones first."""
         cfg = self.config
         size = images_BHWC.shape[1:]
         if size != (cfg.image_size, cfg.image_size, 3):
             raise ValueError(f"images of shape {size}: the tokenizer takes {cfg.image_size} px RGB")
-        kind, seen_BHWC = encoder_kind(cfg.semantic_encoder), images_BHWC
-        if not kind.raw:
-            seen_BHWC = normalise(images_BHWC, kind.mean, kind.std)
-        tokens_BND = self.semantic_encoder(seen_BHWC.astype(self.dtype))
+        tokens_BND = self.semantic_tokens(images_BHWC)
         images_BHWC = bicubic_resize(images_BHWC, cfg.pixel_image_size or cfg.image_size)
         images_BHWC = images_BHWC.astype(self.dtype)
         semantic_BNC = self.semantic_in_2(jnp.tanh(self.semantic_in_1(tokens_BND)))
@@ -268,34 +210,41 @@ class TokenFlow(nn.Module):
         features_BHWC = jnp.concatenate([semantic_BHWC, pixel_BHWC], axis=-1)
         return on_batch(features_BHWC.astype(jnp.float32))
 
+    def semantic_tokens(self, images_BHWC: jax.Array) -> jax.Array:
+        """Return the semantic encoder's patch features (B, N, D) of images in [-1, 1]."""
+        kind = encoder_kind(self.config.semantic_encoder)
+        if not kind.raw:  # CLIP gets images without its own normalization, as in the reference
+            images_BHWC = normalise(images_BHWC, kind.mean, kind.std)
+        return self.semantic_encoder(images_BHWC.astype(self.dtype))
+
     def quantize(self, features_BHWC: jax.Array, keep_S: jax.Array | None = None) -> Pyramid:
-        """Features to a pyramid of codes; see `multiscale.residual_quantize`."""
+        """Quantize features to a pyramid of codes; see `residual_quantize`."""
         cfg = self.config
-        return multiscale.residual_quantize(
+        return residual_quantize(
             features_BHWC, self.codebooks, cfg.pyramid, cfg.pixel_weight, keep_S
         )
 
     def decode(self, quantized_BHWC: jax.Array) -> Reconstruction:
-        """Decodes a quantised map (B, g, g, C) into images and teacher features."""
+        """Decode a quantized map (B, g, g, C) into images and teacher features."""
         images, hidden = self.decode_pixels(quantized_BHWC)
         return Reconstruction(images, self.decode_semantics(quantized_BHWC), hidden)
 
     def decode_pixels(self, quantized_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The pixel half of a quantised map to images (B, H, W, 3) and the last hidden map."""
+        """Decode the pixel half of a map into images (B, H, H, 3) and the last hidden map."""
         pixel_BHWC = quantized_BHWC[..., self.config.semantic_channels :].astype(self.dtype)
         images_BHWC, hidden_BHWC = self.pixel_decoder(self.pixel_out(pixel_BHWC))
         return self.to_image_size(images_BHWC), hidden_BHWC
 
     def to_image_size(self, images_BHWC: jax.Array) -> jax.Array:
-        """What the last convolution made, in float32 and at config.image_size."""
+        """Convert the last convolution's output to float32 at config.image_size."""
         return bicubic_resize(images_BHWC.astype(jnp.float32), self.config.image_size)
 
     def decode_semantics(self, quantized_BHWC: jax.Array) -> jax.Array:
-        """The semantic half of a quantised map to teacher features (B, g * g, teacher_width)."""
+        """Decode the semantic half of a map into teacher features (B, g * g, teacher_width)."""
         semantic_BHWC = quantized_BHWC[..., : self.config.semantic_channels].astype(self.dtype)
         tokens_BND = jnp.tanh(self.semantic_out_1(self.semantic_decoder(semantic_BHWC)))
         return self.semantic_out_2(tokens_BND).astype(jnp.float32)
 
     def features(self, codes_BL: jax.Array) -> jax.Array:
-        """The quantised map (B, g, g, C) of codes; fewer scales work too."""
-        return multiscale.features_from_codes(codes_BL, self.codebooks, self.config.pyramid)
+        """Return the quantized map (B, g, g, C) of codes, or of their coarsest scales."""
+        return features_from_codes(codes_BL, self.codebooks, self.config.pyramid)

@@ -1,20 +1,18 @@
-"""The two codebooks and their shared mapping: TokenFlow's idea (arXiv 2412.03069, sec. 3.1).
+"""The two codebooks and their shared mapping, TokenFlow's idea (arXiv 2412.03069, sec. 3.1).
 
-A semantic and a pixel codebook have the same number of rows. One index selects a row in both: the
-one with the smallest *sum* of both distances,
+One index selects a row in both codebooks, the one with the smallest SUM of both squared distances:
 
-    i* = argmin_i  |z_sem - c_sem[i]|^2 + w |z_pix - c_pix[i]|^2,
+    i* = argmin_i  |z_sem - c_sem[i]|^2 + w |z_pix - c_pix[i]|^2
 
-so that every code stands for a meaning and an appearance at once. All four vectors are
-l2-normalised, hence |z - c|^2 = 2 - 2 z.c and the sum is smallest where
+so every code stands for a meaning and an appearance at once. All four vectors are l2-normalized;
+hence |z - c|^2 = 2 - 2 z.c, and the same index is
 
-    s[i] = z_sem . c_sem[i] + w z_pix . c_pix[i]
+    i* = argmax_i  z_sem . c_sem[i] + w z_pix . c_pix[i],
 
-is largest: ONE inner product over the concatenated channels, with w folded into z. `nearest_codes`
-runs it over chunks of the codebook with a running maximum (TPUs do so in one kernel, see
-`nearest_kernel`); no array of tokens x codes exists, in the forward or the backward pass.
-Everything here is float32 with full-precision products, whatever the rest of the model computes
-in: an argmin decides.
+ONE inner product over the concatenated channels, with w folded into z. `nearest_codes` searches
+chunk by chunk with a running maximum (on TPUs in one kernel, see `nearest_kernel`); no array of
+tokens x codes exists, in the forward or the backward pass. Everything here is float32 with
+full-precision products, whatever the rest of the model computes in, because an argmin decides.
 
 Shapes: N tokens, K codes, C = semantic + pixel channels (semantic first).
 """
@@ -34,115 +32,56 @@ _ENTROPY_EPSILON = 1e-5
 
 
 class Codebooks(NamedTuple):
-    """The learned codebooks, of any norm; they are normalised where they are used.
-
-    Attributes:
-      semantic_KC: (K, semantic channels).
-      pixel_KC: (K, pixel channels).
-    """
+    """The learned codebooks, of any norm: they are normalized where they are used."""
 
     semantic_KC: jax.Array
     pixel_KC: jax.Array
 
     @property
     def size(self) -> int:
-        """Number of codes K."""
         return self.semantic_KC.shape[0]
 
     def normalized(self) -> jax.Array:
-        """Both codebooks side by side, each half of unit norm: (K, C) float32."""
+        """Return both codebooks side by side, each half of unit norm: (K, C) float32."""
         halves = (l2_normalize(half.astype(jnp.float32)) for half in self)
         return jnp.concatenate(list(halves), axis=-1)
 
     def look_up(self, codes: jax.Array) -> jax.Array:
-        """Rows of `normalized()` for int codes of any shape (...): (..., C).
-
-        Only the selected rows are normalised, so the gradient is one scatter into the codebooks.
-        """
+        """Return the rows of `normalized()` for int codes of any shape (...): (..., C)."""
+        # Only the selected rows are normalized: the gradient is one scatter into the codebooks.
         rows = (placement.take_rows(half, codes) for half in self)
         halves = (l2_normalize(row.astype(jnp.float32)) for row in rows)
         return jnp.concatenate(list(halves), axis=-1)
 
 
-def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-    """Divides the last axis by max(its norm, epsilon); zero stays zero, gradient included."""
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    # rsqrt's gradient at 0 is infinite: the inner where keeps it out of the backward pass.
-    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-    return x / jnp.maximum(norm, epsilon)
-
-
-def normalize_halves(features: jax.Array, semantic_channels: int) -> jax.Array:
-    """l2-normalises the semantic and the pixel channels of (..., C) separately, in float32."""
-    features = features.astype(jnp.float32)
-    halves = jnp.split(features, [semantic_channels], axis=-1)
-    return jnp.concatenate([l2_normalize(half) for half in halves], axis=-1)
-
-
-def _weigh(z_NC: jax.Array, semantic_channels: int, pixel_weight: float) -> jax.Array:
-    """Folds the pixel distance's weight into z, so that scores are plain inner products."""
-    channel = jnp.arange(z_NC.shape[-1])
-    return z_NC * jnp.where(channel < semantic_channels, 1.0, pixel_weight)
-
-
-def _chunks(codes_KC: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Splits the codebook for a scan: (chunks, rows, C), and each chunk's first row number."""
-    size = codes_KC.shape[0]
-    rows = max(128, 2 ** ((_CHUNK_ELEMENTS // max(tokens, 1)).bit_length() - 1))
-    rows = min(rows, _MAX_CHUNK, size)
-    count = -(-size // rows)
-    padded = jnp.pad(codes_KC, ((0, count * rows - size), (0, 0)))
-    return padded.reshape(count, rows, -1), rows * jnp.arange(count)
-
-
-def _scores(z_NC: jax.Array, chunk_RC: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Inner products (N, R) with one chunk of codes; rows that only pad score -inf."""
-    scores_NR = jnp.einsum("nc,rc->nr", z_NC, chunk_RC, precision="highest")
-    if size % chunk_RC.shape[0]:
-        row = start + jnp.arange(chunk_RC.shape[0])
-        scores_NR = jnp.where(row < size, scores_NR, -jnp.inf)
-    return scores_NR
-
-
 def nearest_codes(
     z_NC: jax.Array, codes_KC: jax.Array, semantic_channels: int, pixel_weight: float = 1.0
 ) -> jax.Array:
-    """Finds the code with the smallest weighted sum of both squared distances.
+    """Find the code with the smallest weighted sum of both squared distances: int32 (N,).
 
-    Args:
-      z_NC: tokens, both halves of unit norm.
-      codes_KC: `Codebooks.normalized()`.
-      semantic_channels: how many of the C channels are semantic.
-      pixel_weight: w, the weight of the pixel distance.
-
-    Returns:
-      int32 codes (N,); the lowest index among equals, as torch.argmin. Not differentiable.
+    Both halves of `z_NC` have unit norm; `codes_KC` is `Codebooks.normalized()`. The lowest index
+    wins a tie, as in torch.argmin. Not differentiable.
     """
-    z_NC = _weigh(jax.lax.stop_gradient(z_NC), semantic_channels, pixel_weight)
+    z_NC = _fold_weight(jax.lax.stop_gradient(z_NC), semantic_channels, pixel_weight)
     codes_KC = jax.lax.stop_gradient(codes_KC)
     size = codes_KC.shape[0]
 
     def nearest(split: Split, codes_kC: jax.Array, z_nC: jax.Array) -> jax.Array:
-        score_N, code_N = _best_of(z_nC, codes_kC)
+        search = nearest_kernel.where_faster(z_nC, codes_kC, _best_by_chunks)
+        score_N, code_N = search(z_nC, codes_kC)
         if not split.codes:
             return code_N
         code_N += split.first_row(codes_kC.shape[0])
         best_N = jax.lax.pmax(score_N, split.codes)
-        # Of equal scores on several devices the lowest index counts, as on one.
+        # Ties between devices go to the lowest index, as they do on one device.
         return jax.lax.pmin(jnp.where(score_N == best_N, code_N, size), split.codes)
 
     run = placement.over_codes(nearest, z_NC.shape[0], size, always=True)
     return run(codes_KC, z_NC)
 
 
-def _best_of(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest score (N,) and the first code (N,) that has it, the fastest way."""
-    search = nearest_kernel.where_faster(z_NC, codes_KC, _best_by_chunks)
-    return search(z_NC, codes_KC)
-
-
 def _best_by_chunks(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`_best_of` for all machines, chunk by chunk."""
+    """Return the largest score (N,) and the first code (N,) that reaches it."""
     size = codes_KC.shape[0]
 
     def visit(best, chunk):
@@ -161,24 +100,57 @@ def _best_by_chunks(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, ja
     return best
 
 
+def _fold_weight(z_NC: jax.Array, semantic_channels: int, pixel_weight: float) -> jax.Array:
+    """Multiply the pixel half of z by w, so that scores are plain inner products."""
+    channel = jnp.arange(z_NC.shape[-1])
+    return z_NC * jnp.where(channel < semantic_channels, 1.0, pixel_weight)
+
+
+def _chunks(codes_KC: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Split the codebook for a scan: (chunks, rows, C), and each chunk's first row number."""
+    size = codes_KC.shape[0]
+    rows = max(128, 2 ** ((_CHUNK_ELEMENTS // max(tokens, 1)).bit_length() - 1))
+    rows = min(rows, _MAX_CHUNK, size)
+    count = -(-size // rows)
+    padded = jnp.pad(codes_KC, ((0, count * rows - size), (0, 0)))
+    return padded.reshape(count, rows, -1), rows * jnp.arange(count)
+
+
+def _scores(z_NC: jax.Array, chunk_RC: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Return the inner products (N, R) with one chunk of codes; padding rows score -inf."""
+    scores_NR = jnp.einsum("nc,rc->nr", z_NC, chunk_RC, precision="highest")
+    if size % chunk_RC.shape[0]:
+        row = start + jnp.arange(chunk_RC.shape[0])
+        scores_NR = jnp.where(row < size, scores_NR, -jnp.inf)
+    return scores_NR
+
+
+def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+    """Divide the last axis by max(its norm, epsilon); zero stays zero, gradient included."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    # rsqrt's gradient at 0 is infinite: the inner where keeps it out of the backward pass.
+    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return x / jnp.maximum(norm, epsilon)
+
+
+def normalize_halves(features: jax.Array, semantic_channels: int) -> jax.Array:
+    """Normalize the semantic and the pixel channels of (..., C) separately, in float32."""
+    features = features.astype(jnp.float32)
+    halves = jnp.split(features, [semantic_channels], axis=-1)
+    return jnp.concatenate([l2_normalize(half) for half in halves], axis=-1)
+
+
 def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
-    """The codes in the forward pass, the identity to z in the backward pass."""
+    """Return the codes in the forward pass; pass the gradient on to z unchanged."""
     return z + jax.lax.stop_gradient(codes - z)
 
 
 def codebook_losses(
     z_BLC: jax.Array, chosen_BLC: jax.Array, weights_L: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Losses that pull the codes to the features, and the features to the codes.
+    """Return the codebook loss, mean (sg(z) - code)^2, and commitment loss, mean (z - sg(code))^2.
 
-    Args:
-      z_BLC: normalised features, one row per token of the pyramid.
-      chosen_BLC: `Codebooks.look_up` of their codes.
-      weights_L: weight per token, summing to one (see `multiscale.token_weights`).
-
-    Returns:
-      Scalars: mean (sg(z) - code)^2, which trains the codebooks, and the mean (z - sg(code))^2
-      before its commitment weight, which trains the encoders.
+    The first trains the codebooks, the second the encoders; token weights sum to one.
     """
     stop = jax.lax.stop_gradient
 
@@ -195,20 +167,13 @@ def entropy_loss(
     semantic_channels: int,
     pixel_weight: float = 1.0,
 ) -> jax.Array:
-    """Mean entropy of the soft assignments minus the entropy of their mean.
+    """Return the mean entropy of the soft assignments p_n minus the entropy of their mean.
 
-    With p_n = softmax(-d_n / 0.01) over the codes: small when each token is sure of its code and
-    the tokens together use all codes. Two chunked passes; the backward pass recomputes each chunk.
-
-    Args:
-      z_NC, codes_KC, semantic_channels, pixel_weight: as in `nearest_codes`; differentiable.
-      weights_N: weight per token, summing to one.
-
-    Returns:
-      A scalar.
+    With p_n = softmax(-d_n / 0.01) over the codes it is small when each token is sure of its code
+    and the tokens together use all codes. The token weights sum to one.
     """
-    # Adding a constant to the logits changes nothing, so -d is replaced by twice the inner product.
-    scaled_NC = _weigh(z_NC, semantic_channels, pixel_weight) * (2 / _ENTROPY_TEMPERATURE)
+    # A constant added to the logits cancels, so twice the inner product replaces -d.
+    scaled_NC = _fold_weight(z_NC, semantic_channels, pixel_weight) * (2 / _ENTROPY_TEMPERATURE)
     run = placement.over_codes(_entropy, z_NC.shape[0], codes_KC.shape[0])
     return run(codes_KC, scaled_NC, weights_N)
 
@@ -216,7 +181,7 @@ def entropy_loss(
 def _entropy(
     split: Split, codes_KC: jax.Array, scaled_NC: jax.Array, weights_N: jax.Array
 ) -> jax.Array:
-    """The entropy loss of these rows and tokens, summed over those of all devices."""
+    """Sum the entropy loss over devices, each with its own rows and tokens; two chunked passes."""
     size = codes_KC.shape[0]
     chunks = _chunks(codes_KC, scaled_NC.shape[0])
 
@@ -261,20 +226,9 @@ def _entropy(
 def distance_statistics(
     z_NC: jax.Array, codes_KC: jax.Array, weights_N: jax.Array, semantic_channels: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean over tokens of sum_k d_k^2 per half: the reference's distance norms, in closed form.
+    """Return the reference's distance norms, sum_k d_k^2 averaged over tokens, of both halves."""
 
-    With unit vectors d_k = 2 - 2 z.c_k, so sum_k d_k^2 = 4 (K - 2 z . sum_k c_k + z' (C' C) z): a
-    Gram matrix of the channels replaces the dense distances.
-
-    Args:
-      z_NC, codes_KC: unit-norm halves.
-      weights_N: weight per token, summing to one.
-      semantic_channels: how many channels are semantic.
-
-    Returns:
-      Scalars for the semantic and the pixel half.
-    """
-
+    # With unit vectors d_k = 2 - 2 z.c_k, so sum_k d_k^2 = 4 (K - 2 z . sum_k c_k + z' (C' C) z).
     def statistic(z_NC, codes_KC):
         gram_CC = jnp.einsum("kc,kd->cd", codes_KC, codes_KC, precision="highest")
         linear_N = jnp.einsum("nc,c->n", z_NC, codes_KC.sum(axis=0), precision="highest")

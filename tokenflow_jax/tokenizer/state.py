@@ -7,9 +7,8 @@ import flax.struct
 import jax
 
 from tokenflow_jax.tokenizer import losses as adversarial
-from tokenflow_jax.tokenizer.codebook import EMACodebook
+from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage
 from tokenflow_jax.tokenizer.quantizer import Codebooks
-from tokenflow_jax.tokenizer.usage import Usage
 
 PyTree = Any
 

@@ -27,7 +27,7 @@ from tokenflow_jax.nets.lpips import LPIPS
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer import losses as adversarial
 from tokenflow_jax.tokenizer import quantizer
-from tokenflow_jax.tokenizer.codebook import EMACodebook, revive_dead_codes
+from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage, revive_dead_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.pyramid import draw_kept_scales, token_weights
 from tokenflow_jax.tokenizer.state import (
@@ -39,7 +39,6 @@ from tokenflow_jax.tokenizer.state import (
     with_codebooks,
 )
 from tokenflow_jax.tokenizer.teacher import Teacher
-from tokenflow_jax.tokenizer.usage import Usage
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
 

@@ -1,15 +1,9 @@
-"""Answers by a language model with a cache: one program for a prompt's bucket, or token by token.
-
-    state = start(model, params, prompt, ...)       the prompt, padded on the LEFT
-    state = step(model, params, state, ...)         one more token for every row
-
-`answer` is both in one compiled program; `start` and `step` alone serve streaming.
-"""
+"""Answer prompts with a cache: `answer` in one program, `start` and `step` token by token."""
 
 import dataclasses
-import functools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -22,21 +16,11 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How an answer is chosen.
-
-    Attributes:
-      max_new: tokens at most, the stop id included.
-      stop_ids: an answer ends with the first of these; it belongs to the answer.
-      pad_id: what fills a row behind its end.
-      temperature: 0 takes the most likely token; else logits are divided by it.
-      top_k, top_p: filters of the draw, 0 is off; see `sampling.keep_likely`.
-    """
-
-    max_new: int = 64
-    stop_ids: tuple[int, ...] = ()
-    pad_id: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
+    max_new: int = 64  # tokens at most, the stop id included
+    stop_ids: tuple[int, ...] = ()  # an answer ends with the first of these
+    pad_id: int = 0  # fills a row after its end
+    temperature: float = 0.0  # divides the logits; 0 takes the most likely token
+    top_k: int = 0  # filters of the draw, 0 is off; see `sampling.keep_likely`
     top_p: float = 0.0
 
     def __post_init__(self):
@@ -53,53 +37,25 @@ class Decoding:
             raise ValueError("decoding: " + "; ".join(problems))
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        *("ids_BN", "count", "done_B", "logits_BV", "positions_B", "real_BK", "cache", "keys_B"),
-    ),
-    meta_fields=(),
-)
-@dataclasses.dataclass(frozen=True)
-class AnswerState:
-    """Answers in the making.
-
-    Attributes:
-      ids_BN: int32 (B, max_new), the tokens so far, padding behind them.
-      count: int32, tokens so far.
-      done_B: bool, whether a row has met a stop id.
-      logits_BV: float32, of the next token.
-      positions_B: int32, of the next token.
-      real_BK: bool, as long as the cache; False at the prompt's padding.
-      cache: keys and values.
-      keys_B: a random key per row, so that its draws do not depend on the others.
-    """
-
-    ids_BN: jax.Array
-    count: jax.Array
-    done_B: jax.Array
-    logits_BV: jax.Array
-    positions_B: jax.Array
-    real_BK: jax.Array
+class AnswerState(flax.struct.PyTreeNode):
+    ids_BN: jax.Array  # int32 (B, max_new), the tokens so far, then padding
+    count: jax.Array  # int32, tokens so far
+    done_B: jax.Array  # bool, True after a stop id
+    logits_BV: jax.Array  # float32, of the next token
+    positions_B: jax.Array  # int32, of the next token
+    real_BK: jax.Array  # bool, as long as the cache; False at the prompt's padding
     cache: Cache
-    keys_B: jax.Array
+    keys_B: jax.Array  # one random key per row, so that its draws do not depend on the others
 
 
 def start(
     model: Understanding, params: PyTree, prompt: dict[str, jax.Array], key: jax.Array,
     decoding: Decoding,
 ) -> AnswerState:  # fmt: skip
-    """Reads prompts.
+    """Read the prompts; return the state before the first token.
 
-    Args:
-      model, params: the model.
-      prompt: "ids", "places", "segments" of `data.chat.insertion.pad_rows(..., "left")`,
-        and "features" (B, M, N, C).
-      key: of the draws.
-      decoding: how answers are chosen.
-
-    Returns:
-      The state before the first token.
+    A prompt is "ids", "places", "segments" of `data.chat.insertion.pad_rows(..., "left")`, and
+    "features" (B, M, N, C).
     """
     batch, length = prompt["ids"].shape
     room = length + decoding.max_new
@@ -126,7 +82,7 @@ def start(
 def step(
     model: Understanding, params: PyTree, state: AnswerState, decoding: Decoding
 ) -> AnswerState:
-    """One more token for every row; rows that are done get the padding id."""
+    """Add one token to every row, or the padding id if the row is done."""
     chosen_B = _choose(state, decoding)
     ids_B = jnp.where(state.done_B, decoding.pad_id, chosen_B)
     done_B = state.done_B | jnp.isin(chosen_B, jnp.array(decoding.stop_ids, jnp.int32))
@@ -134,8 +90,7 @@ def step(
         {"params": params}, ids_B, state.positions_B, state.real_BK, state.cache,
         method="next_token",
     )  # fmt: skip
-    return dataclasses.replace(
-        state,
+    return state.replace(
         ids_BN=jax.lax.dynamic_update_slice(state.ids_BN, ids_B[:, None], (0, state.count)),
         count=state.count + 1,
         done_B=done_B,
@@ -157,11 +112,7 @@ def answer(
     model: Understanding, params: PyTree, prompt: dict[str, jax.Array], key: jax.Array,
     decoding: Decoding,
 ) -> jax.Array:  # fmt: skip
-    """Answers prompts until all rows are done: int32 (B, max_new), see `Decoding`.
-
-    Args:
-      model, params, prompt, key, decoding: see `start`.
-    """
+    """Decode until all rows are done; return int32 (B, max_new). Arguments as for `start`."""
 
     def unfinished(state: AnswerState) -> jax.Array:
         return (state.count < decoding.max_new) & ~state.done_B.all()

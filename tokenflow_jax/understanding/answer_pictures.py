@@ -1,4 +1,4 @@
-"""Pictures with what a model says about them, as one image for curves and reports."""
+"""A grid of pictures with the model's answers, for TensorBoard and reports."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,14 +11,7 @@ _RIGHT, _WRONG = (0, 110, 0), (160, 0, 0)
 
 
 def answer_grid(cells: Sequence[tuple[np.ndarray | None, str, str]]) -> np.ndarray:
-    """Draws pictures with answers below, green where they equal the data's and else red.
-
-    Args:
-      cells: (uint8 (H, W, 3) or None, answer, the data's answer) of each.
-
-    Returns:
-      uint8 (height, width, 3).
-    """
+    """Draw pictures with answers below, green where they equal the data's answer, else red."""
     columns = min(_COLUMNS, max(len(cells), 1))
     rows = -(-max(len(cells), 1) // columns)
     sheet = Image.new("RGB", (columns * _SIDE, rows * (_SIDE + _TEXT)), (255, 255, 255))
@@ -31,6 +24,6 @@ def answer_grid(cells: Sequence[tuple[np.ndarray | None, str, str]]) -> np.ndarr
         lines = textwrap.wrap(said, _LETTERS)[:4] or ["(nothing)"]
         # The built-in font knows Latin letters only.
         text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
-        colour = _RIGHT if said == truth else _WRONG
-        draw.multiline_text((left + 3, top + _SIDE + 2), text, fill=colour)
+        color = _RIGHT if said == truth else _WRONG
+        draw.multiline_text((left + 3, top + _SIDE + 2), text, fill=color)
     return np.asarray(sheet)

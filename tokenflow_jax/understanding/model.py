@@ -3,8 +3,8 @@
     codes --visual_features--> (B, N, C) --projector--> (B, N, width) --places--> among the tokens
 
 Rows of tokens come with fixed shapes from `data.chat.insertion`, which documents "ids", "places"
-and "segments"; nothing here depends on where images stand, or on how many conversations share a
-row, so nothing is compiled again.
+and "segments". The program depends neither on where images stand nor on how many conversations
+share a row, so nothing recompiles.
 """
 
 import dataclasses
@@ -23,25 +23,31 @@ from tokenflow_jax.tokenizer.pyramid import Scales, features_from_codes
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 
 PROJECTORS = ("mlp2x_gelu", "linear")
-# What of the codes the language model reads (the paper's table 8).
-STRATEGIES = ("last_scale", "last_scale_semantic", "last_scale_pixel", "full_scale", "residual")
+# Which code features the language model reads (the paper's table 8).
+STRATEGIES = (
+    "last_scale",  # the quantized map: all scales resized to the last one and summed, row by row
+    "last_scale_semantic",  # one half of its channels
+    "last_scale_pixel",  # the other half
+    "full_scale",  # for every code the sum of the scales up to its own, in its scale's resolution
+    "residual",  # every code's vector, coarse to fine
+)
 
 
 def vectors_per_image(scales: Scales, strategy: str) -> int:
-    """How many vectors a language model reads of an image."""
+    """Return the number of vectors that the language model reads per image."""
     check_strategy(strategy)
     return scales.tokens if strategy in ("full_scale", "residual") else scales.grid**2
 
 
 def feature_channels(semantic: int, pixel: int, strategy: str) -> int:
-    """Channels of these vectors, of a tokenizer with so many semantic and pixel channels."""
+    """Return the channels of these vectors, from the tokenizer's semantic and pixel channels."""
     check_strategy(strategy)
     parts = {"last_scale_semantic": semantic, "last_scale_pixel": pixel}
     return parts.get(strategy, semantic + pixel)
 
 
 def check_strategy(strategy: str) -> None:
-    """Raises ValueError unless it is one of STRATEGIES."""
+    """Raise ValueError unless the strategy is one of STRATEGIES."""
     if strategy not in STRATEGIES:
         raise ValueError(f"input strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
 
@@ -49,58 +55,33 @@ def check_strategy(strategy: str) -> None:
 def visual_features(
     codes_BL: jax.Array, codebooks: Codebooks, scales: Scales, strategy: str = "last_scale"
 ) -> jax.Array:
-    """What a language model reads of images.
-
-    Args:
-      codes_BL: all codes of each image.
-      codebooks: of the tokenizer.
-      scales: its pyramid.
-      strategy: "last_scale": the quantised map, all scales resized to the last one and summed, row
-        by row. "last_scale_semantic" and "last_scale_pixel": one half of its channels. "residual":
-        the vector of every code, coarse to fine. "full_scale": for every code the map that the
-        scales up to its own add up to, at its place and in its scale's resolution.
-
-    Returns:
-      float32 (B, N, C).
-    """
+    """Return the features that the language model reads of all codes, float32 (B, N, C)."""
     check_strategy(strategy)
-    batch = codes_BL.shape[0]
-    if strategy == "residual":
-        return codebooks.look_up(codes_BL)
-    if strategy == "full_scale":
-        return _growing_maps(codes_BL, codebooks, scales)
+    if strategy in ("residual", "full_scale"):
+        vectors_BLC, parts, total = codebooks.look_up(codes_BL), [], 0.0
+        if strategy == "residual":
+            return vectors_BLC
+        for side, where in zip(scales.sides, scales.slices(), strict=True):
+            own_BlC = vectors_BLC[:, where]
+            total += bicubic_resize(own_BlC.reshape(-1, side, side, own_BlC.shape[-1]), scales.grid)
+            parts.append(area_resize(total, side).reshape(own_BlC.shape))
+        return jnp.concatenate(parts, axis=1)
     maps_BHWC = features_from_codes(codes_BL, codebooks, scales)
-    features_BNC = maps_BHWC.reshape(batch, -1, maps_BHWC.shape[-1])
+    features_BNC = maps_BHWC.reshape(maps_BHWC.shape[0], -1, maps_BHWC.shape[-1])
     semantic = codebooks.semantic_KC.shape[-1]
     if strategy == "last_scale_semantic":
         return features_BNC[..., :semantic]
     return features_BNC[..., semantic:] if strategy == "last_scale_pixel" else features_BNC
 
 
-def _growing_maps(codes_BL: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
-    vectors_BLC, parts, total = codebooks.look_up(codes_BL), [], 0.0
-    for side, where in zip(scales.sides, scales.slices(), strict=True):
-        own_BhwC = vectors_BLC[:, where].reshape(codes_BL.shape[0], side, side, -1)
-        total += bicubic_resize(own_BhwC, scales.grid)
-        parts.append(area_resize(total, side).reshape(*vectors_BLC[:, where].shape))
-    return jnp.concatenate(parts, axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class UnderstandingConfig:
-    """Hyper-parameters of the understanding model.
+    """Hyper-parameters of the understanding model."""
 
-    Attributes:
-      lm: of the language model. A mapping of them will do.
-      vision_channels: of the vectors of an image.
-      projector: "mlp2x_gelu" (linear, exact GELU, linear) or "linear".
-      strategy: one of STRATEGIES.
-    """
-
-    lm: LMConfig
-    vision_channels: int = 40
-    projector: str = "mlp2x_gelu"
-    strategy: str = "last_scale"
+    lm: LMConfig  # or a mapping of its fields
+    vision_channels: int = 40  # of an image's vectors
+    projector: str = "mlp2x_gelu"  # linear, exact GELU, linear; or just "linear"
+    strategy: str = "last_scale"  # one of STRATEGIES
 
     def __post_init__(self):
         if isinstance(self.lm, Mapping):
@@ -117,22 +98,16 @@ class UnderstandingConfig:
 
 
 class Projector(nn.Module):
-    """Vectors of an image to the width of the language model.
+    """Maps an image's vectors to the width of the language model."""
 
-    Attributes:
-      kind: one of PROJECTORS.
-      width: of the result.
-      dtype: computation dtype.
-    """
-
-    kind: str
+    kind: str  # one of PROJECTORS
     width: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
         def dense(name: str, x: jax.Array) -> jax.Array:
-            # Torch's default, as of the reference: the result is about as large as embeddings are.
+            # Torch's default, like the reference: results are about as large as embeddings.
             bound = x.shape[-1] ** -0.5
             return nn.Dense(
                 self.width,
@@ -147,12 +122,7 @@ class Projector(nn.Module):
 
 
 class Understanding(nn.Module):
-    """Projector and language model.
-
-    Attributes:
-      config: hyper-parameters.
-      dtype: computation dtype; parameters are float32 unless others are passed in.
-    """
+    """Projector and language model."""
 
     config: UnderstandingConfig
     dtype: jnp.dtype = jnp.float32
@@ -169,16 +139,10 @@ class Understanding(nn.Module):
         segments_BL: jax.Array,
         features_BMNC: jax.Array,
     ) -> jax.Array:
-        """The language model's inputs: tokens, images' vectors where they belong, zero at padding.
+        """Return the inputs (B, L, width): tokens, images' vectors in their places, 0 at padding.
 
-        Args:
-          ids_BL: token ids.
-          places_BL: for a vector of an image, its place among the row's M * N; else negative.
-          segments_BL: number of the conversation in its row from 1, 0 at padding.
-          features_BMNC: float vectors of each row's M images.
-
-        Returns:
-          (B, L, width).
+        `places_BL` is the index of an image's vector among the row's M * N, negative for a token;
+        `segments_BL` the number of the conversation in its row from 1, 0 at padding.
         """
         batch, images, vectors, _ = features_BMNC.shape
         projected = on_batch(self.projector(features_BMNC))
@@ -196,22 +160,17 @@ class Understanding(nn.Module):
         features_BMNC: jax.Array,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Runs the model over whole rows.
+        """Run the model over whole rows: (B, L, width) after the final norm, and the cache.
 
-        Args:
-          ids_BL, places_BL, segments_BL, features_BMNC: see `embed`. No conversation reads another.
-          cache: takes keys and values, for answering; rows then begin at its first entry, and each
-            is one conversation.
-
-        Returns:
-          (B, L, width) after the final norm, and the cache.
+        No conversation reads another. A cache takes the keys and values, for answering: rows then
+        begin at its first entry, and each is one conversation.
         """
         inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
         positions_BL = positions_in(segments_BL)
         real_BL = segments_BL > 0
         if cache is None:
             return self.lm(inputs_BLC, positions_BL, Mask(real_BL, segments_BK=segments_BL))
-        # What will be written behind these is real; the order hides it until then.
+        # Entries to be written later are real; the causal order hides them until then.
         more = cache.keys.shape[2] - real_BL.shape[1]
         real_BK = jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True)
         return self.lm(inputs_BLC, positions_BL, Mask(real_BK), cache)
@@ -219,24 +178,14 @@ class Understanding(nn.Module):
     def loss(
         self,
         ids_BL: jax.Array,
-        labels_BL: jax.Array,
+        labels_BL: jax.Array,  # negative where there is no loss
         places_BL: jax.Array,
         segments_BL: jax.Array,
         features_BMNC: jax.Array,
-        tokens: int = 4096,
+        tokens: int = 4096,  # positions whose logits a device holds at a time
     ) -> dict[str, jax.Array]:
-        """Cross entropy of the labels, each predicted one position before its own.
-
-        Args:
-          ids_BL, places_BL, segments_BL, features_BMNC: see `embed`; padding is on the right.
-          labels_BL: ids that carry loss, negative elsewhere.
-          tokens: of which a device holds the logits at once, see `token_losses`.
-
-        Returns:
-          float32 scalars: "loss" the sum, "labels" their number, "right" how many were the most
-          likely id.
-        """
-        losses_BL, right_BL, next_BL = self._labelled(
+        """Return sums of "loss" (cross entropy), "labels", and "right" ones, which rank first."""
+        losses_BL, right_BL, next_BL = self._token_losses(
             ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens
         )
         return {
@@ -253,37 +202,26 @@ class Understanding(nn.Module):
         segments_BL: jax.Array,
         features_BMNC: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """How likely the labels of each row are; arguments as of `loss`.
-
-        Returns:
-          float32 (B,) log probabilities, and bool (B,), whether each label is the most likely id.
-        """
-        losses_BL, right_BL, next_BL = self._labelled(
-            ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, 4096
+        """Return log probabilities (B,) of the rows' labels, and bool (B,): all rank first."""
+        losses_BL, right_BL, next_BL = self._token_losses(
+            ids_BL, labels_BL, places_BL, segments_BL, features_BMNC
         )
         return -losses_BL.sum(1), (right_BL | (next_BL < 0)).all(1)
 
-    def _labelled(self, ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens):
+    def _token_losses(self, ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens=4096):
         hidden_BLC, _ = self(ids_BL, places_BL, segments_BL, features_BMNC)
+        # Each label is predicted one position before its own.
         next_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
         losses_BL, right_BL = self.lm.token_losses(hidden_BLC, next_BL, tokens)
         return losses_BL, right_BL, next_BL
 
     def logits(self, hidden_BLC: jax.Array) -> jax.Array:
-        """Scores of the vocabulary, float32 (B, L, V)."""
         return self.lm.logits(hidden_BLC)
 
     def next_token(
         self, ids_B: jax.Array, positions_B: jax.Array, real_BK: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Logits (B, V) after one more token per row, and the longer cache.
-
-        Args:
-          ids_B: the tokens.
-          positions_B: theirs.
-          real_BK: False at padding, as long as the cache.
-          cache: of what came before.
-        """
+        """Read one more token per row; return the logits (B, V) that follow, and the cache."""
         hidden_B1C, cache = self.lm(
             self.lm.embed(ids_B[:, None]), positions_B[:, None], Mask(real_BK), cache
         )
@@ -291,7 +229,7 @@ class Understanding(nn.Module):
 
 
 def positions_in(segments_BL: jax.Array) -> jax.Array:
-    """Positions 0, 1, 2, ... that begin anew with every segment, 0 at padding: int32 (B, L)."""
+    """Return positions 0, 1, 2, ... within each segment, 0 at padding: int32 (B, L)."""
     index_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
     before_BL = jnp.pad(segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     firsts_BL = jnp.where(segments_BL != before_BL, index_L, 0)
@@ -300,40 +238,16 @@ def positions_in(segments_BL: jax.Array) -> jax.Array:
 
 # The language models of the paper's understanding variants, and a small one for real text.
 VARIANTS: dict[str, UnderstandingConfig] = {
-    "qwen2_5_14b": UnderstandingConfig(
-        LMConfig(
-            vocabulary_size=152064,
-            width=5120,
-            layers=48,
-            heads=40,
-            kv_heads=8,
-            mlp_width=13824,
-            rope_theta=1e6,
-            qkv_bias=True,
-        )
-    ),
-    "vicuna_13b": UnderstandingConfig(
-        LMConfig(
-            vocabulary_size=32000,
-            width=5120,
-            layers=40,
-            heads=40,
-            kv_heads=40,
-            mlp_width=13824,
-            norm_eps=1e-5,
-        )
-    ),
-    "smollm2": UnderstandingConfig(
-        LMConfig(
-            vocabulary_size=49152,
-            width=576,
-            layers=30,
-            heads=9,
-            kv_heads=3,
-            mlp_width=1536,
-            rope_theta=1e5,
-            norm_eps=1e-5,
-            tied_head=True,
-        )
-    ),
-}
+    "qwen2_5_14b": UnderstandingConfig(LMConfig(
+        vocabulary_size=152064, width=5120, layers=48, heads=40, kv_heads=8, mlp_width=13824,
+        rope_theta=1e6, qkv_bias=True,
+    )),
+    "vicuna_13b": UnderstandingConfig(LMConfig(
+        vocabulary_size=32000, width=5120, layers=40, heads=40, kv_heads=40, mlp_width=13824,
+        norm_eps=1e-5,
+    )),
+    "smollm2": UnderstandingConfig(LMConfig(
+        vocabulary_size=49152, width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536,
+        rope_theta=1e5, norm_eps=1e-5, tied_head=True,
+    )),
+}  # fmt: skip
