@@ -64,8 +64,8 @@ class DealtBatches(_Batches):
         *,
         batch_size: int,
         seed: int,
-        share: int = 0,
-        shares: int = 1,
+        shard_index: int = 0,
+        shard_count: int = 1,
         identity: Mapping[str, Any] | None = None,
         threads: int = 0,
         buffer: int = 256,
@@ -78,20 +78,20 @@ class DealtBatches(_Batches):
           count: number of items.
           batch_size: examples per batch of this share.
           seed: of the order and of the generators.
-          share: which of the `shares`, from 0.
-          shares: number of shares.
+          shard_index: this share, from 0.
+          shard_count: number of shares.
           identity: JSON-able facts about the items; a position in others is refused.
           threads: number of threads that call `make`; 0 takes one per core, at most 32.
           buffer: examples kept ready.
         """
-        check_share(share, shares, count)
+        check_share(shard_index, shard_count, count)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
         self._make, self._count, self._batch_size, self._seed = make, count, batch_size, seed
-        self._share = share
+        self._share = shard_index
         self._stream = {**(identity or {}), "pictures": count, "seed": seed}
         self._options = read_options(threads, buffer)
-        self._deal = _Deal(0, shares, batch_size)
+        self._deal = _Deal(0, shard_count, batch_size)
         self._done = 0  # how many of its places this share has passed
         # Places beyond the origin that were done before the stream was dealt like this.
         self._ahead: frozenset[int] = frozenset()
@@ -114,14 +114,10 @@ class DealtBatches(_Batches):
         }
 
     def set_state(self, states: States) -> None:
-        """Continue at a position.
+        """Continue at a position, or raise ValueError if it lacks shares or is in another stream.
 
-        Args:
-          states: `get_state` of every share of the run that goes on, in any order, repeated or
-            not; of this share alone where the number of shares is the same.
-
-        Raises:
-          ValueError: a position in another stream (other data or seed), or one that lacks shares.
+        It is `get_state` of every share of the run that goes on, in any order, repeated or not; of
+        this share alone where the number of shares is the same.
         """
         states = _checked(states, self._stream)
         by_share = {state["share"]: state for state in states}
@@ -161,19 +157,18 @@ class DealtBatches(_Batches):
 
 @dataclasses.dataclass(frozen=True)
 class _Deal:
-    """The way the stream is dealt: from place `origin` on, blocks of `block` places per share."""
+    """The stream is dealt from place `origin` on, in blocks of `block` places per share."""
 
     origin: int
     shares: int
     block: int
 
     def place(self, share: int, number: int) -> int:
-        """Return the place that is the `number`-th of a share."""
         batch, within = divmod(number, self.block)
         return self.origin + (batch * self.shares + share) * self.block + within
 
     def owner(self, place: int) -> tuple[int, int]:
-        """Return the (share, number) of a place."""
+        """Return the inverse: (share, number)."""
         blocks, within = divmod(place - self.origin, self.block)
         batch, share = divmod(blocks, self.shares)
         return share, batch * self.block + within
@@ -196,7 +191,10 @@ class _Share(grain.MapDataset):
 
 
 class NumberedBatches(_Batches):
-    """An endless iterator of batches each of which follows from its number alone."""
+    """An endless iterator of batches each of which follows from its number alone.
+
+    `identity` must hold nothing that differs between processes or may change when a run goes on.
+    """
 
     def __init__(
         self,
@@ -206,16 +204,6 @@ class NumberedBatches(_Batches):
         threads: int = 0,
         buffer: int = 8,
     ):
-        """Start with batch 0; nothing is made before the first `next`.
-
-        Args:
-          make: number -> this process's part of that batch. Called from several threads.
-          identity: JSON-able facts about the batches; a position in others is refused. Anything
-            that differs between processes, or may change when a run goes on, must not be among
-            them.
-          threads: number of threads that call `make`; 0 takes one per core, at most 32.
-          buffer: batches kept ready.
-        """
         self._make, self._stream = make, dict(identity)
         self._options = read_options(threads, buffer)
         self._next = 0
@@ -229,7 +217,7 @@ class NumberedBatches(_Batches):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Return the JSON-able position after the last batch taken; the same in all processes."""
+        """Return the JSON-able position, the same in all processes."""
         return {"stream": self._stream, "next": self._next}
 
     def set_state(self, states: States) -> None:
@@ -239,7 +227,6 @@ class NumberedBatches(_Batches):
 
 
 def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the states as a list; raise ValueError if they are positions in another stream."""
     states = [states] if isinstance(states, Mapping) else list(states)
     saved = states[0].get("stream", {}) if states else {}
     changed = [
@@ -266,7 +253,6 @@ def check_share(share: int, shares: int, count: int) -> None:
 
 
 def read_options(threads: int, buffer: int) -> grain.ReadOptions:
-    """Return Grain's options; 0 threads means one per core, at most 32."""
     return grain.ReadOptions(
         num_threads=threads or min(os.cpu_count() or 1, 32), prefetch_buffer_size=buffer
     )
@@ -275,10 +261,7 @@ def read_options(threads: int, buffer: int) -> grain.ReadOptions:
 def _remaining(
     deal: _Deal, done: Sequence[int], ahead: Sequence[int]
 ) -> tuple[int, frozenset[int]]:
-    """Return the first place that is not done, and the places beyond it that are.
-
-    `done` counts the places each share has passed, `ahead` lists those done before that deal.
-    """
+    """Return the first place that is not done, and the places beyond it that are."""
     over = set(ahead)
     nexts = [deal.place(share, number) for share, number in enumerate(done)]
     first = min(nexts)

@@ -17,32 +17,29 @@ def eval_batches(
     blank: Example,
     batch_size: int,
     limit: int | None = None,
-    share: int = 0,
-    shares: int = 1,
+    shard_index: int = 0,
+    shard_count: int = 1,
     threads: int = 0,
     buffer: int = 256,
+    nothing_usable: Callable[[], str] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Give every item once, in order, in equally many batches per host so that hosts stay in step.
 
     Args:
-      make: item -> arrays of one example, or None for a broken item. Called from several threads.
-      count: number of items.
+      make, count, batch_size, shard_index, shard_count, threads, buffer: as for `DealtBatches`.
       blank: the arrays that stand for a broken item, and fill the last batches.
-      batch_size: examples per batch of this share.
       limit: takes at most this many items, evenly spaced.
-      share: which of the `shares`, from 0; it gets every `shares`-th item.
-      shares: number of shares.
-      threads, buffer: as for `DealtBatches`.
+      nothing_usable: raises ValueError with this message if all items of the share are broken.
 
     Yields:
       The arrays stacked, "mask" bool (B,), False at blanks, and "index" int32 (B,), the item or -1.
     """
-    check_share(share, shares, count)
+    check_share(shard_index, shard_count, count)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
     places = evenly_spaced(count, limit)
-    mine = np.full(-(-len(places) // (shares * batch_size)) * batch_size, -1)
-    own = places[share::shares]
+    mine = np.full(-(-len(places) // (shard_count * batch_size)) * batch_size, -1)
+    own = places[shard_index::shard_count]
     mine[: len(own)] = own
 
     def example(item: int) -> Example:  # empty for a blank: Grain drops None
@@ -51,17 +48,25 @@ def eval_batches(
 
     dataset = grain.MapDataset.source(mine).map(example)
     reader = iter(dataset.to_iter_dataset(read_options(threads, buffer)))
-    return _masked(reader, batch_size, {**blank, "index": np.int32(-1)})
+    blank = {**blank, "index": np.int32(-1)}
+    return _masked(reader, batch_size, blank, nothing_usable if len(own) else None)
 
 
 def _masked(
-    reader: grain.DatasetIterator, batch_size: int, blank: Example
+    reader: grain.DatasetIterator,
+    batch_size: int,
+    blank: Example,
+    nothing_usable: Callable[[], str] | None,
 ) -> Iterator[dict[str, np.ndarray]]:
+    any_usable = False
     try:
         while batch := list(itertools.islice(reader, batch_size)):
+            any_usable |= any(batch)
             yield {
                 **{key: np.stack([(row or blank)[key] for row in batch]) for key in blank},
                 "mask": np.array([bool(row) for row in batch]),
             }
     finally:  # also when nobody asks for the rest
         reader.close()
+    if nothing_usable and not any_usable:
+        raise ValueError(nothing_usable())

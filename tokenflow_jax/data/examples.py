@@ -28,12 +28,7 @@ def evenly_spaced(total: int, limit: int | None) -> np.ndarray:
 
 
 class Broken(ValueError):
-    """An example that cannot be used.
-
-    Attributes:
-      reason: a short category, counted.
-      detail: what exactly is wrong with this example, logged.
-    """
+    """An example that cannot be used: a short `reason` to count, and a `detail` to log."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -41,13 +36,7 @@ class Broken(ValueError):
 
 
 class Skipped:
-    """Thread-safe record of the examples that a data set leaves out.
-
-    Args:
-      data: what messages call the data set.
-      total: number of its examples.
-      unit: plural noun of an example.
-    """
+    """Thread-safe record of which of a data set's `total` examples are left out, and why."""
 
     def __init__(self, data: str, total: int, unit: str = "pictures"):
         self._data, self._total, self._unit = data, total, unit
@@ -55,7 +44,7 @@ class Skipped:
         self._reasons: dict[str, str] = {}
 
     def add(self, name: str, error: Broken) -> None:
-        """Record an example once; the log names the first 20, then only doublings."""
+        """Record an example once; the log names the first ones, then only doublings."""
         with self._lock:
             if name in self._reasons:
                 return
@@ -67,7 +56,7 @@ class Skipped:
             logging.warning("%s: skipped %d so far: %s", self._data, count, self.counts())
 
     def counts(self) -> dict[str, int]:
-        """Return the number of distinct examples left out, by reason."""
+        """Return the number of examples left out, by reason."""
         with self._lock:
             return dict(Counter(self._reasons.values()))
 
@@ -77,14 +66,13 @@ class Skipped:
             return sorted(self._reasons)
 
     def nothing_usable(self, wanted: str) -> str:
-        """Return the message of an error: no example is a usable `wanted`."""
         return (
             f"no usable {wanted} among the {self._total} {self._unit} of {self._data}: "
             f"{self.counts()}, for example {', '.join(self.names()[:3])}"
         )
 
     def note(self) -> str:
-        """Return one line: how many examples were left out, why, and the first names."""
+        """Return one line on the number of examples left out, the reasons and the first names."""
         counts, names = sorted(self.counts().items()), self.names()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -111,7 +99,6 @@ class Guard:
         self._any_usable = True
 
     def failed(self) -> None:
-        """Count a failure; raise ValueError when the search is hopeless."""
         with self._lock:
             self._failures += 1
             hopeless = not self._any_usable and self._failures >= self._total

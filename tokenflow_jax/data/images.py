@@ -65,12 +65,6 @@ def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
       draft_side: when not 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
         sides stay at least this many pixels: several times faster, and slightly different pixels.
       **limits: of `check_size`, applied to the header before anything is decoded.
-
-    Returns:
-      uint8 (height, width, 3).
-
-    Raises:
-      BrokenImage: not a picture, truncated, damaged, or of an absurd size.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -137,11 +131,7 @@ def random_crop(
     """Crop a random square at a random scale, the reference's training augmentation.
 
     The short side is drawn uniformly from the integers ceil(size / max_crop_frac) ..
-    ceil(size / min_crop_frac), the picture is shrunk to it as in `center_crop`, and the square's
-    place is drawn uniformly. A crop shows min_crop_frac to max_crop_frac of the short side.
-
-    Returns:
-      uint8 (size, size, 3).
+    ceil(size / min_crop_frac), then the square's place in the picture shrunk to it.
     """
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
         raise ValueError(
@@ -157,10 +147,9 @@ def random_crop(
 
 
 def max_short_side(size: int, min_crop_frac: float = 0.8) -> int:
-    """Return the largest short side, in pixels, that `random_crop` draws for a `size` crop."""
+    """Return the largest short side that `random_crop` draws."""
     return math.ceil(size / min_crop_frac)
 
 
 def random_flip(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirror left and right with probability one half."""
     return image_HWC[:, ::-1] if rng.random() < 0.5 else image_HWC

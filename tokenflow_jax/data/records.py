@@ -43,14 +43,8 @@ _WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:
 
 
 def pack(example: Mapping[str, Any]) -> bytes:
-    """Serialize one picture.
-
-    Args:
-      example: `name` and one of `bytes` (an encoded file), `image` (uint8 (H, W, 3)) and `codes`
-        (integers (L,)); optional `label`, `group`, `caption`, `captions`, `tags`.
-
-    Raises:
-      ValueError: not exactly one of these, or one of another type or shape.
+    """Serialize one picture: `name` and the other header keys that are known, and one of `bytes`
+    (an encoded file), `image` (uint8 (H, W, 3)) and `codes` (integers (L,)).
     """
     header = {key: example[key] for key in _HEADER_KEYS if key in example}
     payloads = [key for key in ("bytes", "image", "codes") if key in example]
@@ -81,10 +75,7 @@ def pack(example: Mapping[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """Read back the example of an ArrayRecord entry, or raise BrokenImage.
-
-    It has `bytes`, `image` (uint8 (H, W, 3), read-only) or `codes` (int32 (L,)).
-    """
+    """Read back an example, with a read-only `image` and int32 `codes`, or raise BrokenImage."""
     if len(record) < _HEADER.size or record[:4] != MAGIC:
         raise BrokenImage("not a record of this package", f"starts with {record[:4]!r}")
     start = _HEADER.size + _HEADER.unpack_from(record)[1]
@@ -115,12 +106,7 @@ def count_records(path: pathlib.Path) -> int:
 
 
 class RecordWriter:
-    """Writes one ArrayRecord file; `count` records so far.
-
-    Args:
-      path: the file, in a folder that exists.
-      compressed_payload: True if pictures are compressed already; raw ones get zstd.
-    """
+    """Writes one ArrayRecord file; raw pictures are compressed unless `compressed_payload`."""
 
     def __init__(self, path: pathlib.Path, compressed_payload: bool = True):
         self.path, self.count = path, 0
@@ -130,7 +116,6 @@ class RecordWriter:
             )
 
     def write(self, example: Mapping[str, Any]) -> None:
-        """Append one picture; see `pack`."""
         record = pack(example)
         with self._named_errors():
             self._writer.write(record)
@@ -146,7 +131,6 @@ class RecordWriter:
                 raise OSError(f"{written} of {self.count} records arrived")
 
     def discard(self) -> None:
-        """Close a file that is not wanted."""
         with contextlib.suppress(RuntimeError):  # on a full disk closing fails as writing did
             self._writer.close()
 
@@ -221,7 +205,6 @@ class DatasetWriter:
         self._files: dict[str, list[RecordWriter]] = {}  # the last of a split is open
 
     def write(self, split: str, example: Mapping[str, Any]) -> None:
-        """Append one picture to a split; see `pack`."""
         written = self._files.get(split, [])
         if not written or written[-1].count >= self._records_per_file:
             if written:

@@ -53,19 +53,14 @@ class EmojiSource:
 
 
 class FolderSource:
-    """All images below a folder, sorted by path; the first sub-folder is the class."""
+    """All images below a folder, sorted by path; the first sub-folder is the class.
+
+    When the folder holds only sub-folders named train, heldout, validation, val or test, these are
+    the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100 pictures
+    both are everything, and the log says so. Validation, val and test mean heldout.
+    """
 
     def __init__(self, folder: str | os.PathLike, split: str = "all"):
-        """List the files; hidden ones are left out.
-
-        When the folder holds only sub-folders named train, heldout, validation, val or test, these
-        are the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100
-        pictures both are everything, and the log says so. Validation, val and test mean the same
-        as heldout.
-
-        Raises:
-          ValueError: no such folder or split, or no file with the ending of an image.
-        """
         root = pathlib.Path(folder)
         if not os.fspath(folder) or not root.is_dir():
             raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
@@ -195,13 +190,8 @@ class TFDSSource:
     def __init__(self, name: str, split: str):
         """Open a data set; never download or prepare one.
 
-        Args:
-          name: `name`, `name/config` or `name:version`, found in $TFDS_DATA_DIR; or the folder of
-            one prepared version (the one that holds dataset_info.json).
-          split: any TFDS split, such as "train" or "train[:90%]".
-
-        Raises:
-          ValueError: no such data set, split or image, or one that was prepared as TFRecord.
+        The name is `name`, `name/config` or `name:version`, found in $TFDS_DATA_DIR; or the folder
+        of one prepared version, with dataset_info.json. A split may be "train[:90%]".
         """
         try:
             import tensorflow_datasets as tfds
@@ -282,11 +272,7 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
 
 
 def open_source(name: str, path: str, split: str, image_folder: str = "") -> Any:
-    """Open a source; the arguments are those of `pipeline.DataConfig`.
-
-    Raises:
-      ValueError: no such data, or nothing in them.
-    """
+    """Open a source that is not empty; the arguments are those of `pipeline.DataConfig`."""
     kinds = {
         "emoji": lambda: EmojiSource(split),
         "folder": lambda: FolderSource(path, split),

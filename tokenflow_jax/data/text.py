@@ -74,9 +74,8 @@ class WordTokenizer(_BuiltIn):
     """Whole words as ids, by a hash of their letters; needs no training.
 
     A word is a run of letters and digits, a mark (`<img>`) or any other sign that is not a space,
-    case folded. A small model learns what a word means far faster than what its bytes mean; words
-    that were not in its captions mean nothing to it, and few words share an id. There is no way
-    back from ids to words.
+    case folded; few share an id. A small model learns words far faster than bytes, but those that
+    were not in its captions mean nothing to it, and ids cannot be turned back into words.
     """
 
     name_or_path = WORDS
@@ -93,11 +92,7 @@ class WordTokenizer(_BuiltIn):
 
 
 def load_text_tokenizer(name: str | os.PathLike) -> Any:
-    """Open "bytes", "words", or a folder with the tokenizer of a Hugging Face model.
-
-    Raises:
-      ValueError: no such folder, no tokenizer in it, or transformers is not installed.
-    """
+    """Open "bytes", "words", or a folder with the tokenizer of a Hugging Face model."""
     name = os.fspath(name)
     if name in (BYTES, WORDS):
         return ByteTokenizer() if name == BYTES else WordTokenizer()
@@ -172,12 +167,9 @@ class PromptEncoder(PromptIds):
         self._example = ""
 
     def encode(self, prompt: str) -> np.ndarray:
-        """Return the prefix of a prompt; the empty prompt is the start id alone.
+        """Return the prefix of a prompt, int32 (prefix_length,): padding, start, text, `<img>`.
 
         A prompt that is too long loses its end, is named in the log (the first one) and counted.
-
-        Returns:
-          int32 (prefix_length,): padding, start, text, `<img>`.
         """
         if not isinstance(prompt, str):
             raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {prompt!r:.80}")
@@ -191,9 +183,8 @@ class PromptEncoder(PromptIds):
     def encode_all(self, prompts: Sequence[str], shortest: bool = False) -> np.ndarray:
         """Return the prefixes of prompts, int32 (B, prefix_length).
 
-        With `shortest`, padding that none of them needs is left out, as far as the lengths are
-        powers of two (or the budget). Positions are relative, so a model gives the same for less
-        work.
+        With `shortest`, padding that none needs is left out, down to a power of two. Positions are
+        relative, so a model gives the same for less work.
         """
         ids_BP = np.stack([self.encode(prompt) for prompt in prompts])
         if not shortest:

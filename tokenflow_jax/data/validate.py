@@ -119,15 +119,14 @@ def check_file(path: pathlib.Path, checker: Checker, processes: int = 1) -> tupl
 
     Several processes share the work; each looks at the pictures of its own lines.
     """
-    count, faults, seen = 0, [], 0
+    count, faults, size = 0, [], path.stat().st_size
     start = last = time.monotonic()
-    size = path.stat().st_size
     with path.open("rb") as file:
-        for part in _checked(_parts(file), checker, processes):
-            count, seen = count + part.conversations, seen + part.nbytes
-            faults += part.faults
+        for conversation_count, new_faults in _checked(_parts(file), checker, processes):
+            count, faults = count + conversation_count, faults + new_faults
             if (now := time.monotonic()) - last > _TELL_EVERY:
-                last, left = now, (now - start) * (size - seen) / max(seen, 1)
+                last, seen = now, file.tell()  # a little ahead of what was checked
+                left = (now - start) * (size - seen) / max(seen, 1)
                 # Not `log.Progress`, which writes to stdout, among the faults.
                 print(
                     f"validate: {count:,} conversations, {seen / max(size, 1):.0%} of the file, "
@@ -139,30 +138,21 @@ def check_file(path: pathlib.Path, checker: Checker, processes: int = 1) -> tupl
     return count, faults
 
 
-class _Part(NamedTuple):
-    """The result of some lines."""
-
-    conversations: int
-    nbytes: int
-    faults: list[Fault]
-
-
 _Numbered = list[tuple[int, bytes]]
+_Result = tuple[int, list[Fault]]  # conversations, and their faults
 
 
 def _parts(file: BinaryIO) -> Iterator[_Numbered]:
     numbered = enumerate(file, 1)
     while part := list(itertools.islice(numbered, _LINES_AT_A_TIME)):
-        yield part
+        yield [(number, line) for number, line in part if line.strip()]
 
 
-def _check(checker: Checker, lines: _Numbered) -> _Part:
-    real = [(number, line) for number, line in lines if line.strip()]
-    faults = [fault for number, line in real for fault in checker.faults(number, line)]
-    return _Part(len(real), sum(len(line) for _, line in lines), faults)
+def _check(checker: Checker, lines: _Numbered) -> _Result:
+    return len(lines), [fault for number, line in lines for fault in checker.faults(number, line)]
 
 
-def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Part]:
+def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Result]:
     """Give the parts' results in order; several processes are never far ahead of the reader."""
     if processes == 1:
         yield from (_check(checker, part) for part in parts)
@@ -171,7 +161,7 @@ def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> It
     with concurrent.futures.ProcessPoolExecutor(
         processes, context, initializer=_keep_checker, initargs=(checker,)
     ) as pool:
-        waiting: collections.deque[concurrent.futures.Future[_Part]] = collections.deque()
+        waiting: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
         for part in parts:
             waiting.append(pool.submit(_check_kept, part))
             if len(waiting) > 4 * processes:
@@ -185,7 +175,7 @@ def _keep_checker(checker: Checker) -> None:
     _kept = checker
 
 
-def _check_kept(lines: _Numbered) -> _Part:
+def _check_kept(lines: _Numbered) -> _Result:
     return _check(_kept, lines)
 
 

@@ -54,19 +54,15 @@ class CaptionConfig:
 
 
 def _fields(template: str) -> set[str]:
-    """Return the names in braces; {""} for a string that is no template."""
     try:
         return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError:
+    except ValueError:  # not a template
         return {""}
 
 
 def main_caption(example: Mapping[str, Any]) -> str:
-    """Return the caption for evaluation: the first one, or else the tags, or raise BrokenImage."""
-    text = example.get("caption") or ", ".join(example.get("tags", ()))
-    if not text:
-        raise BrokenImage("no caption", str(example.get("name", "")))
-    return text
+    """Return the caption for evaluation: the first one, or else the tags, or ""."""
+    return example.get("caption") or ", ".join(example.get("tags", ()))
 
 
 def draw_caption(
@@ -74,13 +70,7 @@ def draw_caption(
 ) -> str:
     """Return a caption drawn from those an example allows, or "" where it is dropped.
 
-    Args:
-      example: with "caption" or "captions", "tags" and "group", as far as known.
-      config: templates and drop rate.
-      rng: source of randomness, for one place in the stream.
-
-    Raises:
-      BrokenImage: no template fits the example.
+    Raises BrokenImage when no template fits the example.
     """
     captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
     tags, group = example.get("tags") or [], example.get("group", -1)
@@ -103,18 +93,11 @@ def draw_caption(
 
 
 class Examples(Protocol):
-    """Random access to captioned pictures or codes; None for a broken one.
+    """Random access to captioned pictures or codes; None for a broken one."""
 
-    Attributes:
-      name: what messages and saved positions call them.
-      array: key of the array in an example, "image" or "codes".
-      blank: an array of that shape and type, for padding.
-      skipped: the examples left out.
-    """
-
-    name: str
-    array: str
-    blank: np.ndarray
+    name: str  # for messages and saved positions
+    array: str  # key of the array in an example, "image" or "codes"
+    blank: np.ndarray  # an array of that shape and type, for padding
     skipped: Skipped
 
     def __len__(self) -> int: ...
@@ -146,23 +129,12 @@ class Pictures:
 
 
 def train_batches(
-    examples: Examples,
-    captions: CaptionConfig,
-    prompts: PromptEncoder,
-    *,
-    batch_size: int,
-    seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
-    threads: int = 0,
+    examples: Examples, captions: CaptionConfig, prompts: PromptEncoder, **options: int
 ) -> DealtBatches:
-    """Return an endless iterator of this share's shuffled pairs; see `dealing`.
+    """Return an endless iterator of shuffled pairs.
 
     A batch is {"prefix": int32 (B, P), and "image": uint8 (B, size, size, 3) or "codes": int32
-    (B, L)}.
-
-    Raises:
-      ValueError: a bad share; from the iterator: no example is usable.
+    (B, L)}. Options are batch_size, seed, shard_index, shard_count and threads of `DealtBatches`.
     """
     guard = Guard(examples.skipped, len(examples), "pair of picture and caption")
 
@@ -174,41 +146,29 @@ def train_batches(
             guard.usable()
         return row
 
-    return DealtBatches(
-        draw,
-        len(examples),
-        batch_size=batch_size,
-        seed=seed,
-        share=shard_index,
-        shares=shard_count,
-        identity={"data": examples.name},
-        threads=threads,
-    )
+    return DealtBatches(draw, len(examples), identity={"data": examples.name}, **options)
 
 
 def eval_batches(
-    examples: Examples,
-    prompts: PromptEncoder,
-    *,
-    batch_size: int,
-    limit: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    examples: Examples, prompts: PromptEncoder, **options: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every usable pair once, with its main caption, in order; see `evaluation.eval_batches`.
+    """Give every usable pair once, with its main caption, in order.
 
-    Yields:
-      The arrays of `train_batches`, "mask" bool (B,) and "index" int32 (B,). Where the mask is
-      False, at broken pairs and at padding, arrays are blank, the prompt is empty and the index -1.
+    The arrays are those of training, "mask" bool (B,) and "index" int32 (B,). Where the mask is
+    False, at broken pairs and at padding, arrays are blank, the prompt is empty and the index -1.
+    Options are batch_size, limit, shard_index and shard_count of `evaluation.eval_batches`.
     """
+
+    def caption_of(example: Mapping[str, Any]) -> str:
+        if not (caption := main_caption(example)):
+            raise BrokenImage("no caption", str(example.get("name", "")))
+        return caption
+
     return evaluation.eval_batches(
-        lambda index: _pair(examples, prompts, index, main_caption),
+        lambda index: _pair(examples, prompts, index, caption_of),
         len(examples),
         blank={"prefix": prompts.encode(""), examples.array: examples.blank},
-        batch_size=batch_size,
-        limit=limit,
-        share=shard_index,
-        shares=shard_count,
+        **options,
     )
 
 
@@ -232,14 +192,7 @@ def _pair(
 
 def captions_of(examples: Examples, indices: Sequence[int]) -> list[str]:
     """Return the main captions at some indices; "" for a broken one."""
-    found = []
-    for index in indices:
-        example = examples[int(index)]
-        try:
-            found.append("" if example is None else main_caption(example))
-        except BrokenImage:  # counted where its pair is wanted
-            found.append("")
-    return found
+    return [main_caption(examples[int(index)] or {}) for index in indices]
 
 
 def skipped_notes(*all_examples: Examples) -> list[str]:

@@ -35,16 +35,9 @@ class CodeRecords:
     array = "codes"
 
     def __init__(self, path: str, split: str, tokenizer: Mapping[str, Any]):
-        """Open a data set.
+        """Open a data set; CodesError where it is not one of this tokenizer's codes.
 
-        Args:
-          path: its folder.
-          split: one of its splits, or "all".
-          tokenizer: "fingerprint", "codebook_size" and "scales" of the tokenizer in use.
-
-        Raises:
-          CodesError: not a data set of codes, or one of another tokenizer.
-          ValueError: no such split, or damaged files.
+        The tokenizer is given by "fingerprint", "codebook_size" and "scales".
         """
         check_tokenizer(path, read_about(path), tokenizer)
         self._source = sources.RecordSource(path, split)
@@ -74,13 +67,7 @@ class CodeRecords:
 
 
 class CodesInMemory:
-    """Codes of a small data set, computed once.
-
-    Args:
-      name: what messages call them.
-      rows: for every picture its example with "codes"; None for a broken one.
-      skipped: why those are broken.
-    """
+    """Codes of a small data set, computed once: examples with "codes", None for a broken one."""
 
     array = "codes"
 
@@ -120,12 +107,9 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """Raise CodesError unless codes were written by the tokenizer in use.
+    """Raise CodesError unless the codes of `path` were written by the tokenizer in use.
 
-    Args:
-      path: the data set or model that carries the codes, for the message.
-      written_by: its "fingerprint", and "codebook_size" and "scales" where they are noted.
-      used: all three of the tokenizer in use.
+    Tokenizers are given by "fingerprint", and "codebook_size" and "scales" where they are noted.
     """
     if written_by["fingerprint"] == used["fingerprint"]:
         return
@@ -155,7 +139,7 @@ class PartWriter:
         shard_index: int = 0,
         shard_count: int = 1,
     ):
-        """Start a data set, or continue one.
+        """Start a data set, or continue one; CodesError where it was started with another plan.
 
         Args:
           folder: of the data set; made when it does not exist.
@@ -164,10 +148,6 @@ class PartWriter:
           records_per_file: pictures per part.
           shard_index: this host, from 0.
           shard_count: number of hosts.
-
-        Raises:
-          CodesError: the folder was started with another plan.
-          ValueError: a bad shard.
         """
         if not 0 <= shard_index < shard_count or records_per_file < 1:
             raise ValueError(
@@ -179,10 +159,7 @@ class PartWriter:
         # Through JSON, so that it can be compared with the one on disk.
         plan = json.loads(json.dumps({**plan, "splits": splits, "per_file": records_per_file}))
         self._plan, self._shard = plan, (shard_index, shard_count)
-        self._check_plan()
-
-    def _check_plan(self) -> None:
-        path, plan = self.folder / PLAN, self._plan
+        path = self.folder / PLAN
         if (self.folder / records.MANIFEST).exists() and not path.exists():
             raise CodesError(f"{self.folder} holds another data set; choose another folder")
         if not path.exists():
@@ -215,10 +192,7 @@ class PartWriter:
         return [part for part in self._parts()[index::count] if not part[2].exists()]
 
     def write(self, file: pathlib.Path, examples: Iterable[Mapping[str, Any]]) -> int:
-        """Write one part, a file of `mine`, and return the number of its examples.
-
-        Examples have "name", "codes", and what else is known of each picture.
-        """
+        """Write one part, a file of `mine`, and return the number of its examples."""
         with records.record_file(file) as out:
             for example in examples:
                 out.write(example)

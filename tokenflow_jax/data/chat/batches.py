@@ -84,12 +84,7 @@ class ConversationConfig:
 
 
 class Conversations:
-    """An opened data set of conversations: rows, pictures, and the record of broken ones.
-
-    Args:
-      config: the data set.
-      limit: keeps only so many conversations, evenly spaced.
-    """
+    """An opened data set of conversations: rows, pictures, and the record of broken ones."""
 
     def __init__(self, config: ConversationConfig, limit: int | None = None):
         self.config = config
@@ -171,12 +166,10 @@ def collate(
     *,
     pixels: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Return one host's part of a batch.
+    """Return the part of a batch for shard (this host, number of hosts).
 
     Args:
-      data: the data set.
       places: samples of the whole batch, a multiple of `pack` and hosts; -1 for none.
-      shard: (this host, number of hosts).
       pixels: gives the pictures themselves; else their places in `data.images`.
 
     Returns:
@@ -211,7 +204,7 @@ def collate(
 
 
 def _share_rows(lengths: list[int], pack: int) -> list[list[int]]:
-    """Deal conversations to rows of `pack` that are about as long; return each row's places."""
+    """Deal conversations to rows of `pack` that are about as long."""
     if pack == 1:
         return [[i] for i in range(len(lengths))]
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -230,9 +223,6 @@ def train_batches(
     """Return an endless iterator of this host's part of every batch; see `collate`.
 
     `batch_size` counts the conversations of a batch over all hosts.
-
-    Raises:
-      ValueError: a batch that cannot be shared out, or no usable conversation.
     """
     pack = data.config.pack
     parts = shard_count * pack

@@ -83,20 +83,10 @@ def _describe(line: bytes) -> Described:
 
 
 class JsonlConversations:
-    """A file with one conversation per line, and a folder of images; UTF-8; see `Lines`."""
+    """A file with one conversation per line, and a folder of images (the file's when empty)."""
 
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
-        """Open a file of conversations.
-
-        Args:
-          path: the file.
-          split: "train", "heldout" or "all", divided by the image's path (by the line where there
-            is none); see `Lines.split`.
-          image_folder: the folder that paths of images are relative to; the file's when empty.
-
-        Raises:
-          ValueError: no such file, folder or split, or an empty file.
-        """
+        # Splits are divided by the image's path, or by the line where there is none.
         if split not in SPLITS:
             raise ValueError(f"a file of conversations has no split {split!r}: {SPLITS}")
         file = pathlib.Path(path)
@@ -113,18 +103,15 @@ class JsonlConversations:
         return len(self._places)
 
     def label(self, index: int) -> str:
-        """Return what messages call a sample."""
         return f"{self.name} line {self._lines.numbers[self._places[index]]}"
 
     def lengths(self) -> np.ndarray:
-        """Return `Sample.length` of each sample."""
         return self._lines.lengths[self._places]
 
     def __getitem__(self, index: int) -> Sample:
         return parse_line(self._lines.read(self._places[index]))
 
     def image_bytes(self, image: str) -> bytes:
-        """Read a picture's file."""
         return read_image(self._root, image)
 
     def limit(self, count: int) -> None:
@@ -143,17 +130,10 @@ def read_image(folder: pathlib.Path, image: str) -> bytes:
 def prepare(
     sample: Sample, template: Template, text_tokenizer: Any, vectors: int, max_length: int
 ) -> dict[str, np.ndarray]:
-    """Turn a sample into a row of `insertion.merge_row`.
+    """Turn a sample into a row of `insertion.merge_row`, cut to `max_length`.
 
-    Args:
-      sample: of a source.
-      template, text_tokenizer: turn it into ids.
-      vectors: number of vectors per image.
-      max_length: cuts a longer row; counts images too.
-
-    Raises:
-      BrokenSample: markers that do not fit the picture, turns in bad order or that the template
-        cannot take, or nothing that carries loss.
+    Raises BrokenSample for markers that do not fit the picture, turns in bad order or that the
+    template cannot take, and where nothing carries loss.
     """
     marked = [IMAGE in text for _, text in sample.turns]
     if any(marked) and not sample.image:
@@ -183,12 +163,9 @@ def prepare(
 
 
 def fit_image(image_HWC: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """Make a square of a whole picture, as the reference prepares it.
+    """Make a square of a whole picture, uint8, as the reference prepares it.
 
-    Args:
-      image_HWC: uint8 (height, width, 3).
-      size: side of the result.
-      mode: "pad": centered on a gray square of the long side; "square": the aspect ratio changes.
+    Mode "pad" centers it on a gray square of the long side; "square" changes the aspect ratio.
     """
     if mode not in IMAGE_MODES:
         raise ValueError(f"image mode {mode!r} is not one of {IMAGE_MODES}")

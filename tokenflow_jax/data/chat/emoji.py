@@ -28,12 +28,9 @@ class EmojiConversations:
     """The emoji's conversations; small, so they stay in memory."""
 
     def __init__(self, split: str, questions: tuple[str, ...] = (), together: bool = False):
-        """Make the conversations of a split.
+        """Make the conversations of a split, with some keys of QUESTIONS or all when empty.
 
-        Args:
-          split: "train", "heldout" or "all".
-          questions: keys of QUESTIONS; all of them when empty.
-          together: one conversation per picture asks all of them, in an order that varies.
+        With `together`, one conversation per picture asks all of them, in an order that varies.
         """
         unknown = set(questions) - set(QUESTIONS)
         if unknown:
@@ -64,12 +61,10 @@ class EmojiConversations:
         return self._samples[index][1]
 
     def label(self, index: int) -> str:
-        """Return what messages call a sample."""
         name, sample = self._samples[index]
         return f"emoji {sample.image} {name}"
 
     def lengths(self) -> np.ndarray:
-        """Return the number of words of each sample."""
         return np.array([sample.length() for _, sample in self._samples])
 
     def image_bytes(self, image: str) -> bytes:

@@ -50,12 +50,8 @@ def grouped_order(
 ) -> np.ndarray:
     """Return the order of one epoch, a permutation of the samples, int64.
 
-    Args:
-      lengths: of each sample, for example in words; positive with a picture, negative without.
-      batch_size: samples per rank and step.
-      world_size: number of ranks.
-      permute: called for pictures, for texts and for mega-batches, in this order; once where all
-        samples are of one kind.
+    Lengths are positive with a picture, negative without. `permute` is called for pictures, for
+    texts and for mega-batches, in this order; once where all samples are of one kind.
     """
     lengths_N = np.asarray(lengths, np.int64)
     zeros = np.flatnonzero(lengths_N == 0)

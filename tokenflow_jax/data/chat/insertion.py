@@ -59,15 +59,10 @@ def merge_row(
 
 
 def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[str, np.ndarray]:
-    """Join several conversations, of one image each, into one row.
+    """Join rows of `merge_row`, of one image each, into one row with "segments".
 
-    Args:
-      rows: of `merge_row`; an empty dict is a conversation that is left out. The i-th one's image
-        is the i-th of the joint row.
-      vectors: number of vectors per image.
-
-    Returns:
-      {"ids", "labels", "places", "segments"}, int32 (L,); {} where nothing is left.
+    An empty row is a conversation that is left out; the result is empty if all are. The i-th one's
+    image is the i-th of the joint row.
     """
     parts: dict[str, list[np.ndarray]] = {"ids": [], "labels": [], "places": [], "segments": []}
     for number, row in enumerate(rows):
@@ -92,15 +87,9 @@ def merged_length(ids_T: np.ndarray, vectors: int) -> int:
 def pad_rows(
     rows: Sequence[Mapping[str, np.ndarray]], length: int, side: str = "right"
 ) -> dict[str, np.ndarray]:
-    """Stack rows of `merge_row` or `join_rows`, padded to one length.
+    """Stack rows of `merge_row` or `join_rows`, padded to one length; see the module.
 
-    Args:
-      rows: an empty dict is a row of padding alone.
-      length: at least that of the longest row.
-      side: of the padding: "right" for training, "left" for generation.
-
-    Returns:
-      int32 (B, length) "ids", "labels", "places", "segments"; see the module.
+    An empty row is padding alone. Padding is on the right for training, left for generation.
     """
     if side not in SIDES:
         raise ValueError(f"padding side {side!r} is not one of {SIDES}")

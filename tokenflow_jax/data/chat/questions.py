@@ -27,13 +27,9 @@ def question_row(
     vectors: int,
     max_length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the row of turns whose last one waits for an answer.
+    """Return the row of turns of `prepare_turns` whose last one waits for an answer.
 
-    Args:
-      template, text_tokenizer: as in training.
-      turns: alternating, the human's first and last; of `templates.prepare_turns`.
-      vectors: number of vectors per image.
-      max_length: a longer row is refused with ValueError.
+    A row longer than `max_length` is refused with ValueError.
     """
     row = insertion.merge_row(template.prompt_ids(text_tokenizer, turns), None, vectors)
     if max_length is not None and len(row["ids"]) > max_length:
