@@ -116,7 +116,7 @@ def test_another_tokenizer_is_refused(tokenizer, folder, tmp_path):
     smaller = tokenizer_of(0, dataclasses.replace(TINY, codebook_size=16))
     with pytest.raises(codes.CodesError, match="codebook_size 32 there, 16 here"):
         codes.CodeRecords(str(tmp_path / "c"), "train", smaller.identity)
-    with pytest.raises(codes.CodesError, match="was begun otherwise: tokenizer was"):
+    with pytest.raises(codes.CodesError, match="was started with other settings: tokenizer was"):
         write(other, folder, tmp_path / "c")
 
 

@@ -28,8 +28,8 @@ def deal(share=0, shares=1, batch_size=None, function=whole, seed=5):
         COUNT,
         batch_size=batch_size or 12 // shares,
         seed=seed,
-        share=share,
-        shares=shares,
+        shard_index=share,
+        shard_count=shares,
         identity={"data": "numbers"},
     )
 

@@ -141,7 +141,7 @@ def test_hostile_folder_trains_on_the_rest_and_says_what_it_skipped(tmp_path, wr
         assert batch["image"].shape == (8, 16, 16, 3)
         assert set(batch["image"][:, 0, 0, 0]) <= {50, 100, 150}
     expected = {"damaged": 1, "not an image": 1, "too small": 1, "too large": 1}
-    assert pipeline.skipped(config) == expected
+    assert pipeline.opened(config).skipped.counts() == expected
     for name in ("truncated.jpg", "text.png", "pixel.png", "bomb.png"):
         assert caplog.text.count(f"folder {tmp_path} train: skipped {name}: ") == 1
     (note,) = pipeline.skipped_notes(config)
@@ -174,7 +174,7 @@ def test_log_is_not_flooded(tmp_path, caplog):
         "32 so far: {'not an image': 32}",
         "64 so far: {'not an image': 64}",
     ]
-    assert pipeline.skipped(config) == {"not an image": 70}
+    assert pipeline.opened(config).skipped.counts() == {"not an image": 70}
 
 
 @pytest.mark.parametrize("batches", [train, pipeline.eval_batches])
@@ -216,14 +216,14 @@ def test_limits_reach_the_decoder(tmp_path):
     (tmp_path / "b.png").write_bytes(encode(picture(1, 50, 50)))
     config = DataConfig("folder", path=str(tmp_path), image_size=16, max_pixels=1000)
     take(train(config), 2)
-    assert pipeline.skipped(config) == {"too large": 1}
+    assert pipeline.opened(config).skipped.counts() == {"too large": 1}
     raw = tmp_path / "raw"
     with records.DatasetWriter(raw, compressed_payload=False) as writer:
         writer.write("train", {"name": "small", "image": plain(1, side=4)})
         writer.write("train", {"name": "good", "image": plain(2, side=9)})
     config = DataConfig("array_record", path=str(raw), image_size=16)
     assert (next(train(config))["image"] == 2).all()
-    assert pipeline.skipped(config) == {"too small": 1}
+    assert pipeline.opened(config).skipped.counts() == {"too small": 1}
 
 
 def test_small_data_set_is_decoded_once(tmp_path, monkeypatch):
@@ -294,13 +294,14 @@ def test_eval_masks_broken_pictures(tmp_path, write_broken):
 
 def test_labels_stand_at_the_index():
     config = dataclasses.replace(EMOJI, split="heldout")
-    rows = pipeline.labels(config)
+    source = sources.EmojiSource("heldout")
+    rows = [{k: v for k, v in source[i].items() if k != "bytes"} for i in range(len(source))]
     assert len(rows) == 158
     batch = next(pipeline.eval_batches(config, batch_size=158))
     for index, group in zip(batch["index"], batch["group"], strict=True):
         assert rows[index]["group"] == group
     assert all(row.keys() == {"name", "caption", "tags", "group"} for row in rows)
-    assert pipeline.classes(config) == []
+    assert source.classes == pipeline.opened(config).source.classes == []
 
 
 def test_pictures_without_a_class_get_minus_one(tmp_path):
@@ -311,7 +312,7 @@ def test_pictures_without_a_class_get_minus_one(tmp_path):
     (batch,) = pipeline.eval_batches(config, batch_size=3)
     np.testing.assert_array_equal(batch["label"], [-1, 0, 1])
     assert set(next(train(config, batch_size=3))["label"]) == {-1, 0, 1}
-    assert pipeline.classes(config) == ["a", "b"]
+    assert pipeline.opened(config).source.classes == ["a", "b"]
 
 
 def test_bad_config_values_are_all_named():

@@ -165,19 +165,24 @@ def test_interrupted_writing_leaves_no_data_set(tmp_path):
 
 @pytest.mark.parametrize("side", [8, 1500])  # found when closing, and already when writing
 def test_full_disk_is_named(tmp_path, monkeypatch, side):
-    real = records._open_writer
+    real = records.array_record_module.ArrayRecordWriter
 
     def on_a_full_disk(path, options):
         real(path, options).close()  # the temporary file exists, as it does on a full disk
-        return real(type(path)("/dev/full"), options)
+        return real("/dev/full", options)
 
-    monkeypatch.setattr(records, "_open_writer", on_a_full_disk)
+    monkeypatch.setattr(records.array_record_module, "ArrayRecordWriter", on_a_full_disk)
+    examples = [{"name": str(i), "image": plain(i, side)} for i in range(2)]
     path = tmp_path / "x.array_record"
-    with pytest.raises(OSError, match=r"cannot write .*No space left on device.*another --dst"):  # noqa: SIM117
-        with records.RecordFile(path) as file:
-            file.write({"name": "x", "image": plain(3, side)})
-            file.write({"name": "y", "image": plain(4, side)})
-    assert not list(tmp_path.iterdir())
+    message = r"x\.array_record could not be written \(No space left on device\); free some space"
+    with pytest.raises(OSError, match=message), records.record_file(path) as file:
+        for example in examples:
+            file.write(example)
+    message = r"cannot write .*No space left on device.*MB free there; free some space or choose"
+    with pytest.raises(OSError, match=message), records.DatasetWriter(tmp_path / "d") as writer:
+        for example in examples:
+            writer.write("train", example)
+    assert [path.name for path in tmp_path.rglob("*")] == ["d"]
 
 
 def test_unwritable_destination(tmp_path, capsys):

@@ -92,8 +92,8 @@ def _data(config, device_mesh):
         config.data.images,
         batch_size=config.batch_size // shares,
         seed=config.seed,
-        share=share,
-        shares=shares,
+        shard_index=share,
+        shard_count=shares,
         threads=1,
         buffer=8,
     )

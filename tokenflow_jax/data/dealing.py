@@ -1,19 +1,25 @@
-"""Deals one endless shuffled stream to the processes of a run, and takes it up with other ones.
+"""Deals one endless shuffled stream to the processes of a run, and resumes on any number of them.
 
-    place    0, 1, 2, ... in the stream. Which item lies there, and every random draw made for it,
-             follow from (seed, place) alone: each epoch is a new order of all items.
+    place    0, 1, 2, ... in the stream. The item there and every random draw made for it follow
+             from (seed, place) alone: each epoch is a new order of all items.
     share    part of a batch. Batches of 12 in 3 shares: share 0 is dealt the places 0 to 3, 12 to
-             15, 24 to 27, ..., share 1 4 to 7, 16 to 19, ...: together, one after the other, they
-             make the very batch that a single share of 12 makes.
+             15, 24 to 27, ..., share 1 4 to 7, 16 to 19, ...: joined in order, they make the very
+             batch that a single share of 12 makes.
 
-Items that turn out broken are left out and their share goes on with its next place, so no process
-waits for another.
+Broken items are left out and their share goes on with its next place, so no process waits for
+another.
 
-The position of a run is how many places every share has done. With the same shares each goes on
-where it was: exactly the batches of a run that never stopped. With other shares the places that are
-not done yet are dealt anew: no item of the stream is left out or seen twice, and where nothing was
-broken the batches are those of a run that never stopped, too.
+The position of a run is the number of places that each share has done. The same number of shares
+continues with exactly the batches of an uninterrupted run. Another number of shares is dealt the
+places that are not done yet: no item of the stream is lost or seen twice, and where nothing was
+broken the batches are those of an uninterrupted run, too.
 """
+
+# Grain's ElasticIterator also resumes on other numbers of processes. It is not used because it
+# - deals single rows in turn, so the rows of a batch change their order with the number of shares;
+# - refuses filters, which leave out broken pictures here;
+# - saves one number for all shares, which cannot say that one has skipped more broken pictures than
+#   another: after a restart some would be lost or seen twice.
 
 import dataclasses
 import os
@@ -24,13 +30,32 @@ import grain
 import numpy as np
 
 Example = Mapping[str, np.ndarray]
+States = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _PLACE = "_place"
 
 
-class DealtBatches:
-    """An endless iterator of batches of one share."""
+class _Batches:
+    """An iterator that reads ahead until it is closed or dropped."""
 
-    _batches: grain.DatasetIterator | None = None
+    _reader: grain.DatasetIterator | None = None
+
+    def __iter__(self):
+        return self
+
+    def close(self) -> None:
+        """Stop reading ahead; the next `next` starts again."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def __del__(self):
+        # Grain's own iterators refer to themselves, so that one dropped reads on until Python
+        # happens to collect its garbage.
+        self.close()
+
+
+class DealtBatches(_Batches):
+    """An endless iterator of the batches of one share."""
 
     def __init__(
         self,
@@ -39,13 +64,13 @@ class DealtBatches:
         *,
         batch_size: int,
         seed: int,
-        share: int = 0,
-        shares: int = 1,
+        shard_index: int = 0,
+        shard_count: int = 1,
         identity: Mapping[str, Any] | None = None,
         threads: int = 0,
         buffer: int = 256,
     ):
-        """Begins at the start of the stream; nothing is made before the first `next`.
+        """Start at the beginning of the stream; nothing is made before the first `next`.
 
         Args:
           make: (item, generator) -> arrays of one example, or None for a broken item. Called from
@@ -53,40 +78,33 @@ class DealtBatches:
           count: number of items.
           batch_size: examples per batch of this share.
           seed: of the order and of the generators.
-          share: which share, from 0.
-          shares: how many there are.
-          identity: JSON-able facts about the items; a position of other ones is refused.
-          threads: threads that call `make`; 0 takes one per core, at most 32.
+          shard_index: this share, from 0.
+          shard_count: number of shares.
+          identity: JSON-able facts about the items; a position in others is refused.
+          threads: number of threads that call `make`; 0 takes one per core, at most 32.
           buffer: examples kept ready.
-
-        Raises:
-          ValueError: a bad share or batch size.
         """
-        check_share(share, shares, count)
+        check_share(shard_index, shard_count, count)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
         self._make, self._count, self._batch_size, self._seed = make, count, batch_size, seed
-        self._share = share
+        self._share = shard_index
         self._stream = {**(identity or {}), "pictures": count, "seed": seed}
-        self._reading = reading(threads, buffer)
-        self._deal = _Deal(0, shares, batch_size)
+        self._options = read_options(threads, buffer)
+        self._deal = _Deal(0, shard_count, batch_size)
         self._done = 0  # how many of its places this share has passed
         # Places beyond the origin that were done before the stream was dealt like this.
         self._ahead: frozenset[int] = frozenset()
 
-    def __iter__(self) -> "DealtBatches":
-        return self
-
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch: the arrays of `make`, stacked."""
-        if self._batches is None:
-            self._batches = iter(self._dataset())
-        batch = dict(next(self._batches))
+        if self._reader is None:
+            self._reader = iter(self._dataset())
+        batch = dict(next(self._reader))
         self._done = self._deal.owner(int(batch.pop(_PLACE)[-1]))[1] + 1
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch taken, JSON-able."""
+        """Return the JSON-able position after the last batch taken."""
         return {
             "stream": self._stream,
             **dataclasses.asdict(self._deal),
@@ -95,15 +113,11 @@ class DealtBatches:
             "ahead": sorted(self._ahead),
         }
 
-    def set_state(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Continues at a position.
+    def set_state(self, states: States) -> None:
+        """Continue at a position, or raise ValueError if it lacks shares or is in another stream.
 
-        Args:
-          states: `get_state` of every share of the run that goes on, in any order, repeated or
-            not; of this share alone where the number of shares is the same.
-
-        Raises:
-          ValueError: a position in another stream (other data or seed), or one that lacks shares.
+        It is `get_state` of every share of the run that goes on, in any order, repeated or not; of
+        this share alone where the number of shares is the same.
         """
         states = _checked(states, self._stream)
         by_share = {state["share"]: state for state in states}
@@ -125,16 +139,6 @@ class DealtBatches:
             self._deal, self._done = dataclasses.replace(new, origin=origin), 0
         self.close()
 
-    def close(self) -> None:
-        """Ends the reading ahead; a later `next` begins it again."""
-        close_reader(self._batches)
-        self._batches = None
-
-    def __del__(self):
-        # Grain's own iterators refer to themselves, so that one dropped reads on until Python
-        # happens to collect its garbage.
-        self.close()
-
     def _dataset(self) -> grain.IterDataset:
         ahead, make = self._ahead, self._make  # not self: its readers must not keep it alive
 
@@ -148,30 +152,23 @@ class DealtBatches:
         # random_map's generator follows from (seed, place): dealt out only behind it.
         mine = _Share(stream.random_map(example), self._deal, self._share)[self._done :]
         usable = mine.filter(lambda made: made is not None)
-        return usable.to_iter_dataset(self._reading).batch(self._batch_size)
+        return usable.to_iter_dataset(self._options).batch(self._batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Deal:
-    """How the stream is dealt.
-
-    Attributes:
-      origin: the first place.
-      shares: how many there are.
-      block: places in a row that a share gets, its part of a batch.
-    """
+    """The stream is dealt from place `origin` on, in blocks of `block` places per share."""
 
     origin: int
     shares: int
     block: int
 
     def place(self, share: int, number: int) -> int:
-        """Where in the stream the place lies that is the `number`-th of a share."""
         batch, within = divmod(number, self.block)
         return self.origin + (batch * self.shares + share) * self.block + within
 
     def owner(self, place: int) -> tuple[int, int]:
-        """The inverse: (share, number)."""
+        """Return the inverse: (share, number)."""
         blocks, within = divmod(place - self.origin, self.block)
         batch, share = divmod(blocks, self.shares)
         return share, batch * self.block + within
@@ -193,10 +190,11 @@ class _Share(grain.MapDataset):
         return self._parent[self._deal.place(self._share, index)]
 
 
-class NumberedBatches:
-    """An endless iterator of batches each of which follows from its number alone."""
+class NumberedBatches(_Batches):
+    """An endless iterator of batches each of which follows from its number alone.
 
-    _batches: grain.DatasetIterator | None = None
+    `identity` must hold nothing that differs between processes or may change when a run goes on.
+    """
 
     def __init__(
         self,
@@ -206,53 +204,29 @@ class NumberedBatches:
         threads: int = 0,
         buffer: int = 8,
     ):
-        """Begins with batch 0; nothing is made before the first `next`.
-
-        Args:
-          make: number -> this process's part of that batch. Called from several threads.
-          identity: JSON-able facts about the batches; a position in other ones is refused. What
-            differs between processes, or may change when a run goes on, is not one of them.
-          threads: threads that call `make`; 0 takes one per core, at most 32.
-          buffer: batches kept ready.
-        """
         self._make, self._stream = make, dict(identity)
-        self._reading = reading(threads, buffer)
+        self._options = read_options(threads, buffer)
         self._next = 0
 
-    def __iter__(self) -> "NumberedBatches":
-        return self
-
     def __next__(self) -> Any:
-        """The next batch."""
-        if self._batches is None:
+        if self._reader is None:
             numbers = grain.MapDataset.range(self._next, 2**31 - 1)
-            self._batches = iter(numbers.map(self._make).to_iter_dataset(self._reading))
-        batch = next(self._batches)
+            self._reader = iter(numbers.map(self._make).to_iter_dataset(self._options))
+        batch = next(self._reader)
         self._next += 1
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch taken, JSON-able; the same in all processes."""
+        """Return the JSON-able position, the same in all processes."""
         return {"stream": self._stream, "next": self._next}
 
-    def set_state(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Continues at a position; see `DealtBatches.set_state`, any one state is enough."""
+    def set_state(self, states: States) -> None:
+        """Continue at a position; see `DealtBatches.set_state`, any one state is enough."""
         self._next = _checked(states, self._stream)[0]["next"]
         self.close()
 
-    def close(self) -> None:
-        """Ends the reading ahead; a later `next` begins it again."""
-        close_reader(self._batches)
-        self._batches = None
 
-    def __del__(self):  # see DealtBatches
-        self.close()
-
-
-def _checked(
-    states: Mapping[str, Any] | Sequence[Mapping[str, Any]], stream: Mapping[str, Any]
-) -> list[Mapping[str, Any]]:
-    """The states as a list; ValueError if they are positions in another stream."""
+def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     states = [states] if isinstance(states, Mapping) else list(states)
     saved = states[0].get("stream", {}) if states else {}
     changed = [
@@ -270,7 +244,7 @@ def _checked(
 
 
 def check_share(share: int, shares: int, count: int) -> None:
-    """Raises ValueError unless `count` items can be dealt to `shares`, of which `share` is one."""
+    """Raise ValueError unless `count` items can be dealt to `shares`, of which `share` is one."""
     if not 0 <= share < shares <= count:
         raise ValueError(
             f"shard_index {share} of shard_count {shares} with {count} pictures: need "
@@ -278,59 +252,16 @@ def check_share(share: int, shares: int, count: int) -> None:
         )
 
 
-def reading(threads: int, buffer: int) -> grain.ReadOptions:
-    """Options of Grain: so many threads (0: one per core, at most 32) and examples kept ready."""
+def read_options(threads: int, buffer: int) -> grain.ReadOptions:
     return grain.ReadOptions(
         num_threads=threads or min(os.cpu_count() or 1, 32), prefetch_buffer_size=buffer
     )
 
 
-def close_reader(reader: grain.DatasetIterator | None) -> None:
-    """Ends the reading ahead of a Grain iterator; of older versions, which cannot, nothing."""
-    if hasattr(reader, "close"):
-        reader.close()
-
-
-def evaluation_places(
-    examples: int, batch_size: int, limit: int | None, shard_index: int, shard_count: int
-) -> np.ndarray:
-    """The indices of one host's evaluation, in order, -1 where its last batches are padding.
-
-    All hosts get the same number of batches, so that computations across hosts stay in step.
-
-    Args:
-      examples: how many there are.
-      batch_size: per batch of this host.
-      limit: uses only so many, evenly spaced, so that a few of a data set sorted by class still
-        show all classes; None all.
-      shard_index, shard_count: this host, and how many there are.
-
-    Returns:
-      int (n,), n a multiple of batch_size.
-
-    Raises:
-      ValueError: a bad shard, batch size or limit.
-    """
-    check_share(shard_index, shard_count, examples)
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
-    count = min(limit or examples, examples)
-    places = (np.arange(count) * examples // count)[shard_index::shard_count]
-    mine = np.full(-(-count // (shard_count * batch_size)) * batch_size, -1)
-    mine[: len(places)] = places
-    return mine
-
-
 def _remaining(
     deal: _Deal, done: Sequence[int], ahead: Sequence[int]
 ) -> tuple[int, frozenset[int]]:
-    """The first place that is not done, and the places beyond it that are.
-
-    Args:
-      deal: how the stream was dealt.
-      done: how many places each share has passed.
-      ahead: places that were done before that.
-    """
+    """Return the first place that is not done, and the places beyond it that are."""
     over = set(ahead)
     nexts = [deal.place(share, number) for share, number in enumerate(done)]
     first = min(nexts)

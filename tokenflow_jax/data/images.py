@@ -1,92 +1,74 @@
-"""Decoding of untrusted picture files, and the crops and flips of training and evaluation.
+"""Decodes untrusted picture files; crops and flips pictures.
 
-Every function here is pure: its result depends on its arguments alone, randomness comes in as a
-NumPy Generator. Pictures are uint8 RGB arrays (height, width, 3).
+Every function depends on its arguments alone; randomness comes in as a NumPy Generator. Pictures
+are uint8 RGB arrays (height, width, 3).
 """
 
 import io
 import math
+import os
+import pathlib
 
 import numpy as np
 from PIL import Image
+
+from tokenflow_jax.data.examples import Broken
 
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
 # A picture this elongated is a banner or an attack: 8 x 8,000,000 pixels pass the area check and
 # would be resized to 64 x 64,000,000.
 MAX_ASPECT = 50
-# What is tried on a file, whatever its name. A short list on purpose: some of PIL's other readers
-# start programs (EPS runs Ghostscript).
+# Tried on a file whatever its name. A short list on purpose: some of PIL's other readers start
+# programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Scales 16-bit grey to 8 bits as PIL does for 16-bit colour, by the high byte.
-_HIGH_BYTE = 8
 
 
-class BrokenImage(ValueError):
-    """A picture that cannot be used.
+class BrokenImage(Broken):
+    """A picture that cannot be used."""
 
-    Attributes:
-      reason: a short category, the same for all pictures with this defect; counted.
-      detail: what exactly is wrong with this one; logged.
-    """
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+def read_file(folder: pathlib.Path, name: str | os.PathLike) -> bytes:
+    """Return the bytes of a picture file, or raise BrokenImage."""
+    try:
+        return (folder / name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise BrokenImage("cannot be read", f"{name}: {error}") from error
 
 
 def check_size(
-    width: int, height: int, *, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
+    width: int,
+    height: int,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
+    max_aspect: int = MAX_ASPECT,
 ) -> None:
-    """Checks a picture's size, which its header states, before anything is decoded.
-
-    Args:
-      width: in pixels.
-      height: in pixels.
-      max_pixels: largest width x height.
-      min_side: smallest width and smallest height.
-
-    Raises:
-      BrokenImage: too large, too small, or one side more than 50 times the other.
-    """
+    """Raise BrokenImage for a size, as a picture's header states it, that is out of bounds."""
     size = f"{width} x {height} pixels"
     if width * height > max_pixels:
         raise BrokenImage("too large", f"{size}, the limit is {max_pixels:,} (max_pixels)")
     if min(width, height) < min_side:
         raise BrokenImage("too small", f"{size}, each side must be at least {min_side} (min_side)")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BrokenImage("too elongated", f"{size}, the limit is {MAX_ASPECT} to 1")
+    if max(width, height) > max_aspect * min(width, height):
+        raise BrokenImage("too elongated", f"{size}, the limit is {max_aspect} to 1")
 
 
-def decode(
-    data: bytes,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    min_side: int = MIN_SIDE,
-    draft_side: int = 0,
-) -> np.ndarray:
-    """Decodes a picture file.
+def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
+    """Decode a picture file: JPEG, PNG, WebP, GIF, BMP, TIFF or PPM.
 
-    Transparent pixels are laid on white; palette, grey, CMYK and 16-bit pictures become 8-bit RGB;
+    Transparent pixels are laid on white; palette, gray, CMYK and 16-bit pictures become 8-bit RGB;
     of an animation the first frame is taken. EXIF orientation is ignored, as the reference does.
 
     Args:
-      data: the file's bytes: JPEG, PNG, WebP, GIF, BMP, TIFF or PPM.
-      max_pixels: larger pictures are refused from their header, without decoding them.
-      min_side: pictures with a smaller side are refused.
+      data: the bytes of the file.
       draft_side: when not 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
         sides stay at least this many pixels: several times faster, and slightly different pixels.
-
-    Returns:
-      uint8 (height, width, 3).
-
-    Raises:
-      BrokenImage: not a picture, truncated, damaged, or of an absurd size.
+      **limits: of `check_size`, applied to the header before anything is decoded.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            check_size(*image.size, max_pixels=max_pixels, min_side=min_side)
+            check_size(*image.size, **limits)
             if draft_side:
                 image.draft("RGB", (draft_side, draft_side))
             image.load()
@@ -103,15 +85,14 @@ def decode(
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Returns uint8 (H, W, 3) of a loaded PIL image of any mode."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
-    if image.mode.startswith("I"):  # 16-bit grey arrives as I;16 or, from some files, as I
-        grey_HW = np.asarray(image).astype(np.int64)
-        if grey_HW.min() < 0 or grey_HW.max() > 0xFFFF:
+    if image.mode.startswith("I"):  # 16-bit gray arrives as I;16 or, from some files, as I
+        gray_HW = np.asarray(image).astype(np.int64)
+        if gray_HW.min() < 0 or gray_HW.max() > 0xFFFF:
             raise BrokenImage("unsupported pixels", f"mode {image.mode} beyond 16 bits")
-        grey_HW = (grey_HW >> _HIGH_BYTE).astype(np.uint8)
-        return np.repeat(grey_HW[..., None], 3, axis=-1)
+        # The high byte, which is what PIL takes of 16-bit color.
+        return np.repeat((gray_HW >> 8).astype(np.uint8)[..., None], 3, axis=-1)
     if image.mode == "F":
         raise BrokenImage("unsupported pixels", "floating-point pixels have no known range")
     if image.has_transparency_data:
@@ -121,7 +102,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """Resizes so that the short side is `short_side`: halvings by averaging, then one bicubic."""
+    """Resize to a short side: halvings by averaging, then one bicubic."""
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if min(image.size) == short_side:
@@ -132,18 +113,7 @@ def _shrink(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:
-    """Crops the middle square, the way ADM (guided diffusion) prepares ImageNet.
-
-    The picture is halved by averaging while its short side is at least twice `size`, resized
-    bicubically to short side `size`, and cropped in the centre.
-
-    Args:
-      image_HWC: uint8 (height, width, 3) of any size; smaller pictures are enlarged.
-      size: side of the result, in pixels.
-
-    Returns:
-      uint8 (size, size, 3).
-    """
+    """Shrink or enlarge to short side `size` and crop the middle, as ADM prepares ImageNet."""
     image = _shrink(Image.fromarray(image_HWC), size)
     top = (image.height - size) // 2
     left = (image.width - size) // 2
@@ -158,24 +128,10 @@ def random_crop(
     min_crop_frac: float = 0.8,
     max_crop_frac: float = 1.0,
 ) -> np.ndarray:
-    """Crops a random square at a random scale, the reference's training augmentation.
+    """Crop a random square at a random scale, the reference's training augmentation.
 
     The short side is drawn uniformly from the integers ceil(size / max_crop_frac) ..
-    ceil(size / min_crop_frac), the picture is shrunk to it as in `center_crop`, and the square's
-    place is drawn uniformly.
-
-    Args:
-      image_HWC: uint8 (height, width, 3) of any size; smaller pictures are enlarged.
-      size: side of the result, in pixels.
-      rng: source of randomness; three draws.
-      min_crop_frac: smallest part of the short side that a crop shows, in (0, max_crop_frac].
-      max_crop_frac: largest such part, at most 1.
-
-    Returns:
-      uint8 (size, size, 3).
-
-    Raises:
-      ValueError: the fractions are not 0 < min <= max <= 1.
+    ceil(size / min_crop_frac), then the square's place in the picture shrunk to it.
     """
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
         raise ValueError(
@@ -191,18 +147,9 @@ def random_crop(
 
 
 def max_short_side(size: int, min_crop_frac: float = 0.8) -> int:
-    """Returns the largest short side, in pixels, that `random_crop` draws for a `size` crop."""
+    """Return the largest short side that `random_crop` draws."""
     return math.ceil(size / min_crop_frac)
 
 
 def random_flip(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors left and right with probability one half.
-
-    Args:
-      image_HWC: any (height, width, channels).
-      rng: source of randomness; one draw.
-
-    Returns:
-      The picture or its mirror image, same shape.
-    """
     return image_HWC[:, ::-1] if rng.random() < 0.5 else image_HWC

@@ -1,46 +1,160 @@
-"""Pictures and their captions from a text file of JSON lines and a folder of images."""
+"""JSON lines: the lines of a large file, and pictures with captions listed in one.
 
+Only the places and lengths of lines stay in memory. Going through ten million lines takes minutes,
+so the index of a large file is kept beside it (FILE.index.npz) and used as long as the file's size
+and modification time are the same.
+"""
+
+import array
 import json
 import os
 import pathlib
-from typing import Any
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
+from absl import logging
+
+from tokenflow_jax.data import images
+from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
 from tokenflow_jax.data.images import BrokenImage
-from tokenflow_jax.data.lines import Described, Lines
-from tokenflow_jax.data.splits import HELDOUT_NAMES, SPLITS
 
+_KEEP_FROM = 100_000  # lines; smaller files are indexed at every start
+_VERSION = 1  # of the index file; one of another version is made anew
+_COLUMNS = {"offsets": np.int64, "numbers": np.int64, "lengths": np.int32, "held_out": np.bool_}
 _IMAGE_KEYS = ("image", "file_name")
 _CAPTION_KEYS = ("captions", "caption", "text", "label")
 _USUAL_NAMES = ("captions.jsonl", "metadata.jsonl")
 
 
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line in UTF-8, or raise Broken."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Broken("not UTF-8", str(error)) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also of a number too long
+        raise Broken("invalid JSON", str(error)) from error
+    if not isinstance(row, dict):
+        raise Broken("no object", f"the line is a {type(row).__name__}")
+    return row
+
+
+class Described(NamedTuple):
+    """The properties of a line."""
+
+    length: int = 1  # for grouped sampling; may be negative
+    key: str = ""  # decides on the split; a line without one stays in training
+
+
+class Lines:
+    """The lines of a file that are not blank; any thread may read them.
+
+    `offsets`, `numbers`, `lengths` and `held_out` are for each line its place in bytes, its number
+    from 1, `Described.length`, and True if it belongs to the split "heldout".
+    """
+
+    def __init__(self, file: str | os.PathLike, kind: str, describe: Callable[[bytes], Described]):
+        """Index a file, or load its index if one of this `kind` of `describe` was kept."""
+        self.file = pathlib.Path(file)
+        self._open = self.file.open("rb")
+        status = os.fstat(self._open.fileno())
+        self._identity = f"{kind} {_VERSION} {status.st_size} {status.st_mtime_ns}"
+        self._kept = self.file.with_name(self.file.name + ".index.npz")
+        columns = self._load_index()
+        if columns is None:
+            columns = self._make_index(describe)
+            if len(columns["offsets"]) >= _KEEP_FROM:
+                self._keep(columns)
+        self.offsets, self.numbers, self.lengths, self.held_out = (columns[n] for n in _COLUMNS)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def read(self, index: int) -> bytes:
+        """Return a line without its end."""
+        line, size, start = b"", 4096, int(self.offsets[index])
+        while True:  # pread: threads do not share a position
+            piece = os.pread(self._open.fileno(), size, start + len(line))
+            end = piece.find(b"\n")
+            line += piece if end < 0 else piece[:end]
+            if end >= 0 or not piece:
+                return line
+
+    def split(self, name: str) -> np.ndarray:
+        """Return the ascending int64 indices of "all", "train" or "heldout" lines.
+
+        Below 100 lines every split is the whole file, and the log says so.
+        """
+        if name == "all" or len(self) < MIN_TO_SPLIT:
+            if name == "heldout":
+                logging.warning(
+                    "%s has %d lines, fewer than %d: none are held out, so the figures are on "
+                    "training data", self.file, len(self), MIN_TO_SPLIT,
+                )  # fmt: skip
+            return np.arange(len(self))
+        return np.flatnonzero(self.held_out == (name == "heldout"))
+
+    def _make_index(self, describe: Callable[[bytes], Described]) -> dict[str, np.ndarray]:
+        rows, offset = {name: array.array("q") for name in _COLUMNS}, 0
+        for number, line in enumerate(self._open, 1):
+            if line.strip():
+                length, key = describe(line)
+                values = (offset, number, length, bool(key) and is_heldout(key))
+                for name, value in zip(_COLUMNS, values, strict=True):
+                    rows[name].append(value)
+            offset += len(line)
+        return {name: np.array(rows[name], dtype) for name, dtype in _COLUMNS.items()}
+
+    def _load_index(self) -> dict[str, np.ndarray] | None:
+        try:
+            with np.load(self._kept, allow_pickle=False) as kept:
+                if str(kept["identity"]) != self._identity:
+                    return None
+                return {name: kept[name] for name in _COLUMNS}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logging.warning("%s cannot be used (%s): it is made anew", self._kept, error)
+            return None
+
+    def _keep(self, columns: dict[str, np.ndarray]) -> None:
+        # Not `files.write_atomically`: the processes of a run may all do this at once.
+        partial = self._kept.with_name(f"{self._kept.name}.{os.uname().nodename}.{os.getpid()}")
+        try:
+            with partial.open("wb") as out:
+                np.savez(out, identity=np.array(self._identity), **columns)
+            partial.replace(self._kept)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            logging.warning(
+                "%s cannot be written (%s): every start goes through the %d lines of %s again",
+                self._kept, error, len(columns["offsets"]), self.file.name,
+            )  # fmt: skip
+
+
 class JsonlSource:
-    """One picture per line: {"image": "path", "caption": "text"}; UTF-8.
+    """One picture per line: {"image": "path", "caption": "text"}.
 
     `file_name` may stand for `image`, and `captions`, `text` or `label` for `caption`, which may be
-    a list of texts; `tags` may hold words. See `Lines`.
+    a list of texts; `tags` may hold words. The path is a file, or a folder with one of the usual
+    names; paths of images are relative to `image_folder`, or to the file's folder when empty.
     """
 
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
-        """Finds the lines.
-
-        "train" and "heldout" are the parts of `splits.is_heldout`, by the image's path; below 100
-        pictures both are everything, and the log says so.
-
-        Args:
-          path: the file, or a folder that holds captions.jsonl or metadata.jsonl.
-          split: "train", "heldout" (validation, val and test mean the same) or "all".
-          image_folder: where the paths of images begin; the file's folder when empty.
-
-        Raises:
-          ValueError: no such file, folder or split, or an empty file.
-        """
+        # Splits are divided by the image's path; validation, val and test mean heldout.
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a file of captions has no split {split!r}; one of {SPLITS}")
-        file = _find(path)
-        self._root = pathlib.Path(image_folder or file.parent)
-        if not self._root.is_dir():
-            raise ValueError(f"data.image_folder {image_folder!r} is not a folder")
+        file = pathlib.Path(path)
+        if os.fspath(path) and file.is_dir():
+            file = next((file / name for name in _USUAL_NAMES if (file / name).is_file()), file)
+        if not os.fspath(path) or not file.is_file():
+            raise ValueError(
+                f"data.path {os.fspath(path)!r} is neither a .jsonl file nor a folder with one of "
+                f"{_USUAL_NAMES}"
+            )
+        self._root = image_root(file, image_folder)
         self.classes: list[str] = []
         self.numbers = ()
         self._lines = Lines(file, "captions", _describe)
@@ -52,45 +166,31 @@ class JsonlSource:
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, example = _parse(self._lines.read(self._places[index]))
-        try:
-            example["bytes"] = (self._root / name).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-            raise BrokenImage("cannot be read", f"{name}: {error}") from error
-        return example
+        example = _parse(self._lines.read(self._places[index]))
+        return {**example, "bytes": images.read_file(self._root, example["name"])}
 
 
-def _find(path: str | os.PathLike) -> pathlib.Path:
-    file = pathlib.Path(path)
-    if os.fspath(path) and file.is_dir():
-        file = next((file / name for name in _USUAL_NAMES if (file / name).is_file()), file)
-    if not os.fspath(path) or not file.is_file():
-        raise ValueError(
-            f"data.path {os.fspath(path)!r} is neither a .jsonl file nor a folder with one of "
-            f"{_USUAL_NAMES}"
-        )
-    return file
+def image_root(file: pathlib.Path, image_folder: str) -> pathlib.Path:
+    """Return the folder that the paths of a file's images are relative to."""
+    root = pathlib.Path(image_folder or file.parent)
+    if not root.is_dir():
+        raise ValueError(f"data.image_folder {image_folder!r} is not a folder")
+    return root
 
 
 def _describe(line: bytes) -> Described:
     try:
-        return Described(key=_parse(line)[0])
+        return Described(key=_parse(line)["name"])
     except BrokenImage:  # skipped and named where the picture is wanted
         return Described()
 
 
-def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
-    """Returns the image's path and the example without its picture.
-
-    Raises:
-      BrokenImage: not such a line.
-    """
+def _parse(line: bytes) -> dict[str, Any]:
+    """Return the example of a line, without its picture, or raise BrokenImage."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        row = parse_object(line)
+    except Broken as error:
         raise BrokenImage("damaged line", f"{line[:60]!r}: {error}") from error
-    if not isinstance(row, dict):
-        raise BrokenImage("damaged line", f"{line[:60]!r} is no object")
     name = next((row[key] for key in _IMAGE_KEYS if isinstance(row.get(key), str)), "")
     if not name:
         raise BrokenImage("line without image", f"{line[:60]!r}")
@@ -101,4 +201,4 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
         example |= {"caption": texts[0], "captions": texts}
     if isinstance(row.get("tags"), list):
         example["tags"] = [str(tag) for tag in row["tags"]]
-    return name, example
+    return example

@@ -1,4 +1,4 @@
-"""The record format of the package's ArrayRecord files, and their atomic writer.
+"""The record format of the package's ArrayRecord files, and their writers.
 
 One ArrayRecord entry is one picture:
 
@@ -13,8 +13,8 @@ Header keys: `name` (always), and where known `label` (class number), `group` (i
 payload, `codes` the type of codes ("<u2" or "<i4", NumPy's names).
 
 A data set is a folder of `SPLIT-00000-of-00004.array_record` files and one `dataset.json` naming
-the files of each split and the class names. Files are written under a temporary name and
-renamed when complete, `dataset.json` last, so an interrupted run never looks finished.
+the files of each split and the class names. It is written last, so an interrupted run never looks
+finished.
 """
 
 import contextlib
@@ -23,11 +23,13 @@ import os
 import pathlib
 import shutil
 import struct
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
+from tokenflow_jax import files
 from tokenflow_jax.data.images import BrokenImage
 
 MAGIC = b"TFX1"
@@ -40,18 +42,9 @@ _CODE_TYPES = {True: "<u2", False: "<i4"}
 _WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:3"}
 
 
-def pack(example: dict[str, Any]) -> bytes:
-    """Serialises one picture.
-
-    Args:
-      example: `name` and one of `bytes` (an encoded file), `image` (uint8 (H, W, 3)) and `codes`
-        (integers (L,)); optional `label`, `group`, `caption`, `captions`, `tags`.
-
-    Returns:
-      One ArrayRecord entry.
-
-    Raises:
-      ValueError: not exactly one of these, or one of another type or shape.
+def pack(example: Mapping[str, Any]) -> bytes:
+    """Serialize one picture: `name` and the other header keys that are known, and one of `bytes`
+    (an encoded file), `image` (uint8 (H, W, 3)) and `codes` (integers (L,)).
     """
     header = {key: example[key] for key in _HEADER_KEYS if key in example}
     payloads = [key for key in ("bytes", "image", "codes") if key in example]
@@ -82,21 +75,10 @@ def pack(example: dict[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """Reads back what `pack` wrote.
-
-    Args:
-      record: one ArrayRecord entry.
-
-    Returns:
-      The example, with `bytes`, `image` (uint8 (H, W, 3), read-only) or `codes` (int32 (L,)).
-
-    Raises:
-      BrokenImage: the entry is not in this format.
-    """
+    """Read back an example, with a read-only `image` and int32 `codes`, or raise BrokenImage."""
     if len(record) < _HEADER.size or record[:4] != MAGIC:
         raise BrokenImage("not a record of this package", f"starts with {record[:4]!r}")
-    length = _HEADER.unpack_from(record)[1]
-    start = _HEADER.size + length
+    start = _HEADER.size + _HEADER.unpack_from(record)[1]
     try:
         example = json.loads(record[_HEADER.size : start])
         if not isinstance(example, dict) or "name" not in example:
@@ -115,60 +97,90 @@ def unpack(record: bytes) -> dict[str, Any]:
     return example
 
 
-class RecordFile:
-    """Writes one ArrayRecord file that appears under its name only when it is complete.
+def count_records(path: pathlib.Path) -> int:
+    """Return the number of entries of an ArrayRecord file."""
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()
+    return count
 
-    Use as a context manager; on an exception the partial file is removed.
-    """
 
-    def __init__(self, path: str | os.PathLike, compressed_payload: bool = True):
-        """Opens a temporary file beside `path`.
+class RecordWriter:
+    """Writes one ArrayRecord file; raw pictures are compressed unless `compressed_payload`."""
 
-        Args:
-          path: the final name.
-          compressed_payload: whether pictures are compressed already (raw ones get zstd).
-        """
-        self.path = pathlib.Path(path)
-        self.count = 0
-        self._partial = self.path.with_name(f".partial-{os.getpid()}-{self.path.name}")
-        self._writer = _open_writer(self._partial, _WRITER_OPTIONS[compressed_payload])
+    def __init__(self, path: pathlib.Path, compressed_payload: bool = True):
+        self.path, self.count = path, 0
+        with self._named_errors():
+            self._writer = array_record_module.ArrayRecordWriter(
+                str(path), _WRITER_OPTIONS[compressed_payload]
+            )
 
-    def write(self, example: dict[str, Any]) -> None:
-        """Appends one picture (see `pack`)."""
-        try:
-            self._writer.write(pack(example))
-        except (RuntimeError, OSError) as error:
-            raise OSError(_write_failure(self.path, error)) from error
+    def write(self, example: Mapping[str, Any]) -> None:
+        record = pack(example)
+        with self._named_errors():
+            self._writer.write(record)
         self.count += 1
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, value, traceback):
-        if kind is not None:
-            with contextlib.suppress(RuntimeError):  # on a full disk closing fails as writing did
-                self._writer.close()
-            self._partial.unlink(missing_ok=True)
-            return
-        try:
+    def close(self) -> None:
+        """Finish the file, or raise OSError."""
+        with self._named_errors():
             self._writer.close()
             # The writer buffers: a full disk may show only here, or only in a file that is short.
-            reader = array_record_module.ArrayRecordReader(str(self._partial))
-            written = reader.num_records()
-            reader.close()
+            written = count_records(self.path)
             if written != self.count:
                 raise OSError(f"{written} of {self.count} records arrived")
+
+    def discard(self) -> None:
+        with contextlib.suppress(RuntimeError):  # on a full disk closing fails as writing did
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, ValueError, OSError) as error:
-            self._partial.unlink(missing_ok=True)
-            raise OSError(_write_failure(self.path, error)) from error
-        os.replace(self._partial, self.path)
+            free = shutil.disk_usage(self.path.parent).free
+            raise OSError(
+                f"cannot write {self.path}: {error} ({free / 1e6:,.0f} MB free there; "
+                "free some space or choose another folder)"
+            ) from error
+
+
+@contextlib.contextmanager
+def record_file(path: str | os.PathLike) -> Iterator[RecordWriter]:
+    """Give the writer of a file of encoded pictures or codes that appears when it is complete."""
+    with files.write_atomically(path, overwrite=True) as partial:
+        writer = RecordWriter(partial)
+        try:
+            yield writer
+        except BaseException:
+            writer.discard()
+            raise
+        writer.close()
+
+
+def file_name(split: str, number: int, count: int) -> str:
+    """Return the name of one of the `count` files of a split."""
+    return f"{split}-{number:05d}-of-{count:05d}.array_record"
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a JSON file in one step; several hosts may do so at once."""
+    # Not `files.write_atomically`, whose partial name they would share.
+    partial = path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mapping) -> None:
+    """Write the `dataset.json` that makes a folder a data set."""
+    write_json(folder / MANIFEST, {"format": MAGIC.decode(), "splits": splits, **about})
 
 
 class DatasetWriter:
-    """Writes a folder of sharded ArrayRecord files with its `dataset.json`.
+    """Writes a folder of sharded ArrayRecord files with its `dataset.json`; a context manager.
 
-    Use as a context manager. Everything is written in a temporary folder inside `folder` and moved
-    into place at the end.
+    Everything is written in a temporary folder inside `folder` and moved into place at the end.
     """
 
     def __init__(
@@ -179,17 +191,6 @@ class DatasetWriter:
         compressed_payload: bool = True,
         overwrite: bool = False,
     ):
-        """Opens the folder.
-
-        Args:
-          folder: where the data set goes; made when it does not exist.
-          records_per_file: pictures per file.
-          compressed_payload: whether pictures are compressed already.
-          overwrite: whether a data set that is there already may be replaced.
-
-        Raises:
-          ValueError: the folder holds a data set and `overwrite` is false.
-        """
         self.folder = pathlib.Path(folder)
         if (self.folder / MANIFEST).exists() and not overwrite:
             raise ValueError(
@@ -198,35 +199,23 @@ class DatasetWriter:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.about: dict[str, Any] = {}
-        self._records_per_file = records_per_file
-        self._compressed = compressed_payload
+        self._records_per_file, self._compressed = records_per_file, compressed_payload
         self._partial = self.folder / f".partial-{os.getpid()}"
         self._partial.mkdir(exist_ok=True)
-        self._open: dict[str, RecordFile] = {}
-        self._done: dict[str, list[RecordFile]] = {}
+        self._files: dict[str, list[RecordWriter]] = {}  # the last of a split is open
 
-    def write(self, split: str, example: dict[str, Any]) -> None:
-        """Appends one picture (see `pack`) to a split."""
-        file = self._open.get(split)
-        if file is None:
-            number = len(self._done.setdefault(split, []))
-            file = RecordFile(self._partial / f"{split}-{number:05d}", self._compressed)
-            self._open[split] = file
-        file.write(example)
-        if file.count >= self._records_per_file:
-            self._finish(split)
+    def write(self, split: str, example: Mapping[str, Any]) -> None:
+        written = self._files.get(split, [])
+        if not written or written[-1].count >= self._records_per_file:
+            if written:
+                written[-1].close()
+            file = RecordWriter(self._partial / f"{split}-{len(written):05d}", self._compressed)
+            self._files[split] = written = [*written, file]
+        written[-1].write(example)
 
     def counts(self) -> dict[str, int]:
-        """Returns the number of pictures written so far per split."""
-        files = {split: list(done) for split, done in self._done.items()}
-        for split, file in self._open.items():
-            files[split].append(file)
-        return {split: sum(file.count for file in done) for split, done in files.items()}
-
-    def _finish(self, split: str) -> None:
-        file = self._open.pop(split)
-        file.__exit__(None, None, None)
-        self._done[split].append(file)
+        """Return the number of pictures written so far, per split."""
+        return {split: sum(file.count for file in done) for split, done in self._files.items()}
 
     def __enter__(self):
         return self
@@ -234,11 +223,12 @@ class DatasetWriter:
     def __exit__(self, kind, value, traceback):
         try:
             if kind is None:
-                for split in list(self._open):
-                    self._finish(split)
+                for written in self._files.values():
+                    written[-1].close()
                 self._publish()
-            for file in self._open.values():
-                file.__exit__(kind, value, traceback)
+            else:
+                for written in self._files.values():
+                    written[-1].discard()
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -249,29 +239,9 @@ class DatasetWriter:
         for old in self.folder.glob("*-of-*.array_record"):
             old.unlink()
         splits = {}
-        for split, files in self._done.items():
-            names = [f"{split}-{i:05d}-of-{len(files):05d}.array_record" for i in range(len(files))]
-            for file, name in zip(files, names, strict=True):
-                os.replace(file.path, self.folder / name)
-            splits[split] = {"records": sum(file.count for file in files), "files": names}
-        manifest = {"format": MAGIC.decode(), "splits": splits, **self.about}
-        partial = self._partial / MANIFEST
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-        os.replace(partial, self.folder / MANIFEST)
-
-
-def _open_writer(path: pathlib.Path, options: str):
-    """Opens an ArrayRecord writer, or raises OSError with the reason."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return array_record_module.ArrayRecordWriter(str(path), options)
-    except (RuntimeError, OSError) as error:
-        raise OSError(_write_failure(path, error)) from error
-
-
-def _write_failure(path: pathlib.Path, error: Exception) -> str:
-    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-    return (
-        f"cannot write {path}: {error} ({free / 1e6:,.0f} MB free there; "
-        "free some space or choose another --dst)"
-    )
+        for split, written in self._files.items():
+            names = [file_name(split, i, len(written)) for i in range(len(written))]
+            for file, name in zip(written, names, strict=True):
+                file.path.replace(self.folder / name)
+            splits[split] = {"records": sum(file.count for file in written), "files": names}
+        write_manifest(self.folder, splits, self.about)

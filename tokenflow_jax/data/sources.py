@@ -1,11 +1,12 @@
-"""Where pictures come from: random-access sources, all of one form.
+"""Random-access sources of pictures, all of one form.
 
 A source has `len` and gives for an index an example: {"name": str} with either "bytes" (an encoded
 file) or "image" (uint8 (H, W, 3)), and where known "label" (int), "group" (int), "caption" (str),
 "tags" (list of str). A picture that cannot even be read raises BrokenImage. `classes` are the
-names of the labels, when there are any; `numbers` are the numeric labels that examples have.
+names of the labels, if any; `numbers` are the numeric labels that examples have.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -15,22 +16,16 @@ from typing import Any
 from absl import logging
 from array_record.python import array_record_data_source, array_record_module
 
-from tokenflow_jax.data import records
+from tokenflow_jax.data import images, records
+from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, is_heldout
 from tokenflow_jax.data.images import BrokenImage
 from tokenflow_jax.data.jsonl import JsonlSource
-from tokenflow_jax.data.splits import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, is_heldout
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
 GROUPS = (
-    "smileys-emotion",
-    "people-body",
-    "animals-nature",
-    "food-drink",
-    "travel-places",
-    "activities",
-    "objects",
-    "symbols",
-)
+    "smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities",
+    "objects", "symbols",
+)  # fmt: skip
 NUMBERS = ("label", "group")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -39,11 +34,6 @@ class EmojiSource:
     """The captioned emoji inside the package; small, so they stay in memory once read."""
 
     def __init__(self, split: str):
-        """Reads the file.
-
-        Args:
-          split: "train", "heldout" (the fixed tenth of `is_heldout`) or "all".
-        """
         if split not in SPLITS:
             raise ValueError(f"the emoji have no split {split!r}; one of {SPLITS}")
         self.classes: list[str] = []
@@ -63,22 +53,14 @@ class EmojiSource:
 
 
 class FolderSource:
-    """All images below a folder, sorted by path; the first sub-folder is the class."""
+    """All images below a folder, sorted by path; the first sub-folder is the class.
+
+    When the folder holds only sub-folders named train, heldout, validation, val or test, these are
+    the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100 pictures
+    both are everything, and the log says so. Validation, val and test mean heldout.
+    """
 
     def __init__(self, folder: str | os.PathLike, split: str = "all"):
-        """Lists the files.
-
-        When the folder holds only sub-folders named train, heldout, validation, val or test, these
-        are the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100
-        pictures both are everything, and the log says so.
-
-        Args:
-          folder: where to look, all sub-folders included; hidden files are left out.
-          split: "train", "heldout" (validation, val and test mean the same) or "all".
-
-        Raises:
-          ValueError: no such folder or split, or no file with the ending of an image.
-        """
         root = pathlib.Path(folder)
         if not os.fspath(folder) or not root.is_dir():
             raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
@@ -107,24 +89,17 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._names)
 
-    def name(self, index: int) -> str:
-        """The picture's path below the folder."""
-        return self._names[index]
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self._names[index]
         example: dict[str, Any] = {"name": name}
         if "/" in name:
             example["label"] = self.classes.index(name.split("/")[0])
-        try:
-            example["bytes"] = (self._root / name).read_bytes()
-        except OSError as error:
-            raise BrokenImage("cannot be read", f"{name}: {error}") from error
+        example["bytes"] = images.read_file(self._root, name)
         return example
 
 
 def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
-    """Returns where a split's pictures lie, and whether they are to be divided by name."""
+    """Return the folder of a split's pictures, and True if they must be divided by name."""
     if split not in (*SPLITS, *HELDOUT_NAMES):
         raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
     if split == "all":
@@ -143,7 +118,7 @@ def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
 
 
 def _image_names(root: pathlib.Path) -> list[str]:
-    """Relative paths with an image's ending, sorted; links to folders are followed once each."""
+    """Return sorted relative paths of images; links to folders are followed once each."""
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -162,12 +137,7 @@ class RecordSource:
     """ArrayRecord files written by `data.prepare`: a data set folder, or files by glob."""
 
     def __init__(self, path: str, split: str):
-        """Opens the files.
-
-        Args:
-          path: a folder with `dataset.json`, or a file name or pattern.
-          split: one of the folder's, or "all"; not used for a pattern, which names its files.
-        """
+        # `split` is not used for a pattern, which names its files.
         files, self.classes = _record_files(path, split)
         try:
             self._source = array_record_data_source.ArrayRecordDataSource(files)
@@ -176,16 +146,12 @@ class RecordSource:
                 f"data.path {path!r}: a file is missing or damaged ({error}); write the data set "
                 "again with python -m tokenflow_jax.data.prepare"
             ) from error
-        self.numbers = self._present()
-
-    def _present(self) -> tuple[str, ...]:
-        """The numeric labels of the first record that can be read; the writer treats all alike."""
+        self.numbers: tuple[str, ...] = ()
         for index in range(len(self)):
-            try:
-                return tuple(key for key in NUMBERS if key in self[index])
-            except BrokenImage:
-                continue
-        return ()
+            with contextlib.suppress(BrokenImage):
+                # Those of the first record that can be read: the writer treats all alike.
+                self.numbers = tuple(key for key in NUMBERS if key in self[index])
+                break
 
     def __len__(self) -> int:
         return len(self._source)
@@ -199,7 +165,7 @@ class RecordSource:
 
 
 def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
-    """Returns the files of a split and the class names."""
+    """Return the files of a split and the class names."""
     manifest = pathlib.Path(path) / records.MANIFEST
     if path and manifest.is_file():
         about = json.loads(manifest.read_text(encoding="utf-8"))
@@ -222,15 +188,10 @@ class TFDSSource:
     """A data set of TensorFlow Datasets, prepared as ArrayRecord; TensorFlow is not needed."""
 
     def __init__(self, name: str, split: str):
-        """Opens the data set; never downloads or prepares one.
+        """Open a data set; never download or prepare one.
 
-        Args:
-          name: `name`, `name/config` or `name:version`, found in $TFDS_DATA_DIR; or the folder of
-            one prepared version (the one that holds dataset_info.json).
-          split: any TFDS split, such as "train" or "train[:90%]".
-
-        Raises:
-          ValueError: no such data set, split or image, or one that was prepared as TFRecord.
+        The name is `name`, `name/config` or `name:version`, found in $TFDS_DATA_DIR; or the folder
+        of one prepared version, with dataset_info.json. A split may be "train[:90%]".
         """
         try:
             import tensorflow_datasets as tfds
@@ -241,9 +202,12 @@ class TFDSSource:
             ) from error
         builder = _tfds_builder(tfds, name)
         features = builder.info.features
-        kinds = tfds.features
-        self._image = _only(features, kinds.Image, "image", name)
-        self._label = _only(features, kinds.ClassLabel, "label", name, required=False)
+        self._image = _only(features, tfds.features.Image, "image")
+        if not self._image:
+            raise ValueError(
+                f"TFDS data set {name!r} has no single image per example; it has {sorted(features)}"
+            )
+        self._label = _only(features, tfds.features.ClassLabel, "label")
         self.classes = list(features[self._label].names or ()) if self._label else []
         self.numbers = ("label",) if self._label else ()
         self._source = _tfds_data(builder, name, split, {self._image: tfds.decode.SkipDecoding()})
@@ -265,22 +229,15 @@ class TFDSSource:
         return example
 
 
-def _only(features: Any, kind: type, usual: str, name: str, required: bool = True) -> str | None:
-    """The key of the one feature of a kind, or of the usual name among several."""
+def _only(features: Any, kind: type, usual: str) -> str | None:
+    """Return the key of the one feature of a kind, or the usual one of several."""
     keys = [key for key, feature in features.items() if isinstance(feature, kind)]
     if usual in keys:
         return usual
-    if len(keys) == 1:
-        return keys[0]
-    if required:
-        raise ValueError(
-            f"TFDS data set {name!r} has no single image per example; it has {sorted(features)}"
-        )
-    return None
+    return keys[0] if len(keys) == 1 else None
 
 
 def _tfds_builder(tfds: Any, name: str) -> Any:
-    """The builder of a name or folder."""
     if (pathlib.Path(name) / "dataset_info.json").is_file():
         return tfds.builder_from_directory(name)
     try:
@@ -290,7 +247,7 @@ def _tfds_builder(tfds: Any, name: str) -> Any:
 
 
 def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) -> Any:
-    """The random-access data, or ValueError that says how to prepare them."""
+    """Return the random-access data, or raise ValueError that says how to prepare them."""
     splits = builder.info.splits
     if splits and split.split("[")[0] not in (*splits, "all"):
         raise ValueError(f"TFDS data set {name!r} has no split {split!r}; it has {sorted(splits)}")
@@ -315,20 +272,7 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
 
 
 def open_source(name: str, path: str, split: str, image_folder: str = "") -> Any:
-    """Opens a source.
-
-    Args:
-      name: "emoji", "folder", "jsonl", "array_record" or "tfds".
-      path: folder, files, or TFDS name; not used by "emoji".
-      split: which part; see the sources.
-      image_folder: of "jsonl", where the paths of its images begin; its own folder when empty.
-
-    Returns:
-      A source as this module's docstring describes.
-
-    Raises:
-      ValueError: no such data, or nothing in them.
-    """
+    """Open a source that is not empty; the arguments are those of `pipeline.DataConfig`."""
     kinds = {
         "emoji": lambda: EmojiSource(split),
         "folder": lambda: FolderSource(path, split),

@@ -1,4 +1,4 @@
-"""Text tokenizers, and how a prompt becomes the fixed prefix of an image.
+"""Text tokenizers, and the fixed prefix of an image that a prompt becomes.
 
     [pad ... pad, start, text]  <img>  codes of the image  </img>  end
      `budget` ids, left-padded  `open`  `image_start + code` `close`
@@ -7,8 +7,8 @@
 with LLaMA-2's they are three pieces each. Text ids come first, then a row for padding where the
 vocabulary has none of its own, then the codes.
 
-A text tokenizer is anything with the part of transformers' interface that is used here: `encode(
-text, add_special_tokens=)`, `decode(ids, skip_special_tokens=)`, `bos_token_id`, `eos_token_id`,
+A text tokenizer is anything with this part of transformers' interface: `encode(text,
+add_special_tokens=)`, `decode(ids, skip_special_tokens=)`, `bos_token_id`, `eos_token_id`,
 `pad_token_id` and `len`.
 """
 
@@ -29,42 +29,36 @@ _SHORTEST = 8  # prefixes for sampling are at least this long
 _SHOWN = 40  # characters of a prompt in messages
 
 
-class ByteTokenizer:
-    """UTF-8 bytes as ids; knows every language, needs no file.
-
-    Ids 0, 1 and 2 are padding (and unknown), start and end; byte b is b + 3.
-    """
+class _BuiltIn:
+    """A tokenizer that needs no file; ids 0, 1 and 2 are padding (and unknown), start and end."""
 
     pad_token_id = unk_token_id = 0
     bos_token_id = 1
     eos_token_id = 2
-    name_or_path = BYTES
-    _OFFSET = 3
+    _SPECIAL = ("<pad>", "<s>", "</s>")
+    _OFFSET = len(_SPECIAL)
+    _IDS: int  # without the special ones
 
     def __len__(self) -> int:
-        return 256 + self._OFFSET
+        return self._IDS + self._OFFSET
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of a text.
-
-        Args:
-          text: any text; half of a surrogate pair, which has no bytes, becomes "?".
-          add_special_tokens: whether the start id comes first.
-        """
-        ids = [byte + self._OFFSET for byte in text.encode(errors="replace")]
+        """Return the ids of a text, after the start id if `add_special_tokens`."""
+        ids = [i + self._OFFSET for i in self._pieces(text)]
         return [self.bos_token_id, *ids] if add_special_tokens else ids
 
+
+class ByteTokenizer(_BuiltIn):
+    """UTF-8 bytes as ids: byte b is b + 3; knows every language."""
+
+    name_or_path = BYTES
+    _IDS = 256
+
+    def _pieces(self, text: str) -> bytes:
+        return text.encode(errors="replace")  # half of a surrogate pair has no bytes: "?"
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Returns the text of ids; broken UTF-8 becomes U+FFFD.
-
-        Args:
-          ids: such as `encode` gives.
-          skip_special_tokens: leaves out padding, start and end; else <pad>, <s> and </s>.
-
-        Raises:
-          ValueError: an id that is no byte's.
-        """
-        special = (b"<pad>", b"<s>", b"</s>")
+        """Return the text of ids; broken UTF-8 becomes U+FFFD."""
         parts = []
         for i in map(int, ids):
             if not 0 <= i < len(self):
@@ -72,54 +66,33 @@ class ByteTokenizer:
             if i >= self._OFFSET:
                 parts.append(bytes([i - self._OFFSET]))
             elif not skip_special_tokens:
-                parts.append(special[i])
+                parts.append(self._SPECIAL[i].encode())
         return b"".join(parts).decode(errors="replace")
 
 
-class WordTokenizer:
-    """Whole words as ids, by a hash of their letters; needs no file and no training.
+class WordTokenizer(_BuiltIn):
+    """Whole words as ids, by a hash of their letters; needs no training.
 
     A word is a run of letters and digits, a mark (`<img>`) or any other sign that is not a space,
-    case folded. A small model learns what a word means far faster than what its bytes mean; words
-    that were not in its captions mean nothing to it, and few words share an id. There is no way
-    back from ids to words.
+    case folded; few share an id. A small model learns words far faster than bytes, but those that
+    were not in its captions mean nothing to it, and ids cannot be turned back into words.
     """
 
-    pad_token_id = unk_token_id = 0
-    bos_token_id = 1
-    eos_token_id = 2
     name_or_path = WORDS
-    _OFFSET = 3
     _IDS = 4093  # a prime
 
-    def __len__(self) -> int:
-        return self._IDS + self._OFFSET
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of a text; see `ByteTokenizer.encode`."""
+    def _pieces(self, text: str) -> list[int]:
         words = re.findall(r"</?img>|[^\W_]+|[^\w\s]|_", text.casefold())
-        ids = [zlib.crc32(w.encode(errors="replace")) % self._IDS + self._OFFSET for w in words]
-        return [self.bos_token_id, *ids] if add_special_tokens else ids
+        return [zlib.crc32(word.encode(errors="replace")) % self._IDS for word in words]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Shows ids: "#17" for a word."""
-        special = ("<pad>", "<s>", "</s>")
-        shown = [special[i] if i < self._OFFSET else f"#{i}" for i in map(int, ids)]
-        return " ".join(s for s in shown if not (skip_special_tokens and s in special))
+        """Return ids for people: "#17" for a word."""
+        shown = [self._SPECIAL[i] if i < self._OFFSET else f"#{i}" for i in map(int, ids)]
+        return " ".join(s for s in shown if not (skip_special_tokens and s in self._SPECIAL))
 
 
 def load_text_tokenizer(name: str | os.PathLike) -> Any:
-    """Opens a text tokenizer; never downloads one.
-
-    Args:
-      name: "bytes", "words", or a folder with the tokenizer files of a Hugging Face model.
-
-    Returns:
-      A text tokenizer, see this module's docstring.
-
-    Raises:
-      ValueError: no such folder, no tokenizer in it, or transformers is not installed.
-    """
+    """Open "bytes", "words", or a folder with the tokenizer of a Hugging Face model."""
     name = os.fspath(name)
     if name in (BYTES, WORDS):
         return ByteTokenizer() if name == BYTES else WordTokenizer()
@@ -145,24 +118,15 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
 
 @dataclasses.dataclass
 class PromptIds:
-    """The ids around a prompt.
+    """The ids around a prompt."""
 
-    Attributes:
-      budget: ids of a padded prompt, the start id included.
-      start_id: of a prompt: the tokenizer's start, or its end id where it has no start.
-      end_id: of the whole sequence.
-      pad_id: an id that stands for nothing else: the tokenizer's, or one past its last.
-      open_ids, close_ids: of `<img>` and `</img>`.
-      image_start: id of code 0; all ids below are text and padding.
-    """
-
-    budget: int
-    start_id: int
-    end_id: int
-    pad_id: int
-    open_ids: tuple[int, ...]
-    close_ids: tuple[int, ...]
-    image_start: int
+    budget: int  # number of ids of a padded prompt, the start id included
+    start_id: int  # the tokenizer's start, or its end id where it has no start
+    end_id: int  # of the whole sequence
+    pad_id: int  # stands for nothing else: the tokenizer's, or one past its last
+    open_ids: tuple[int, ...]  # `<img>`
+    close_ids: tuple[int, ...]  # `</img>`
+    image_start: int  # code 0; all ids below are text and padding
 
     def __post_init__(self):
         if self.budget < 1:
@@ -170,29 +134,24 @@ class PromptIds:
 
     @property
     def prefix_length(self) -> int:
-        """Ids of a prefix: the budget and `<img>`."""
+        """The number of ids of a prefix: the budget and `<img>`."""
         return self.budget + len(self.open_ids)
 
     @property
     def suffix(self) -> tuple[int, ...]:
-        """What follows the codes: `</img>` and the end."""
+        """The ids after the codes: `</img>` and the end."""
         return (*self.close_ids, self.end_id)
 
 
 def llama2_ids(budget: int) -> PromptIds:
-    """Those of LLaMA-2's vocabulary, for when its files are not at hand and shapes are enough."""
+    """Return the ids of LLaMA-2's vocabulary, for shapes without its files."""
     return PromptIds(budget, 1, 2, 32000, (529, 2492, 29958), (1533, 2492, 29958), 32001)
 
 
 class PromptEncoder(PromptIds):
-    """Turns prompts into prefixes of one length; `text_tokenizer` is what it was made with."""
+    """Turns prompts into prefixes of one length, with a text tokenizer that has an end id."""
 
     def __init__(self, text_tokenizer: Any, budget: int):
-        """Looks up the ids.
-
-        Raises:
-          ValueError: a budget below 1, or a tokenizer with neither start nor end id.
-        """
         end, start = text_tokenizer.eos_token_id, text_tokenizer.bos_token_id
         if end is None:
             raise ValueError("the text tokenizer has no end id (eos_token); prompts need one")
@@ -207,37 +166,25 @@ class PromptEncoder(PromptIds):
         self._cut: dict[int, int] = {}  # hash of a prompt -> its length
         self._example = ""
 
-    def length(self, prompt: str) -> int:
-        """Ids that a prompt would need, the start id included."""
-        return len(self._ids(prompt))
-
     def encode(self, prompt: str) -> np.ndarray:
-        """Returns the prefix of a prompt.
+        """Return the prefix of a prompt, int32 (prefix_length,): padding, start, text, `<img>`.
 
         A prompt that is too long loses its end, is named in the log (the first one) and counted.
-
-        Args:
-          prompt: any text; the empty one is the start id alone.
-
-        Returns:
-          int32 (prefix_length,): padding, start, text, `<img>`.
         """
-        ids = self._ids(prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {prompt!r:.80}")
+        ids = list(self.text_tokenizer.encode(prompt, add_special_tokens=True))
+        ids = ids if ids and ids[0] == self.start_id else [self.start_id, *ids]
         if len(ids) > self.budget:
             self._note_cut(prompt, len(ids))
         ids = ids[: self.budget]
         return np.array([*[self.pad_id] * (self.budget - len(ids)), *ids, *self.open_ids], np.int32)
 
     def encode_all(self, prompts: Sequence[str], shortest: bool = False) -> np.ndarray:
-        """Returns the prefixes of prompts.
+        """Return the prefixes of prompts, int32 (B, prefix_length).
 
-        Args:
-          prompts: any texts.
-          shortest: leaves out padding that none of them needs, as far as the lengths are powers of
-            two (or the budget). Positions are relative, so a model gives the same for less work.
-
-        Returns:
-          int32 (B, prefix_length), or less wide.
+        With `shortest`, padding that none needs is left out, down to a power of two. Positions are
+        relative, so a model gives the same for less work.
         """
         ids_BP = np.stack([self.encode(prompt) for prompt in prompts])
         if not shortest:
@@ -245,12 +192,6 @@ class PromptEncoder(PromptIds):
         longest = int((ids_BP != self.pad_id).sum(axis=1).max()) - len(self.open_ids)
         width = min(self.budget, max(_SHORTEST, 1 << (longest - 1).bit_length()))
         return ids_BP[:, self.budget - width :]
-
-    def _ids(self, prompt: str) -> list[int]:
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {prompt!r:.80}")
-        ids = list(self.text_tokenizer.encode(prompt, add_special_tokens=True))
-        return ids if ids and ids[0] == self.start_id else [self.start_id, *ids]
 
     def _note_cut(self, prompt: str, length: int) -> None:
         with self._lock:
@@ -260,12 +201,12 @@ class PromptEncoder(PromptIds):
                 self._example = prompt
         if first:
             logging.warning(
-                "a prompt of %d ids is cut to the %d that there is room for: %r...",
+                "a prompt of %d ids is cut to the %d of the text budget: %r...",
                 length, self.budget, prompt[:_SHOWN],
             )  # fmt: skip
 
     def cut_notes(self) -> list[str]:
-        """A line on the prompts that were too long; empty when none was."""
+        """Return a line on the prompts that were too long; empty when none was."""
         with self._lock:
             lengths, example = list(self._cut.values()), self._example
         if not lengths:

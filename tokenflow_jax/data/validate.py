@@ -3,13 +3,14 @@
     python -m tokenflow_jax.data.validate chat.jsonl --image_folder=pictures \
         --template=qwen_2_5 --text_tokenizer=Qwen2.5-14B-Instruct --max_length=2048
 
-prints one line per fault, with the number of its line, and a summary. Training skips what is marked
-"skipped" and cuts what is marked "cut". Exit codes: 0 no fault, 1 faults, 2 wrong arguments.
+prints one line per fault, with its line number, and a summary. Training skips a conversation with a
+fault that is not "used all the same". Exit codes: 0 no fault, 1 faults, 2 wrong arguments.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -19,73 +20,57 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from tokenflow_jax import log
 from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, insertion, templates
 from tokenflow_jax.data.chat.conversations import BrokenSample, Sample
 from tokenflow_jax.data.chat.templates import IMAGE, Template
 
 _LINES_AT_A_TIME = 512
-_LARGE = 20 * 10**6  # bytes of a file for which starting processes is worth while
+_LARGE = 20 * 10**6  # bytes of a file that several processes are worth starting for
 _TELL_EVERY = 10.0  # seconds
 _kept: Any = None  # the checker of a process that shares the work
 
 
 class Fault(NamedTuple):
-    """What is wrong with a line.
+    """A defect of a line."""
 
-    Attributes:
-      line: its number, from 1.
-      reason: a short category.
-      detail: what exactly.
-      skipped: whether training leaves the conversation out; else it is used, but changed.
-    """
-
-    line: int
-    reason: str
+    line: int  # from 1
+    reason: str  # a short category
     detail: str
-    skipped: bool = True
+    skipped: bool = True  # training leaves the conversation out; else it is used, but changed
 
     def __str__(self) -> str:
         verdict = "" if self.skipped else " (used all the same)"
         return f"line {self.line}: {self.reason}: {self.detail}{verdict}"
 
 
+@dataclasses.dataclass
 class Checker:
-    """Finds the faults of conversations, all of a line's at once."""
+    """Finds all faults of a conversation at once, for one kind of training."""
 
-    def __init__(
-        self,
-        template: Template,
-        text_tokenizer: Any,
-        image_folder: pathlib.Path,
-        *,
-        vectors: int = 729,
-        max_length: int = 2048,
-        decode: bool = True,
-    ):
-        """Sets what to check for.
+    template: Template
+    text_tokenizer: Any
+    folder: pathlib.Path  # that paths of images are relative to
+    vectors: int  # per image
+    max_length: int  # of a conversation, vectors included
+    decode: bool  # every picture; else it is enough that the file is there
 
-        Args:
-          template, text_tokenizer: of the training.
-          image_folder: where the paths of images begin.
-          vectors: of an image.
-          max_length: of a conversation, vectors included.
-          decode: reads and decodes every picture; else it is enough that the file is there.
-        """
-        self.template, self.text_tokenizer = template, text_tokenizer
-        self.folder, self.vectors, self.max_length = image_folder, vectors, max_length
-        self.decode = decode
+    def __post_init__(self):
         self._seen: dict[str, BrokenSample | None] = {}
 
     def faults(self, number: int, line: bytes) -> Iterator[Fault]:
-        """The faults of one line."""
+        """Give the faults of one line."""
         try:
             sample = conversations.parse_line(line)
         except BrokenSample as error:
             yield Fault(number, error.reason, error.detail)
             return
-        if sample.image and (error := self._image(sample.image)) is not None:
-            yield Fault(number, error.reason, error.detail)
+        if sample.image:
+            if sample.image not in self._seen:  # each picture is looked at once
+                self._seen[sample.image] = self._look_at(sample.image)
+            if (error := self._seen[sample.image]) is not None:
+                yield Fault(number, error.reason, error.detail)
         yield from self._text(number, sample)
 
     def _text(self, number: int, sample: Sample) -> Iterator[Fault]:
@@ -115,19 +100,13 @@ class Checker:
                 detail += ", where the first answer has not begun"
             yield Fault(number, "over length", detail, False)
 
-    def _image(self, image: str) -> BrokenSample | None:
-        """What is wrong with a picture; each is looked at once."""
-        if image not in self._seen:
-            self._seen[image] = self._look_at(image)
-        return self._seen[image]
-
     def _look_at(self, image: str) -> BrokenSample | None:
         path = self.folder / image
         try:
             if not path.is_file():
                 return BrokenSample("missing image", f"there is no {path}")
             if self.decode:
-                conversations.load_image(path.read_bytes(), 8, "square")
+                conversations.load_image(conversations.read_image(self.folder, image), 8, "square")
         except BrokenSample as error:
             return BrokenSample(error.reason, f"{path}: {error.detail}")
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
@@ -136,29 +115,22 @@ class Checker:
 
 
 def check_file(path: pathlib.Path, checker: Checker, processes: int = 1) -> tuple[int, list[Fault]]:
-    """Finds the faults of a file; says on stderr how far it is.
+    """Return the number of conversations of a file and its faults, in the order of the lines.
 
-    Args:
-      path: the file.
-      checker: looks at the lines.
-      processes: that share the work; each looks at the pictures of its own lines.
-
-    Returns:
-      The number of conversations, and all faults in the order of the lines.
+    Several processes share the work; each looks at the pictures of its own lines.
     """
-    count, faults, seen = 0, [], 0
-    began = told = time.monotonic()
-    size = path.stat().st_size
+    count, faults, size = 0, [], path.stat().st_size
+    start = last = time.monotonic()
     with path.open("rb") as file:
-        for part in _checked(_parts(file), checker, processes):
-            count, seen = count + part.conversations, seen + part.nbytes
-            faults += part.faults
-            if time.monotonic() - told > _TELL_EVERY:
-                told = time.monotonic()
-                left = (told - began) * (size - seen) / max(seen, 1)
+        for conversation_count, new_faults in _checked(_parts(file), checker, processes):
+            count, faults = count + conversation_count, faults + new_faults
+            if (now := time.monotonic()) - last > _TELL_EVERY:
+                last, seen = now, file.tell()  # a little ahead of what was checked
+                left = (now - start) * (size - seen) / max(seen, 1)
+                # Not `log.Progress`, which writes to stdout, among the faults.
                 print(
                     f"validate: {count:,} conversations, {seen / max(size, 1):.0%} of the file, "
-                    f"{count / (told - began):,.0f} per second, {left / 60:.1f} min left; "
+                    f"{count / (now - start):,.0f} per second, eta {log.duration(left)}; "
                     f"{len(faults):,} faults so far", file=sys.stderr, flush=True,
                 )  # fmt: skip
     if not count:
@@ -166,31 +138,22 @@ def check_file(path: pathlib.Path, checker: Checker, processes: int = 1) -> tupl
     return count, faults
 
 
-class _Part(NamedTuple):
-    """What was found in some lines."""
-
-    conversations: int
-    nbytes: int
-    faults: list[Fault]
-
-
 _Numbered = list[tuple[int, bytes]]
+_Result = tuple[int, list[Fault]]  # conversations, and their faults
 
 
 def _parts(file: BinaryIO) -> Iterator[_Numbered]:
     numbered = enumerate(file, 1)
     while part := list(itertools.islice(numbered, _LINES_AT_A_TIME)):
-        yield part
+        yield [(number, line) for number, line in part if line.strip()]
 
 
-def _check(checker: Checker, lines: _Numbered) -> _Part:
-    real = [(number, line) for number, line in lines if line.strip()]
-    faults = [fault for number, line in real for fault in checker.faults(number, line)]
-    return _Part(len(real), sum(len(line) for _, line in lines), faults)
+def _check(checker: Checker, lines: _Numbered) -> _Result:
+    return len(lines), [fault for number, line in lines for fault in checker.faults(number, line)]
 
 
-def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Part]:
-    """The parts' results in order; several processes are never far ahead of the reader."""
+def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Result]:
+    """Give the parts' results in order; several processes are never far ahead of the reader."""
     if processes == 1:
         yield from (_check(checker, part) for part in parts)
         return
@@ -198,7 +161,7 @@ def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> It
     with concurrent.futures.ProcessPoolExecutor(
         processes, context, initializer=_keep_checker, initargs=(checker,)
     ) as pool:
-        waiting: collections.deque[concurrent.futures.Future[_Part]] = collections.deque()
+        waiting: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
         for part in parts:
             waiting.append(pool.submit(_check_kept, part))
             if len(waiting) > 4 * processes:
@@ -212,12 +175,12 @@ def _keep_checker(checker: Checker) -> None:
     _kept = checker
 
 
-def _check_kept(lines: _Numbered) -> _Part:
+def _check_kept(lines: _Numbered) -> _Result:
     return _check(_kept, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the faults of a file; returns the exit code."""
+    """Print the faults of a file and return the exit code."""
     arguments = _parser().parse_args(argv)
     path = pathlib.Path(arguments.file)
     try:
@@ -230,9 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             templates.get_template(arguments.template, arguments.system),
             text.load_text_tokenizer(arguments.text_tokenizer),
             folder,
-            vectors=arguments.vectors,
-            max_length=arguments.max_length,
-            decode=arguments.decode_images,
+            arguments.vectors,
+            arguments.max_length,
+            arguments.decode_images,
         )
         processes = arguments.processes
         if processes < 1:
@@ -260,14 +223,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", help="the .jsonl file")
-    add("--image_folder", default="", help="where images' paths begin; the file's folder")
+    add("--image_folder", default="", help="folder of the images; default: the file's")
     add("--template", default="qwen_2_5", help=f"one of {', '.join(templates.TEMPLATES)}")
-    add("--system", help="what conversations begin with, if not as the template says")
+    add("--system", help="replaces the template's system prompt")
     add("--text_tokenizer", default="bytes", help="bytes, or a folder of a Hugging Face model")
-    add("--vectors", type=int, default=729, help="vectors of an image (27 x 27)")
+    add("--vectors", type=int, default=729, help="vectors per image (27 x 27)")
     add("--max_length", type=int, default=2048, help="tokens, vectors included")
     add("--show", type=int, default=100, help="faults to print; 0 all")
-    add("--processes", type=int, default=0, help="that share the work; 0 one per core, if large")
+    add("--processes", type=int, default=0, help="0: one per core for a large file")
     add(
         "--decode_images", action=argparse.BooleanOptionalAction, default=True,
         help="decode every picture, not only look whether its file is there",

@@ -75,8 +75,8 @@ def test_drop_rate_leaves_captions_out():
 
 
 def test_bad_templates_are_all_named():
-    with pytest.raises(ValueError, match=r"'a cat' must(.|\n)*'\{colour\}' must(.|\n)*drop_rate 2"):
-        CaptionConfig(("a cat", "{colour}", "{caption}"), drop_rate=2)
+    with pytest.raises(ValueError, match=r"'a cat' must(.|\n)*'\{color\}' must(.|\n)*drop_rate 2"):
+        CaptionConfig(("a cat", "{color}", "{caption}"), drop_rate=2)
     with pytest.raises(ValueError, match="there is no template"):
         CaptionConfig(())
     with pytest.raises(ValueError, match="must name some of"):

@@ -308,11 +308,12 @@ def test_emoji():
     assert not any(sources.is_heldout(train[i].image) for i in range(len(train)))
     (role, question), (_, answer) = held_out[0].turns
     assert role == HUMAN and question.endswith(KIND_QUESTION) and answer in KINDS
-    assert KINDS[held_out.group(held_out[0].image)] == answer
+    first = sources.EmojiSource("heldout")[0]
+    assert first["name"] == held_out[0].image and KINDS[first["group"]] == answer
     answers = [train[i].turns[1][1] for i in range(3, len(train), 4)]
     assert set(answers) == {"yes", "no"} and 0.4 < answers.count("yes") / len(answers) < 0.6
-    with pytest.raises(ValueError, match="colour"):
-        EmojiConversations("train", ("colour",))
+    with pytest.raises(ValueError, match="color"):
+        EmojiConversations("train", ("color",))
 
 
 def test_questions_about_an_emoji_in_one_conversation():

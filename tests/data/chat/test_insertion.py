@@ -82,10 +82,6 @@ def test_conversations_that_share_a_row():
     assert not batch["segments"][1].any()
 
 
-def test_images_in_order():
-    assert [list(r) for r in insertion.images_in_order([1, 0, 2])] == [[0], [1], [2, 3]]
-
-
 def test_wrong_numbers():
     with pytest.raises(ValueError, match="2 image markers"):
         insertion.merge_row(np.array([-200, -200]), None, [3])

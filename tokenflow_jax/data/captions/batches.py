@@ -10,22 +10,21 @@ with different words in every epoch:
     "{group}: {caption}"   food drink: red apple
 
 A template that needs what a picture lacks is not used for it; a picture for which none is left is
-skipped and counted, like a broken one. Order, shares and resuming are those of `data.dealing`.
+skipped and counted, like a broken one.
 """
 
 import dataclasses
-import itertools
 import string
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from tokenflow_jax.data import images, pipeline, sources
-from tokenflow_jax.data.dealing import DealtBatches, evaluation_places
+from tokenflow_jax.data import evaluation, images, pipeline, sources
+from tokenflow_jax.data.dealing import DealtBatches
+from tokenflow_jax.data.examples import Guard, Skipped
+from tokenflow_jax.data.examples import skipped_notes as notes_of
 from tokenflow_jax.data.images import BrokenImage
-from tokenflow_jax.data.skipped import Skipped
 from tokenflow_jax.data.text import PromptEncoder
 
 FIELDS = ("caption", "tags", "group")
@@ -34,15 +33,11 @@ _TAGS = 2  # at most, in one caption
 
 @dataclasses.dataclass(frozen=True)
 class CaptionConfig:
-    """How texts become captions.
+    """The way texts become captions."""
 
-    Attributes:
-      templates: see this module's docstring; one that stands twice is drawn twice as often.
-      drop_rate: probability that a caption is left out, which trains the unconditional branch that
-        classifier-free guidance wants (the reference sets such a rate and never uses it).
-    """
-
-    templates: tuple[str, ...] = ("{caption}",)
+    templates: tuple[str, ...] = ("{caption}",)  # one that is listed twice is drawn twice as often
+    # Probability that a caption is left out, which trains the unconditional branch that classifier-
+    # free guidance needs (the reference sets such a rate and never uses it).
     drop_rate: float = 0.0
 
     def __post_init__(self):
@@ -59,37 +54,23 @@ class CaptionConfig:
 
 
 def _fields(template: str) -> set[str]:
-    """The names in braces; {""} for what is no template."""
     try:
         return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError:
+    except ValueError:  # not a template
         return {""}
 
 
 def main_caption(example: Mapping[str, Any]) -> str:
-    """The caption that evaluation uses: the first one, or else the tags.
-
-    Raises:
-      BrokenImage: there is neither.
-    """
-    text = example.get("caption") or ", ".join(example.get("tags", ()))
-    if not text:
-        raise BrokenImage("no caption", str(example.get("name", "")))
-    return text
+    """Return the caption for evaluation: the first one, or else the tags, or ""."""
+    return example.get("caption") or ", ".join(example.get("tags", ()))
 
 
 def draw_caption(
     example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
 ) -> str:
-    """One of the captions that can be made of an example, or "" where it is dropped.
+    """Return a caption drawn from those an example allows, or "" where it is dropped.
 
-    Args:
-      example: with "caption" or "captions", "tags", "group", as far as known.
-      config: templates and drop rate.
-      rng: source of randomness, for one place in the stream.
-
-    Raises:
-      BrokenImage: no template fits the example.
+    Raises BrokenImage when no template fits the example.
     """
     captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
     tags, group = example.get("tags") or [], example.get("group", -1)
@@ -112,18 +93,11 @@ def draw_caption(
 
 
 class Examples(Protocol):
-    """Random access to captioned pictures or codes: what the functions below read.
+    """Random access to captioned pictures or codes; None for a broken one."""
 
-    Attributes:
-      name: what they are, for messages and saved positions.
-      array: key of the array in an example, "image" or "codes".
-      blank: an array of that shape and type, for padding.
-      skipped: what was left out.
-    """
-
-    name: str
-    array: str
-    blank: np.ndarray
+    name: str  # for messages and saved positions
+    array: str  # key of the array in an example, "image" or "codes"
+    blank: np.ndarray  # an array of that shape and type, for padding
     skipped: Skipped
 
     def __len__(self) -> int: ...
@@ -132,12 +106,11 @@ class Examples(Protocol):
 
 
 class Pictures:
-    """A data set's pictures, cropped in the centre as the reference prepares them."""
+    """A data set's pictures, center-cropped as the reference prepares them."""
 
     array = "image"
 
     def __init__(self, config: pipeline.DataConfig):
-        """Opens the data set."""
         self._decoded = pipeline.opened(config)
         self.config = config
         self.name = f"{config.name} {config.split}"
@@ -155,152 +128,73 @@ class Pictures:
         return {**example, "image": np.ascontiguousarray(image)}
 
 
-class _Guard:
-    """Turns endless skipping into an error: as many failures as examples, and none was usable."""
-
-    def __init__(self, examples: Examples):
-        self._examples, self._lock = examples, threading.Lock()
-        self._failures, self._any_usable = 0, False
-
-    def usable(self) -> None:
-        self._any_usable = True
-
-    def failed(self) -> None:
-        with self._lock:
-            self._failures += 1
-            hopeless = not self._any_usable and self._failures >= len(self._examples)
-        if hopeless:
-            raise ValueError(
-                f"no usable pair of picture and caption among the {len(self._examples)} of "
-                f"{self._examples.name}: {self._examples.skipped.counts()}, for example "
-                f"{', '.join(self._examples.skipped.names()[:3])}"
-            )
-
-
 def train_batches(
-    examples: Examples,
-    captions: CaptionConfig,
-    prompts: PromptEncoder,
-    *,
-    batch_size: int,
-    seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
-    threads: int = 0,
+    examples: Examples, captions: CaptionConfig, prompts: PromptEncoder, **options: int
 ) -> DealtBatches:
-    """An endless iterator of shuffled pairs; see `dealing` for its order and position.
+    """Return an endless iterator of shuffled pairs.
 
-    Args:
-      examples: `Pictures`, or codes of `data.captions.codes`.
-      captions: how captions are made.
-      prompts: turns them into ids.
-      batch_size: pairs per batch of this host.
-      seed: of order and captions.
-      shard_index: this host, from 0.
-      shard_count: number of hosts.
-      threads: drawing threads; 0 takes one per core, at most 32.
-
-    Returns:
-      An iterator of {"prefix": int32 (B, P), and "image": uint8 (B, size, size, 3) or "codes":
-      int32 (B, L)}.
-
-    Raises:
-      ValueError: a bad shard; from the iterator: no example is usable.
+    A batch is {"prefix": int32 (B, P), and "image": uint8 (B, size, size, 3) or "codes": int32
+    (B, L)}. Options are batch_size, seed, shard_index, shard_count and threads of `DealtBatches`.
     """
-    guard = _Guard(examples)
+    guard = Guard(examples.skipped, len(examples), "pair of picture and caption")
 
     def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-        example = examples[int(index)]
-        if example is None:
+        row = _pair(examples, prompts, index, lambda example: draw_caption(example, captions, rng))
+        if row is None:
             guard.failed()
-            return None
-        try:
-            caption = draw_caption(example, captions, rng)
-        except BrokenImage as error:
-            examples.skipped.add(str(example.get("name", index)), error)
-            guard.failed()
-            return None
-        guard.usable()
-        return {"prefix": prompts.encode(caption), examples.array: example[examples.array]}
+        else:
+            guard.usable()
+        return row
 
-    return DealtBatches(
-        draw,
-        len(examples),
-        batch_size=batch_size,
-        seed=seed,
-        share=shard_index,
-        shares=shard_count,
-        identity={"data": examples.name},
-        threads=threads,
-    )
+    return DealtBatches(draw, len(examples), identity={"data": examples.name}, **options)
 
 
 def eval_batches(
+    examples: Examples, prompts: PromptEncoder, **options: int | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Give every usable pair once, with its main caption, in order.
+
+    The arrays are those of training, "mask" bool (B,) and "index" int32 (B,). Where the mask is
+    False, at broken pairs and at padding, arrays are blank, the prompt is empty and the index -1.
+    Options are batch_size, limit, shard_index and shard_count of `evaluation.eval_batches`.
+    """
+
+    def caption_of(example: Mapping[str, Any]) -> str:
+        if not (caption := main_caption(example)):
+            raise BrokenImage("no caption", str(example.get("name", "")))
+        return caption
+
+    return evaluation.eval_batches(
+        lambda index: _pair(examples, prompts, index, caption_of),
+        len(examples),
+        blank={"prefix": prompts.encode(""), examples.array: examples.blank},
+        **options,
+    )
+
+
+def _pair(
     examples: Examples,
     prompts: PromptEncoder,
-    *,
-    batch_size: int,
-    limit: int | None = None,
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every usable pair once, with its main caption, in a fixed order.
-
-    Args:
-      examples, prompts: as for `train_batches`.
-      batch_size: pairs per batch of this host.
-      limit: uses only so many, evenly spaced.
-      shard_index, shard_count: this host, and how many there are; all get as many batches.
-
-    Yields:
-      The arrays of `train_batches`, "mask" bool (B,) and "index" int32 (B,). Where the mask is
-      False, at broken pairs and at padding, arrays are blank, the prompt is empty and the index -1.
-    """
-    places = evaluation_places(len(examples), batch_size, limit, shard_index, shard_count)
-    empty = {"prefix": prompts.encode(""), examples.array: examples.blank}
-    rows = (_pair(examples, prompts, index) for index in places.tolist())
-    while batch := list(itertools.islice(rows, batch_size)):
-        yield {
-            **{key: np.stack([(row or empty)[key] for row in batch]) for key in empty},
-            "mask": np.array([row is not None for row in batch]),
-            "index": np.array([row["index"] if row else -1 for row in batch], np.int32),
-        }
-
-
-def _pair(examples: Examples, prompts: PromptEncoder, index: int) -> dict[str, Any] | None:
-    example = examples[index] if index >= 0 else None
+    index: int,
+    caption_of: Callable[[Mapping[str, Any]], str],
+) -> dict[str, np.ndarray] | None:
+    """Return the arrays of an example with its caption; None where either is broken."""
+    example = examples[index]
     if example is None:
         return None
     try:
-        prefix = prompts.encode(main_caption(example))
+        caption = caption_of(example)
     except BrokenImage as error:
         examples.skipped.add(str(example.get("name", index)), error)
         return None
-    return {"prefix": prefix, examples.array: example[examples.array], "index": index}
+    return {"prefix": prompts.encode(caption), examples.array: example[examples.array]}
 
 
 def captions_of(examples: Examples, indices: Sequence[int]) -> list[str]:
-    """The main captions at some indices; "" for a broken one."""
-    found = []
-    for index in indices:
-        example = examples[int(index)]
-        try:
-            found.append("" if example is None else main_caption(example))
-        except BrokenImage:  # counted where its pair is wanted
-            found.append("")
-    return found
+    """Return the main captions at some indices; "" for a broken one."""
+    return [main_caption(examples[int(index)] or {}) for index in indices]
 
 
 def skipped_notes(*all_examples: Examples) -> list[str]:
-    """One line per data set that left something out: how many, why, and the first names."""
-    notes = []
-    for examples in {id(e.skipped): e for e in all_examples}.values():
-        counts, names = examples.skipped.counts(), examples.skipped.names()
-        if counts:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            notes.append(
-                f"{examples.name}: skipped {len(names)} of {len(examples)} ({reasons}): "
-                f"{', '.join(names[:5])}{more}"
-            )
-    return notes
+    """Return one line per data set that left something out."""
+    return notes_of(examples.skipped for examples in all_examples)

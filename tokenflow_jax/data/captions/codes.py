@@ -1,12 +1,12 @@
 """Data sets of codes: what a frozen tokenizer made of pictures, with their captions.
 
-A data set of codes is an ArrayRecord data set (`data.records`) whose `dataset.json` also says which
-tokenizer wrote it, by fingerprint. Reading checks it: codes of another tokenizer look like codes
-and mean something else.
+A data set of codes is an ArrayRecord data set (`data.records`) whose `dataset.json` also has the
+fingerprint of the tokenizer that wrote it. Reading checks it: codes of another tokenizer look like
+codes and mean something else.
 
 `python -m tokenflow_jax.encode` writes one, part by part. A part is a file of a fixed range of
-pictures that appears under its name only when it is complete; a killed command goes on with the
-first part that is missing, and hosts take every `shard_count`-th part, with no word between them.
+pictures that appears under its name only when it is complete. A killed command continues with the
+first part that is missing; hosts take every `shard_count`-th part and need not communicate.
 """
 
 import json
@@ -16,19 +16,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 
 from tokenflow_jax.data import records, sources
+from tokenflow_jax.data.examples import Skipped
 from tokenflow_jax.data.images import BrokenImage
-from tokenflow_jax.data.skipped import Skipped
 
 PLAN = "encoding.json"
-_KEPT = ("name", "label", "group", "caption", "captions", "tags")
 _ABOUT = ("fingerprint", "codebook_size", "scales")
 
 
 class CodesError(ValueError):
-    """A data set of codes that does not go with a tokenizer, a plan or itself."""
+    """A data set of codes that does not fit a tokenizer, a plan or itself."""
 
 
 class CodeRecords:
@@ -37,16 +35,9 @@ class CodeRecords:
     array = "codes"
 
     def __init__(self, path: str, split: str, tokenizer: Mapping[str, Any]):
-        """Opens a data set.
+        """Open a data set; CodesError where it is not one of this tokenizer's codes.
 
-        Args:
-          path: its folder.
-          split: one of its splits, or "all".
-          tokenizer: "fingerprint", "codebook_size" and "scales" of the tokenizer in use.
-
-        Raises:
-          CodesError: not a data set of codes, or one of another tokenizer.
-          ValueError: no such split, or damaged files.
+        The tokenizer is given by "fingerprint", "codebook_size" and "scales".
         """
         check_tokenizer(path, read_about(path), tokenizer)
         self._source = sources.RecordSource(path, split)
@@ -54,7 +45,7 @@ class CodeRecords:
         self._length = sum(side * side for side in tokenizer["scales"])
         self.name = f"codes {split}"
         self.blank = np.zeros(self._length, np.int32)
-        self.skipped = Skipped(f"codes {path} {split}")
+        self.skipped = Skipped(f"codes {path} {split}", len(self._source))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -76,21 +67,11 @@ class CodeRecords:
 
 
 class CodesInMemory:
-    """Codes of a small data set, computed once."""
+    """Codes of a small data set, computed once: examples with "codes", None for a broken one."""
 
     array = "codes"
 
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any] | None], skipped: Skipped):
-        """Keeps codes.
-
-        Args:
-          name: what they are.
-          rows: for every picture what is known of it and its "codes"; None for a broken one.
-          skipped: why those are broken.
-
-        Raises:
-          ValueError: all are.
-        """
         usable = next((row for row in rows if row is not None), None)
         if usable is None:
             raise ValueError(f"no usable picture among the {len(rows)} of {name}")
@@ -105,11 +86,7 @@ class CodesInMemory:
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any]:
-    """What a data set of codes says about its tokenizer.
-
-    Raises:
-      CodesError: there is no finished data set of codes.
-    """
+    """Return what a finished data set of codes says about its tokenizer, or raise CodesError."""
     folder = pathlib.Path(path)
     manifest = folder / records.MANIFEST
     if not manifest.is_file():
@@ -130,12 +107,9 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str, Any]) -> None:
-    """Raises CodesError unless codes were written by the tokenizer in use.
+    """Raise CodesError unless the codes of `path` were written by the tokenizer in use.
 
-    Args:
-      path: what holds the codes or learnt them, for the message.
-      written_by: the "fingerprint" noted there, and "codebook_size" and "scales" if they are.
-      used: all three of the tokenizer in use.
+    Tokenizers are given by "fingerprint", and "codebook_size" and "scales" where they are noted.
     """
     if written_by["fingerprint"] == used["fingerprint"]:
         return
@@ -165,18 +139,15 @@ class PartWriter:
         shard_index: int = 0,
         shard_count: int = 1,
     ):
-        """Begins or continues.
+        """Start a data set, or continue one; CodesError where it was started with another plan.
 
         Args:
           folder: of the data set; made when it does not exist.
-          plan: JSON-able facts about tokenizer and pictures; all hosts and runs must have the same.
-          splits: name -> pictures in it.
+          plan: JSON-able facts about tokenizer and pictures; the same on all hosts and runs.
+          splits: name -> number of pictures.
           records_per_file: pictures per part.
-          shard_index, shard_count: this host, and how many there are.
-
-        Raises:
-          CodesError: the folder was begun with another plan.
-          ValueError: a bad shard.
+          shard_index: this host, from 0.
+          shard_count: number of hosts.
         """
         if not 0 <= shard_index < shard_count or records_per_file < 1:
             raise ValueError(
@@ -185,19 +156,14 @@ class PartWriter:
             )
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Through JSON, so that it can be compared with the one on disk.
         plan = json.loads(json.dumps({**plan, "splits": splits, "per_file": records_per_file}))
-        self._plan = plan
-        self._check_plan(plan)
-        self._shard = shard_index, shard_count
-
-    def _check_plan(self, plan: Mapping[str, Any]) -> None:
+        self._plan, self._shard = plan, (shard_index, shard_count)
         path = self.folder / PLAN
         if (self.folder / records.MANIFEST).exists() and not path.exists():
             raise CodesError(f"{self.folder} holds another data set; choose another folder")
         if not path.exists():
-            partial = path.with_name(f".partial-{os.getpid()}-{PLAN}")
-            partial.write_text(json.dumps(plan, indent=1, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(partial, path)
+            records.write_json(path, plan)
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             f"{key} was {old.get(key)!r} and is {plan.get(key)!r}"
@@ -206,71 +172,46 @@ class PartWriter:
         ]
         if changed:
             raise CodesError(
-                f"{self.folder} was begun otherwise: {'; '.join(changed)}. Give what it was begun "
-                "with, or another folder"
+                f"{self.folder} was started with other settings: {'; '.join(changed)}. Restore "
+                "them, or choose another folder"
             )
 
     def _parts(self) -> list[tuple[str, range, pathlib.Path]]:
-        """All parts of all hosts: split, pictures, file."""
+        """Return the parts of all hosts: split, pictures, file."""
         parts, size = [], self._plan["per_file"]
         for split, count in self._plan["splits"].items():
             files = -(-count // size)
             for i in range(files):
-                name = f"{split}-{i:05d}-of-{files:05d}.array_record"
                 pictures = range(i * size, min(count, (i + 1) * size))
-                parts.append((split, pictures, self.folder / name))
+                parts.append((split, pictures, self.folder / records.file_name(split, i, files)))
         return parts
 
     def mine(self) -> list[tuple[str, range, pathlib.Path]]:
-        """The parts of this host that are not there yet: split, pictures, file."""
+        """Return the missing parts of this host: split, pictures, file."""
         index, count = self._shard
         return [part for part in self._parts()[index::count] if not part[2].exists()]
 
     def write(self, file: pathlib.Path, examples: Iterable[Mapping[str, Any]]) -> int:
-        """Writes one part; it appears when it is complete.
-
-        Args:
-          file: of `mine`.
-          examples: with "name", "codes", and what else is known of each picture.
-
-        Returns:
-          How many there were.
-
-        Raises:
-          OSError: it cannot be written, for example because the disk is full.
-        """
-        with records.RecordFile(file) as out:
+        """Write one part, a file of `mine`, and return the number of its examples."""
+        with records.record_file(file) as out:
             for example in examples:
-                kept = {key: example[key] for key in _KEPT if key in example}
-                out.write({**kept, "codes": example["codes"]})
+                out.write(example)
         return out.count
 
     def finish(self) -> bool:
-        """Writes `dataset.json` if all parts of all hosts are there; returns whether it did.
-
-        Raises:
-          CodesError: the parts hold nothing.
-        """
+        """Write `dataset.json` and return True if all parts of all hosts are there."""
         parts = self._parts()
         if not all(file.exists() for _, _, file in parts):
             return False
         splits: dict[str, dict[str, Any]] = {}
         for split, _, file in parts:
-            reader = array_record_module.ArrayRecordReader(str(file))
-            count = reader.num_records()
-            reader.close()
+            count = records.count_records(file)
             if count:  # else all of its pictures were broken
                 entry = splits.setdefault(split, {"records": 0, "files": []})
                 entry["records"] += count
                 entry["files"].append(file.name)
         if not splits:
             raise CodesError(f"{self.folder}: not one picture was usable")
-        manifest = {
-            "format": records.MAGIC.decode(),
-            "splits": splits,
-            **{k: v for k, v in self._plan.items() if k not in ("splits", "per_file")},
-        }
-        partial = self.folder / f".partial-{os.getpid()}-{records.MANIFEST}"
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(partial, self.folder / records.MANIFEST)
+        about = {k: v for k, v in self._plan.items() if k not in ("splits", "per_file")}
+        records.write_manifest(self.folder, splits, about)
         return True

@@ -7,11 +7,12 @@ buckets, for each of which the training step is compiled once; pictures are read
 trains on them. A sample that is broken is counted and its place left empty (it carries no loss), so
 no sample is trained twice in its place and no host waits for another.
 
-A row is one conversation, or `pack` of them: long ones go with short ones, so that all rows of a
-batch are about as long and few tokens are padding. What is learnt is the same: the batch has the
-same conversations, none of which reads another.
+A row is one conversation, or `pack` of them: long ones share a row with short ones, so that all
+rows of a batch are about as long and few tokens are padding. The loss is the same: the batch has
+the same conversations, none of which reads another.
 """
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -22,58 +23,37 @@ import numpy as np
 
 from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, grouping, insertion
-from tokenflow_jax.data.chat.conversations import BrokenSample, Sample
+from tokenflow_jax.data.chat.conversations import BrokenSample, JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
 from tokenflow_jax.data.chat.templates import get_template
 from tokenflow_jax.data.dealing import NumberedBatches
-from tokenflow_jax.data.skipped import Skipped
+from tokenflow_jax.data.examples import Skipped, skipped_notes
 
 ORDERS = ("random", "grouped")
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
-_TEXTLESS = "no usable conversation"
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversationConfig:
-    """One data set of conversations and how they become arrays.
+    """One data set of conversations and the way they become arrays."""
 
-    Attributes:
-      name: "emoji" or "jsonl".
-      path: the file of conversations; not used by "emoji".
-      image_folder: where the paths of images begin; the file's folder when empty.
-      split: "train", "heldout" or "all".
-      questions: of "emoji", which ones; all when empty.
-      together: of "emoji": all questions about a picture in one conversation.
-      template: one of `templates.TEMPLATES`.
-      system: what conversations begin with instead of the template's own; None keeps that.
-      text_tokenizer: see `text.load_text_tokenizer`.
-      image_mode: "pad" or "square", see `conversations.fit_image`.
-      image_size: side of the pictures in pixels.
-      vectors: that the tokenizer makes of a picture.
-      max_length: tokens of a conversation, vectors included; longer ones are cut.
-      pack: conversations of a row.
-      buckets: lengths of rows below the longest, `pack * max_length`; ascending.
-      order: of an epoch: "random", or "grouped" by kind and length.
-      threads: that prepare batches; 0 takes one per core, at most 32.
-    """
-
-    name: str
-    path: str = ""
-    image_folder: str = ""
-    split: str = "train"
-    questions: tuple[str, ...] = ()
-    together: bool = False
-    template: str = "vicuna_v1"
-    system: str | None = None
-    text_tokenizer: str = "bytes"
-    image_mode: str = "pad"
-    image_size: int = 64
-    vectors: int = 64
-    max_length: int = 2048
-    pack: int = 1
-    buckets: tuple[int, ...] = ()
-    order: str = "random"
-    threads: int = 0
+    name: str  # "emoji" or "jsonl"
+    path: str = ""  # the file of conversations; not used by "emoji"
+    image_folder: str = ""  # that paths of images are relative to; the file's folder when empty
+    split: str = "train"  # or "heldout" or "all"
+    questions: tuple[str, ...] = ()  # for "emoji": keys of `emoji.QUESTIONS`; all when empty
+    together: bool = False  # for "emoji": all questions about a picture in one conversation
+    template: str = "vicuna_v1"  # a key of `templates.TEMPLATES`
+    system: str | None = None  # replaces the template's own system prompt
+    text_tokenizer: str = "bytes"  # see `text.load_text_tokenizer`
+    image_mode: str = "pad"  # or "square", see `conversations.fit_image`
+    image_size: int = 64  # side of the pictures in pixels
+    vectors: int = 64  # that the tokenizer makes of a picture
+    max_length: int = 2048  # tokens of a conversation, vectors included; longer ones are cut
+    pack: int = 1  # conversations per row
+    buckets: tuple[int, ...] = ()  # row lengths below the longest, pack * max_length; ascending
+    order: str = "random"  # of an epoch; or "grouped" by kind and length
+    threads: int = 0  # for preparing batches; 0 takes one per core, at most 32
 
     def __post_init__(self):
         problems = []
@@ -98,70 +78,39 @@ class ConversationConfig:
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
-        """All lengths that rows may have; larger buckets than the longest row are left out."""
+        """The lengths that rows may have; buckets beyond the longest row are left out."""
         longest = self.pack * self.max_length
         return (*(length for length in self.buckets if length < longest), longest)
 
 
-class _Some:
-    """So many samples of a source, evenly spaced."""
-
-    def __init__(self, source: Any, count: int):
-        self._source, self.name = source, source.name
-        self._places = np.arange(count) * len(source) // count
-        self.image_bytes = source.image_bytes
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._source[int(self._places[index])]
-
-    def label(self, index: int) -> str:
-        return self._source.label(int(self._places[index]))
-
-    def lengths(self) -> np.ndarray:
-        return self._source.lengths()[self._places]
-
-
 class Conversations:
-    """A data set of conversations, opened: rows, pictures, and what is broken."""
+    """An opened data set of conversations: rows, pictures, and the record of broken ones."""
 
     def __init__(self, config: ConversationConfig, limit: int | None = None):
-        """Opens the source and the text tokenizer.
-
-        Args:
-          config: the data set.
-          limit: only so many conversations, evenly spaced.
-
-        Raises:
-          ValueError: see `JsonlConversations`, `EmojiConversations` and `load_text_tokenizer`.
-        """
         self.config = config
+        self.source: Any
         if config.name == "emoji":
-            self.source: Any = EmojiConversations(config.split, config.questions, config.together)
+            self.source = EmojiConversations(config.split, config.questions, config.together)
         else:
-            self.source = conversations.JsonlConversations(
-                config.path, config.split, config.image_folder
-            )
-        if limit is not None and limit < len(self.source):
-            self.source = _Some(self.source, limit)
+            self.source = JsonlConversations(config.path, config.split, config.image_folder)
+        if limit is not None:
+            self.source.limit(limit)
         self.text_tokenizer = text.load_text_tokenizer(config.text_tokenizer)
         self.template = get_template(config.template, config.system)
-        self.skipped = Skipped(f"{self.source.name} {config.split}")
+        self.name = f"{self.source.name} {config.split}"
+        self.skipped = Skipped(self.name, len(self), "conversations")
         self.broken_images: set[str] = set()
         self._rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def row(self, index: int) -> tuple[dict[str, np.ndarray], str] | None:
-        """The tokens of a sample and the name of its picture; None where it is broken."""
+        """Return the tokens of a sample and the name of its picture; None where it is broken."""
         if index in self._rows:
             return self._rows[index]
         try:
-            sample: Sample = self.source[index]
+            sample = self.source[index]
             row = conversations.prepare(
                 sample, self.template, self.text_tokenizer, self.config.vectors,
                 self.config.max_length,
@@ -174,7 +123,7 @@ class Conversations:
         return row, sample.image
 
     def image(self, image: str, label: str = "") -> np.ndarray | None:
-        """A picture, uint8 (size, size, 3); None where it is broken."""
+        """Return a picture, uint8 (size, size, 3); None where it is broken."""
         config = self.config
         try:
             data = self.source.image_bytes(image)
@@ -186,8 +135,12 @@ class Conversations:
 
     @functools.cached_property
     def images(self) -> list[str]:
-        """The names of all pictures."""
-        return conversations.distinct_images(self.source)
+        """The names of all pictures, in order of appearance."""
+        names: dict[str, None] = {}
+        for index in range(len(self.source)):
+            with contextlib.suppress(BrokenSample):  # counted where the sample is wanted
+                names[self.source[index].image] = None
+        return [name for name in names if name]
 
     @functools.cached_property
     def image_places(self) -> dict[str, int]:
@@ -195,46 +148,15 @@ class Conversations:
         return {name: place for place, name in enumerate(self.images)}
 
     def order(self, epoch: int, seed: int, batch_size: int) -> np.ndarray:
-        """The samples of an epoch in the order in which they train."""
-        permute = grouping.random_permutations([seed, epoch])
+        """Return the samples of an epoch in the order in which they train."""
+        permute = np.random.default_rng([seed, epoch]).permutation
         if self.config.order == "random":
             return np.asarray(permute(len(self)))
         return grouping.grouped_order(self.source.lengths(), batch_size, 1, permute)
 
     def notes(self) -> list[str]:
-        """A line on what was skipped, if anything was."""
-        counts, names = self.skipped.counts(), self.skipped.names()
-        if not counts:
-            return []
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return [
-            f"{self.source.name} {self.config.split}: skipped {len(names)} of {len(self)} "
-            f"conversations ({reasons}): {', '.join(names[:5])}{more}"
-        ]
-
-
-class _Batches:
-    """Random access to the endless stream of batches."""
-
-    def __init__(
-        self, data: Conversations, batch_size: int, seed: int, shard: tuple[int, int], pixels: bool
-    ):
-        self._data, self._batch_size, self._seed = data, batch_size, seed
-        self._shard, self._pixels = shard, pixels
-        # Threads work on neighbouring batches: at most two epochs at a time.
-        self._order = functools.lru_cache(maxsize=3)(
-            lambda epoch: data.order(epoch, seed, batch_size)
-        )
-        self._lock = threading.Lock()
-
-    def __call__(self, number: int) -> dict[str, np.ndarray]:
-        count, places = len(self._data), []
-        for position in range(number * self._batch_size, (number + 1) * self._batch_size):
-            with self._lock:
-                order = self._order(position // count)
-            places.append(int(order[position % count]))
-        return collate(self._data, places, self._shard, pixels=self._pixels)
+        """Return a line on what was skipped, if anything was."""
+        return skipped_notes([self.skipped])
 
 
 def collate(
@@ -244,13 +166,11 @@ def collate(
     *,
     pixels: bool = True,
 ) -> dict[str, np.ndarray]:
-    """One host's part of a batch.
+    """Return the part of a batch for shard (this host, number of hosts).
 
     Args:
-      data: opened.
       places: samples of the whole batch, a multiple of `pack` and hosts; -1 for none.
-      shard: (this host, number of hosts).
-      pixels: whether pictures themselves are wanted, or their places in `data.images`.
+      pixels: gives the pictures themselves; else their places in `data.images`.
 
     Returns:
       {"ids", "labels", "places", "segments"}, int32 (R, L) with padding on the right and P = `pack`
@@ -284,7 +204,7 @@ def collate(
 
 
 def _share_rows(lengths: list[int], pack: int) -> list[list[int]]:
-    """Deals conversations of these lengths to rows of `pack`; for each row their places."""
+    """Deal conversations to rows of `pack` that are about as long."""
     if pack == 1:
         return [[i] for i in range(len(lengths))]
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -300,20 +220,9 @@ def train_batches(
     shard_count: int = 1,
     pixels: bool = True,
 ) -> NumberedBatches:
-    """An endless iterator of this host's part of every batch.
+    """Return an endless iterator of this host's part of every batch; see `collate`.
 
-    Args:
-      data: opened.
-      batch_size: conversations of a batch over all hosts.
-      seed: of the order.
-      shard_index, shard_count: this host, and how many there are.
-      pixels: see `collate`.
-
-    Returns:
-      An iterator (`get_state`, `set_state`) of what `collate` returns.
-
-    Raises:
-      ValueError: a batch that cannot be shared out, or not one usable conversation.
+    `batch_size` counts the conversations of a batch over all hosts.
     """
     pack = data.config.pack
     parts = shard_count * pack
@@ -323,11 +232,22 @@ def train_batches(
             f"conversations in a row: must be a positive multiple of {parts}"
         )
     check_usable(data)
-    make = _Batches(data, batch_size, seed, (shard_index, shard_count), pixels)
+    # Threads work on neighboring batches: at most two epochs at a time.
+    order = functools.lru_cache(maxsize=3)(lambda epoch: data.order(epoch, seed, batch_size))
+    lock = threading.Lock()
+
+    def make(number: int) -> dict[str, np.ndarray]:
+        places = []
+        for position in range(number * batch_size, (number + 1) * batch_size):
+            epoch, place = divmod(position, len(data))
+            with lock:  # an order is made once
+                places.append(int(order(epoch)[place]))
+        return collate(data, places, (shard_index, shard_count), pixels=pixels)
+
     return NumberedBatches(
         make,
         identity={
-            "data": f"{data.source.name} {data.config.split}",
+            "data": data.name,
             "conversations": len(data),
             "batch_size": batch_size,
             "order": data.config.order,
@@ -338,11 +258,11 @@ def train_batches(
 
 
 def check_usable(data: Conversations) -> None:
-    """Raises ValueError when none of the first thousand conversations can be used."""
+    """Raise ValueError when none of the first thousand conversations can be used."""
     tried = range(min(len(data), 1000))
     if not any(data.row(i) for i in tried):
         raise ValueError(
-            f"{_TEXTLESS} among the first {len(tried)} of {data.source.name}: "
+            f"no usable conversation among the first {len(tried)} of {data.source.name}: "
             f"{data.skipped.counts()}; see python -m tokenflow_jax.data.validate"
         )
 
@@ -350,16 +270,7 @@ def check_usable(data: Conversations) -> None:
 def eval_batches(
     data: Conversations, *, batch_size: int, pixels: bool = True
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every conversation once, in order; the last batch is filled up with empty rows.
-
-    Args:
-      data: opened.
-      batch_size: conversations of a batch.
-      pixels: see `collate`.
-
-    Yields:
-      What `collate` returns.
-    """
+    """Give every conversation once, in order; the last batch is filled up with empty rows."""
     for start in range(0, len(data), batch_size):
         places = list(range(start, min(start + batch_size, len(data))))
         yield collate(data, places + [-1] * (batch_size - len(places)), pixels=pixels)

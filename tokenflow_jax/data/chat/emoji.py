@@ -14,18 +14,13 @@ import numpy as np
 from tokenflow_jax.data import sources
 from tokenflow_jax.data.chat.conversations import Sample
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE
+from tokenflow_jax.data.examples import evenly_spaced
 
 KIND_QUESTION = "Which kind of thing is this?"
-KINDS = (
-    "a face or feeling",
-    "people or a body part",
-    "an animal or plant",
-    "food or drink",
-    "travel or a place",
-    "an activity",
-    "an object",
-    "a symbol",
-)
+KINDS = (  # in the order of `sources.GROUPS`
+    "a face or feeling", "people or a body part", "an animal or plant", "food or drink",
+    "travel or a place", "an activity", "an object", "a symbol",
+)  # fmt: skip
 _TAGS = 5
 
 
@@ -33,15 +28,9 @@ class EmojiConversations:
     """The emoji's conversations; small, so they stay in memory."""
 
     def __init__(self, split: str, questions: tuple[str, ...] = (), together: bool = False):
-        """Makes them.
+        """Make the conversations of a split, with some keys of QUESTIONS or all when empty.
 
-        Args:
-          split: "train", "heldout" or "all".
-          questions: which of QUESTIONS; all when empty.
-          together: one conversation per picture asks all of them, each picture in another order.
-
-        Raises:
-          ValueError: an unknown split or question.
+        With `together`, one conversation per picture asks all of them, in an order that varies.
         """
         unknown = set(questions) - set(QUESTIONS)
         if unknown:
@@ -50,7 +39,6 @@ class EmojiConversations:
         emoji = sources.EmojiSource(split)
         self._examples = [emoji[i] for i in range(len(emoji))]
         self._bytes = {e["name"]: e["bytes"] for e in self._examples}
-        self._groups = {e["name"]: int(e["group"]) for e in self._examples}
         chosen = questions or tuple(QUESTIONS)
         self._samples = [
             self._sample(example, names)
@@ -59,7 +47,7 @@ class EmojiConversations:
         ]
 
     def _sample(self, example: Any, names: Sequence[str]) -> tuple[str, Sample]:
-        """The questions' names and their conversation; the picture belongs to the first one."""
+        """Return the questions' names and their conversation, the picture with the first one."""
         turns = []
         for i, name in enumerate(names):
             question, answer = QUESTIONS[name](example, self._examples)
@@ -73,25 +61,22 @@ class EmojiConversations:
         return self._samples[index][1]
 
     def label(self, index: int) -> str:
-        """How messages call a sample."""
         name, sample = self._samples[index]
         return f"emoji {sample.image} {name}"
 
     def lengths(self) -> np.ndarray:
-        """Words of each sample."""
         return np.array([sample.length() for _, sample in self._samples])
 
     def image_bytes(self, image: str) -> bytes:
-        """The picture's file."""
         return self._bytes[image]
 
-    def group(self, image: str) -> int:
-        """The place of a picture's kind in KINDS."""
-        return self._groups[image]
+    def limit(self, count: int) -> None:
+        """Keep only so many samples, evenly spaced."""
+        self._samples = [self._samples[i] for i in evenly_spaced(len(self), count)]
 
 
 def _shuffled(example: Any, names: Sequence[str]) -> list[str]:
-    """The names in an order that depends on the picture alone."""
+    """Return the names in an order that depends on the picture alone."""
     return sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
 
 

@@ -1,7 +1,7 @@
-"""The order of samples in which those of a batch are alike in length and in kind.
+"""An order of samples in which those of a batch are alike in length and kind.
 
 The reference's sampler, with the random permutations as an argument: picture and text samples are
-shuffled apart, cut into mega-batches (all that one optimiser step takes), sorted by length within
+shuffled apart, cut into mega-batches (all samples of one optimizer step), sorted by length within
 them and dealt to the ranks; then mega-batches of both kinds are shuffled together.
 """
 
@@ -13,16 +13,10 @@ Permute = Callable[[int], Sequence[int] | np.ndarray]  # n -> a permutation of r
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
-    """Deals indices to ranks so that their lengths add up to about the same.
+    """Deal indices to `chunks` ranks so that their lengths add up to about the same.
 
-    Args:
-      indices: in the order of dealing.
-      lengths: of all samples, by index.
-      chunks: how many ranks.
-
-    Returns:
-      For each rank its indices: always to the one with the least so far; strided where the number
-      of indices does not divide.
+    Each index, in order, goes to the rank with the least so far; strided where the number of
+    indices does not divide. `lengths` are those of all samples.
     """
     if len(indices) % chunks:
         return [list(indices[rank::chunks]) for rank in range(chunks)]
@@ -54,21 +48,10 @@ def _by_length(
 def grouped_order(
     lengths: Sequence[int] | np.ndarray, batch_size: int, world_size: int, permute: Permute
 ) -> np.ndarray:
-    """The order of one epoch.
+    """Return the order of one epoch, a permutation of the samples, int64.
 
-    Args:
-      lengths: of each sample, for example in words; positive with a picture, negative without.
-      batch_size: samples of a rank and step.
-      world_size: ranks.
-      permute: called for pictures, for texts and for mega-batches, in this order; once where all
-        samples are of one kind.
-
-    Returns:
-      A permutation of the samples, int64. The last mega-batch of each kind, which may be short, are
-      joined at the end in the order of their indices.
-
-    Raises:
-      ValueError: a length of zero.
+    Lengths are positive with a picture, negative without. `permute` is called for pictures, for
+    texts and for mega-batches, in this order; once where all samples are of one kind.
     """
     lengths_N = np.asarray(lengths, np.int64)
     zeros = np.flatnonzero(lengths_N == 0)
@@ -85,12 +68,7 @@ def grouped_order(
         last = (len(order) - 1) // mega * mega  # where the last mega-batch begins
         whole.append(order[:last].reshape(-1, mega))
         rest.append(order[last:])
+    # The last mega-batches, which may be short, are joined at the end in the order of indices.
     batches = np.concatenate(whole)
     shuffled = batches[np.asarray(permute(len(batches)), np.int64)]
     return np.concatenate([shuffled.reshape(-1), np.sort(np.concatenate(rest))])
-
-
-def random_permutations(seed: Sequence[int]) -> Permute:
-    """Permutations that depend on the seed and on how many were drawn before."""
-    rng = np.random.default_rng(seed)
-    return rng.permutation

@@ -1,16 +1,16 @@
-"""Where the vectors of images go among the tokens: shapes that do not depend on the content.
+"""Places of image vectors among the tokens, in shapes that do not depend on the content.
 
-A row of ids with image markers becomes a row of `length` positions, each of which says where its
-input comes from. With 3 vectors per image, padded to 8 on the right:
+A row of ids with image markers becomes a row of positions, each of which says where its input comes
+from. With 3 vectors per image, padded to 8 on the right:
 
     ids of the tokens    5  IMAGE_ID     7   9
     ids                  5   0   0   0   7   9   0   0
     places              -1   0   1   2  -1  -1  -1  -1      vector of the row's images, -1: text
     segments             1   1   1   1   1   1   0   0      conversation of the row, 0: padding
 
-A row's images are counted one after the other: the second one's vectors are 3, 4, 5. A row without
-marker has an image all the same, which nothing reads. Conversations that share a row (`join_rows`)
-are its segments: each has its own image, and the model gives each positions from 0
+A row's images are numbered on: the second one's vectors are 3, 4, 5. A row without a marker still
+has an image, which nothing reads. Conversations that share a row (`join_rows`) are its segments:
+each has its own image, and the model gives each positions from 0
 (`understanding.model.positions_in`) and lets none read another.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from tokenflow_jax.data.chat.templates import IGNORE, IMAGE_ID
 
 SIDES = ("right", "left")
-TEXT = -1  # the place of what is no image's vector
+TEXT = -1  # the place of a position without an image vector
 
 
 def merge_row(
@@ -30,19 +30,16 @@ def merge_row(
     vectors: int | Sequence[int],
     max_length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Replaces the markers of one row by the places of image vectors.
+    """Replace the markers of one row by the places of image vectors.
 
     Args:
-      ids_T: int ids without padding, IMAGE_ID at the markers.
-      labels_T: int labels of the same length; None all IGNORE.
-      vectors: vectors of each image, or for each marker how many it is replaced by.
-      max_length: what is behind is cut off, possibly inside an image.
+      ids_T: ids without padding, IMAGE_ID at the markers.
+      labels_T: None for IGNORE everywhere.
+      vectors: number of vectors per image, or one number for each marker.
+      max_length: cuts a longer row, possibly inside an image.
 
     Returns:
       {"ids", "labels", "places"}, int32 (L,).
-
-    Raises:
-      ValueError: `vectors` does not have as many entries as there are markers.
     """
     ids_T = np.asarray(ids_T, np.int32)
     labels_T = np.full(len(ids_T), IGNORE, np.int32) if labels_T is None else np.asarray(labels_T)
@@ -62,23 +59,17 @@ def merge_row(
 
 
 def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[str, np.ndarray]:
-    """Puts several conversations, of one image each, into one row.
+    """Join rows of `merge_row`, of one image each, into one row with "segments".
 
-    Args:
-      rows: of `merge_row`; an empty dict is a conversation that is left out. The i-th one's image
-        is the i-th of the joint row.
-      vectors: of an image.
-
-    Returns:
-      {"ids", "labels", "places", "segments"}, int32 (L,); {} where nothing is left. A first token
-      carries no loss: what stands before it is of another conversation.
+    An empty row is a conversation that is left out; the result is empty if all are. The i-th one's
+    image is the i-th of the joint row.
     """
     parts: dict[str, list[np.ndarray]] = {"ids": [], "labels": [], "places": [], "segments": []}
     for number, row in enumerate(rows):
         if not row:
             continue
         labels_L = row["labels"].copy()
-        labels_L[:1] = IGNORE
+        labels_L[:1] = IGNORE  # the token before belongs to another conversation
         parts["ids"].append(row["ids"])
         parts["labels"].append(labels_L)
         parts["places"].append(np.where(row["places"] >= 0, row["places"] + number * vectors, TEXT))
@@ -89,25 +80,16 @@ def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[st
 
 
 def merged_length(ids_T: np.ndarray, vectors: int) -> int:
-    """How long a row becomes whose every image has so many vectors."""
+    """Return the length of a row of ids with `vectors` vectors per image."""
     return len(ids_T) + int((np.asarray(ids_T) == IMAGE_ID).sum()) * (vectors - 1)
 
 
 def pad_rows(
     rows: Sequence[Mapping[str, np.ndarray]], length: int, side: str = "right"
 ) -> dict[str, np.ndarray]:
-    """Stacks rows of different length.
+    """Stack rows of `merge_row` or `join_rows`, padded to one length; see the module.
 
-    Args:
-      rows: of `merge_row` or `join_rows`; an empty dict is a row of padding alone.
-      length: of the result, at least that of the longest row.
-      side: where padding goes: "right" for training, "left" for generation.
-
-    Returns:
-      int32 (B, length) "ids", "labels", "places", "segments"; see the module.
-
-    Raises:
-      ValueError: a row is too long, or a side that is none.
+    An empty row is padding alone. Padding is on the right for training, left for generation.
     """
     if side not in SIDES:
         raise ValueError(f"padding side {side!r} is not one of {SIDES}")
@@ -127,21 +109,5 @@ def pad_rows(
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that is long enough, the largest for anything longer."""
+    """Return the smallest bucket that is long enough, or the largest."""
     return next((bucket for bucket in buckets if bucket >= length), buckets[-1])
-
-
-def images_in_order(markers: Sequence[int]) -> list[range]:
-    """Which of a flat list of images each row of a batch uses: the reference's order.
-
-    Args:
-      markers: image markers of each row; a row without uses up one image, which nothing reads.
-
-    Returns:
-      For each row the places of its images in the flat list.
-    """
-    stops = np.cumsum([max(1, count) for count in markers])
-    return [
-        range(stop - max(1, count), stop)
-        for stop, count in zip(stops.tolist(), markers, strict=True)
-    ]

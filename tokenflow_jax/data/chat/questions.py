@@ -1,4 +1,4 @@
-"""Questions as rows that a model answers, and what its ids say."""
+"""Questions as rows that a model answers, and its ids as text."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,17 +12,10 @@ from tokenflow_jax.data.chat.templates import GPT, IMAGE, Template, Turn
 
 
 class Question(NamedTuple):
-    """A question of a data set.
+    """A question of a data set, with the answer in the data."""
 
-    Attributes:
-      row: of `insertion.merge_row`.
-      image: names the picture; "" where there is none.
-      text: the question.
-      answer: the one in the data.
-    """
-
-    row: dict[str, np.ndarray]
-    image: str
+    row: dict[str, np.ndarray]  # of `insertion.merge_row`
+    image: str  # names the picture; "" where there is none
     text: str
     answer: str
 
@@ -34,16 +27,9 @@ def question_row(
     vectors: int,
     max_length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The row of turns whose last one waits for an answer.
+    """Return the row of turns of `prepare_turns` whose last one waits for an answer.
 
-    Args:
-      template, text_tokenizer: as in training.
-      turns: alternating, the human's first and last; of `templates.prepare_turns`.
-      vectors: of an image.
-      max_length: a longer row is refused.
-
-    Raises:
-      ValueError: the row is too long.
+    A row longer than `max_length` is refused with ValueError.
     """
     row = insertion.merge_row(template.prompt_ids(text_tokenizer, turns), None, vectors)
     if max_length is not None and len(row["ids"]) > max_length:
@@ -55,20 +41,20 @@ def question_row(
 
 
 def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int]) -> str:
-    """The text of an answer's ids, up to its first stop id."""
+    """Return the text of an answer's ids, up to its first stop id."""
     ids = np.asarray(ids_N).tolist()
     end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
     return text_tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 
 
 def first_questions(data: Conversations) -> Iterator[Question]:
-    """The first question of each usable conversation of an opened data set."""
+    """Give the first question of each usable conversation of an opened data set."""
     for index in range(len(data)):
         try:
             sample = data.source[index]
         except BrokenSample:
             continue
-        if data.row(index) is None:  # what training skips, and counts
+        if data.row(index) is None:  # skipped in training, and counted there
             continue
         turns = templates.prepare_turns(sample.turns, bool(sample.image))
         answer = next(text for role, text in turns if role == GPT)

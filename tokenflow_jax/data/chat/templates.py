@@ -1,4 +1,4 @@
-"""Conversation templates: from turns to the prompt's text, its ids, and which of them are learnt.
+"""Conversation templates: turns as the text of a prompt, its ids, and the labels of a loss.
 
     template = get_template("vicuna_v1")
     tokens = template.tokenize(text_tokenizer, turns)    # training: ids_L and labels_L
@@ -6,13 +6,20 @@
 
 Turns are (role, text) with role "human" or "gpt"; an image stands where the text has `<image>`, as
 id IMAGE_ID. Labels are the ids that carry loss and IGNORE elsewhere, not shifted. The four families
-behave as the reference does (golden/README_llm.md, section 4.2), where they differ from what one
-would design now included; see `Template`.
+behave as the reference does (golden/README_llm.md, section 4.2), its oddities included:
+
+    plain     the image and the answer; the question is left out. Loss on answer and newline.
+    vicuna    `system USER: q ASSISTANT: a</s>USER: ...`. Loss on each answer with its end.
+    llama_2   `[INST] <<SYS>>...<</SYS>>\\n\\nq [/INST] a </s><s>[INST] ...`; the same loss.
+    chatml    blocks `<|im_start|>role\\n...<|im_end|>\\n`, encoded one by one. Loss on the whole
+              assistant blocks and, everywhere, on the two marks and on single newlines.
+
+A text tokenizer is described in `data.text`.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,58 +50,30 @@ _LLAVA_LLAMA_2 = (
 Turn = tuple[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """A conversation as ids.
+class Tokens(NamedTuple):
+    """A conversation as ids, int32."""
 
-    Attributes:
-      ids_L: int32, IMAGE_ID where an image goes.
-      labels_L: int32, the id where it carries loss, else IGNORE.
-    """
-
-    ids_L: np.ndarray
-    labels_L: np.ndarray
+    ids_L: np.ndarray  # IMAGE_ID where an image goes
+    labels_L: np.ndarray  # the id where it carries loss, else IGNORE
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How turns become one text.
-
-    Families:
-      plain: the image and the answer; the question is left out. Loss on answer and newline.
-      vicuna: `system USER: q ASSISTANT: a</s>USER: ...`. Loss on each answer with its end.
-      llama_2: `[INST] <<SYS>>...<</SYS>>\\n\\nq [/INST] a </s><s>[INST] ...`; the same loss.
-      chatml: blocks `<|im_start|>role\\n...<|im_end|>\\n`, encoded one by one. Loss on the whole
-        assistant blocks and, everywhere, on the two marks and on single newlines.
-
-    Attributes:
-      name: what configs call it.
-      family: see above.
-      system: what the conversation begins with; may be empty.
-    """
+    """A way to write turns as one text, of a family (see the module) and with a system prompt."""
 
     name: str
     family: str
     system: str = ""
 
     def prompt(self, turns: Sequence[Turn]) -> str:
-        """The text of turns; one that ends with the human's ends where the answer begins.
-
-        Args:
-          turns: alternating, the human first.
-        """
+        """Return the text of alternating turns; after a last question the answer's header."""
         return "".join(getattr(self, f"_{self.family}_pieces")(turns))
 
     def tokenize(self, text_tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
-        """Ids and labels of a whole conversation.
+        """Return the ids and labels of a whole conversation, turns of `prepare_turns`.
 
-        Args:
-          text_tokenizer: see `data.text`.
-          turns: of `prepare_turns`.
-
-        Returns:
-          The tokens. All labels are IGNORE where the pieces of the text do not add up to the whole
-          (families vicuna and llama_2, for example when a question contains the answer's header).
+        All labels are IGNORE where the pieces of the text do not add up to the whole (families
+        vicuna and llama_2, for example when a question contains the answer's header).
 
         Raises:
           ValueError: turns that the template cannot take.
@@ -107,19 +86,12 @@ class Template:
         return self._tokenize_rounds(text_tokenizer, turns)
 
     def prompt_ids(self, text_tokenizer: Any, turns: Sequence[Turn]) -> np.ndarray:
-        """Ids that an answer continues: int32 (L,), IMAGE_ID where an image goes.
-
-        Args:
-          text_tokenizer: see `data.text`.
-          turns: alternating, beginning and ending with the human's.
-        """
-        return np.array(encode(text_tokenizer, self.prompt(turns)), np.int32)
+        """Return the int32 ids that an answer continues; the human's turns are first and last."""
+        return np.array(_encode(text_tokenizer, self.prompt(turns)), np.int32)
 
     def stop_ids(self, text_tokenizer: Any) -> tuple[int, ...]:
-        """Ids that end an answer: the end of the text, and of the block where there are blocks."""
-        marks = [_IM_END] if self.family == "chatml" else []
-        if self.family == "plain":
-            marks = ["\n"]
+        """Return the ids that end an answer: of the text and, in chatml, of the block."""
+        marks = {"chatml": [_IM_END], "plain": ["\n"]}.get(self.family, [])
         ids = {text_tokenizer.eos_token_id, *(_single(text_tokenizer, mark) for mark in marks)}
         return tuple(sorted(ids - {None}))
 
@@ -155,19 +127,14 @@ class Template:
                 f"template {self.name!r} takes one question with an {IMAGE} and one answer; these "
                 f"are {len(turns)} turns"
             )
-        ids = encode(text_tokenizer, self.prompt(turns))
-        return _labelled(ids, [(len(encode(text_tokenizer, IMAGE)), len(ids))])
+        ids = _encode(text_tokenizer, self.prompt(turns))
+        return _labeled(ids, [(len(_encode(text_tokenizer, IMAGE)), len(ids))])
 
     def _tokenize_rounds(self, text_tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
-        """One round per answer, each counted on its own: where the counts do not add up, no loss.
-
-        A header ends in a space that the answer's first token takes in.
-        """
+        """Count the ids of each round (one per answer) on their own; no loss on a mismatch."""
         text = self.prompt(turns)
-        ids = encode(text_tokenizer, text)
-        header = "ASSISTANT: " if self.family == "vicuna" else "[/INST] "
-        if self.family == "vicuna":
-            header = f" {header}"
+        ids = _encode(text_tokenizer, text)
+        header = " ASSISTANT: " if self.family == "vicuna" else "[/INST] "
         end = len(_encode_piece(text_tokenizer, _END, start=False))
         position = _start_length(text_tokenizer, ids)
         spans = []
@@ -175,18 +142,19 @@ class Template:
             parts = piece.split(header)
             if not piece or len(parts) != 2:
                 break
+            # The header's last space belongs to the answer's first token.
             question = _own_length(text_tokenizer, parts[0] + header) - 1
             length = _own_length(text_tokenizer, piece) + end
             spans.append((position + question, position + length))
             position += length
-        return _labelled(ids, spans if position == len(ids) else [])
+        return _labeled(ids, spans if position == len(ids) else [])
 
     def _tokenize_chatml(self, text_tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
         marked = {_single(text_tokenizer, mark) for mark in (_IM_START, _IM_END, "\n")} - {None}
         ids, labels = [], []
         answers = [False] * bool(self.system) + [role == GPT for role, _ in turns]
         for piece, answer in zip(self._chatml_pieces(turns), answers, strict=True):
-            new = _encode_marked(text_tokenizer, piece, start=False)
+            new = _encode(text_tokenizer, piece, start=False)
             ids += new
             labels += [i if i != IMAGE_ID and (answer or i in marked) else IGNORE for i in new]
         return Tokens(np.array(ids, np.int32), np.array(labels, np.int32))
@@ -206,15 +174,7 @@ TEMPLATES = {
 
 
 def get_template(name: str, system: str | None = None) -> Template:
-    """Returns a template.
-
-    Args:
-      name: one of TEMPLATES.
-      system: replaces what conversations begin with; "" leaves it out, None keeps it.
-
-    Raises:
-      ValueError: an unknown name.
-    """
+    """Return one of TEMPLATES; `system` replaces its system prompt unless it is None."""
     if name not in TEMPLATES:
         raise ValueError(f"template {name!r} is not one of {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
@@ -222,21 +182,17 @@ def get_template(name: str, system: str | None = None) -> Template:
 
 
 def prepare_turns(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """Puts image markers in front, and drops a first turn that is not the human's.
+    """Move image markers to the front, and drop a first turn that is not the human's.
 
     In a turn with markers all of them are removed, the rest is stripped, and one marker and a
-    newline are put before it.
-
-    Args:
-      turns: as they stand in the data.
-      has_image: whether there is a picture; without one, text stays as it is.
+    newline are put before it. Without a picture text stays as it is.
     """
     turns = [(role, _marker_first(text) if has_image else text) for role, text in turns]
     return turns[1:] if turns and turns[0][0] != HUMAN else turns
 
 
 def check_roles(turns: Sequence[Turn]) -> None:
-    """Raises ValueError unless turns alternate, human first, and end with an answer."""
+    """Raise ValueError unless turns alternate, human first, and end with an answer."""
     roles = [role for role, _ in turns]
     if not roles or len(roles) % 2 or roles != [HUMAN, GPT] * (len(roles) // 2):
         raise ValueError(
@@ -255,7 +211,7 @@ def _block(role: str, text: str) -> str:
     return f"{_IM_START}{role}\n{text}{_IM_END}\n"
 
 
-def _labelled(ids: list[int], spans: Sequence[tuple[int, int]]) -> Tokens:
+def _labeled(ids: list[int], spans: Sequence[tuple[int, int]]) -> Tokens:
     ids_L = np.array(ids, np.int32)
     labels_L = np.full(len(ids), IGNORE, np.int32)
     for start, stop in spans:
@@ -263,20 +219,8 @@ def _labelled(ids: list[int], spans: Sequence[tuple[int, int]]) -> Tokens:
     return Tokens(ids_L, labels_L)
 
 
-def encode(text_tokenizer: Any, text: str) -> list[int]:
-    """Encodes text with image markers, the pieces between them one by one.
-
-    Args:
-      text_tokenizer: see `data.text`.
-      text: a prompt.
-
-    Returns:
-      Ids; a start id, where the tokenizer puts one, stands in front only.
-    """
-    return _encode_marked(text_tokenizer, text, start=True)
-
-
-def _encode_marked(text_tokenizer: Any, text: str, start: bool) -> list[int]:
+def _encode(text_tokenizer: Any, text: str, start: bool = True) -> list[int]:
+    """Encode the pieces between image markers; a start id, if any, stands in front only."""
     ids: list[int] = []
     for i, piece in enumerate(text.split(IMAGE)):
         new = _encode_piece(text_tokenizer, piece, start)
@@ -286,7 +230,7 @@ def _encode_marked(text_tokenizer: Any, text: str, start: bool) -> list[int]:
 
 
 def _encode_piece(text_tokenizer: Any, text: str, start: bool) -> list[int]:
-    """Encodes text in which the templates' marks are single ids, where they exist."""
+    """Encode text in which the templates' marks are single ids, where they exist."""
     marks = {_START: text_tokenizer.bos_token_id, _END: text_tokenizer.eos_token_id}
     foreign = {
         mark: i for mark, i in marks.items() if i is not None and mark in text
@@ -294,7 +238,7 @@ def _encode_piece(text_tokenizer: Any, text: str, start: bool) -> list[int]:
     }  # fmt: skip
     if not foreign:
         return list(text_tokenizer.encode(text, add_special_tokens=start))
-    # A tokenizer that does not read them in text (bytes), or whose own are spelt otherwise.
+    # A tokenizer that does not read them in text (bytes), or whose own are spelled differently.
     mark, own = next(iter(foreign.items()))
     ids: list[int] = []
     for i, piece in enumerate(text.split(mark)):
@@ -304,18 +248,18 @@ def _encode_piece(text_tokenizer: Any, text: str, start: bool) -> list[int]:
 
 
 def _start_length(text_tokenizer: Any, ids: Sequence[int]) -> int:
-    """1 where ids begin with the start id, which the tokenizer then puts before every text."""
+    """Return 1 if ids begin with a start id that the tokenizer puts before every text, else 0."""
     own = text_tokenizer.bos_token_id
     first = list(text_tokenizer.encode("", add_special_tokens=True))
     return int(own is not None and first[:1] == [own] and list(ids[:1]) == [own])
 
 
 def _own_length(text_tokenizer: Any, text: str) -> int:
-    ids = encode(text_tokenizer, text)
+    ids = _encode(text_tokenizer, text)
     return len(ids) - _start_length(text_tokenizer, ids)
 
 
 def _single(text_tokenizer: Any, mark: str) -> int | None:
-    """The id of a mark that is one token."""
+    """Return the id of a mark that is one token, else None."""
     ids = list(text_tokenizer.encode(mark, add_special_tokens=False))
     return ids[0] if len(ids) == 1 else None

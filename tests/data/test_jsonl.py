@@ -2,9 +2,9 @@
 
 import pytest
 
-from tokenflow_jax.data import lines
-from tokenflow_jax.data.lines import Described, Lines
-from tokenflow_jax.data.splits import is_heldout
+from tokenflow_jax.data import jsonl
+from tokenflow_jax.data.examples import Broken, is_heldout
+from tokenflow_jax.data.jsonl import Described, Lines
 
 
 def describe(line):
@@ -44,7 +44,7 @@ def test_long_lines_are_read_whole(tmp_path):
 
 
 def test_what_is_found_in_a_large_file_is_kept(file, monkeypatch, caplog):
-    monkeypatch.setattr(lines, "_KEEP_FROM", 100)
+    monkeypatch.setattr(jsonl, "_KEEP_FROM", 100)
 
     def never(line):
         raise AssertionError("went through the file again")
@@ -68,8 +68,23 @@ def test_what_is_found_in_a_large_file_is_kept(file, monkeypatch, caplog):
 
 
 def test_a_place_that_cannot_be_written(file, monkeypatch, caplog):
-    monkeypatch.setattr(lines, "_KEEP_FROM", 100)
+    monkeypatch.setattr(jsonl, "_KEEP_FROM", 100)
     (file.parent / "some.jsonl.index.npz").mkdir()
     assert len(Lines(file, "test", describe)) == 121
     assert "cannot be written" in caplog.text and "again" in caplog.text
     assert len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": ', "invalid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "invalid JSON"),  # Python refuses such numbers
+        (b'["a"]', "no object"),
+    ],
+)
+def test_a_line_must_be_an_object(line, reason):
+    with pytest.raises(Broken) as caught:
+        jsonl.parse_object(line)
+    assert caught.value.reason == reason
