@@ -21,7 +21,7 @@ from tokenflow_jax.convert import main
 from tokenflow_jax.tokenizer import names
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -153,7 +153,7 @@ MEASURE = """
     from tokenflow_jax.convert import main, prepare_process
     from tokenflow_jax.nets.vit import ViTConfig
     from tokenflow_jax.tokenizer.names import PART
-    from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+    from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
     from tokenflow_jax.weights.rules import flatten
 
     config = dataclasses.replace(

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, dtypes = parser.add_argument, ("float32", "bfloat16", "float16")
     add("--src", required=True, help="weights to read")
     add("--dst", required=True, help="file or directory to write")
     add("--to", required=True, choices=("orbax", "torch"), help="kind of target")
@@ -49,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tokenizer", help="of --part=understanding: the image tokenizer that it reads")
     add("--tokenizer_variant", help="which model a PyTorch tokenizer is")
     add("--weights", choices=("ema", "raw"), help="default: EMA when there is one")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the parameters; default: as in the source",
-    )
+    add("--dtype", choices=dtypes, help="of the parameters; default: as in the source")
     add("--step", type=int, help="which checkpoint of a workdir; default: newest")
     add("--overwrite", action="store_true", help="replace what is at --dst")
     options = parser.parse_args(argv)
@@ -84,7 +80,8 @@ def _convert(options: argparse.Namespace) -> Any:
         )
     if options.part not in stages.STAGES:
         raise ValueError(f"--part={options.part}: one of {', '.join(stages.STAGES)}")
-    variants = stages.part(options.part).variants
+    part = stages.part(options.part)
+    variants = part.variants
     if options.variant is not None and options.variant not in variants:
         raise ValueError(f"--variant={options.variant}: one of {', '.join(variants)}")
     if options.tokenizer and (is_file or not understanding):
@@ -110,7 +107,7 @@ def _convert(options: argparse.Namespace) -> Any:
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
             f"--variant=one of {', '.join(variants)}"
         )
-    return conversion.convert(options.src, options.dst, stages.part(options.part), config, **flags)
+    return conversion.convert(options.src, options.dst, part, config, **flags)
 
 
 def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:

@@ -24,7 +24,7 @@ from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.rules import CheckpointMismatch, flatten, to_flax
 
 TINY = tiny.TINY

@@ -4,6 +4,7 @@ Everything is a mapping of lazy tensors: a source is opened as our arrays by pat
 written from them. Memory holds one of our arrays and the tensors that it is made of.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,8 +17,8 @@ import numpy as np
 from tokenflow_jax import files
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
-from tokenflow_jax.weights.formats.torch import NoSuchKey, StateDict, open_state_dict
-from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+from tokenflow_jax.weights.formats.torch import NoSuchKey, open_state_dict
+from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory
 from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.rules import Tensors, flatten, flax_arrays, torch_tensors
@@ -27,27 +28,18 @@ TORCH_FILES = (".pt", ".safetensors")  # the endings that are written
 
 
 class Source(NamedTuple):
-    """Opened weights that fit their model.
+    """Opened weights that fit their model."""
 
-    Attributes:
-      config: of the model.
-      arrays: parameters by our paths.
-      buffers: what a PyTorch file holds beyond them, by torch name.
-      weights: "ema" or "raw".
-      files: the PyTorch files that hold them; none for a checkpoint of ours.
-      saved: the whole config of the run that wrote a checkpoint of ours.
-    """
-
-    config: Any
-    arrays: Tensors
-    buffers: Tensors
-    weights: str
-    files: tuple[str, ...] = ()
-    saved: Mapping[str, Any] = {}
+    config: Any  # of the model
+    arrays: Tensors  # parameters by our paths
+    buffers: Tensors  # what a PyTorch file holds beyond them, by torch name
+    weights: str  # "ema" or "raw"
+    files: tuple[str, ...] = ()  # the PyTorch files that hold them
+    saved: Mapping[str, Any] = {}  # the whole config of the run that wrote a checkpoint of ours
 
 
 class Written(NamedTuple):
-    """What was written: which weights ("ema" or "raw"), how many tensors, their bytes."""
+    """Which weights were written ("ema" or "raw"), how many tensors, their size in bytes."""
 
     weights: str
     tensors: int
@@ -130,10 +122,7 @@ def open_source(
     weights: str | None = None,
     step: int | None = None,
 ) -> Source:
-    """Open weights as our arrays, once all of them fit; no data is read yet.
-
-    The arguments and errors are those of `convert`.
-    """
+    """Open weights as our arrays, once all fit, without reading data; see `convert`."""
     if is_torch(path):
         return _open_torch(path, part, config, weights)
     return _open_ours(path, part, config, weights, step)
@@ -142,24 +131,18 @@ def open_source(
 def _open_torch(path: str | os.PathLike, part: Part, config: Any, weights: str | None) -> Source:
     if config is None:
         raise ValueError(f"{path} is a PyTorch checkpoint: say which variant it holds")
-    ema = _open_key(path, "ema")
-    raw = _open_key(path, "model") or _open_key(path, "state_dict")
-    if ema is None and raw is None:
-        raw = open_state_dict(path)  # tensors without a key
-    weights = _choose(path, {"ema": ema, "raw": raw}, weights)
-    state = ema if weights == "ema" else raw
+    found = {}
+    for key, name in (("state_dict", "raw"), ("model", "raw"), ("ema", "ema")):
+        with contextlib.suppress(NoSuchKey):
+            found[name] = open_state_dict(path, key)
+    found = found or {"raw": open_state_dict(path)}  # tensors without a key
+    weights = _choose(path, found, weights)
+    state = found[weights]
     part.check(state, config)  # names the variant that fits, which `flax_arrays` cannot
     table = part.table(config)
     buffers = {name: tensor for name, tensor in state.items() if table.is_buffer(name)}
     arrays = flax_arrays(state, table, part.template(config))
     return Source(config, arrays, buffers, weights, state.files)
-
-
-def _open_key(path: str | os.PathLike, key: str) -> StateDict | None:
-    try:
-        return open_state_dict(path, key)
-    except NoSuchKey:
-        return None
 
 
 def _open_ours(
@@ -179,8 +162,9 @@ def _open_ours(
         start = f"{name}/"
         return {p.removeprefix(start): t for p, t in tensors.items() if p.startswith(start)}
 
-    weights = _choose(path, {"ema": field("ema"), "raw": field("params")}, weights)
-    arrays = field("ema" if weights == "ema" else "params")
+    found = {"ema": field("ema"), "raw": field("params")}
+    weights = _choose(path, found, weights)
+    arrays = found[weights]
     wrong = different_shapes(arrays, part.template(saved))
     if wrong:
         raise ValueError(f"{path} does not fit its own config:\n  " + "\n  ".join(wrong))
@@ -201,7 +185,7 @@ def different_shapes(arrays: Mapping[str, Any], template: Mapping[str, Any]) -> 
 
 def _choose(path: str | os.PathLike, found: Mapping[str, Any], weights: str | None) -> str:
     """Return the weights to take: the requested ones, else EMA when there is one."""
-    have = [name for name in ("ema", "raw") if found[name]]
+    have = [name for name in ("ema", "raw") if found.get(name)]
     if weights is None and have:
         return have[0]
     if weights not in have:

@@ -16,11 +16,7 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def read_fields(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
-    """Return the fields of the config.json in a folder (or beside a file), and its path.
-
-    Raises:
-      ValueError: it is missing or cannot be read.
-    """
+    """Return the fields of the config.json in a folder or beside a file, and its path."""
     path = pathlib.Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
@@ -45,20 +41,13 @@ def write_folder(
     shard_bytes: int = _SHARD_BYTES,
     overwrite: bool = False,
 ) -> Written:
-    """Write a Hugging Face folder: config.json and weights.
+    """Write config.json and weights; the folder appears when it is complete.
 
     Args:
-      path: the folder; it appears when it is complete.
       fields: of config.json.
-      params: nested or by path, lazy or not; with the shapes of `template`.
-      table: the model's rules.
+      params: nested or by path, lazy or not; with the shapes of `template`, else ValueError.
       dtype: of the files; None keeps that of the parameters.
       shard_bytes: weights beyond this are split over several files.
-      overwrite: replace a folder there.
-
-    Raises:
-      ValueError: the parameters are not the config's.
-      OSError: the folder exists or cannot be written.
     """
     arrays = {name: in_memory(name, array) for name, array in flatten(params).items()}
     wrong = different_shapes(arrays, template)

@@ -4,8 +4,8 @@
     save_language_model("folder", config, params)
     gguf_to_folder("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")
 
-Neither torch nor transformers is needed for weights. Loading holds the result and one tensor of the
-file in memory; with `place`, one of our arrays (the layers of one parameter) and one tensor.
+Loading holds the result and one tensor of the file in memory; with `place`, one of our arrays (the
+layers of one parameter) and one tensor.
 """
 
 import functools
@@ -25,13 +25,11 @@ from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.names.decoder import decoder_rules, gguf_config_fields, gguf_tensors
 from tokenflow_jax.weights.rules import RuleTable, Tensors, flax_arrays, unflatten
 
-_IGNORED = ("*.rotary_emb.inv_freq",)
-
 
 def language_model_table(config: LMConfig) -> RuleTable:
     """Return the rules of a Hugging Face Llama or Qwen2."""
-    # A file may hold the head of a tied model, too.
-    ignored = (*_IGNORED, "lm_head.weight") if config.tied_head else _IGNORED
+    head = ("lm_head.weight",) if config.tied_head else ()  # may be in the file of a tied model
+    ignored = ("*.rotary_emb.inv_freq", *head)
     return RuleTable("language model", tuple(decoder_rules()), ignored=ignored)
 
 
@@ -44,20 +42,15 @@ def language_model_template(config: LMConfig) -> Mapping[str, Any]:
 
 
 _SIZES = {
-    "vocab_size": "vocabulary_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp_width",
-}
+    "vocab_size": "vocabulary_size", "hidden_size": "width", "num_hidden_layers": "layers",
+    "num_attention_heads": "heads", "intermediate_size": "mlp_width",
+}  # fmt: skip
 
 
 def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> LMConfig:
     """Return the hyper-parameters that the fields of a Hugging Face config.json describe.
 
-    Raises:
-      ValueError: another architecture, or features that this decoder does not have, all of them,
-        in the file `where`.
+    Another architecture or features that this decoder lacks are a ValueError about `where`.
     """
     kind = fields.get("model_type")
     problems = [f"{name} is missing" for name in _SIZES if name not in fields]
@@ -66,7 +59,7 @@ def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> L
     # transformers 5 keeps both in one entry.
     rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    wanted: dict[str, tuple[Any, Any]] = {
+    wanted = {
         "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
         "rope_type": (rope_type, "default"),
         "attention_bias": (fields.get("attention_bias", False) and kind == "llama", False),
@@ -79,9 +72,7 @@ def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> L
         if have != want
     ]
     if problems:
-        raise ValueError(
-            f"{where} describes no model that can be loaded:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"{where} is no model that can be loaded:\n  " + "\n  ".join(problems))
     try:
         return LMConfig(
             **{ours: fields[theirs] for theirs, ours in _SIZES.items()},
@@ -97,11 +88,7 @@ def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> L
 
 
 def config_to_json(config: LMConfig) -> dict[str, Any]:
-    """Return the fields of a config.json that transformers loads as the same model.
-
-    Raises:
-      ValueError: Hugging Face has no such architecture.
-    """
+    """Return a config.json for the same model in transformers; ValueError if that has none."""
     problems = []
     if config.norms != "before" or config.qk_norm:
         problems.append("norms after the sublayers and QK-norm are not in Llama or Qwen2")
@@ -109,13 +96,11 @@ def config_to_json(config: LMConfig) -> dict[str, Any]:
         problems.append("Qwen2's heads together are as wide as the model")
     if problems:
         raise ValueError("the model cannot be saved for transformers: " + "; ".join(problems))
-    kind, architecture = (
-        ("qwen2", "Qwen2ForCausalLM") if config.qkv_bias else ("llama", "LlamaForCausalLM")
-    )
+    kind = "Qwen2" if config.qkv_bias else "Llama"
     own = {} if config.qkv_bias else {"head_dim": config.head_channels}
     return {
-        "architectures": [architecture],
-        "model_type": kind,
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "num_key_value_heads": config.kv_heads,
         **own,
@@ -128,7 +113,7 @@ def config_to_json(config: LMConfig) -> dict[str, Any]:
 
 
 def read_config(path: str | os.PathLike) -> LMConfig:
-    """Return the config of a Hugging Face folder; raises as `config_from_json` and if it lacks."""
+    """Return the config of a Hugging Face folder; a missing or unknown one is a ValueError."""
     return config_from_json(*read_fields(path))
 
 
@@ -141,6 +126,8 @@ def load_language_model(
 ) -> tuple[LMConfig, dict[str, Any]]:
     """Load a language model; return its config and the nested parameters of `Decoder`.
 
+    A damaged file or a model that does not fit is a ValueError with all reasons.
+
     Args:
       path: a folder in Hugging Face's format (one .safetensors file or shards with an index), one
         weight file beside its config.json, or a .gguf file.
@@ -148,10 +135,6 @@ def load_language_model(
       dtype: of the parameters; None keeps the file's.
       place: (our path, array) -> what to keep of it, called for one array after the other: put
         it on its devices here, and the host never holds the whole model.
-
-    Raises:
-      CheckpointMismatch: names or shapes that do not fit, all of them.
-      ValueError: no such file, a damaged one, or a model of another architecture.
     """
     config, arrays = _open(path, config, dtype)
     place = place or (lambda name, array: array)
@@ -161,7 +144,6 @@ def load_language_model(
 def _open(
     path: str | os.PathLike, config: LMConfig | None, dtype: str | None
 ) -> tuple[LMConfig, Tensors]:
-    """Return the config and our arrays by path."""
     if os.fspath(path).endswith(".gguf"):
         fields, tensors = gguf.read_gguf(path)
         fields = gguf_config_fields(fields, tied="output.weight" not in tensors)
@@ -170,7 +152,7 @@ def _open(
     else:
         config = config or read_config(path)
         state = open_state_dict(path)
-    # Each tensor, not the whole array: memory holds the result and one tensor of the file.
+    # Each tensor, not the array made of them: memory holds the result and one tensor of the file.
     state = {name: cast(tensor, dtype) for name, tensor in state.items()}
     arrays = flax_arrays(state, language_model_table(config), language_model_template(config))
     return config, arrays
@@ -184,11 +166,9 @@ def save_language_model(
     more: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Written:
-    """Save a language model as a folder that transformers loads.
+    """Save a language model as a folder that transformers loads; see `write_folder`.
 
-    `params` are nested or by path, `more` are further entries of config.json, such as
-    `eos_token_id`; options and errors are those of `write_folder`, and an architecture that
-    transformers does not have is a ValueError.
+    `more` are further fields of config.json, such as `eos_token_id`.
     """
     fields = config_to_json(config) | dict(more or {})
     table, template = language_model_table(config), language_model_template(config)
@@ -198,11 +178,7 @@ def save_language_model(
 def gguf_to_folder(
     path: str | os.PathLike, folder: str | os.PathLike, dtype: str | None = None
 ) -> LMConfig:
-    """Write weights (float32 unless `dtype`), config and text tokenizer of a GGUF file as a folder.
-
-    Raises:
-      ValueError: see `formats.gguf.text_tokenizer` and `load_language_model`.
-    """
+    """Write weights (float32 by default), config and text tokenizer of a GGUF file as a folder."""
     tokenizer = gguf.text_tokenizer(path)
     config, arrays = _open(path, None, dtype)
     known, _ = gguf.read_gguf(path)

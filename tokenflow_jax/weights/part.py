@@ -12,22 +12,14 @@ from tokenflow_jax.weights.rules import CheckpointMismatch, RuleTable
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What the converter is handed of one model.
+    """What the converter is handed of one model; the functions take its config."""
 
-    Attributes:
-      config_class: a frozen dataclass that a checkpoint's `config["model"]` fills.
-      variants: configs by name.
-      stage: the training stage whose checkpoints hold the model.
-      table: config -> rules.
-      template: config -> nested shapes of the parameters.
-      buffers: config -> arrays that a strict load in PyTorch needs beyond the parameters.
-    """
-
-    config_class: type
-    variants: Mapping[str, Any]
-    stage: str
+    config_class: type  # a frozen dataclass that a checkpoint's `config["model"]` fills
+    variants: Mapping[str, Any]  # configs by name
+    stage: str  # the training stage whose checkpoints hold the model
     table: Callable[[Any], RuleTable]
-    template: Callable[[Any], Mapping[str, Any]]
+    template: Callable[[Any], Mapping[str, Any]]  # nested shapes of the parameters
+    # Arrays that a strict load in PyTorch needs beyond the parameters.
     buffers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
 
     def describe(self, config: Any) -> str:

@@ -1,8 +1,6 @@
 """Reads GGUF files: keys and values, tensors (dequantized by the `gguf` package), text tokenizer.
 
-The format: a header of keys and values, a table of tensors, and their data, whose quantized types
-are blocks of weights with a scale of their own. The header is read here because the package's
-reader crashes on damaged files.
+The package's own reader of headers crashes on damaged files and is slower.
 """
 
 import math
@@ -19,6 +17,7 @@ _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_DAMAGED = (struct.error, ArithmeticError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 class _Reader:
@@ -52,27 +51,22 @@ class _Reader:
         return self.scalar(_SCALARS[kind])
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Read a line of the table: name, shape (rows first), type, offset."""
+        # A tensor's name, shape (rows first), type and offset.
         name = self.string()
         shape = tuple(self.scalar("Q") for _ in range(self.scalar("I")))[::-1]
         return name, shape, self.scalar("I"), self.scalar("Q")
 
 
 def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Open a GGUF file of version 2 or 3.
+    """Return the keys and values of a GGUF file, and its tensors by name.
 
-    Returns:
-      Its keys and values, and its tensors by name as float32, (out, in) for matrices; a tensor is
-      read and dequantized when it is needed.
-
-    Raises:
-      ValueError: no such file, another format, a damaged file, or unknown tensor types.
+    Tensors are float32, (out, in) for matrices, and dequantized when they are read. A file that is
+    missing, damaged, not GGUF 2 or 3, or with unknown tensor types is a ValueError.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    size = os.path.getsize(path)
-    if size < 24:
+    if (size := os.path.getsize(path)) < 24:
         raise ValueError(f"{path}: not a GGUF file")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
@@ -88,10 +82,9 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, LazyTe
                 name = reader.string()
                 fields[name] = reader.value(reader.scalar("I"))
             entries = [reader.entry() for _ in range(count)]
-        except (struct.error, ValueError, MemoryError, OverflowError) as error:
+            start = reader.at + -reader.at % fields.get("general.alignment", 32)
+        except _DAMAGED as error:
             raise ValueError(f"{path}: damaged GGUF header ({error}); fetch it again") from None
-        alignment = fields.get("general.alignment", 32)
-        start = -(-reader.at // alignment) * alignment
     return fields, _tensors(path, entries, start, size)
 
 
@@ -130,9 +123,7 @@ _SPLITS = ("gpt-2", "smollm")
 def text_tokenizer(path: str | os.PathLike) -> Any:
     """Return the text tokenizer of a GGUF file as transformers' PreTrainedTokenizerFast.
 
-    Raises:
-      ValueError: no byte-level BPE that splits text as GPT-2 or SmolLM does, or transformers is not
-        installed.
+    It must be a byte-level BPE that splits text as GPT-2 or SmolLM does (else ValueError).
     """
     fields, _ = read_gguf(path)
     kind, split = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))

@@ -31,19 +31,11 @@ _BATCH_BYTES = 16 * 2**20  # written at once, unless one array is larger
 def open_checkpoint(
     path: str | epath.Path, step: int | None = None, subtrees: tuple[str, ...] = ("params", "ema")
 ) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
-    """Open the weights of a checkpoint without reading an array yet.
+    """Return the info item of a checkpoint, and arrays by path ("params/a/b").
 
-    Args:
-      path: a workdir, its `checkpoints` folder, one checkpoint, or converted weights.
-      step: which step of a workdir; the newest when None.
-      subtrees: the fields of the training state to open; absent ones are left out.
-
-    Returns:
-      (info, arrays): the info item with `step` (0 for converted weights), and the arrays of the
-      fields by their paths ("params/a/b"). Reading one checks its bytes.
-
-    Raises:
-      CheckpointError: no checkpoint there, or one without any of the fields.
+    The path is that of a workdir, its `checkpoints` folder, one checkpoint, or converted weights
+    (whose step is 0); `subtrees` are the fields of the training state to open, of which one must
+    be there. Reading an array checks its bytes.
     """
     path = checkpoint.find_checkpoint(path, step)
     info = checkpoint.read_info(path)
@@ -71,13 +63,10 @@ def open_checkpoint(
         checkpoint.check_checksums(info["arrays"], unflatten({name: array}), path)
         return array
 
-    def lazy(name: str) -> LazyTensor:
-        entry = info["arrays"][name]
-        return LazyTensor(
-            name, tuple(entry["shape"]), jnp.dtype(entry["dtype"]), lambda: load(name)
-        )
+    def lazy(name: str, shape: Sequence[int], dtype: str, **_: Any) -> LazyTensor:
+        return LazyTensor(name, tuple(shape), jnp.dtype(dtype), lambda: load(name))
 
-    return info, {name: lazy(name) for name in names}
+    return info, {name: lazy(name, **info["arrays"][name]) for name in names}
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -88,17 +77,14 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         self.sums: dict[str, int] = {}
 
     async def serialize(
-        self,
-        values: Sequence[LazyTensor],
-        infos: Sequence[Any],
-        args: Sequence[ocp.SaveArgs] | None = None,
+        self, values: Sequence[LazyTensor], infos: Sequence[Any], args: Any = None
     ) -> Sequence[Any]:
         for part in _batches(values):
             await self._write(values[part], infos[part], args[part])
         return []
 
     async def _write(self, values: Sequence[LazyTensor], infos: Any, args: Any) -> None:
-        """Read and write tensors; their data is freed when this returns."""
+        # A function of its own: the data is freed when it returns.
         arrays = [value.read() for value in values]
         for value, array in zip(values, arrays, strict=True):
             self.sums[value.name] = checksums.sum32(array)
@@ -123,16 +109,10 @@ def save_weights(
     config: Mapping[str, Any],
     source: Mapping[str, Any],
 ) -> None:
-    """Write weights that `open_checkpoint` reads.
+    """Write a directory that `open_checkpoint` reads, incomplete until this returns.
 
-    Args:
-      path: directory to make; incomplete until this returns.
-      arrays: lazy tensors by path ("params/a/b"); a few megabytes are in memory at a time.
-      config: JSON-able, as of a training run.
-      source: JSON-able, where the weights come from.
-
-    Raises:
-      OSError: the directory cannot be written, for example because the disk is full.
+    `arrays` are by path ("params/a/b"), with a few megabytes in memory at a time; `config` is that
+    of a training run, and `source` says where the weights come from. A full disk is an OSError.
     """
     tree = unflatten({name: dataclasses.replace(t, name=name) for name, t in arrays.items()})
     handler = _LazyHandler()
@@ -140,9 +120,8 @@ def save_weights(
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     path = epath.Path(path).absolute()
     try:
-        with ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-        ) as checkpointer:
+        tree_handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        with ocp.Checkpointer(tree_handler) as checkpointer:
             args = ocp.args.PyTreeSave(tree, save_args=save_args)
             checkpointer.save(path / "state", args=args)
     except (ValueError, RuntimeError) as error:  # TensorStore's form of the system's errors

@@ -1,13 +1,10 @@
 """Reads pickled data without ever running what a pickle asks for.
 
-A pickle is a program: it names functions and calls them. Here a name becomes
-
-  * a harmless stand-in of our own (for the functions that rebuild torch's and NumPy's arrays),
-  * otherwise an inert class, which is not the real one, is never imported, and only remembers what
-    it was given. So an `argparse.Namespace` or an optimizer beside the weights stops nothing.
-
-Calling an inert class as a function is refused by name, except for a few data types whose pickles
-always do so.
+A pickle is a program: it names functions and calls them. Here a name becomes a harmless stand-in of
+our own (for the functions that rebuild torch's and NumPy's arrays), otherwise an inert class, which
+is never imported and only remembers what it was given. So an `argparse.Namespace` or an optimizer
+beside the weights stops nothing. Calling an inert class is refused by name, except for a few data
+types whose pickles always do so.
 """
 
 import collections
@@ -68,21 +65,14 @@ class _InertType(type):
 
 
 class Inert(metaclass=_InertType):
-    """A stand-in for an object of an unknown class.
+    """A stand-in for an object of the class `origin`, with its attributes and mapping items."""
 
-    Attributes:
-      origin: "module.name" of the real class.
-      arguments: of its constructor.
-      state: its attributes, usually a dict.
-      entries: its key-value pairs, if it is a mapping.
-    """
-
-    __slots__ = ("arguments", "entries", "state")
+    __slots__ = ("entries", "state")
     origin = ""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         instance = object.__new__(cls)
-        instance.arguments, instance.entries, instance.state = args, {}, None
+        instance.entries, instance.state = {}, None
         return instance
 
     def __setstate__(self, state: Any) -> None:
@@ -113,8 +103,6 @@ class Rebuilder:
 
 
 class _Dtype:
-    """Stand-in for numpy.dtype."""
-
     __slots__ = ("dtype",)
 
     def __init__(self, code: Any = "", *_: Any):
@@ -132,6 +120,9 @@ class _Array:
 
     __slots__ = ("array",)
 
+    def __init__(self, array: np.ndarray | None = None):
+        self.array = array
+
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
         self.array = _array(data, dtype, shape, "F" if fortran else "C")
@@ -146,43 +137,31 @@ def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
 
 
-def _scalar(dtype: Any, data: Any) -> Any:
-    return _array(data, dtype, (), "C")[()]
-
-
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
-    holder = _Array()
-    holder.array = _array(data, dtype, shape, order)
-    return holder
-
-
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Decode bytes, which old pickle protocols write as text in Latin-1."""
+    # Old pickle protocols write bytes as text in Latin-1.
     if not (isinstance(text, str) and encoding == "latin1"):
         raise UnsafeCheckpoint(f"the file asks to encode text as {encoding!r}; nothing was run")
     return text.encode("latin1")
 
 
 def _no_bytes(*arguments: Any) -> bytes:
-    """Return b"", which protocol 2 writes as a call of bytes without arguments."""
+    # Protocol 2 writes b"" as a call without arguments.
     if arguments:
         raise UnsafeCheckpoint("the file asks to call builtins.bytes on data; nothing was run")
     return b""
 
 
 def _known() -> dict[str, Any]:
-    """Return fresh stand-ins for what NumPy arrays and plain containers need."""
-    known = {
-        "collections.OrderedDict": collections.OrderedDict,
-        "_codecs.encode": Rebuilder(_encode),
-        "builtins.bytes": Rebuilder(_no_bytes),
-        "numpy.dtype": Rebuilder(_Dtype),
+    """Return stand-ins for what NumPy arrays and plain containers need."""
+    numpy = {
+        "multiarray._reconstruct": lambda *_: _Array(),
+        "multiarray.scalar": lambda dtype, data: _array(data, dtype, (), "C")[()],
+        "numeric._frombuffer": lambda *args: _Array(_array(*args)),
     }
-    for core in ("numpy.core", "numpy._core"):
-        known[f"{core}.multiarray._reconstruct"] = Rebuilder(lambda *_: _Array())
-        known[f"{core}.multiarray.scalar"] = Rebuilder(_scalar)
-        known[f"{core}.numeric._frombuffer"] = Rebuilder(_frombuffer)
-    return known
+    functions = {f"numpy.{core}.{n}": f for core in ("core", "_core") for n, f in numpy.items()}
+    functions |= {"_codecs.encode": _encode, "builtins.bytes": _no_bytes, "numpy.dtype": _Dtype}
+    known = {name: Rebuilder(function) for name, function in functions.items()}
+    return known | {"collections.OrderedDict": collections.OrderedDict}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -213,16 +192,10 @@ def load_pickle(
     known: Mapping[str, Any] | None = None,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Read one pickle without running anything that it names.
+    """Read one pickle, called `where` in errors, without running anything that it names.
 
-    Args:
-      data: the pickle.
-      where: its name in errors.
-      known: further stand-ins, {"module.name": object}.
-      persistent: resolves the pickle's persistent ids; None refuses them.
-
-    Returns:
-      Plain containers and values, NumPy arrays behind `plain`, `Inert` for everything unknown.
+    `known` are further stand-ins by "module.name"; `persistent` resolves the pickle's persistent
+    ids. The result is plain containers and values, NumPy arrays behind `plain`, and `Inert`.
 
     Raises:
       UnsafeCheckpoint: the pickle wants to call something that is not plain data.

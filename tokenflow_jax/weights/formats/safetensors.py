@@ -23,15 +23,6 @@ _DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_MAX_HEADER = 100 * 2**20
-
-
-def looks_like_safetensors(path: str) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(9)
-    return (
-        len(start) == 9 and int.from_bytes(start[:8], "little") <= _MAX_HEADER and start[8:] == b"{"
-    )
 
 
 def read_safetensors(path: str) -> dict[str, LazyTensor]:
@@ -48,10 +39,8 @@ def read_safetensors(path: str) -> dict[str, LazyTensor]:
     header.pop("__metadata__", None)
     unknown = [f"{n}: {e['dtype']}" for n, e in header.items() if e["dtype"] not in _DTYPES]
     if unknown:
-        raise ValueError(
-            f"{path}: types that are not read, convert the file to another:\n  "
-            + "\n  ".join(unknown)
-        )
+        problems = "\n  ".join(unknown)
+        raise ValueError(f"{path}: types that are not read; convert them:\n  {problems}")
     return {name: _tensor(name, entry, path, 8 + length) for name, entry in header.items()}
 
 
@@ -67,24 +56,16 @@ def _tensor(name: str, entry: Mapping[str, Any], path: str, offset: int) -> Lazy
 def write_safetensors(
     path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTensor]
 ) -> None:
-    """Write arrays or lazy tensors by name; one lazy tensor is in memory at a time.
-
-    Raises:
-      ValueError: a dtype that the format does not know.
-    """
+    """Write arrays or lazy tensors by name; one lazy tensor is in memory at a time."""
     codes = {dtype: code for code, dtype in _DTYPES.items()}
     unknown = [f"{n}: {tensor.dtype}" for n, tensor in state.items() if tensor.dtype not in codes]
     if unknown:
         raise ValueError(f"{path}: dtypes that .safetensors cannot hold: {unknown}; convert them")
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in state.items():
-        extent = [offset, offset + tensor.nbytes]
-        header[name] = {
-            "dtype": codes[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": extent,
-        }
-        offset = extent[1]
+        start, offset = offset, offset + tensor.nbytes
+        extent = {"shape": list(tensor.shape), "data_offsets": [start, offset]}
+        header[name] = {"dtype": codes[tensor.dtype], **extent}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     with open(path, "wb") as file:

@@ -1,8 +1,6 @@
 """Opens PyTorch's weight files without torch: names and shapes first, data on demand.
 
-`.safetensors` (one file, an index, or a folder of shards) and the zip files that `torch.save` and
-`torch.jit.save` write. A tensor costs memory only while it is used. The pickle inside a zip file
-goes through `pickles`, which executes nothing.
+A tensor costs memory only while it is used.
 """
 
 import glob
@@ -10,33 +8,30 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenflow_jax.weights.formats.safetensors import looks_like_safetensors, read_safetensors
+from tokenflow_jax.weights.formats.safetensors import read_safetensors
 from tokenflow_jax.weights.formats.torch_zip import read_zip
 from tokenflow_jax.weights.lazy import LazyTensor
 
 # Wrappers of data-parallel and compiled modules put themselves in front of every name.
 _WRAPPERS = ("module.", "_orig_mod.")
+_MAX_HEADER = 100 * 2**20
 
 
 class NoSuchKey(ValueError):
     """A file holds no state_dict under the requested key."""
 
 
-class StateDict(Mapping[str, LazyTensor]):
+class StateDict(dict[str, LazyTensor]):
     """The tensors of a checkpoint by name, in the file's order.
 
-    Attributes:
-      path: the checkpoint.
-      files: the files that hold the tensors; several if sharded.
-      prefix: what a wrapper had put in front of every name, removed here; "" usually.
+    `files` hold them; `prefix` is what a wrapper had put in front of every name, removed here.
     """
 
-    def __init__(self, path: str, tensors: Mapping[str, LazyTensor], files: Sequence[str] = ()):
-        self.path = path
-        self.files = tuple(files) or (path,)
+    def __init__(self, tensors: Mapping[str, LazyTensor], files: Sequence[str]):
+        self.files = tuple(files)
         self.prefix = ""
         while tensors:
             wrapper = next((w for w in _WRAPPERS if all(n.startswith(w) for n in tensors)), "")
@@ -44,16 +39,7 @@ class StateDict(Mapping[str, LazyTensor]):
                 break
             self.prefix += wrapper
             tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-        self._tensors = dict(tensors)
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        super().__init__(tensors)
 
 
 def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDict:
@@ -80,14 +66,15 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: the file is empty; fetch it again")
     if zipfile.is_zipfile(path):
-        return StateDict(path, _choose(path, read_zip(path), key))
-    if path.endswith(".safetensors") or looks_like_safetensors(path):
+        return StateDict(_choose(path, read_zip(path), key), [path])
+    with open(path, "rb") as file:
+        start = file.read(9)
+    header = int.from_bytes(start[:8], "little")  # its length in a .safetensors file
+    if path.endswith(".safetensors") or (start[8:] == b"{" and header < _MAX_HEADER):
         if key is not None:
             raise NoSuchKey(f"{path}: a .safetensors file has no keys; leave out key={key!r}")
-        return StateDict(path, read_safetensors(path))
-    with open(path, "rb") as file:
-        pickled = file.read(1) == b"\x80"
-    if pickled or tarfile.is_tarfile(path):
+        return StateDict(read_safetensors(path), [path])
+    if start[:1] == b"\x80" or tarfile.is_tarfile(path):
         raise ValueError(
             f"{path}: an old pickle or tar file (torch.save before version 1.6, or no torch file "
             "at all), which is not read. Where it was made: torch.save(torch.load(path, "
@@ -147,7 +134,7 @@ def _merge(path: str, shards: Sequence[StateDict]) -> StateDict:
         if twice:
             raise ValueError(f"{path}: in more than one file: {twice}; name one file")
         tensors |= shard
-    return StateDict(path, tensors, [file for shard in shards for file in shard.files])
+    return StateDict(tensors, [file for shard in shards for file in shard.files])
 
 
 def _choose(path: str, root: dict[str, Any], key: str | None) -> dict[str, LazyTensor]:
@@ -161,13 +148,10 @@ def _choose(path: str, root: dict[str, Any], key: str | None) -> dict[str, LazyT
                 + (", and tensors without a key: leave the key out" if bare else "")
             )
         return groups[key]
-    for name in ("model", "state_dict"):
-        if name in groups:
-            return groups[name]
-    if bare:
-        return bare
-    if len(groups) == 1:
-        return next(iter(groups.values()))
+    found = [groups[name] for name in ("model", "state_dict") if name in groups]
+    found += [bare] if bare else []
+    if found or len(groups) == 1:
+        return [*found, *groups.values()][0]
     if groups:
         raise ValueError(f"{path}: several state_dicts; choose one with key= from {sorted(groups)}")
     raise ValueError(

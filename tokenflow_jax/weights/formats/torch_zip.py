@@ -1,6 +1,12 @@
-"""The zip files of `torch.save` and `torch.jit.save`: a pickle that describes views of raw data."""
+"""The zip files of `torch.save` and `torch.jit.save`: a pickle that describes views of raw data.
+
+`torch.load(path, weights_only=True)` reads what is written here, memory-mapped too: storages are
+uncompressed and aligned to 64 bytes, as torch writes them.
+"""
 
 import math
+import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +16,7 @@ import numpy as np
 
 from tokenflow_jax.weights.formats import pickles
 from tokenflow_jax.weights.formats.pickles import Inert, Rebuilder, UnsafeCheckpoint
-from tokenflow_jax.weights.lazy import LazyTensor, read_block
+from tokenflow_jax.weights.lazy import LazyTensor, data, pieces, read_block
 
 TORCH_DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name, name))
@@ -29,22 +35,16 @@ STORAGE_DTYPES = {
 
 # Named tuples, because a pickle cannot change them once they are made and checked.
 class _Element(NamedTuple):
-    """An element type, of a typed storage or torch.float32 and the like; None is untyped bytes."""
-
-    dtype: np.dtype | None
+    dtype: np.dtype | None  # of a typed storage, or torch.float32 and the like; None: untyped bytes
 
 
-class _Storage(NamedTuple):
-    """A block of a file's data, as the pickle describes it."""
-
+class _Storage(NamedTuple):  # a block of a file's data, as the pickle describes it
     member: str
     dtype: np.dtype | None
     nbytes: int
 
 
-class _Tensor(NamedTuple):
-    """A strided view of a storage, in elements."""
-
+class _Tensor(NamedTuple):  # a strided view of a storage, in elements
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
@@ -52,29 +52,18 @@ class _Tensor(NamedTuple):
     dtype: np.dtype
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    # Of torch._utils._rebuild_tensor and _v2; rest: gradient flag, hooks, metadata.
-    metadata = rest[2] if len(rest) > 2 else None
+# The arguments come from the file and may be of any type.
+def _rebuild_tensor(storage, offset, shape, strides, _grad=0, _hooks=0, metadata=0) -> _Tensor:
     return _tensor(storage, offset, shape, strides, storage.dtype, metadata)
 
 
 def _rebuild_tensor_v3(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    _grad: Any,
-    _hooks: Any,
-    element: Any,
-    *rest,
-) -> _Tensor:
-    # The storage of torch._utils._rebuild_tensor_v3 is untyped.
-    return _tensor(storage, offset, shape, strides, element.dtype, rest[0] if rest else None)
+    storage, offset, shape, strides, _grad, _hooks, element, metadata=0
+) -> _Tensor:  # whose storage is untyped
+    return _tensor(storage, offset, shape, strides, element.dtype, metadata)
 
 
-def _tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any, metadata: Any
-) -> _Tensor:
+def _tensor(storage, offset, shape, strides, dtype, metadata) -> _Tensor:
     """Check a tensor's extent against its storage: a view must never leave it."""
     if not isinstance(storage, _Storage) or dtype is None:
         raise ValueError("a tensor without a typed storage")
@@ -88,14 +77,11 @@ def _tensor(
     available = storage.nbytes // dtype.itemsize
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if math.prod(shape) and last >= available:
-        raise ValueError(
-            f"a tensor of shape {shape} that leaves its storage of {available} elements"
-        )
+        raise ValueError(f"a tensor of shape {shape} beyond its storage of {available} elements")
     return _Tensor(storage, offset, shape, strides, dtype)
 
 
-def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
-    # Of torch._tensor._rebuild_from_type_v2: a tensor that carries attributes.
+def _rebuild_from_type(function, _type, arguments, _state) -> Any:  # a tensor with attributes
     if not isinstance(function, Rebuilder):
         raise UnsafeCheckpoint(f"the file rebuilds a tensor through {function!r}; nothing was run")
     return function(*arguments)
@@ -125,22 +111,16 @@ def _torch_names() -> dict[str, Any]:
     return known
 
 
-def _open_zip(path: str) -> tuple[dict[str, zipfile.ZipInfo], str, bytes, bytes]:
-    """Return a torch file's members, the prefix of their names, its pickle and its byte order."""
-    with zipfile.ZipFile(path) as archive:
-        infos = {info.filename: info for info in archive.infolist()}
-        roots = [name for name in infos if name == "data.pkl" or name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise ValueError(f"{path}: a zip file, but not one of torch.save (no single data.pkl)")
-        prefix = roots[0].removesuffix("data.pkl")
-        order = archive.read(prefix + "byteorder") if prefix + "byteorder" in infos else b"little"
-        return infos, prefix, archive.read(roots[0]), order
-
-
 def read_zip(path: str) -> Any:
     """Return a torch file's nested dicts of LazyTensor, two levels deep."""
     try:
-        infos, prefix, pickled, order = _open_zip(path)
+        with zipfile.ZipFile(path) as archive:
+            infos = {info.filename: info for info in archive.infolist()}
+            roots = [name for name in infos if f"/{name}".endswith("/data.pkl")]
+            if len(roots) != 1:
+                raise ValueError(f"{path}: a zip file without a single data.pkl, not of torch.save")
+            pickled, prefix = archive.read(roots[0]), roots[0].removesuffix("data.pkl")
+            order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in infos else b""
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged zip file ({error}); fetch it again") from error
 
@@ -157,8 +137,12 @@ def read_zip(path: str) -> Any:
     def load(tensor: _Tensor) -> np.ndarray:
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, tensor.dtype)
-        itemsize = tensor.dtype.itemsize
-        start = _data_start(path, infos[tensor.storage.member]) + tensor.offset * itemsize
+        itemsize, info = tensor.dtype.itemsize, infos[tensor.storage.member]
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{path}: {info.filename} is compressed, which torch.save never does")
+        # A local header has 30 bytes, then a name and extra data; its end holds their lengths.
+        lengths = read_block(path, info.header_offset + 26, 4).view("<u2").sum(dtype=np.int64)
+        start = info.header_offset + 30 + int(lengths) + tensor.offset * itemsize
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         block = read_block(path, start, (last + 1) * itemsize).view(tensor.dtype)
         if order.strip() == b"big":
@@ -169,15 +153,6 @@ def read_zip(path: str) -> Any:
 
     root = pickles.load_pickle(pickled, path, known=_torch_names(), persistent=persistent)
     return _lazy(root, load)
-
-
-def _data_start(path: str, info: zipfile.ZipInfo) -> int:
-    """Return the position of an uncompressed member's data."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: {info.filename} is compressed, which torch.save never does")
-    # A local header has 30 bytes, then a name and extra data whose lengths are its last four bytes.
-    lengths = read_block(path, info.header_offset + 26, 4).view("<u2")
-    return info.header_offset + 30 + int(lengths.sum(dtype=np.int64))
 
 
 def _lazy(root: Any, load: Callable[[_Tensor], np.ndarray]) -> Any:
@@ -216,3 +191,87 @@ def _attributes(
             yield f"{prefix}{name}", value
         elif isinstance(value, Inert) and id(value) not in above and len(above) < 100:
             yield from _attributes(value, f"{prefix}{name}.", (*above, id(value)))
+
+
+_ALIGNMENT = 64
+_LARGE = 2**30  # from here on members get 64-bit sizes, well before they need them
+_STORAGES = {TORCH_DTYPES[name]: kind for kind, name in STORAGE_DTYPES.items()}
+# Pickle opcodes, protocol 2; see pickletools.
+_PROTOCOL, _STOP, _MARK, _TUPLE, _REDUCE = b"\x80\x02", b".", b"(", b"t", b"R"
+_EMPTY_DICT, _SET_ITEMS, _PERSISTENT_ID, _FALSE = b"}", b"u", b"Q", b"\x89"
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)" + _REDUCE
+
+
+def write_torch_zip(
+    path: str | os.PathLike, groups: Mapping[str, Mapping[str, np.ndarray | LazyTensor]]
+) -> None:
+    """Write a `.pt` file for which torch.load returns `groups`; one lazy tensor is in memory."""
+    tensors = {f"{group}/{name}": t for group, g in groups.items() for name, t in g.items()}
+    unknown = [f"{name}: {t.dtype}" for name, t in tensors.items() if t.dtype not in _STORAGES]
+    if unknown:
+        raise ValueError(f"{path}: dtypes that .pt files are not written with: {unknown}")
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _pickle(groups))
+        archive.writestr("archive/byteorder", "little")
+        for key, tensor in enumerate(tensors.values()):
+            large = tensor.nbytes > _LARGE
+            info = zipfile.ZipInfo(f"archive/data/{key}")
+            info.extra = _padding(file.tell() + 30 + len(info.filename) + (20 if large else 0))
+            with archive.open(info, "w", force_zip64=large) as member:
+                member.writelines(pieces(data(tensor)))
+        archive.writestr("archive/version", "3\n")
+
+
+def _padding(end: int) -> bytes:
+    """Return an extra field for a header that would end at byte `end`, to align the data."""
+    padding = -(end + 4) % _ALIGNMENT  # the field has a name and a length of two bytes each
+    return b"FB" + struct.pack("<H", padding) + bytes(padding)
+
+
+def _pickle(groups: Mapping[str, Mapping[str, np.ndarray | LazyTensor]]) -> bytes:
+    """Pickle a dict of OrderedDicts of tensors, whose storages are numbered in their order."""
+    out, key = [_PROTOCOL, _EMPTY_DICT, _MARK], 0
+    for group, tensors in groups.items():
+        out += [_text(group), _ORDERED_DICT, _MARK]
+        for name, tensor in tensors.items():
+            out += [_text(name), _tensor_pickle(tensor, key)]
+            key += 1
+        out.append(_SET_ITEMS)
+    return b"".join([*out, _SET_ITEMS, _STOP])
+
+
+def _tensor_pickle(tensor: np.ndarray | LazyTensor, key: int) -> bytes:
+    # torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+    shape = tensor.shape
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    storage = _tuple(
+        _text("storage"),
+        f"ctorch\n{_STORAGES[tensor.dtype]}Storage\n".encode(),
+        _text(str(key)),
+        _text("cpu"),
+        _integer(math.prod(shape)),
+    )
+    arguments = _tuple(
+        storage + _PERSISTENT_ID,
+        _integer(0),
+        _tuple(*map(_integer, shape)),
+        _tuple(*map(_integer, strides)),
+        _FALSE,
+        _ORDERED_DICT,
+    )
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + _REDUCE
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _integer(value: int) -> bytes:
+    if value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _tuple(*items: bytes) -> bytes:
+    return _MARK + b"".join(items) + _TUPLE

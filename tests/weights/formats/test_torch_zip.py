@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.formats.torch_zip_writer import write_torch_zip
+from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
