@@ -1,16 +1,16 @@
-"""Sampling with and without the cache, on the same weights, in one run.
+"""Compare sampling with and without the cache, on the same weights.
 
     python -m benchmarks.generation                        one image, guided, 131 + 817 tokens
     python -m benchmarks.generation --passes=3 --images=2
 
-Without the cache every pass computes the "whole" sequence, with zeros for the scales to come, as
-the original does, or, which is less work, the prefix and the scales "so_far".
+Without the cache, each pass computes the "whole" sequence with zeros for later scales, as the
+original does, or the prefix and the scales "so_far", which is less work.
 
 The layout is the published one: a prefix of 131 ids, nine scales of 817 codes out of 32,768. The
-network is smaller (12 layers of 512 channels), its weights are random; what is compared does not
-depend on them. Every way computes the head only where codes are drawn, which the original does not.
-Each is measured in a process of its own. Time is of one call after a first one; memory is the
-process's peak above what it held with its inputs ready and its program compiled.
+network is smaller (12 layers of 512 channels) and random, which does not affect the comparison. All
+methods compute the head only where codes are drawn; the original computes it everywhere. Each
+method runs in its own process. The time excludes the first call; memory is the process's peak above
+what it used with its inputs ready and its program compiled.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def _peak_bytes() -> int:
 
 
 def tokens_processed(scales, prefix: int, passes: int, method: str) -> int:
-    """Tokens that go through the network for one row of an image."""
+    """Return the number of tokens that the network processes for one row of an image."""
     sizes = [side * side for side in scales]
     if method == "whole":
         return (1 + passes * (len(sizes) - 1)) * (prefix - 1 + sum(sizes))
@@ -39,7 +39,7 @@ def tokens_processed(scales, prefix: int, passes: int, method: str) -> int:
 
 
 def measure(options: argparse.Namespace, method: str) -> dict[str, float]:
-    """Returns seconds per image, compile seconds, extra GB and a sum of the codes."""
+    """Return seconds per image, compile seconds, extra GB and a sum of the codes."""
     import jax
     import jax.numpy as jnp
 
@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, float]:
         jnp.zeros((1, codes - 1, channels)),
         jnp.zeros((1, 2), jnp.int32),
     )
-    # Random weights of the usual size; initialised by shape, so that nothing large is computed.
+    # Random weights of the usual size, drawn by shape so that the init program never runs.
     shapes = jax.eval_shape(functools.partial(model.init, method="losses"), keys[0], *arguments)
     leaves, tree = jax.tree.flatten(shapes)
     values = [
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one line per way and the speed-up."""
+    """Print one line per method and the speed-up."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
-"""What the TPU compiler makes of the nearest-code kernel and of the chunked form, without a TPU.
+"""Count the TPU instructions of the nearest-code kernel and of the chunked search, without a TPU.
 
     python -m benchmarks.nearest_kernel                     v5e, v5p, v6e and tpu7x, about a minute
     python -m benchmarks.nearest_kernel --topology=v5e:2x2 --tokens=8 --codes=131072
 
-libtpu (pip install libtpu) writes down the instruction bundles it schedules, one per cycle. Here
-they are multiplied by the iterations of each loop and divided by the number of scores. Waiting for
-memory is not in them, so this is no measurement; on a TPU, measure with benchmarks.quantizer and
-TOKENFLOW_NEAREST_KERNEL=never or always.
+libtpu (pip install libtpu) dumps the instruction bundles it schedules, one per cycle. This script
+multiplies them by the iterations of each loop and divides by the number of scores. Time spent
+waiting for memory is not included, so this is an estimate; on a TPU, measure with
+benchmarks.quantizer and TOKENFLOW_NEAREST_KERNEL=never or always.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _QUIET = {
 
 
 def scheduled_bundles(folder: pathlib.Path) -> dict[str, int]:
-    """Instruction of the compiled program -> bundles of its code."""
+    """Return the scheduled bundles of each instruction of the compiled program."""
     found = {}
     for path in folder.glob("*schedule-analysis_final_bundles.txt"):
         total = re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())
@@ -43,7 +43,7 @@ def scheduled_bundles(folder: pathlib.Path) -> dict[str, int]:
 
 
 def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -> str:
-    """Bundles per 1,000 scores, and bytes of temporaries, in this process."""
+    """Return a line with the bundles per 1,000 scores and the bytes of temporaries."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -64,7 +64,7 @@ def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -
         steps = math.ceil(tokens / n) * math.ceil(codes / k)
         total = steps * max(v for name, v in bundles.items() if name.startswith("nearest_codes"))
     else:
-        # What the scan's body runs, as often as it runs.
+        # The instructions of the scan's body, times its iterations.
         body = re.search(r"body=%([\w.\-]+)", text)
         chunks = quantizer._chunks(jnp.zeros((codes, 1)), tokens)[0].shape[0]
         lines = text
@@ -83,7 +83,7 @@ def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -
 
 
 def main() -> None:
-    """Prints one line per chip and form, each compiled in a process of its own."""
+    """Print one line per chip and method, each compiled in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--topology", action="append", help=f"one or more of {TOPOLOGIES}")
     parser.add_argument("--tokens", type=int, default=21_760)

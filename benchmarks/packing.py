@@ -1,13 +1,12 @@
-"""Training on conversations in rows of their own and in rows that two of them share, in one run.
+"""Compare training on one and on several conversations per row.
 
     python -m benchmarks.packing                        batches of 32, 729 vectors per picture
     python -m benchmarks.packing --pack=1,2,4 --batch=64
 
-The same conversations in the same batches go through the real data pipeline and the real step, with
-a small language model of random weights (float32, XLA's attention, whose cost grows with the square
-of a row's length). Lengths are drawn, an assumption and no data set's: 6 % text alone, else 729
-vectors, and answers with a median of 200 tokens. Rows are padded to multiples of 256. Time is of
-steps whose programs are compiled.
+The same batches of conversations go through the real data pipeline and training step, with a small
+random language model (float32; the cost of XLA's attention grows with the square of a row's
+length). Lengths are random, by assumption: 6 % have no image, the others 729 vectors, and answers
+have a median of 200 tokens. Rows are padded to multiples of 256. The time excludes compilation.
 """
 
 import argparse
@@ -35,7 +34,7 @@ _MODEL = UnderstandingConfig(
 
 
 def write_conversations(file: pathlib.Path, count: int) -> None:
-    """A file of conversations with drawn lengths."""
+    """Write a file of conversations with random lengths."""
     rng = np.random.default_rng(0)
     with file.open("w", encoding="utf-8") as out:
         for i in range(count):
@@ -48,7 +47,7 @@ def write_conversations(file: pathlib.Path, count: int) -> None:
 
 
 def batches_of(file: pathlib.Path, pack: int, size: int, count: int) -> list[dict[str, np.ndarray]]:
-    """The first batches of the pipeline."""
+    """Return the first batches of the pipeline."""
     data = Conversations(
         ConversationConfig(
             "jsonl", str(file), split="all", template="vicuna_v1", system="", vectors=VECTORS,
@@ -60,12 +59,12 @@ def batches_of(file: pathlib.Path, pack: int, size: int, count: int) -> list[dic
 
 
 def main() -> None:
-    """Prints one line per way of filling rows."""
+    """Print one line per number of conversations in a row."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pack", default="1,2", help="conversations of a row, several ways")
-    parser.add_argument("--batch", type=int, default=32, help="conversations of a step")
+    parser.add_argument("--pack", default="1,2", help="conversations per row, comma-separated")
+    parser.add_argument("--batch", type=int, default=32, help="conversations per step")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     optimizer = optim.make_optimizer(optim.OptimizerConfig(learning_rate=1e-3), 100)

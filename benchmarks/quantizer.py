@@ -1,11 +1,12 @@
-"""Time and memory of the shared mapping, beside the dense way of the original.
+"""Measure time and memory of the shared mapping, in chunks and with dense distances.
 
     python -m benchmarks.quantizer                         26,144 tokens x 131,072 codes
-    python -m benchmarks.quantizer --tokens=4096 --dense   both ways, each in a process of its own
+    python -m benchmarks.quantizer --tokens=4096 --dense   both methods, each in its own process
 
-One step is: nearest codes, codebook and commitment loss, gradient to tokens and both codebooks.
-TOKENFLOW_NEAREST_KERNEL=never or always in the environment compares the ways of a TPU. Extra memory
-is the process's peak above what it held with its inputs ready.
+One step finds the nearest codes and computes the codebook and commitment losses and their gradient
+with respect to the tokens and both codebooks. On a TPU, set TOKENFLOW_NEAREST_KERNEL=never or
+always to compare the chunked search with the kernel. Extra memory is the process's peak above what
+it used with its inputs ready.
 """
 
 import argparse
@@ -19,7 +20,7 @@ def _peak_bytes() -> int:
 
 
 def _step(dense: bool, entropy: bool):
-    """Returns (tokens, codebooks) -> gradients of the losses on codes, chunked or dense."""
+    """Return a jitted function (tokens, codebooks) -> losses on codes and their gradients."""
     import jax
     import jax.numpy as jnp
 
@@ -50,7 +51,7 @@ def _step(dense: bool, entropy: bool):
 
 
 def measure(tokens: int, codes: int, dense: bool, entropy: bool) -> tuple[float, float]:
-    """Returns (seconds of one step, GB of extra memory) in this process."""
+    """Return (seconds per step, GB of extra memory)."""
     import jax
 
     from tokenflow_jax.tokenizer.quantizer import Codebooks
@@ -62,7 +63,7 @@ def measure(tokens: int, codes: int, dense: bool, entropy: bool) -> tuple[float,
     )
     step = _step(dense, entropy)
     few = Codebooks(books.semantic_KC[:8], books.pixel_KC[:8])
-    jax.block_until_ready(step(features_NC[:8], few))  # loads what any first call loads
+    jax.block_until_ready(step(features_NC[:8], few))  # one-time loading
     compiled = step.lower(features_NC, books).compile()
     before = _peak_bytes()
     times = []
@@ -74,11 +75,11 @@ def measure(tokens: int, codes: int, dense: bool, entropy: bool) -> tuple[float,
 
 
 def main() -> None:
-    """Prints one line per way."""
+    """Print one line per method."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=26_144)
     parser.add_argument("--codes", type=int, default=131_072)
-    parser.add_argument("--dense", action="store_true", help="measure the dense way too")
+    parser.add_argument("--dense", action="store_true", help="measure dense distances too")
     parser.add_argument("--entropy", action="store_true", help="with the entropy loss")
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")

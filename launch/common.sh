@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Helpers of the scripts in this folder: sourced, not run. Bash 3.2 (macOS) is enough.
+# Helpers that the other scripts source. Works with Bash 3.2 (macOS).
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DRY_RUN=0
-ARGS=()     # the arguments without --dry-run, wherever it stood
-PROBLEMS=() # what is missing; check_needs reports all of it at once
+ARGS=()     # the arguments without --dry-run
+PROBLEMS=() # missing settings, which check_needs reports together
 
-# Of the train command, when SIGTERM ended it and all was saved: 128 + 15, as the shell counts.
-# Without this variable such a run ends with 0, and nobody could tell it from one that is done.
-# shellcheck disable=SC2034 # for the scripts that source this
+# Exit code of a run that SIGTERM stopped after it saved: 128 + 15, as a shell reports it. The train
+# command exits with 0 by default, like a finished run; with this code schedulers restart it.
+# shellcheck disable=SC2034 # used by the scripts that source this file
 SIGTERM_CODE=143
 
 note() { echo "${0##*/}: $*" >&2; }
@@ -18,7 +18,7 @@ fail() {
   exit 1
 }
 
-# Like tokenflow_jax.main: what was asked for cannot be right.
+# Exit code 2, as in tokenflow_jax.main: wrong arguments or settings.
 wrong_use() {
   note "$@"
   exit 2
@@ -32,7 +32,7 @@ parse() {
   done
 }
 
-# quoted WORD...: prints the words as one line that any POSIX shell reads back unchanged.
+# quoted WORD...: prints the words as one line that any POSIX shell parses back unchanged.
 quoted() {
   local word line="" quote="'" escaped="'\\''"
   for word in "$@"; do
@@ -44,7 +44,7 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# call COMMAND...: runs it and says so, unless QUIET=1; under --dry-run only prints it.
+# call COMMAND...: prints and runs a command (QUIET=1: only runs it; --dry-run: only prints it).
 call() {
   if ((DRY_RUN)); then
     quoted "$@"
@@ -54,22 +54,22 @@ call() {
   fi
 }
 
-# need NAME REMEDY: the environment variable must be set.
+# need NAME REMEDY: requires an environment variable.
 need() {
   [[ -n "${!1:-}" ]] || PROBLEMS+=("$1 is not set: $2")
 }
 
-# need_program NAME REMEDY: the program must be installed; --dry-run does without.
+# need_program NAME REMEDY: requires a program, except in a dry run.
 need_program() {
   ((DRY_RUN)) || command -v "$1" >/dev/null || PROBLEMS+=("$1 is not installed: $2")
 }
 
-# need_number NAME: the variable must be a whole number above zero.
+# need_number NAME: requires a positive whole number.
 need_number() {
   [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || PROBLEMS+=("$1 is ${!1}: give a whole number, 1 or more")
 }
 
-# need_shared_workdir ARGUMENT...: machines that come and go need a workdir that all of them see.
+# need_shared_workdir ARGUMENT...: requires a workdir that outlives the machines.
 need_shared_workdir() {
   local argument previous="" workdir=""
   for argument in "$@"; do
@@ -78,13 +78,13 @@ need_shared_workdir() {
     previous="$argument"
   done
   case "$workdir" in
-    gs://?* | /?*) ;; # a path from the root: a file system mounted on all machines
-    "") PROBLEMS+=("--workdir is missing: give --workdir=gs://BUCKET/RUN, which survives the machines") ;;
+    gs://?* | /?*) ;; # an absolute path: a file system mounted on all machines
+    "") PROBLEMS+=("--workdir is missing: give --workdir=gs://BUCKET/RUN, which outlives the machines") ;;
     *) PROBLEMS+=("--workdir=$workdir is lost with its machine: give --workdir=gs://BUCKET/RUN") ;;
   esac
 }
 
-# check_needs: exits with code 2 and one line per problem, if there is any.
+# check_needs: exits with code 2 after one line per problem, if there are any.
 check_needs() {
   local problem
   ((${#PROBLEMS[@]})) || return 0
@@ -94,6 +94,6 @@ check_needs() {
 
 # pack FILE: writes the last commit of this checkout, without its tests, as a tar.gz.
 pack() {
-  ((DRY_RUN)) || git -C "$ROOT" diff --quiet HEAD || note "without the changes that are not committed"
+  ((DRY_RUN)) || git -C "$ROOT" diff --quiet HEAD || note "uncommitted changes are left out"
   call git -C "$ROOT" archive --format=tar.gz "--output=$1" HEAD -- . ":(exclude)tests"
 }

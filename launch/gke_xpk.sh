@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Trains on TPUs of a GKE cluster through XPK (pip install xpk).
-#   launch/gke_xpk.sh run ARGS   the arguments of tokenflow_jax.main; --workdir=gs://BUCKET/RUN
-#   launch/gke_xpk.sh status     the workloads of the cluster
-#   launch/gke_xpk.sh delete     end the workload; `run` with the same arguments continues it
-# --dry-run, anywhere, prints the commands and runs none. A worker that is preempted, or killed
-# otherwise, restarts the workload, which continues from the workdir; one that fails ends it.
+#   launch/gke_xpk.sh run ARGS   ARGS go to tokenflow_jax.main; --workdir=gs://BUCKET/RUN
+#   launch/gke_xpk.sh status     lists the cluster's workloads
+#   launch/gke_xpk.sh delete     ends the workload; `run` with the same arguments continues it
+# --dry-run, anywhere, prints the commands without running them. When a worker is preempted or killed,
+# the workload restarts and continues from the workdir; when a worker fails, the workload ends.
 #
 # Environment:
-#   CLUSTER, ZONE, PROJECT   where; `xpk cluster create` makes a cluster
-#   WORKLOAD                 the name of the run: small letters, digits, hyphens
+#   CLUSTER, ZONE, PROJECT   the cluster; `xpk cluster create` makes one
+#   WORKLOAD                 name of the run: lower-case letters, digits, hyphens
 #   TPU_TYPE                 such as v5p-128, v6e-256, tpu7x-128
-#   SLICES                   TPU slices that train together (1)
+#   SLICES                   TPU slices that train together (default: 1)
 #   IMAGE                    a container image with tokenflow_jax[tpu] and etils[epath-gcs]; without
-#                            it this checkout is added to BASE_IMAGE and installed at the start
-#   BASE_IMAGE               (python:3.12)
-#   MAX_RESTARTS             (100)
-#   SAVE_SECONDS             what a worker that must go is given to save (120)
-#   XPK_FLAGS                further flags of `xpk workload create`, such as "--priority=high"
+#                            it, this checkout is added to BASE_IMAGE and installed at the start
+#   BASE_IMAGE               (default: python:3.12)
+#   MAX_RESTARTS             (default: 100)
+#   SAVE_SECONDS             time that a preempted worker gets to save (default: 120)
+#   XPK_FLAGS                more flags for `xpk workload create`, such as "--priority=high"
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -61,11 +61,11 @@ case "$verb" in
     (($# == 0)) || wrong_use "$verb takes no arguments, not $1"
     [[ $verb == status ]] || need WORKLOAD "the name of the run to end"
     ;;
-  *) wrong_use "say what to do: run, status or delete" ;;
+  *) wrong_use "give one of: run, status, delete" ;;
 esac
-need CLUSTER "the GKE cluster; xpk cluster list --project=PROJECT --zone=ZONE"
+need CLUSTER "the GKE cluster; see: xpk cluster list --project=PROJECT --zone=ZONE"
 need ZONE "the cluster's zone or region, such as us-east5-a"
-need PROJECT "the Google Cloud project; gcloud config get project"
+need PROJECT "the Google Cloud project; see: gcloud config get project"
 need_program xpk "pip install xpk"
 check_needs
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on this machine, on all accelerators it has. The same command continues a run.
+# Trains on this machine, on all its accelerators. The same command continues a stopped run.
 #   launch/local.sh [--dry-run] --config=configs/tokenizer.py [--workdir=DIR] ...
-# PYTHON: the interpreter (python by default).
+# PYTHON: the interpreter (default: python).
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,4 +12,4 @@ need_program "$PYTHON" "activate the environment with tokenflow_jax, or set PYTH
 check_needs
 
 train=("$PYTHON" -m tokenflow_jax.main ${ARGS[@]+"${ARGS[@]}"})
-if ((DRY_RUN)); then call "${train[@]}"; else exec "${train[@]}"; fi # exec: signals reach it
+if ((DRY_RUN)); then call "${train[@]}"; else exec "${train[@]}"; fi # exec: signals reach Python

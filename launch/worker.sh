@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh does on every worker, in the copy of this checkout there.
-#   install      Python and this package for TPUs, in an environment of their own
-#   start ARGS   trains in the background; log, process and exit code are kept in ~/tokenflow_run
-#   status       one line, "tokenflow: " and: none, running, exit CODE, lost (reboot or kill);
-#                with ARGS, an earlier run with other arguments counts as none
-#   idle         fails if a run is under way
-#   stop         SIGTERM, so that the run saves; returns when it has ended
+# Runs on every worker of a TPU VM pod, in the copy of this checkout that tpu_vm.sh put there.
+#   install      installs Python and this package for TPUs in an environment of its own
+#   start ARGS   trains in the background; ~/tokenflow_run keeps the log, process id and exit code
+#   status       prints "tokenflow: " and none, running, exit CODE, or lost (reboot or kill); given
+#                ARGS, it ignores an ended run that had other arguments
+#   idle         fails while a run is going
+#   stop         sends SIGTERM, so that the run saves, and waits for its end
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -24,7 +24,7 @@ install() {
 }
 
 running() {
-  # Its name as well: after a reboot the number may be another process.
+  # Checks the command line too: after a reboot the id may belong to another process.
   [[ -e $RUN/pid ]] && grep -qs worker.sh "/proc/$(cat "$RUN/pid")/cmdline"
 }
 
@@ -43,7 +43,7 @@ status() {
 }
 
 idle() {
-  ! running || fail "a run is under way here: stop it first"
+  ! running || fail "a run is going on here: stop it first"
 }
 
 start() {
@@ -51,12 +51,15 @@ start() {
   mkdir -p "$RUN"
   rm -f "$RUN/code"
   quoted "$@" >"$RUN/args"
-  setsid nohup bash "$ROOT/launch/worker.sh" supervise "$@" >>"$RUN/log" 2>&1 </dev/null &
+  set -m # a process group of its own, which outlives the ssh session
+  train "$@" >>"$RUN/log" 2>&1 </dev/null &
   echo "$!" >"$RUN/pid"
 }
 
-supervise() {
+# train ARGS: runs to the end, in the background, and writes the exit code in one step.
+train() {
   local code=0
+  trap "" HUP # inherited by Python
   cd "$ROOT"
   TOKENFLOW_SIGTERM_CODE="$SIGTERM_CODE" "$ENVIRONMENT/bin/python" -m tokenflow_jax.main \
     --distributed "$@" || code=$?
@@ -65,10 +68,9 @@ supervise() {
 }
 
 stop() {
-  local seconds
   running || return 0
-  pkill -TERM -P "$(cat "$RUN/pid")" || true # it may just have ended
-  for ((seconds = 0; seconds < 600; seconds++)); do
+  pkill -TERM -P "$(cat "$RUN/pid")" || true # the run may just have ended
+  for _ in {1..600}; do
     running || return 0
     sleep 1
   done
@@ -76,6 +78,6 @@ stop() {
 }
 
 case "${1:-}" in
-  install | start | status | idle | stop | supervise) "$@" ;;
-  *) wrong_use "say what to do: install, start, status or stop" ;;
+  install | start | status | idle | stop) "$@" ;;
+  *) wrong_use "give one of: install, start, status, idle, stop" ;;
 esac

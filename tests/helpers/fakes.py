@@ -1,4 +1,4 @@
-"""A machine on which gcloud, xpk, srun and the like only write down how they were called."""
+"""A machine on which gcloud, xpk, srun and the like only record their arguments."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 FAKES = ("gcloud", "git", "python", "sbatch", "scontrol", "srun", "xpk")
-# Whatever a user may write must arrive in one piece.
+# Arguments must arrive unchanged, whatever a user writes.
 ARGUMENTS = (
     "--config=configs/tokenizer.py:b",
     "--workdir=gs://bucket/a run",
@@ -26,8 +26,8 @@ SETTINGS = {
     "POLL": "0",
     "SETTLE_SECONDS": "0",
 }
-# Appends its arguments to calls.jsonl, then plays what replies.json holds for the first text found
-# in them: [exit code, output] after one another, the last one for ever.
+# Appends its arguments to calls.jsonl, then plays the answers in replies.json for the first text
+# that they contain: one [exit code, output] per call, the last one again and again.
 FAKE = """#!{python} -SEI
 import json, os, sys
 call = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
@@ -46,7 +46,7 @@ for text, answers in replies.items():
 
 
 class Machine:
-    """Runs the scripts of launch/ with fakes first on PATH."""
+    """Run the scripts of launch/ with fakes first on PATH."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -64,18 +64,18 @@ class Machine:
         self.reply()
 
     def reply(self, **answers):
-        """Sets what a call that contains a text does, `_` being a blank: [(exit code, output)]."""
+        """Set the answers of calls that contain a text (`_` is a blank): [(exit code, output)]."""
         (self.folder / "calls.jsonl").write_text("")
         texts = {text.replace("_", " "): answer for text, answer in answers.items()}
         (self.folder / "replies.json").write_text(json.dumps(texts))
 
     @property
     def calls(self) -> list[list[str]]:
-        """The calls so far, each with the name of the program first."""
+        """The calls so far, each starting with the name of the program."""
         return [json.loads(line) for line in (self.folder / "calls.jsonl").open()]
 
     def run(self, script, *arguments, launch=LAUNCH, **settings):
-        """Runs a script; a setting of None is taken away."""
+        """Run a script; a setting of None is removed."""
         environment = {**self.environment, **settings}
         return subprocess.run(
             [str(launch / script), *arguments],
@@ -86,7 +86,7 @@ class Machine:
         )
 
     def check(self, script, *arguments, dry_run=True, **settings) -> list[list[str]]:
-        """Runs a script that must succeed; returns its calls, which --dry-run must print alike."""
+        """Run a script that must succeed and return its calls, which --dry-run must print too."""
         before = len(self.calls)
         result = self.run(script, *arguments, **settings)
         assert result.returncode == 0, result.stderr
@@ -96,7 +96,7 @@ class Machine:
         return calls
 
     def dry_run(self, script, *arguments, **settings) -> list[list[str]]:
-        """Returns what --dry-run prints, read by the rules of the shell; nothing may be called."""
+        """Return the commands that --dry-run prints, parsed as a shell would; it calls nothing."""
         before = self.calls
         there = sorted(self.folder.iterdir())
         result = self.run(script, *arguments, "--dry-run", **settings)

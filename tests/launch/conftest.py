@@ -15,7 +15,7 @@ def machine(tmp_path):
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A git repository with nothing but launch/ in it, all of it committed."""
+    """A git repository that holds launch/ only, committed."""
     folder = tmp_path_factory.mktemp("checkout")
     commands = f"""
         cp -r {shlex.quote(str(LAUNCH))} . && git init -q . && git add . &&

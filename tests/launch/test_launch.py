@@ -1,4 +1,4 @@
-"""The launch scripts: exact calls, arguments that arrive unchanged, failures that are told."""
+"""The launch scripts: exact calls, unchanged arguments, exit codes and error messages."""
 
 import shlex
 import shutil
@@ -36,7 +36,7 @@ def test_one_machine(machine):
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_a_dry_run_is_one_wherever_it_is_asked_for(machine, place):
+def test_dry_run_may_stand_anywhere(machine, place):
     arguments = ["--config=a", "--workdir=b"]
     arguments.insert(place, "--dry-run")
     result = machine.run("local.sh", *arguments)
@@ -56,7 +56,7 @@ def test_gke_with_an_image(machine):
         "--termination-grace-period-seconds=120", "--priority=high", "--quiet",
     ]  # fmt: skip
     command = shlex.split(call[-1].removeprefix("--command="))
-    # exec, so that the container's SIGTERM reaches it; 143 is one of XPK's codes for a restart.
+    # exec, so that the container's SIGTERM reaches Python; XPK restarts on 143.
     assert command == [
         "exec", "env", "TOKENFLOW_SIGTERM_CODE=143", *TRAIN, "--distributed", *ARGUMENTS
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_gke_status_and_delete(machine):
 
 
 @pytest.mark.parametrize("verb", ["run", "status", "delete"])
-def test_gke_failures_are_told(machine, verb):
+def test_gke_exit_codes_are_passed_on(machine, verb):
     machine.reply(workload=[(7, "")])
     arguments = ARGUMENTS if verb == "run" else ()
     assert machine.run("gke_xpk.sh", verb, *arguments, IMAGE="i").returncode == 7
@@ -121,7 +121,7 @@ def test_slurm_cpus_reach_the_job_and_its_processes(machine):
     ("code", "batch", "requeued"),
     [(0, "1", False), (1, "1", False), (143, "1", True), (143, None, False), (134, "1", False)],
 )
-def test_slurm_queues_a_saved_run_again(machine, code, batch, requeued):
+def test_slurm_requeues_a_saved_run(machine, code, batch, requeued):
     machine.reply(srun=[(code, "")])
     result = machine.run("slurm.sh", *ARGUMENTS, SLURM_JOB_ID="42", TOKENFLOW_BATCH=batch)
     assert result.returncode == code
@@ -129,7 +129,7 @@ def test_slurm_queues_a_saved_run_again(machine, code, batch, requeued):
     assert machine.calls == [[*SRUN, *ARGUMENTS], *requeue]
 
 
-def test_slurm_failures_are_told(machine):
+def test_slurm_exit_codes_are_passed_on(machine):
     machine.reply(sbatch=[(7, "")], srun=[(143, "")], requeue=[(3, "")])
     assert machine.run("slurm.sh", NODES="1", GPUS="1").returncode == 7
     result = machine.run("slurm.sh", SLURM_JOB_ID="42", TOKENFLOW_BATCH="1")
@@ -149,7 +149,7 @@ def test_slurm_failures_are_told(machine):
         ("slurm.sh", [], ["NODES", "GPUS"]),
     ],
 )
-def test_everything_missing_is_told_at_once(machine, script, arguments, missing):
+def test_all_missing_settings_are_reported_together(machine, script, arguments, missing):
     settings = dict.fromkeys(("TPU_NAME", "ZONE", "PROJECT", "TPU_TYPE", "CLUSTER", "WORKLOAD"))
     result = machine.run(script, *arguments, **settings)
     assert result.returncode == 2 and machine.calls == []
@@ -168,7 +168,7 @@ def test_everything_missing_is_told_at_once(machine, script, arguments, missing)
         ("local.sh", [], "python"),
     ],
 )
-def test_a_program_that_is_not_installed_is_named(machine, script, arguments, program):
+def test_a_missing_program_is_named(machine, script, arguments, program):
     (machine.bin / program).unlink()
     path = f"{machine.bin}"
     for name in ("bash", "dirname"):

@@ -1,4 +1,4 @@
-"""Cloud TPU VM pods: every verb of tpu_vm.sh, restarts, and the scripts on a worker for real."""
+"""Cloud TPU VM pods: every verb of tpu_vm.sh, restarts, and the worker script run for real."""
 
 import subprocess
 import time
@@ -24,7 +24,7 @@ def ssh(command):
 
 
 def verbs(calls):
-    """The calls in short: list, create, status, install, start, delete; git and scp left out."""
+    """Return the calls in short: list, create, status, install, ...; without git and scp."""
     names = []
     for call in calls:
         if call[0] == "gcloud" and call[4] != "scp":
@@ -55,17 +55,17 @@ def test_create_several_slices_of_spot_machines(machine):
         ("v4-32", "tpu-ubuntu2204-base"),
     ],
 )
-def test_the_image_follows_from_the_type(machine, kind, image):
+def test_the_type_decides_the_image(machine, kind, image):
     [call] = machine.dry_run("tpu_vm.sh", "create", TPU_TYPE=kind)
     assert f"--accelerator-type={kind}" in call and f"--runtime-version={image}" in call
 
 
-def test_another_image(machine):
+def test_the_image_can_be_set(machine):
     [call] = machine.check("tpu_vm.sh", "create", RUNTIME_VERSION="mine")
     assert "--runtime-version=mine" in call
 
 
-def test_a_type_that_cloud_tpu_does_not_serve_is_sent_to_gke(machine):
+def test_a_type_without_an_image_is_referred_to_gke(machine):
     result = machine.run("tpu_vm.sh", "create", TPU_TYPE="tpu7x-128")
     assert result.returncode == 2 and "launch/gke_xpk.sh" in result.stderr
 
@@ -82,14 +82,14 @@ def test_wait(machine):
 @pytest.mark.parametrize(
     ("reply", "text"),
     [
-        ((0, "pod\tFAILED\n"), "will not come"),
-        ((0, "pod\tSUSPENDED\n"), "will not come"),
+        ((0, "pod\tFAILED\n"), "pod is FAILED and will not start"),
+        ((0, "pod\tSUSPENDED\n"), "pod is SUSPENDED and will not start"),
         ((0, "pod-2\tACTIVE\n"), "there is no pod"),
-        ((1, ""), "cannot tell"),
+        ((1, ""), "cannot list pod"),
     ],
 )
 @pytest.mark.parametrize("verb", ["wait", "install"])
-def test_waiting_in_vain_ends(machine, verb, reply, text):
+def test_waiting_ends_when_the_pod_cannot_come(machine, verb, reply, text):
     machine.reply(list=[reply])
     result = machine.run("tpu_vm.sh", verb)
     assert result.returncode == 1 and text in result.stderr
@@ -114,7 +114,7 @@ def test_install(machine):
 
 
 @pytest.mark.parametrize("step", ["archive", "scp", "ssh"])
-def test_an_install_that_fails_stops_there(machine, step):
+def test_a_failed_install_stops_there(machine, step):
     machine.reply(**{step: [(7, "")]}, list=ACTIVE)
     assert machine.run("tpu_vm.sh", "install").returncode == 7
     assert step in machine.calls[-1]
@@ -150,7 +150,7 @@ def test_tail_status_stop_and_delete(machine):
 
 
 @pytest.mark.parametrize("verb", ["create", "run", "tail", "status", "stop", "delete"])
-def test_failures_of_gcloud_are_told(machine, verb):
+def test_gcloud_exit_codes_are_passed_on(machine, verb):
     machine.reply(ssh=[(7, "")], create=[(7, "")], delete=[(7, "")], list=ACTIVE)
     arguments = RUN if verb == "run" else ()
     assert machine.run("tpu_vm.sh", verb, *arguments).returncode == 7
@@ -161,19 +161,19 @@ def states(*texts):
 
 
 def workers(*texts):
-    """What the workers say, one after another: `running|exit 0` of two workers."""
+    """Replies of the workers, one after another; `running|exit 0` is from two workers."""
     lines = [text.split("|") for text in texts]
     return [(0, "".join(f"tokenflow: {line}\n" for line in each)) for each in lines]
 
 
-def test_keep_does_it_all_from_nothing_and_through_a_preemption(machine):
+def test_keep_creates_installs_runs_and_survives_a_preemption(machine):
     machine.reply(
         list=states(
             "", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED",
             "", "PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE",
         ),
         status=workers(
-            "absent|absent", "running|running", "exit 134|exit 1",  # its peers have lost it
+            "absent|absent", "running|running", "exit 134|exit 1",  # lost its peers
             "absent|absent", "running|exit 0", "exit 0|exit 0",
         ),
     )  # fmt: skip
@@ -188,36 +188,36 @@ def test_keep_does_it_all_from_nothing_and_through_a_preemption(machine):
     starts = [call for call in machine.calls if "worker.sh start" in " ".join(call)]
     assert starts == [ssh(f"bash tokenflow/launch/worker.sh start {' '.join(RUN)}")] * 3
     packed = [call for call in machine.calls if "archive" in call]
-    assert len(packed) == 1  # the second pod runs what the first one ran
+    assert len(packed) == 1  # the second pod gets the same code
 
 
 @pytest.mark.parametrize("ended", ["none", "lost|exit 1", "exit 143", "exit 137|exit 1"])
-def test_keep_starts_again_what_something_else_ended(machine, ended):
+def test_keep_restarts_a_run_that_was_killed_or_stopped(machine, ended):
     machine.reply(list=ACTIVE, status=workers(ended, "exit 0"))
     assert machine.run("tpu_vm.sh", "keep", *RUN).returncode == 0
     assert verbs(machine.calls) == ["list", "status", "start", "list", "status"]
 
 
 @pytest.mark.parametrize(("ended", "code"), [("exit 1", 1), ("exit 0|exit 2", 2)])
-def test_keep_ends_with_the_code_of_a_run_that_failed(machine, ended, code):
+def test_keep_exits_with_the_code_of_a_failed_run(machine, ended, code):
     machine.reply(list=ACTIVE, status=workers(ended))
     result = machine.run("tpu_vm.sh", "keep", *RUN)
     assert result.returncode == code and "the run failed" in result.stderr
-    assert verbs(machine.calls) == ["list", "status"] * 2  # once more: was the pod taken away?
+    assert verbs(machine.calls) == ["list", "status"] * 2  # checks again: was the pod taken away?
 
 
-def test_keep_does_not_blame_the_run_for_a_pod_that_is_taken_away(machine):
+def test_keep_goes_on_when_the_pod_was_taken_away_after_a_failure(machine):
     machine.reply(list=states("ACTIVE", "SUSPENDING", "ACTIVE"), status=workers("exit 1", "exit 0"))
     assert machine.run("tpu_vm.sh", "keep", *RUN).returncode == 0
 
 
-def test_keep_survives_a_passing_trouble_and_gives_up_on_a_lasting_one(machine):
+def test_keep_survives_a_few_errors_and_gives_up_after_ten(machine):
     machine.reply(list=[(1, ""), *ACTIVE], status=[(255, "no route\n"), *workers("exit 0")])
     result = machine.run("tpu_vm.sh", "keep", *RUN)
     assert result.returncode == 0 and "no route" in result.stderr
     machine.reply(list=[(1, "")])
     result = machine.run("tpu_vm.sh", "keep", *RUN)
-    assert result.returncode == 1 and "ten looks in a row" in result.stderr
+    assert result.returncode == 1 and "ten checks in a row failed" in result.stderr
     assert machine.calls == [LIST] * 10
 
 
@@ -229,20 +229,20 @@ def test_keep_gives_up_when_a_step_keeps_failing(machine, step):
     assert result.returncode == 1 and "gave up" in result.stderr
 
 
-def test_keep_gives_up_after_so_many_restarts(machine):
+def test_keep_gives_up_after_max_restarts(machine):
     machine.reply(list=ACTIVE, status=workers("exit 139"))
     result = machine.run("tpu_vm.sh", "keep", *RUN, MAX_RESTARTS="3")
     assert result.returncode == 1 and "MAX_RESTARTS=3" in result.stderr
     assert verbs(machine.calls).count("start") == 4
 
 
-def test_keep_shows_a_round_in_a_dry_run(machine):
+def test_keep_prints_one_round_in_a_dry_run(machine):
     assert verbs(machine.dry_run("tpu_vm.sh", "keep", *RUN)) == [
         "create", "list", "install", "start", "list", "status", "delete",
     ]  # fmt: skip
 
 
-# A gcloud whose workers are this machine, with the machine's folder as their home.
+# A gcloud whose only worker is this machine, with the test's folder as its home.
 GCLOUD = """#!/bin/sh
 cd "$HOME" || exit
 case "$4" in
@@ -253,7 +253,7 @@ case "$4" in
     done ;;
 esac
 """
-# The interpreter on the worker: writes its arguments down and trains until SIGTERM.
+# The interpreter on the worker: records its arguments and trains until SIGTERM.
 PYTHON = """#!/bin/bash
 printf '%s\\0' "$@" >"$HOME/arguments"
 trap 'exit "$TOKENFLOW_SIGTERM_CODE"' TERM
@@ -265,7 +265,7 @@ for ((i = 0; i < 600; i++)); do sleep 0.1; done
 
 @pytest.fixture
 def pod(machine, checkout):
-    """The machine with a worker, and the scripts of a checkout to install there."""
+    """A worker on this machine, and the scripts of a checkout to install there."""
     (machine.bin / "git").unlink()
     (machine.bin / "gcloud").write_text(GCLOUD)
     (machine.bin / "curl").write_text("#!/bin/sh\necho true\n")
@@ -289,7 +289,7 @@ def pod(machine, checkout):
 def wait_until(condition):
     end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "not in a minute"
+        assert time.monotonic() < end, "it took more than a minute"
         time.sleep(0.02)
 
 
@@ -316,7 +316,7 @@ def test_a_worker_installs_runs_stops_and_continues(pod):
     wait_until(lambda: run("status").stdout.endswith("tokenflow: exit 0\n"))
 
 
-def test_a_worker_tells_a_lost_run_and_one_of_other_arguments(pod):
+def test_a_worker_reports_a_lost_run_and_one_with_other_arguments(pod):
     home, run = pod
     assert run("install").returncode == 0
     assert run("run", *RUN, "--quick").returncode == 0

