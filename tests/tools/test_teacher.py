@@ -14,7 +14,7 @@ from PIL import Image
 
 from tokenflow_jax.evals.knn import knn_accuracy
 from tokenflow_jax.nets.vit import ViT, ViTConfig
-from tokenflow_jax.tokenizer.shipped_teacher import ASSET, load_teacher, save_teacher
+from tokenflow_jax.tokenizer.teacher import ASSET, load_shipped, save_shipped
 from tokenflow_jax.train import optim
 from tools.teacher import config as teacher_config
 from tools.teacher import init as teacher_init
@@ -196,16 +196,16 @@ def test_the_initialization_whitens_patches():
 
 def test_save_and_load(tmp_path):
     params = {"a": {"b": np.linspace(-2, 2, 6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(2)}
-    save_teacher(tmp_path / "t.safetensors", params, {"vit": {"width": 3}})
-    about, back = load_teacher(tmp_path / "t.safetensors")
+    save_shipped(tmp_path / "t.safetensors", params, {"vit": {"width": 3}})
+    about, back = load_shipped(tmp_path / "t.safetensors")
     assert about == {"vit": {"width": 3}}
     np.testing.assert_allclose(back["a"]["b"], params["a"]["b"], atol=1e-3)
     assert back["a"]["b"].dtype == np.float32
     with pytest.raises(ValueError, match="no teacher weights"):
-        load_teacher(tmp_path / "nothing.safetensors")
+        load_shipped(tmp_path / "nothing.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="not a readable"):
-        load_teacher(tmp_path / "bad.safetensors")
+        load_shipped(tmp_path / "bad.safetensors")
 
 
 def test_emoji_splits_have_the_same_groups():
@@ -217,7 +217,7 @@ def test_emoji_splits_have_the_same_groups():
 
 def test_the_shipped_teacher_knows_emoji_groups():
     """Accuracy is well above the largest group's share; a third of the bank keeps it quick."""
-    about, params = load_teacher()
+    about, params = load_shipped()
     bank, queries = load_emoji(about["vit"]["image_size"])
     encoder = make_encoder(ViTConfig(**about["vit"]))
     some = slice(None, None, 3)
@@ -231,7 +231,7 @@ def test_the_shipped_teacher_knows_emoji_groups():
 
 def test_the_shipped_teacher_distinguishes_images():
     assert ASSET.stat().st_size <= 4_000_000
-    about, params = load_teacher()
+    about, params = load_shipped()
     vit = ViTConfig(**about["vit"])
     expected = jax.eval_shape(
         ViT(vit).init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)
@@ -289,7 +289,7 @@ def test_the_whole_run(tmp_path):
     assert {"cifar10", "cifar10_raw_pixels", "cifar10_inception", "emoji_groups"} <= set(figures)
     assert all(0 <= value <= 1 for value in figures.values())
     assert figures["cifar10_largest_class"] == 0.1
-    about, params = load_teacher(tmp_path / "work" / "teacher.safetensors")
+    about, params = load_shipped(tmp_path / "work" / "teacher.safetensors")
     assert ViTConfig(**about["vit"]) == TINY
     assert about["knn"]["emoji_groups"] == round(figures["emoji_groups"], 4)
     assert set(params) >= {"patch_embed", "blocks", "post_norm"}

@@ -34,7 +34,7 @@ from ml_collections import config_flags
 
 from tokenflow_jax.evals.knn import knn_accuracy
 from tokenflow_jax.nets.vit import ViT, ViTConfig
-from tokenflow_jax.tokenizer.shipped_teacher import save_teacher
+from tokenflow_jax.tokenizer.teacher import save_shipped
 from tokenflow_jax.train import optim
 from tokenflow_jax.weights.names.inception import load_inception
 from tools.teacher import targets as teacher_targets
@@ -339,7 +339,7 @@ def run(
         "training": config.to_dict(),
         "training_seconds": seconds,
     }
-    save_teacher(workdir / "teacher.safetensors", params, about)
+    save_shipped(workdir / "teacher.safetensors", params, about)
     (workdir / "figures.json").write_text(json.dumps(about, indent=1))
     return figures
 
