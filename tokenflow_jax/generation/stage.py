@@ -17,7 +17,7 @@ from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError, check_tokenizer
 from tokenflow_jax.data.text import PromptEncoder
-from tokenflow_jax.evals import reconstruction
+from tokenflow_jax.evals import pictures
 from tokenflow_jax.generation import api as generator
 from tokenflow_jax.generation import retrieval
 from tokenflow_jax.generation import start as generation_start
@@ -255,6 +255,6 @@ class _GenerationStage:
         codes = drawn.codes(prompts, [0] * len(prompts), self.recipe, self.config.eval.sample_batch)
         growing = list(drawn.previews(codes))
         return {
-            "samples": reconstruction.grid([growing[-1]]),
-            "scales": reconstruction.grid(growing),
+            "samples": pictures.grid([growing[-1]]),
+            "scales": pictures.grid(growing),
         }

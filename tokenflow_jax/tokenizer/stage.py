@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import fid, knn, reconstruction
+from tokenflow_jax.evals import fid_network, knn, measures, pictures
 from tokenflow_jax.evals.image_set import ImageSet
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import hosts, mesh
@@ -23,6 +23,7 @@ from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.codebook import kmeans
 from tokenflow_jax.tokenizer.program import Program
 from tokenflow_jax.tokenizer.quantizer import normalize_halves
+from tokenflow_jax.tokenizer.reconstruct import reconstructor
 from tokenflow_jax.tokenizer.state import (
     TrainState,
     with_codebooks,
@@ -74,8 +75,8 @@ class _TokenizerStage:
         )
         self._fid_reference = None
         if evaluation.fid_weights:
-            network = fid.Network(evaluation.fid_weights)
-            self._fid_reference = fid.Reference(network, self._held_out)
+            network = fid_network.Network(evaluation.fid_weights)
+            self._fid_reference = fid_network.Reference(network, self._held_out)
         label = config.eval.knn_label
         if label and label not in pipeline.opened(self.eval_config).source.numbers:
             self.notes.append(f"no k-NN figures: these data have no label {label!r}")
@@ -203,7 +204,7 @@ class _TokenizerStage:
     @functools.cached_property
     def _reconstruct(self):
         """Compiled (params, uint8 images) -> (codes, pixels, quantised map)."""
-        return reconstruction.reconstructor(self.model)
+        return reconstructor(self.model)
 
     def _weights(self, state: TrainState) -> PyTree:
         return self._whole(state.params if state.ema is None else state.ema)
@@ -220,17 +221,17 @@ class _TokenizerStage:
         return pipeline.eval_batches(data, batch_size=self.config.eval.batch_size, limit=limit)
 
     @functools.cached_property
-    def _measures(self) -> Mapping[str, reconstruction.Measure]:
+    def _measures(self) -> Mapping[str, measures.Measure]:
         """PSNR, SSIM and, with its weights, LPIPS."""
-        measures = {name: reconstruction.MEASURES[name] for name in ("psnr", "ssim")}
+        chosen = {name: measures.MEASURES[name] for name in ("psnr", "ssim")}
         if "lpips" in self.frozen:
-            measures["lpips"] = reconstruction.lpips_measure(self._whole(self.frozen["lpips"]))
-        return measures
+            chosen["lpips"] = measures.lpips_measure(self._whole(self.frozen["lpips"]))
+        return chosen
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out figures; at the end also what the two halves know of labels."""
         params, config = self._weights(state), self.config.eval
-        figures = reconstruction.evaluate(
+        figures = measures.evaluate(
             lambda images: self._reconstruct(params, images)[:2],
             self._held_out,
             self.model_config.codebook_size,
@@ -299,12 +300,12 @@ class _TokenizerStage:
         params, real = self._weights(state), self._shown["mask"]
         codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
         images = self._shown["image"][real]
-        grids = {"reconstruction": reconstruction.grid([images, pixels[real]])}
+        grids = {"reconstruction": pictures.grid([images, pixels[real]])}
         if len(self.model_config.scales) > 1:
             ends = [s.stop for s in self.model_config.pyramid.slices()]
             maps = [self._features(params, codes[:, :end]) for end in ends]
             growing = [np.asarray(self._decode(params, m))[real] for m in maps]
-            grids["scales"] = reconstruction.grid([*growing, images])
+            grids["scales"] = pictures.grid([*growing, images])
         return grids
 
 
