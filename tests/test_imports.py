@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "generation": PROGRAMS,
     "understanding": PROGRAMS,
     "stages": {*PROGRAMS, "generation", "understanding"},
-    "cli": {*BASE, "parallel", "train"},
+    "cli": {*BASE, "parallel", "config_flag"},
+    "config_flag": {"train"},
     "__init__": set(),
 }
 # Everything that `python -m` starts stands above all layers, wherever its file is.
