@@ -8,7 +8,7 @@ import numpy as np
 
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.generation.api import Generator, Recipe
-from tokenflow_jax.nets.encoders import encoder_kind, normalise
+from tokenflow_jax.nets.encoders import encoder_kind, normalize
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.model import TokenFlow
 
@@ -90,7 +90,7 @@ def _eyes(drawn: Generator, batch_size: int):
     def features(params: Mapping, images_BHWC: jax.Array) -> jax.Array:
         images_BHWC = images_BHWC.astype(jnp.float32) / 127.5 - 1
         if not kind.raw:
-            images_BHWC = normalise(images_BHWC, kind.mean, kind.std)
+            images_BHWC = normalize(images_BHWC, kind.mean, kind.std)
         tokens_BND = model.apply(
             {"params": params}, images_BHWC, method=lambda model, x: model.semantic_encoder(x)
         )

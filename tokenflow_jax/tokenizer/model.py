@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.nets.cnn import PixelDecoder, PixelEncoder
-from tokenflow_jax.nets.encoders import EncoderConfig, encoder_kind, normalise
+from tokenflow_jax.nets.encoders import EncoderConfig, encoder_kind, normalize
 from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.nets.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
 from tokenflow_jax.nets.vitamin import ViTaminConfig
@@ -258,7 +258,7 @@ class TokenFlow(nn.Module):
             raise ValueError(f"images of shape {size}: the tokenizer takes {cfg.image_size} px RGB")
         kind, seen_BHWC = encoder_kind(cfg.semantic_encoder), images_BHWC
         if not kind.raw:
-            seen_BHWC = normalise(images_BHWC, kind.mean, kind.std)
+            seen_BHWC = normalize(images_BHWC, kind.mean, kind.std)
         tokens_BND = self.semantic_encoder(seen_BHWC.astype(self.dtype))
         images_BHWC = bicubic_resize(images_BHWC, cfg.pixel_image_size or cfg.image_size)
         images_BHWC = images_BHWC.astype(self.dtype)

@@ -208,7 +208,7 @@ class Trainer:
         """The frozen teacher's patch features (B, N, D) of images in [-1, 1]."""
         if self.teacher is None:
             return None
-        normal = encoders.normalise(images_BHWC, self.teacher_mean, self.teacher_std)
+        normal = encoders.normalize(images_BHWC, self.teacher_mean, self.teacher_std)
         features = self.teacher.apply({"params": frozen["teacher"]}, normal)
         return jax.lax.stop_gradient(features.astype(jnp.float32))
 
