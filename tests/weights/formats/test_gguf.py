@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import struct
 
+import gguf as package
 import ml_dtypes
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def write(path, fields, tensors, raw=None):
     for name, (array, kind) in tensors.items():
         head += text(name) + struct.pack("<I", array.ndim)
         head += b"".join(struct.pack("<Q", size) for size in reversed(array.shape))
-        head += struct.pack("<IQ", TYPES[kind], len(data))
+        head += struct.pack("<IQ", TYPES.get(kind, kind), len(data))
         body = raw or (encode(array, kind) if kind != "I8" else b"")
         data += body + b"\0" * (-len(body) % 32)
     path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
@@ -162,6 +163,22 @@ def test_a_block_of_four_bits_by_hand(tmp_path):
     ):
         path = write(tmp_path / f"{kind}.gguf", {}, {"x": (want[None], kind)}, head + packed)
         np.testing.assert_array_equal(gguf.read_gguf(path)[1]["x"].read()[0], want)
+
+
+@pytest.mark.parametrize("kind", ["Q5_1", "Q4_K", "Q6_K", "IQ4_XS", "TQ2_0"])
+def test_other_types_are_what_the_package_makes_of_their_bytes(tmp_path, kind):
+    number = package.GGMLQuantizationType[kind]
+    count, block = package.GGML_QUANT_SIZES[number]
+    raw = np.random.default_rng(0).integers(0, 60, (3, 2 * block), np.uint8)  # finite scales
+    path = write(
+        tmp_path / "t.gguf",
+        {},
+        {"x": (np.zeros((3, 2 * count), np.float32), int(number))},
+        raw.tobytes(),
+    )
+    found = gguf.read_gguf(path)[1]["x"].read()
+    assert found.shape == (3, 2 * count) and np.isfinite(found).all() and found.std() > 0
+    np.testing.assert_array_equal(found, package.dequantize(raw, number))
 
 
 def test_what_is_not_read_is_said(tmp_path):
