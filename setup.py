@@ -12,6 +12,7 @@ INSTALL_REQUIRES = [
     "clu>=0.0.12",
     "etils[epath]>=1.14",
     "flax>=0.12.8",
+    "gguf>=0.17.1",
     "grain>=0.2.18",
     "jax>=0.10.2",
     "ml_collections>=1.1.0",
