@@ -68,9 +68,8 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """Arrange devices, by default all of all processes, in a (slice, data, fsdp, tensor) mesh.
 
-    Args:
-      sizes: axis name -> number of devices along it; one may be -1, all that remain. Missing axes
-        have size 1, except `data`, which is -1 when no other axis is.
+    `sizes` are numbers of devices by axis; one may be -1, all that remain. Missing axes have size
+    1, except `data`, which is -1 when no other axis is.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
@@ -188,15 +187,12 @@ def answering_mesh() -> jax.sharding.Mesh | None:
 def place_parameters(
     parameters: Iterable[tuple[str, np.ndarray]], mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.Array]:
-    """Put (path, array) pairs on the mesh, or without one on the default device.
-
-    They are read one by one, and no device ever holds what it will not keep.
-    """
-
-    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding | None:
-        return NamedSharding(mesh, partition(path, shape, mesh)) if mesh else None
-
-    return {path: jax.device_put(x, sharding(path, x.shape)) for path, x in parameters}
+    """Put (path, array) pairs on the mesh, or without one on the default device."""
+    placed = {}
+    for path, array in parameters:  # one by one: no device ever holds what it will not keep
+        where = NamedSharding(mesh, partition(path, array.shape, mesh)) if mesh else None
+        placed[path] = jax.device_put(array, where)
+    return placed
 
 
 def stayed_whole(tree: PyTree, mesh: Mesh) -> list[tuple[str, int]]:

@@ -46,10 +46,7 @@ Search = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def where_faster(z_NC: jax.Array, codes_KC: jax.Array, chunked: Search) -> Search:
-    """Return `chunked`, or a function that is `best_of` on TPUs and `chunked` elsewhere.
-
-    The platform is known when the program is lowered.
-    """
+    """Return `chunked`, or a function that is `best_of` when it is lowered for a TPU."""
     mode = os.environ.get(VARIABLE, "auto")
     if mode not in _MODES:
         raise ValueError(f"{VARIABLE}={mode!r} must be one of {', '.join(_MODES)}")

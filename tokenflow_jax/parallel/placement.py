@@ -4,7 +4,7 @@ Where the mesh in use (`mesh.use`) gives the logical axis "codes" more than one 
 works on its own rows, and what crosses the network is as small as the tokens: no codebook is ever
 gathered. Without a mesh everything here is the plain computation.
 
-Shapes as in `tokenizer.quantizer`: N tokens, K codes, C channels; k are one device's rows.
+Shapes: N tokens, K codes, C channels; k are one device's rows.
 """
 
 import math
@@ -132,11 +132,9 @@ def _split(tokens: int, size: int) -> Split | None:
 
 
 def take_rows(table_KC: jax.Array, codes: jax.Array) -> jax.Array:
-    """Return the rows of a table for int codes of any shape: (..., C).
+    """Return the rows of a table for int codes of any shape: (..., C)."""
 
-    The gradient is a scatter into the rows of the device that owns them.
-    """
-
+    # Its gradient is a scatter into the rows of the device that owns them.
     def take(split: Split, table_kC: jax.Array, codes_N: jax.Array) -> jax.Array:
         if not split.codes:
             return table_kC[codes_N]
