@@ -6,13 +6,13 @@ from picture_files import encode, picture, plain, png_bomb
 
 @pytest.fixture(scope="session")
 def bomb():
-    """The bytes of a 20,000 x 20,000 PNG."""
+    """Return the bytes of a 20,000 x 20,000 PNG."""
     return png_bomb()
 
 
 @pytest.fixture
 def write_broken(bomb):
-    """Writes the four broken files of a hostile folder."""
+    """Return a function that writes four broken files to a folder."""
 
     def write(folder):
         whole = encode(picture(99, 200, 200), "JPEG", quality=95)

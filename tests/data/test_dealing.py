@@ -1,4 +1,4 @@
-"""The stream that processes are dealt their batches from."""
+"""Dealing one stream of batches to processes, and resuming with another number of them."""
 
 import collections
 import json
@@ -39,7 +39,7 @@ def group(shares, **options):
 
 
 def step(group):
-    """The examples of one global batch, as (item, draw), in no order."""
+    """Return the examples of one global batch, as (item, draw), unordered."""
     batches = [next(share) for share in group]
     pairs = [zip(b["item"].tolist(), b["draw"].tolist(), strict=True) for b in batches]
     return collections.Counter(pair for share in pairs for pair in share)
@@ -59,8 +59,8 @@ def test_any_number_of_shares_makes_the_same_batches(shares):
 
 
 @pytest.mark.parametrize("numbers", [(2, 1), (1, 3), (4, 2, 1, 3)])
-def test_other_shares_take_up_the_stream_exactly(numbers):
-    """As if nothing had happened, twists and all: the same items, the same random draws."""
+def test_another_number_of_shares_resumes_exactly(numbers):
+    """The same items and random draws as in an uninterrupted run, over several changes."""
     reference, current = group(1), group(numbers[0])
     for number in (*numbers[1:], numbers[0]):
         for _ in range(3):
@@ -72,7 +72,7 @@ def test_other_shares_take_up_the_stream_exactly(numbers):
     assert step(current) == step(reference)
 
 
-def test_the_same_number_of_shares_goes_on_with_its_own_state_alone():
+def test_the_same_number_of_shares_needs_only_its_own_states():
     before = group(2, function=make)
     for _ in range(4):
         step(before)
@@ -86,7 +86,7 @@ def test_the_same_number_of_shares_goes_on_with_its_own_state_alone():
 
 @pytest.mark.parametrize("numbers", [(3, 2, 1), (2, 4, 3)])
 def test_with_broken_items_nothing_is_lost_or_seen_twice(numbers):
-    """Shares that met more broken items are further on; what they did is not dealt again."""
+    """Shares that met more broken items are further ahead; their places are not dealt again."""
     seen = []
     states = None
     for number in numbers:
@@ -115,7 +115,7 @@ def test_a_position_that_lacks_shares_is_refused():
         deal(seed=6).set_state(states)
 
 
-def test_repeated_states_are_one():
+def test_repeated_states_count_once():
     """Processes that share their rows of a batch save the same position."""
     before = group(2)
     step(before)
@@ -127,7 +127,7 @@ def test_repeated_states_are_one():
     assert step([after]) == step([reference])
 
 
-def test_numbered_batches_go_on_in_any_number_of_processes():
+def test_numbered_batches_resume_on_any_number_of_processes():
     def batches(**identity):
         return NumberedBatches(lambda n: {"n": np.int32(n)}, identity={"data": "a", **identity})
 

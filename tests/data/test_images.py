@@ -55,15 +55,15 @@ def test_palette_with_transparent_entry():
     np.testing.assert_array_equal(decoded[2, 3], [40, 50, 60])
 
 
-def test_grey_and_16_bit_grey():
-    grey = np.arange(100, dtype=np.uint8).reshape(10, 10)
-    np.testing.assert_array_equal(images.decode(encode(grey)), np.repeat(grey[..., None], 3, -1))
+def test_gray_and_16_bit_gray():
+    gray = np.arange(100, dtype=np.uint8).reshape(10, 10)
+    np.testing.assert_array_equal(images.decode(encode(gray)), np.repeat(gray[..., None], 3, -1))
     deep = (np.arange(100, dtype=np.uint16) * 600).reshape(10, 10)
     decoded = images.decode(saved(Image.fromarray(deep), "PNG"))
     np.testing.assert_array_equal(decoded[..., 1], deep >> 8)
 
 
-def test_cmyk_and_grey_alpha():
+def test_cmyk_and_gray_alpha():
     cmyk = Image.new("CMYK", (10, 12), (0, 0, 0, 0))
     assert images.decode(saved(cmyk, "JPEG")).shape == (12, 10, 3)
     assert images.decode(saved(cmyk, "JPEG")).min() > 250

@@ -1,4 +1,4 @@
-"""Lines of text files: places, splits, and what is kept of large files."""
+"""Lines of text files: places, splits, the index of large files, JSON objects."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_long_lines_are_read_whole(tmp_path):
     assert [found.read(0), found.read(1)] == [b"x" * 10_000, b"y"]
 
 
-def test_what_is_found_in_a_large_file_is_kept(file, monkeypatch, caplog):
+def test_the_index_of_a_large_file_is_kept(file, monkeypatch, caplog):
     monkeypatch.setattr(jsonl, "_KEEP_FROM", 100)
 
     def never(line):
@@ -62,12 +62,12 @@ def test_what_is_found_in_a_large_file_is_kept(file, monkeypatch, caplog):
     assert len(changed) == 122 and changed.read(121) == b"mehr"
     kept = file.with_name("some.jsonl.index.npz")
     kept.write_bytes(kept.read_bytes()[:-300])
-    assert len(Lines(file, "test", describe)) == 122 and "made anew" in caplog.text
+    assert len(Lines(file, "test", describe)) == 122 and "indexing the lines again" in caplog.text
     assert len(Lines(file, "test", never)) == 122
     assert sorted(path.name for path in file.parent.iterdir()) == [file.name, kept.name]
 
 
-def test_a_place_that_cannot_be_written(file, monkeypatch, caplog):
+def test_an_index_that_cannot_be_written(file, monkeypatch, caplog):
     monkeypatch.setattr(jsonl, "_KEEP_FROM", 100)
     (file.parent / "some.jsonl.index.npz").mkdir()
     assert len(Lines(file, "test", describe)) == 121

@@ -17,7 +17,7 @@ EMOJI = DataConfig("emoji", image_size=16)
 
 @pytest.fixture
 def numbered(tmp_path):
-    """Data set of 23 one-colour pictures; picture i is labelled i and has the value 10 i."""
+    """A data set of 23 one-color pictures; picture i is labeled i and has the value 10 i."""
     with records.DatasetWriter(tmp_path / "numbered") as writer:
         for i in range(23):
             example = {"name": str(i), "label": i, "bytes": encode(plain(10 * i))}
@@ -71,7 +71,7 @@ def test_epochs_are_whole_and_differ(numbered):
     assert (epochs[1] != epochs[2]).any()
 
 
-def test_a_picture_is_cropped_anew_in_each_epoch(tmp_path):
+def test_crops_differ_between_epochs(tmp_path):
     (tmp_path / "one.png").write_bytes(encode(picture(0, 60, 90)))
     config = DataConfig("folder", path=str(tmp_path), image_size=24)
     images = [b["image"].tobytes() for b in take(train(config, batch_size=1), 8)]
@@ -113,7 +113,7 @@ def test_position_of_other_data_is_refused(numbered):
         train(EMOJI, seed=3).set_state(state)
 
 
-def test_hosts_deal_one_stream_among_them():
+def test_hosts_share_one_stream():
     whole = take(train(EMOJI, batch_size=12), 3)
     hosts = [train(EMOJI, batch_size=4, shard_index=i, shard_count=3) for i in range(3)]
     for batch in whole:
@@ -130,7 +130,7 @@ def test_bad_shards(numbered, index, count):
         pipeline.eval_batches(numbered, batch_size=2, shard_index=index, shard_count=count)
 
 
-def test_hostile_folder_trains_on_the_rest_and_says_what_it_skipped(tmp_path, write_broken, caplog):
+def test_hostile_files_are_skipped_and_named(tmp_path, write_broken, caplog):
     for i in range(3):
         (tmp_path / f"good{i}.png").write_bytes(encode(plain(50 * i + 50)))
     write_broken(tmp_path)
@@ -150,7 +150,7 @@ def test_hostile_folder_trains_on_the_rest_and_says_what_it_skipped(tmp_path, wr
     assert pipeline.skipped_notes(EMOJI) == []
 
 
-def test_one_good_among_many_broken_never_stops(tmp_path):
+def test_one_good_picture_among_many_broken_ones_is_enough(tmp_path):
     (tmp_path / "good.png").write_bytes(encode(plain(7)))
     for i in range(30):
         (tmp_path / f"{i}.png").write_text("broken")
@@ -195,7 +195,7 @@ def test_a_dropped_iterator_reads_no_further(tmp_path, monkeypatch, batches):
     next(iterator)
     del iterator
     counts = [-1, len(read)]
-    while counts[-1] > counts[-2]:  # what the two threads are at
+    while counts[-1] > counts[-2]:  # the two threads finish what they started
         time.sleep(0.5)
         counts.append(len(read))
     assert counts[-1] < 100
@@ -292,7 +292,7 @@ def test_eval_masks_broken_pictures(tmp_path, write_broken):
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], [80, 0, 0, 0, 0, 90])
 
 
-def test_labels_stand_at_the_index():
+def test_index_is_the_place_in_the_source():
     config = dataclasses.replace(EMOJI, split="heldout")
     source = sources.EmojiSource("heldout")
     rows = [{k: v for k, v in source[i].items() if k != "bytes"} for i in range(len(source))]
@@ -315,7 +315,7 @@ def test_pictures_without_a_class_get_minus_one(tmp_path):
     assert pipeline.opened(config).source.classes == ["a", "b"]
 
 
-def test_bad_config_values_are_all_named():
+def test_all_bad_config_values_are_named():
     with pytest.raises(ValueError, match=r"augment 'crop' is not one of .*; image_size is 0.*; b"):
         DataConfig("emoji", augment="crop", image_size=0, buffer=0)
     with pytest.raises(ValueError, match="batch_size is 0"):

@@ -1,4 +1,4 @@
-"""The prepare command: CIFAR-10's tarball, folders, the emoji; whole files or none."""
+"""The prepare command: CIFAR-10's tarball, folders, the emoji; complete files or none."""
 
 import io
 import json
@@ -83,13 +83,13 @@ def test_truncated_tarball(tmp_path, capsys):
     assert "get it again" in capsys.readouterr().err
 
 
-def test_existing_data_set_is_kept_unless_told(tmp_path, capsys):
+def test_existing_data_set_needs_overwrite(tmp_path, capsys):
     src, dst = tarball(tmp_path / "c.tgz"), tmp_path / "out"
     assert run("cifar10", f"--src={src}", f"--dst={dst}") == 0
     before = (dst / "dataset.json").read_bytes()
     assert run("cifar10", f"--src={src}", f"--dst={dst}") == 1
     assert "pass --overwrite" in capsys.readouterr().err
-    # Replaced by a data set with other splits: no file of the old one stays.
+    # Replaced by a data set with other splits: no file of the old one remains.
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "1.png").write_bytes(encode(picture(0)))
     arguments = (f"--src={tmp_path / 'pictures'}", f"--dst={dst}", "--overwrite")
@@ -163,7 +163,7 @@ def test_interrupted_writing_leaves_no_data_set(tmp_path):
     assert not list((tmp_path / "d").iterdir())
 
 
-@pytest.mark.parametrize("side", [8, 1500])  # found when closing, and already when writing
+@pytest.mark.parametrize("side", [8, 1500])  # noticed when closing, and when writing
 def test_full_disk_is_named(tmp_path, monkeypatch, side):
     real = records.array_record_module.ArrayRecordWriter
 

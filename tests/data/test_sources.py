@@ -78,7 +78,7 @@ def test_folder_holds_out_a_tenth_by_name(tmp_path):
     assert sorted(parts["train"] + parts["heldout"]) == names
     assert 8 < len(parts["heldout"]) < 36
     assert names_of(sources.FolderSource(tmp_path, "validation")) == parts["heldout"]
-    # Adding a picture moves none from one part to the other.
+    # Adding a picture moves no other between the parts.
     write_folder(tmp_path, ["new.png"])
     assert set(parts["heldout"]) <= set(names_of(sources.FolderSource(tmp_path, "heldout")))
 
@@ -104,7 +104,7 @@ def test_folder_of_split_folders(tmp_path):
     assert len(sources.FolderSource(tmp_path, "train")) == 4
 
 
-def test_folder_with_a_train_part_only_has_no_heldout(tmp_path):
+def test_folder_with_only_a_train_part_has_no_heldout(tmp_path):
     write_folder(tmp_path, ["train/1.png"])
     with pytest.raises(ValueError, match=r"\['train'\], none of which is split 'heldout'"):
         sources.FolderSource(tmp_path, "heldout")
@@ -261,7 +261,7 @@ def test_tfds_prepared_data(prepared):
         sources.TFDSSource(str(prepared), "validation")
 
 
-def test_tfds_data_of_another_format_name_the_remedy(prepared):
+def test_tfds_data_of_another_format_names_the_remedy(prepared):
     info = prepared / "dataset_info.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "fileFormat": "tfrecord"}))
     for file in prepared.glob("*array_record*"):

@@ -1,4 +1,4 @@
-"""Prompts as ids: the reference's prefixes, the byte tokenizer, what hostile prompts give."""
+"""Prompts as ids: the reference's prefixes, the built-in tokenizers, hostile prompts."""
 
 import json
 import logging
@@ -92,7 +92,7 @@ def test_long_prompts_are_cut_named_once_and_counted(caplog):
 
 
 class Startless(ByteTokenizer):
-    """As Qwen's: no start id, and padding that is also the end."""
+    """Like Qwen's: no start id, and padding that is also the end."""
 
     bos_token_id = None
     pad_token_id = 2
@@ -101,7 +101,7 @@ class Startless(ByteTokenizer):
         return super().encode(prompt, add_special_tokens=False)
 
 
-def test_a_tokenizer_without_start_begins_with_its_end_and_pads_with_a_new_id():
+def test_without_a_start_id_prompts_start_with_the_end_and_pad_with_a_new_id():
     encoder = PromptEncoder(Startless(), 4)
     assert (encoder.pad_id, encoder.image_start) == (259, 260)
     np.testing.assert_array_equal(encoder.encode("a")[:4], [259, 259, 2, 100])
@@ -117,11 +117,11 @@ def test_words():
     encoder = PromptEncoder(tokenizer, 6)
     assert len(encoder.open_ids) == len(encoder.close_ids) == 1
     assert list(encoder.encode("red apple")[:6]) == [0, 0, 0, *ids[:3]]
-    # Saved models carry these ids: a change here makes them forget what words mean.
+    # Saved models depend on these ids.
     assert tokenizer.encode("red apple <img>") == [1, 2721, 3851, 2147]
 
 
-def test_what_is_no_prompt():
+def test_bad_prompts_and_budgets():
     encoder = PromptEncoder(ByteTokenizer(), 8)
     with pytest.raises(ValueError, match="a prompt is text, not NoneType"):
         encoder.encode(None)

@@ -1,4 +1,4 @@
-"""Small picture files of all kinds, made on the spot."""
+"""Makers of small picture files of all kinds."""
 
 import io
 import struct
@@ -9,26 +9,26 @@ from PIL import Image
 
 
 def encode(image_HWC, kind="PNG", **options):
-    """Returns the bytes of a picture file."""
+    """Return the bytes of a picture file."""
     file = io.BytesIO()
     Image.fromarray(image_HWC).save(file, kind, **options)
     return file.getvalue()
 
 
 def picture(seed, height=40, width=48):
-    """A smooth random picture: compresses well and survives JPEG."""
+    """Return a smooth random picture, which compresses well and survives JPEG."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def plain(value, side=16):
-    """A picture of one colour, by which it is recognised whatever the crop."""
+    """Return a picture of one color, recognizable in any crop."""
     return np.full((side, side, 3), value, np.uint8)
 
 
 def png_bomb(side=20_000):
-    """A valid PNG of side x side black pixels, 5 MB, built without an array of them."""
+    """Return a valid PNG of side x side black pixels, 5 MB, without allocating the pixels."""
 
     def chunk(kind, data):
         return (

@@ -21,7 +21,7 @@ from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Bro
 from tokenflow_jax.data.images import BrokenImage
 
 _KEEP_FROM = 100_000  # lines; smaller files are indexed at every start
-_VERSION = 1  # of the index file; one of another version is made anew
+_VERSION = 1  # of the index file; one of another version is replaced
 _COLUMNS = {"offsets": np.int64, "numbers": np.int64, "lengths": np.int32, "held_out": np.bool_}
 _IMAGE_KEYS = ("image", "file_name")
 _CAPTION_KEYS = ("captions", "caption", "text", "label")
@@ -34,7 +34,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise Broken("not UTF-8", str(error)) from error
-    except (ValueError, RecursionError) as error:  # ValueError: also of a number too long
+    except (ValueError, RecursionError) as error:  # ValueError: also too many digits
         raise Broken("invalid JSON", str(error)) from error
     if not isinstance(row, dict):
         raise Broken("no object", f"the line is a {type(row).__name__}")
@@ -85,7 +85,7 @@ class Lines:
                 return line
 
     def split(self, name: str) -> np.ndarray:
-        """Return the ascending indices of "all", "train" or "heldout" lines; all of few lines."""
+        """Return indices of "all", "train" or "heldout" lines; of few lines all for each."""
         if name == "all" or len(self) < MIN_TO_SPLIT:
             if name == "heldout":
                 logging.warning(
@@ -115,7 +115,7 @@ class Lines:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logging.warning("%s cannot be used (%s): it is made anew", self._kept, error)
+            logging.warning("%s cannot be used (%s): indexing the lines again", self._kept, error)
             return None
 
     def _keep(self, columns: dict[str, np.ndarray]) -> None:
@@ -136,10 +136,10 @@ class Lines:
 class LineSource:
     """A split of the lines of a file, and the folder that paths of its images are relative to."""
 
-    def __init__(self, file: pathlib.Path, kind: str, describe: Describe, split: str, images: str):
-        self._root = pathlib.Path(images or file.parent)
+    def __init__(self, file: pathlib.Path, kind: str, describe: Describe, split: str, folder: str):
+        self._root = pathlib.Path(folder or file.parent)
         if not self._root.is_dir():
-            raise ValueError(f"data.image_folder {images!r} is not a folder")
+            raise ValueError(f"data.image_folder {folder!r} is not a folder")
         self._lines = Lines(file, kind, describe)
         self._places = self._lines.split(split)
         if not len(self._lines):

@@ -4,7 +4,7 @@
         --template=qwen_2_5 --text_tokenizer=Qwen2.5-14B-Instruct --max_length=2048
 
 prints one line per fault, with its line number, and a summary. Training skips a conversation with a
-fault that is not "used all the same". Exit codes: 0 no fault, 1 faults, 2 wrong arguments.
+fault that is not "used anyway". Exit codes: 0 no fault, 1 faults, 2 wrong arguments.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Fault(NamedTuple):
     skipped: bool = True  # training leaves the conversation out; else it is used, but changed
 
     def __str__(self) -> str:
-        verdict = "" if self.skipped else " (used all the same)"
+        verdict = "" if self.skipped else " (used anyway)"
         return f"line {self.line}: {self.reason}: {self.detail}{verdict}"
 
 

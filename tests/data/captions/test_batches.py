@@ -1,4 +1,4 @@
-"""Caption and picture: what is drawn, in which order, on which host, and what is left out."""
+"""Captions with their pictures: draws, order, hosts, and pairs that are left out."""
 
 import json
 
@@ -24,7 +24,7 @@ def emoji():
 
 
 def jsonl(folder, count=7, extra=()):
-    """Pictures of one colour, 10 i, whose caption is the number i in Russian letters and tags."""
+    """Pictures of one color, 10 i, whose caption is the number i after a Russian word."""
     folder.mkdir(exist_ok=True)
     lines = []
     for i in range(count):
@@ -74,7 +74,7 @@ def test_drop_rate_leaves_captions_out():
     assert not any(captions.draw_caption(APPLE, PLAIN, rng) == "" for _ in range(200))
 
 
-def test_bad_templates_are_all_named():
+def test_all_bad_templates_are_named():
     with pytest.raises(ValueError, match=r"'a cat' must(.|\n)*'\{color\}' must(.|\n)*drop_rate 2"):
         CaptionConfig(("a cat", "{color}", "{caption}"), drop_rate=2)
     with pytest.raises(ValueError, match="there is no template"):
@@ -111,7 +111,7 @@ def test_resume_is_exact(emoji):
         train(emoji, config, seed=1).set_state(state)
 
 
-def test_hosts_deal_one_stream_among_them(emoji):
+def test_hosts_share_one_stream(emoji):
     whole = take(train(emoji, VARIED, batch_size=6), 2)
     hosts = [
         train(emoji, VARIED, batch_size=2, shard_index=i, shard_count=3) for i in range(3)

@@ -19,7 +19,7 @@ from tokenflow_jax.data.chat.emoji import KIND_QUESTION, KINDS, EmojiConversatio
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "i2t_images.npz"
-# Ten faults, the reason the validator gives for each, and whether training skips it.
+# Ten faults by the reason that the validator gives; training skips all of them.
 FAULTS = {
     "invalid JSON": '{"conversations": [',
     "not UTF-8": b'{"conversations": [{"from": "human", "value": "\xff"}]}',
@@ -47,7 +47,7 @@ def line(case):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Good conversations, with and without picture, and a fault between any two of them."""
+    """Good conversations, with and without a picture, and a fault between any two of them."""
     (tmp_path / "a.png").write_bytes(encode(picture(1)))
     (tmp_path / "text.png").write_text("no picture\n")
     lines = []
@@ -69,7 +69,7 @@ def config(folder, **changes):
 @pytest.mark.parametrize("i", range(4))
 @pytest.mark.parametrize("mode", ["pad", "square"])
 def test_images_equal_the_reference(i, mode):
-    """One grey level is allowed for other versions of the resizing code."""
+    """One gray level is allowed for other versions of the resizing code."""
     from PIL import Image
 
     with np.load(GOLDEN) as file:
@@ -87,7 +87,7 @@ def test_images_equal_the_reference(i, mode):
 
 
 def test_lines_are_read_by_bytes(folder):
-    """Umlauts and emoji before a line must not move it."""
+    """Umlauts and emoji before a line must not shift it."""
     source = conversations.JsonlConversations(folder / "chat.jsonl")
     assert source[27].turns[0] == (HUMAN, "<image>\nWas ist das? Nummer 9")
     assert source[27].turns[1] == (GPT, "Ein Käse — 🧀.")
@@ -101,8 +101,8 @@ def test_no_image(image):
     assert sample.image == "" and sample.has_image_key and sample.length() == 1
 
 
-def test_training_goes_on_around_the_faults(folder):
-    """Each good conversation once per epoch; faults are empty rows, counted; nothing replaced."""
+def test_training_skips_the_faults(folder):
+    """Each good conversation once per epoch; faults are counted and leave empty rows."""
     data = Conversations(config(folder))
     batches = conversation_batches.train_batches(data, batch_size=6, seed=3)
     rows = [next(batches) for _ in range(5)]
@@ -136,7 +136,7 @@ def test_the_validator_finds_ten_faults(folder, capsys):
 
 
 def test_the_validator_in_several_processes(folder, capsys, monkeypatch):
-    """The same faults in the same order, also of lines that are not dealt out at once."""
+    """The same faults in the same order, also in lines that are handed out later."""
     monkeypatch.setattr(validate, "_LINES_AT_A_TIME", 2)
     monkeypatch.setattr(validate, "_TELL_EVERY", 0.0)
     arguments = [str(folder / "chat.jsonl"), "--template=vicuna_v1", "--vectors=4"]
@@ -148,7 +148,7 @@ def test_the_validator_in_several_processes(folder, capsys, monkeypatch):
     assert "100% of the file" in results[1].err and "10 faults so far" in results[1].err
 
 
-def test_the_validator_on_what_is_used_all_the_same(folder, capsys):
+def test_the_validator_names_faults_that_training_tolerates(folder, capsys):
     file = folder / "odd.jsonl"
     doubled = ("a.png", [(HUMAN, "<image><image>\nWhat?"), (GPT, " ")])
     short = ["--template=vicuna_v1", "--vectors=4", "--max_length=100"]
@@ -161,13 +161,13 @@ def test_the_validator_on_what_is_used_all_the_same(folder, capsys):
     for text in ("line 1: over length", "line 3: several markers", "line 3: empty answer",
                  "line 5: first turn", "0 of them are skipped"):  # fmt: skip
         assert text in out
-    for system, skipped in (([], 3), (["--system="], 0)):  # the template's own leaves no room
+    for system, skipped in (([], 3), (["--system="], 0)):  # the template's own has no room
         assert validate.main([str(file), *short, *system]) == 1
         assert f"{skipped} of them are skipped" in capsys.readouterr().out
 
 
 def test_the_validator_names_swapped_roles_and_lost_answers(folder, capsys):
-    """The first turn of swapped roles is left out, with its picture; the order is the fault."""
+    """With swapped roles the first turn is left out, with its picture; the order is the fault."""
     file = folder / "odd.jsonl"
     swapped = ("a.png", [(GPT, "<image>\nWhat?"), (HUMAN, "A cat.")])
     buried = ("a.png", [(HUMAN, "<image>\n" + "What? " * 100), (GPT, "A cat.")])
@@ -224,7 +224,7 @@ def test_hosts_share_a_batch(folder):
 
 
 def spoken(data, batch):
-    """What each conversation of a batch says, with its picture where it has one."""
+    """Return the text of each conversation of a batch, checking that it has its picture."""
     found = []
     for r, segments in enumerate(batch["segments"]):
         for number in range(1, segments.max() + 1):
@@ -240,7 +240,7 @@ def spoken(data, batch):
     return sorted(found)
 
 
-def test_rows_that_conversations_share(folder):
+def test_conversations_share_rows(folder):
     """The same conversations per batch in fewer rows, the longest with the shortest."""
     apart = Conversations(config(folder))
     shared = Conversations(config(folder, pack=3, buckets=(96, 128, 192, 384)))
@@ -293,7 +293,7 @@ def test_no_usable_conversation(tmp_path):
         conversation_batches.train_batches(data, batch_size=1, seed=0)
 
 
-def test_a_config_names_all_that_is_wrong(folder):
+def test_all_bad_config_values_are_named(folder):
     with pytest.raises(ValueError) as error:
         config(folder, order="x", image_mode="y", buckets=(5, 3), template="z", pack=0)
     for part in ("order", "image_mode", "buckets", "template", "pack is 0"):
@@ -317,7 +317,7 @@ def test_emoji():
 
 
 def test_questions_about_an_emoji_in_one_conversation():
-    """In changing order, the picture with the first one, the answers those of single questions."""
+    """In varying order, the picture with the first one, the answers as for single questions."""
     single = EmojiConversations("heldout", ("kind", "name"))
     both = EmojiConversations("heldout", ("kind", "name"), together=True)
     assert len(both) == 158 and len(single) == 2 * 158

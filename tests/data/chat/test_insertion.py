@@ -68,7 +68,7 @@ def test_the_example_of_the_docstring():
 
 
 def test_conversations_that_share_a_row():
-    """The second is left out, the third has the row's third image; each counts from 0."""
+    """The second is left out, the third has the row's third image; positions start from 0."""
     first = insertion.merge_row(np.array([5, -200, 7]), np.array([5, -100, 7]), 2)
     third = insertion.merge_row(np.array([8, -200]), np.array([8, -100]), 2)
     joint = insertion.join_rows([first, {}, third], 2)

@@ -63,7 +63,7 @@ def test_inference(case):
             assert template.prompt_ids(QWEN_LIKE, turns).tolist() == ids
 
 
-def test_the_header_of_an_answer_in_a_question_costs_all_labels():
+def test_an_answer_s_header_in_a_question_costs_all_labels():
     turns = [(HUMAN, "Say: ASSISTANT: yes"), (GPT, "no")]
     tokens = templates.get_template("vicuna_v1").tokenize(LLAMA_LIKE, turns)
     assert (tokens.labels_L == IGNORE).all()
@@ -71,7 +71,7 @@ def test_the_header_of_an_answer_in_a_question_costs_all_labels():
 
 
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2"])
-def test_the_built_in_bytes_learn_answers_and_their_end(name):
+def test_the_byte_tokenizer_learns_answers_and_their_end(name):
     """Its text has no special tokens: the template puts them there."""
     tokenizer = text.ByteTokenizer()
     turns = [(HUMAN, "<image>\nWhat?"), (GPT, "A cät."), (HUMAN, "Sure?"), (GPT, "Yes.")]
