@@ -4,15 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-_ROOT = Path(__file__).parent
-_README = _ROOT / "README.md"
+_README = Path(__file__).parent / "README.md"
 
 INSTALL_REQUIRES = [
     "absl-py>=2.1",
     "array_record>=0.8",
     "clu>=0.0.12",
-    "etils[epath]>=1.10",
+    "etils[epath]>=1.14",
     "flax>=0.12.8",
+    "gguf>=0.17.1",
     "grain>=0.2.18",
     "jax>=0.10.2",
     "ml_collections>=1.1.0",
@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=11",
     "safetensors>=0.5",
+    "scikit-image>=0.25",
     "scipy>=1.14",
     "tensorboardX>=2.6.2",
     "tensorstore>=0.1.70",
@@ -32,14 +33,14 @@ EXTRAS = {
     # Preparing data sets with TFDS needs TensorFlow itself (1.6 GB).
     "tensorflow": ["tensorflow-datasets>=4.9.10", "tensorflow"],
     # Text tokenizers of the language models.
-    "text": ["transformers>=5", "jinja2"],
+    "text": ["transformers>=5", "jinja2>=3.1"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # Workdirs on gs://.
-    "gcs": ["etils[epath-gcs]"],
+    "gcs": ["etils[epath-gcs]>=1.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
-# libtpu compiles for TPUs on any machine; no TPU is needed.
-EXTRAS["preflight"] = ["libtpu"]
+# Compiles for TPUs, without one, with the libtpu that jax will run with.
+EXTRAS["preflight"] = EXTRAS["tpu"]
 # The paper's benchmarks; its release 0.7 needs an older filelock than it asks for.
 EXTRAS["lmms"] = ["lmms_eval>=0.7.3", "filelock<4", *EXTRAS["text"]]
 EXTRAS["test"] = [
@@ -54,19 +55,43 @@ EXTRAS["test"] = [
 # Tests against transformers' PyTorch models; without it they are skipped.
 EXTRAS["parity"] = ["torch", *EXTRAS["text"]]
 
+# Command -> module of tokenflow_jax and its function that returns an exit code.
+COMMANDS = {
+    "train": "main:run",
+    "sample": "sample:run",
+    "answer": "answer:run",
+    "encode": "encode:run",
+    "convert": "convert:run",
+    "preflight": "preflight:run",
+    "evaluate-reconstruction": "evals.reconstruction:run",
+    "evaluate-fid": "evals.fid:run",
+    "evaluate-understanding": "evals.understanding:run",
+    "prepare": "data.prepare:main",
+    "validate": "data.validate:main",
+}
+
 setup(
     name="tokenflow_jax",
     version="0.1.0",
     description="TokenFlow, one image tokenizer for understanding and generation, in JAX and Flax",
-    long_description=_README.read_text() if _README.exists() else "",
+    long_description=_README.read_text(encoding="utf-8") if _README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["tokenflow_jax", "tokenflow_jax.*"]),
-    package_data={"tokenflow_jax": ["assets/*", "assets/**/*"]},
+    # The configs stay at the top of the checkout and are installed inside the package.
+    packages=[*find_packages(include=["tokenflow_jax*"]), "tokenflow_jax.configs"],
+    package_dir={"tokenflow_jax.configs": "configs"},
+    package_data={"tokenflow_jax": ["py.typed", "assets/*", "assets/**/*"]},
     include_package_data=True,
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    # The package lmms-eval finds our model by this.
-    entry_points={"lmms_eval.models": ["tokenflow_jax = tokenflow_jax.evals.lmms_plugin:manifest"]},
+    entry_points={
+        "console_scripts": [f"tokenflow-{n} = tokenflow_jax.{f}" for n, f in COMMANDS.items()],
+        # By this the package lmms-eval finds our model.
+        "lmms_eval.models": ["tokenflow_jax = tokenflow_jax.evals.lmms_plugin:manifest"],
+    },
 )

@@ -1,4 +1,4 @@
-"""`python -m tokenflow_jax.convert`: flags, errors on one line, hostile files, and its memory."""
+"""`python -m tokenflow_jax.convert`: flags, one-line errors, hostile files, and memory."""
 
 import os
 import pickle
@@ -33,14 +33,14 @@ def part(monkeypatch):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a good checkpoint of the variant clip, there.pt."""
+    """Work in a folder with there.pt, a good checkpoint of the variant clip."""
     monkeypatch.chdir(tmp_path)
     write_torch_zip("there.pt", {"model": random_state(tiny.TINY)})
     return tmp_path
 
 
 def refused(capsys, *flags):
-    """Runs the command, which must fail without a traceback; returns what it says."""
+    """Run the command, which must fail without a traceback; return its message."""
     assert main(flags) == 2
     out, text = capsys.readouterr()
     assert not out and text.startswith("convert: ") and text.endswith("\n")
@@ -100,7 +100,7 @@ def test_the_variant_that_fits_is_named(here, capsys):
 
 
 class Call:
-    """Pickles itself as a call of any function."""
+    """Pickles as a call of any function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -129,7 +129,7 @@ def test_damaged_files_are_one_line(here, capsys, damage):
 @pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")  # TensorStore's
 @pytest.mark.parametrize(("target", "kind"), [("x.pt", "torch"), ("x", "orbax")])
 def test_a_full_disk_leaves_what_was_there(here, capsys, target, kind):
-    """A limit on file size stands for the full disk: the kernel refuses the write likewise."""
+    """A limit on file size stands in for the full disk: the kernel refuses the write alike."""
     flags = ["--src=there.pt", f"--dst={target}", f"--to={kind}", "--variant=clip", "--overwrite"]
     assert main(flags) == 0
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
@@ -193,7 +193,7 @@ def run_measured(folder, *arguments):
 
 @pytest.mark.slow
 def test_memory_holds_one_array_at_a_time(tmp_path):
-    """Beside 1.3 times the largest array: what the libraries themselves take, and the target."""
+    """The peak is 1.3 times the largest array, plus the libraries' own memory and the target."""
     libraries = 32 * 2**20
     run_measured(tmp_path, "make")
     *_, figures = run_measured(tmp_path, "there.pt", "orbax", "ours")

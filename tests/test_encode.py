@@ -10,7 +10,7 @@ from absl import flags
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import encode
+from tokenflow_jax import cli, encode
 from tokenflow_jax.data import pipeline, records, sources
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions import codes
@@ -196,7 +196,7 @@ def test_codes_in_memory(tokenizer, folder):
 )
 def test_wrong_flags_are_one_clear_message(arguments, message):
     options = flags.FlagValues()
-    encode.define_flags(options)
+    encode.define_flags(cli.Define(options))
     options(["encode", *arguments])
     with pytest.raises(ValueError, match=message):
         encode.main(options)

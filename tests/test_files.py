@@ -28,7 +28,7 @@ def test_a_writer_that_goes_on_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PATIENCE_S", 0.3)
     with (
         writing(tmp_path / "folder", 2.0),
-        pytest.raises(OSError, match=r"something goes on writing there: .*folder"),
+        pytest.raises(OSError, match=r"something keeps writing there: .*folder"),
     ):
         files.remove(tmp_path / "folder")
 

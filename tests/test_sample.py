@@ -12,7 +12,7 @@ from absl import flags
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import sample
+from tokenflow_jax import cli, sample
 from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
 from tokenflow_jax.generation.api import Generator, Recipe
 from tokenflow_jax.generation.model import Generation, GenerationConfig
@@ -176,7 +176,7 @@ def test_drawing_goes_on_where_it_was_stopped(generator, tmp_path):
     assert sample.draw(generator, tasks, out, RECIPE) == 1
     for file in out.glob("*.png"):
         assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
-    with pytest.raises(ValueError, match=r"drawn otherwise \(recipe differ.*another --out"):
+    with pytest.raises(ValueError, match=r"with other settings \(recipe differ.*another --out"):
         sample.draw(generator, tasks, out, dataclasses.replace(RECIPE, seed=1))
 
 
@@ -243,7 +243,7 @@ def test_wrong_prompts(layout, prompts, path, message):
 )
 def test_flags_change_the_checkpoint_s_recipe(arguments, expected):
     options = flags.FlagValues()
-    sample.define_flags(options)
+    sample.define_flags(cli.Define(options))
     options(["sample", *arguments])
     assert sample.recipe_of_flags(RECIPE, options) == expected
     options(["sample", "--passes=2", "--top_k=3"])

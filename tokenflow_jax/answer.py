@@ -1,4 +1,4 @@
-"""Answers questions about pictures with a trained understanding model.
+r"""Answer questions about pictures with a trained understanding model.
 
     python -m tokenflow_jax.answer --checkpoint=runs/understanding --image=apple.png \
         --question="Which kind of thing is this?"
@@ -6,84 +6,56 @@
     python -m tokenflow_jax.answer --checkpoint=RELEASED_FOLDER --tokenizer=tokenflow_xl.pt \
         --tokenizer_variant=xl --question="Name three prime numbers."
 
-The answer appears word by word. With --chat further questions are read from the terminal: an empty
-line ends, `/image PATH` shows another picture with the next question, `/new` begins again. A
-picture may be left out. Exit codes: 0 done, 2 wrong flags, weights or pictures.
+The answer appears word by word. With --chat more questions are read from the terminal: an empty
+line ends, `/image PATH` shows another picture with the next question, `/new` starts over.
 """
 
-import argparse
+import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any
 
+from absl import flags
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Answers; returns the exit code."""
-    options = _parser().parse_args(argv)
-    if not options.question and not options.chat:
-        _parser().error("say what to ask with --question, or --chat to ask from the terminal")
-    from tokenflow_jax.understanding import api as understanding  # here, so that --help is quick
-
-    try:
-        assistant = understanding.Assistant.load(
-            options.checkpoint,
-            options.variant,
-            tokenizer=options.tokenizer,
-            tokenizer_variant=options.tokenizer_variant,
-            text_tokenizer=options.text_tokenizer,
-            template=options.template,
-            system=options.system,
-            image_mode=options.image_mode,
-            step=options.step,
-            dtype=options.dtype,
-        )
-        chosen = {name: getattr(options, name) for name in _DECODING}
-        if options.chat:
-            _chat(assistant, options.question, options.image, chosen, sys.stdin, sys.stdout)
-        else:
-            for question in options.question:
-                pieces = assistant.chat().stream(question, options.image, **chosen)
-                _print(pieces, sys.stdout)
-    except (ValueError, OSError) as error:
-        print(f"answer: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
-
+from tokenflow_jax import cli
 
 _DECODING = ("max_new", "temperature", "top_k", "top_p", "seed")
 
 
-def _print(pieces: Iterator[str], out: TextIO) -> None:
+def main(options: flags.FlagValues) -> None:
+    cli.require(options, "checkpoint")
+    if not options.question and not options.chat:
+        raise ValueError("say what to ask with --question, or --chat to ask from the terminal")
+    assistant = load_assistant(options)
+    chosen = {name: options[name].value for name in _DECODING}
+    if options.chat:
+        _chat(assistant, options.question, options.image, chosen)
+    else:
+        for question in options.question:
+            _print(assistant.chat().stream(question, options.image, **chosen))
+
+
+def _print(pieces: Iterator[str]) -> None:
     for piece in pieces:
-        out.write(piece)
-        out.flush()
-    out.write("\n")
-    out.flush()
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
-def _chat(
-    assistant: Any,
-    first: Sequence[str],
-    image: str | None,
-    chosen: dict[str, Any],
-    lines: TextIO,
-    out: TextIO,
-) -> None:
-    """A conversation; `first` are questions that are asked before those of the terminal."""
+def _chat(assistant: Any, first: Sequence[str], image: str | None, chosen: dict[str, Any]) -> None:
+    """Hold a conversation: the `first` questions, then those of the terminal."""
     chat = assistant.chat()
 
     def ask(question: str) -> None:
         nonlocal image
-        _print(chat.stream(question, image, **chosen), out)
+        _print(chat.stream(question, image, **chosen))
         image = None  # it is part of the conversation now
 
     for question in first:
-        out.write(f"> {question}\n")
+        print(f"> {question}")
         ask(question)
     while True:
-        out.write("> ")
-        out.flush()
-        line = lines.readline().strip()
+        print("> ", end="", flush=True)
+        line = sys.stdin.readline().strip()
         if not line:
             return
         if line == "/new":
@@ -93,39 +65,45 @@ def _chat(
         else:
             try:
                 ask(line)
-            except ValueError as error:  # a picture that is none, a conversation that is too long
-                out.write(f"{error}\n")
+            except ValueError as error:  # a broken picture, a conversation that is too long
+                print(error)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenflow_jax.answer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--checkpoint", required=True, help="a workdir, a checkpoint, or a folder like the released"
-    )
-    add("--variant", help="which model PyTorch weights without config.json are")
-    add("--step", type=int, help="which checkpoint of a workdir; the newest")
-    add("--tokenizer", help="the image tokenizer; a training run knows")
-    add("--tokenizer_variant", help="which model a PyTorch tokenizer is")
-    add("--text_tokenizer", help="a folder or bytes; a training run knows")
-    add("--template", help="of conversations; a training run knows")
-    add("--system", help="what conversations begin with, if not as the template says")
-    add("--image_mode", choices=("pad", "square"), help="as in training; a training run knows")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--image", help="the picture; without one the question is about nothing")
-    add("--question", action="append", default=[], help="may be given several times")
-    add("--chat", action="store_true", help="go on with questions from the terminal")
-    add("--max_new", type=int, default=256, help="tokens of an answer at most")
-    add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
-    add("--top_k", type=int, default=0, help="draws from the k most likely tokens; 0 is off")
-    add("--top_p", type=float, default=0.0, help="draws from the likeliest share; 0 is off")
-    add("--seed", type=int, default=0, help="of the draws")
-    return parser
+def load_assistant(options: flags.FlagValues) -> Any:
+    from tokenflow_jax.understanding.api import Assistant  # here, so that --help is quick
 
+    names = ("tokenizer", "tokenizer_variant", "text_tokenizer", "template", "system",
+             "image_mode", "step", "dtype")  # fmt: skip
+    known = {name: options[name].value for name in names}
+    return Assistant.load(options.checkpoint, options.variant, **known)
+
+
+def define_assistant_flags(define: cli.Define) -> None:
+    define.string("checkpoint", None, "A workdir, a checkpoint, or a folder like the released.")
+    define.string("variant", None, "Which model PyTorch weights without config.json are.")
+    define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
+    define.string("tokenizer", None, "The image tokenizer; a training run knows it.")
+    define.string("tokenizer_variant", None, "Which model a PyTorch tokenizer is.")
+    define.string("text_tokenizer", None, "A folder or bytes; a training run knows it.")
+    define.string("template", None, "Of conversations; a training run knows it.")
+    define.string("system", None, "What conversations begin with, instead of the template's.")
+    define.enum("image_mode", None, ["pad", "square"], "As in training; a training run knows it.")
+    define.enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Compute in.")
+
+
+def define_flags(define: cli.Define) -> None:
+    define_assistant_flags(define)
+    define.string("image", None, "The picture; omit for text-only questions.")
+    define.multi_string("question", [], "May be repeated.")
+    define.bool("chat", False, "Continue with questions from the terminal.")
+    define.integer("max_new", 256, "Tokens of an answer at most.")
+    define.float("temperature", 0.0, "0 takes the most likely token.")
+    define.integer("top_k", 0, "Draw from the k most likely tokens; 0: off.")
+    define.float("top_p", 0.0, "Draw from the likeliest share; 0: off.")
+    define.integer("seed", 0, "Seed of the draws.")
+
+
+run = functools.partial(cli.run, "answer", main, define_flags, runtime=False)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

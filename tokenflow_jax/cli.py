@@ -1,145 +1,136 @@
-"""The --config flag of all programs: a file, a variant and overrides, with clear errors."""
+"""The command line of every program: flags, help, one-line errors, processes and log.
 
-import ast
-import difflib
-import importlib.util
-import os
+absl parses the flags, since ml_collections' overrides (--config.batch_size=512) are absl flags and
+one parser for all programs means one spelling (--ema, --noema) and one hint for a misspelled flag.
+"""
+
+import functools
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import ml_collections
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
+from absl import logging as absl_logging
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, with an optional variant: configs/tokenizer.py:b"
-)
+from tokenflow_jax import config_flag, log
+from tokenflow_jax.parallel import distributed
 
 
-def config_file() -> str:
-    """The value of --config, `path/to/name.py` or `path/to/name.py:variant`."""
-    return config_flags.get_config_filename(flags.FLAGS["config"])
+class Define:
+    """absl's DEFINE functions on one set of flags: `define.string("out", None, "Folder.")`."""
+
+    def __init__(self, options: flags.FlagValues):
+        self._options = options
+
+    def __getattr__(self, kind: str) -> Callable[..., Any]:
+        return functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=self._options)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; whatever is wrong with it is one line on stderr and exit code 2."""
-    wants_help = any(arg.lstrip("-") in ("help", "helpfull", "helpshort") for arg in argv)
-    if not wants_help:
-        check_config_arguments(argv)
-    try:
-        return app.parse_flags_with_usage(argv) if wants_help else flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(" ".join(str(error).split("Traceback")[0].split()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        fail(f"wrong --config flag: {' '.join(str(error).split())}")
+def run(
+    program: str,
+    main: Callable[[flags.FlagValues], int | None],
+    define_flags: Callable[[Define], None],
+    argv: Sequence[str] | None = None,
+    *,
+    config: bool = False,
+    positional: str = "",
+    runtime: bool = True,
+) -> int:
+    """Run a program and return its exit code: main's, or 2 after a one-line error.
 
-
-def check_config_arguments(argv: Sequence[str]) -> None:
-    """Loads the config file and checks every --config.<key>=<value> against it.
-
-    ml_collections would report these mistakes as tracebacks. Exits with code 2 on the first one.
+    Args:
+      program: its name in front of errors; its help begins with the docstring of main's module.
+      main: does the work; a ValueError or OSError of it is the user's mistake.
+      define_flags: defines the program's own flags.
+      argv: arguments to use instead of the process's own.
+      config: adds --config and its overrides; main finds a ConfigDict in `options.config`.
+      positional: the flag that an argument without dashes sets; none by default.
+      runtime: join the other processes and set up the log before main; loads jax.
     """
-    arguments = [arg.lstrip("-") for arg in argv[1:] if arg.startswith("-")]
-    values = {a.partition("=")[0]: a.partition("=")[2] for a in arguments}
-    config_file = values.get("config")
-    if config_file == "" and "--config" in argv[:-1]:  # the form with a space
-        config_file = argv[list(argv).index("--config") + 1]
-    if not config_file:
-        near = difflib.get_close_matches("config", [a for a in values if "." not in a], n=1)
-        hint = f" (--{near[0]} is not an option)" if near else ""
-        fail(f"say what to train with --config=configs/tokenizer.py{hint}; --help tells more")
-    config = _load_config(config_file)
-    keys = _key_types(config)
-    for argument in arguments:
-        name, has_value, text = argument.partition("=")
-        if not name.startswith("config."):
-            continue
-        key = name.removeprefix("config.")
-        if key not in keys:
-            near = _nearest_key(key, list(keys))
-            hint = f"; did you mean config.{near}?" if near else ""
-            fail(f"there is no config.{key} in {config_file}{hint}")
-        if has_value:
-            _check_value(key, text, keys[key])
+    argv = [program, *(sys.argv[1:] if argv is None else argv)]
+    options = flags.FlagValues()
+    define_flags(Define(options))
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries; programs have their own log
+    try:
+        if any(re.fullmatch(r"--?(h|help|helpfull|helpshort)", argument) for argument in argv):
+            print(_help(sys.modules[main.__module__].__doc__, options, config, runtime, argv))
+            return 0
+        if config:
+            config_flag.define(options, argv)
+        if runtime:
+            distributed.define_flags()
+        options.append_flag_values(flags.FLAGS)
+        _parse(options, argv, positional)
+        if runtime:
+            distributed.start(options)
+            import jax  # here, so that a wrong flag is reported at once
+
+            log.set_up(verbose=jax.process_index() == 0)
+        return main(options) or 0
+    except (ValueError, OSError) as error:
+        if absl_logging.level_debug():
+            raise
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        return 2
 
 
-def _nearest_key(key: str, keys: Sequence[str]) -> str | None:
-    """The closest key by its whole dotted name, else by its last part alone (a wrong section)."""
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if near:
-        return near[0]
-    by_name = {k.split(".")[-1]: k for k in keys}
-    near = difflib.get_close_matches(key.split(".")[-1], list(by_name), n=1, cutoff=0.7)
-    return by_name[near[0]] if near else None
+def require(options: flags.FlagValues, *names: str) -> None:
+    """Raise ValueError that lists every named flag without a value."""
+    if missing := [f"--{name}" for name in names if not options[name].value]:
+        raise ValueError(f"say {' and '.join(missing)}")
 
 
-def _load_config(config_file: str) -> Any:
-    """Runs get_config of the file; a missing file or a wrong variant ends the program."""
-    path, _, variant = config_file.partition(":")
-    if not os.path.isfile(path):
-        folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
-        there = sorted(str(p) for p in folder.glob("*.py"))
-        near = difflib.get_close_matches(path, there, n=1, cutoff=0.5)
-        hint = (
-            f"; did you mean {near[0]}?"
-            if near
-            else (f"; there are: {', '.join(there)}" if there else "")
+def _parse(options: flags.FlagValues, argv: Sequence[str], positional: str) -> None:
+    try:
+        words = options(argv)[1:]
+        if words and positional:
+            options[positional].parse(words.pop(0))
+    except flags.Error as error:
+        raise ValueError(" ".join(str(error).split("Traceback")[0].split())) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of ml_collections
+        raise ValueError(f"wrong --config flag: {' '.join(str(error).split())}") from error
+    if words:
+        raise ValueError(f"unexpected argument {words[0]!r}; options begin with --")
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl's own set
+
+
+def _help(
+    doc: str, options: flags.FlagValues, config: bool, runtime: bool, argv: Sequence[str]
+) -> str:
+    """Return one screen: what the program does, its own flags, and the configs there are."""
+    rows = [_describe(options[name]) for name in options]
+    if config:
+        text = "A file, or a config below by name; --config.batch_size=512 changes one value."
+        rows.insert(0, ("--config=NAME:VARIANT", text))
+    if runtime:
+        text = "Join other processes, with --coordinator, --num_processes and --process_id where"
+        rows.append(("--distributed", f"{text} nothing else tells; found out by default."))
+    lines = [doc.strip(), "", "Flags [default]:", *_table(rows)]
+    if config:
+        title, rows = config_flag.describe(argv)
+        lines += ["", title, *_table(rows)]
+    return "\n".join(lines)
+
+
+def _describe(flag: flags.Flag) -> tuple[str, str]:
+    default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+    shown = "" if default in (None, "", False) else f" [{str(default).lower()}]"
+    text = flag.help.replace("<|", "<").split(";\n")[0]  # absl adds "repeat this option ..."
+    return f"--{'[no]' * flag.boolean}{flag.name}", text + shown
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows) + 4
+    return [
+        line
+        for name, text in rows
+        for line in textwrap.wrap(
+            f"  {name:<{width - 2}}{text}",
+            100,
+            subsequent_indent=" " * width,
+            break_on_hyphens=False,
         )
-        fail(f"there is no config file {path}{hint}")
-    spec = importlib.util.spec_from_file_location("_tokenflow_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(variant) if variant else module.get_config()
-    except ValueError as error:
-        fail(f"{path}: {error}")
-
-
-def _key_types(config: Any, prefix: str = "") -> dict[str, type]:
-    """Dotted key -> type of every value and section of a ConfigDict."""
-    types: dict[str, type] = {}
-    for key in config:
-        types[f"{prefix}{key}"] = config.get_type(key)
-        if isinstance(config[key], ml_collections.ConfigDict):
-            types.update(_key_types(config[key], f"{prefix}{key}."))
-    return types
-
-
-_EXAMPLES: dict[type, str] = {int: "1000", float: "1e-4", bool: "true or false", tuple: "(1,2,4)"}
-
-
-def _check_value(key: str, text: str, kind: type) -> None:
-    """Checks a number, flag or tuple before ml_collections does, with a friendlier message."""
-    parsers: dict[type, Callable[[str], Any]] = {
-        int: int, float: float, bool: _parse_bool, tuple: _parse_tuple, list: _parse_tuple,
-    }  # fmt: skip
-    if kind not in parsers:
-        return
-    try:
-        parsers[kind](text)
-    except (ValueError, SyntaxError):
-        hint = _EXAMPLES.get(kind, "[1,2,4]")
-        try:
-            if kind is int and float(text) == int(float(text)):
-                hint = str(int(float(text)))
-        except (ValueError, OverflowError):
-            pass
-        fail(f"config.{key} takes a value of type {kind.__name__}, such as {hint}, not {text!r}")
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "t", "f", "1", "0", "y", "n", "yes", "no"):
-        raise ValueError(text)
-    return text.lower() in ("true", "t", "1", "y", "yes")
-
-
-def _parse_tuple(text: str) -> Any:
-    return ast.literal_eval(text)
-
-
-def fail(message: str) -> NoReturn:
-    """Prints one line and ends the program with code 2."""
-    print(f"tokenflow_jax: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    ]

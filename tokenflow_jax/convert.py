@@ -143,6 +143,11 @@ def prepare_process() -> None:
         libc.mallopt(m_mmap_threshold, 256 * 1024)
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Run the command in a process of its own."""
     prepare_process()
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

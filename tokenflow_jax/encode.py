@@ -1,39 +1,40 @@
-"""Writes a data set of codes, so that training a generator need not encode pictures again.
+r"""Write a data set of codes, so that training a generator need not encode pictures again.
 
     python -m tokenflow_jax.encode --checkpoint=runs/quickstart --out=DIR              the emoji
     python -m tokenflow_jax.encode --checkpoint=tokenflow_b.pt --variant=b_256 \
         --data=jsonl --path=captions.jsonl --out=DIR
 
-The same command goes on where it was killed, part by part. Several hosts with one --out share the
-parts: start them with --shard_index and --shard_count, or with --distributed on a pod; the last
-one to finish writes dataset.json. Then train with
-
-    --config.data.name=codes --config.data.path=DIR
+The same command continues a killed one, part by part. Several hosts with one --out share the parts:
+start them with --shard_index and --shard_count, or with --distributed on a pod; the last one to
+finish writes dataset.json. Then train with --config.data.name=codes --config.data.path=DIR.
 """
 
-import jax
+import functools
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from absl import flags
 
-from tokenflow_jax.data import pipeline
-from tokenflow_jax.data.captions import batches as captions
-from tokenflow_jax.data.captions import codes
-from tokenflow_jax.evals import command, image_set
+from tokenflow_jax import cli
 from tokenflow_jax.log import log, progress
-from tokenflow_jax.tokenizer import api, encoding
+
+if TYPE_CHECKING:  # loaded in main, so that --help is quick
+    from tokenflow_jax.data.captions.batches import Pictures
+    from tokenflow_jax.tokenizer.api import Tokenizer
 
 
-def main(options: flags.FlagValues = flags.FLAGS) -> None:
-    """Encodes what the flags ask for.
-
-    Raises:
-      ValueError: wrong flags, data or tokenizer.
-      OSError: the output cannot be written.
-    """
-    missing = [name for name in ("checkpoint", "out") if not options[name].value]
-    if missing:
-        raise ValueError(f"say {' and '.join('--' + name for name in missing)}")
+def main(options: flags.FlagValues) -> None:
+    cli.require(options, "checkpoint", "out")
     if (options.shard_index is None) != (options.shard_count is None):
         raise ValueError("--shard_index and --shard_count go together")
+    import jax
+
+    from tokenflow_jax.data import pipeline
+    from tokenflow_jax.data.captions import batches as captions
+    from tokenflow_jax.evals import image_set
+    from tokenflow_jax.tokenizer import api
+
     tokenizer = api.Tokenizer.load(
         options.checkpoint, options.variant, step=options.step, dtype=options.dtype
     )
@@ -65,13 +66,13 @@ def main(options: flags.FlagValues = flags.FLAGS) -> None:
     )
     for note in captions.skipped_notes(*data_sets.values()):
         log.info("%s", note)
-    done = "complete" if written else "this host's parts are; others are still missing"
+    done = "complete" if written else "this host's parts are done, others are still missing"
     log.info("codes of tokenizer %s in %s: %s", tokenizer.fingerprint, options.out, done)
 
 
 def encode(
-    tokenizer: api.Tokenizer,
-    data_sets: dict[str, captions.Pictures],
+    tokenizer: "Tokenizer",
+    data_sets: Mapping[str, "Pictures"],
     out: str,
     *,
     source: str,
@@ -80,24 +81,19 @@ def encode(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> bool:
-    """Writes this host's missing parts of a data set of codes.
+    """Write this host's missing parts; return True if the parts of all hosts are complete.
 
     Args:
-      tokenizer: makes the codes.
       data_sets: split -> pictures.
-      out: folder of the data set.
-      source: what the pictures are; continuing with others is refused.
-      batch_size: pictures at a time.
+      source: names the pictures; continuing with others is refused.
       records_per_file: pictures per part.
-      shard_index, shard_count: this host, and how many there are.
-
-    Returns:
-      Whether the data set is complete, with the parts of all hosts.
 
     Raises:
-      CodesError: `out` was begun with another tokenizer or other pictures.
-      OSError: it cannot be written.
+      CodesError: `out` holds codes of another tokenizer or of other pictures.
     """
+    from tokenflow_jax.data.captions import codes
+    from tokenflow_jax.tokenizer import encoding
+
     writer = codes.PartWriter(
         out,
         {"tokenizer": tokenizer.identity, "source": source, "dtype": tokenizer.dtype},
@@ -115,54 +111,24 @@ def encode(
     return writer.finish()
 
 
-def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Not at import: other commands have flags of the same names."""
-    flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "The tokenizer: a workdir, one of its checkpoints, or a PyTorch file.",
-        flag_values=values,
-    )
-    flags.DEFINE_string("variant", None, "Which model a PyTorch file holds.", flag_values=values)
-    flags.DEFINE_integer(
-        "step", None, "Which checkpoint of a workdir; the newest by default.", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "data",
-        "",
-        ["", "emoji", "folder", "jsonl", "array_record", "tfds"],
-        "Kind of data set; by default what lies at --path, or the emoji.",
-        flag_values=values,
-    )
-    flags.DEFINE_string("path", "", "Where the pictures are.", flag_values=values)
-    flags.DEFINE_string(
-        "image_folder", "", "jsonl: where paths of images begin.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "splits", ["train", "heldout"], "Which parts of the data set.", flag_values=values
-    )
-    flags.DEFINE_string("out", None, "Folder of the new data set.", flag_values=values)
-    flags.DEFINE_integer(
-        "batch_size", 64, "Pictures at a time, per process.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "records_per_file",
-        10_000,
-        "Pictures per part: what a killed command has to do again at most.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("shard_index", None, "This host, from 0.", flag_values=values)
-    flags.DEFINE_integer("shard_count", None, "How many hosts there are.", flag_values=values)
-    flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "Encoders compute in.", flag_values=values
-    )
+def define_flags(define: cli.Define) -> None:
+    kinds = ["", "emoji", "folder", "jsonl", "array_record", "tfds"]
+    define.string("checkpoint", None, "A workdir, one of its checkpoints, or a PyTorch file.")
+    define.string("variant", None, "Which model a PyTorch file holds.")
+    define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
+    define.enum("data", "", kinds, "Kind of data set; found out from --path by default.")
+    define.string("path", "", "Where the pictures are; the emoji by default.")
+    define.string("image_folder", "", "jsonl: where paths of images begin.")
+    define.list("splits", ["train", "heldout"], "Which parts of the data set.")
+    define.string("out", None, "Folder of the new data set.")
+    define.integer("batch_size", 64, "Pictures at a time, per process.", 1)
+    define.integer("records_per_file", 10_000, "Pictures per part, the unit of continuing.")
+    define.integer("shard_index", None, "This host, from 0.")
+    define.integer("shard_count", None, "How many hosts there are.")
+    define.enum("dtype", "float32", ["float32", "bfloat16"], "Compute in.")
 
 
-def run() -> None:
-    """Entry point of `python -m tokenflow_jax.encode`."""
-    define_flags()
-    command.run("encode", main)
-
+run = functools.partial(cli.run, "encode", main, define_flags)
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

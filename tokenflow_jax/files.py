@@ -16,22 +16,19 @@ _PAUSE_S = 0.2
 
 
 def full_disk(error: Exception) -> str | None:
-    """The operating system's words for a full disk in an error, or None.
-
-    TensorStore reports such errors as ValueError, in a page of text.
-    """
+    """Return the operating system's words for a full disk in an error, or None."""
+    # By text: TensorStore reports it as a ValueError, in a page of text.
     return next((text for text in _FULL_DISK if text in str(error)), None)
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Removes a file or a directory, if there is one, and waits for writers that are ending.
-
-    A save ends with its first refused write while TensorStore's threads finish the others, so a
-    file can still appear in a directory that is being removed, or bring the directory back.
+    """Remove a file or a directory, if it exists, and wait for writers that are about to end.
 
     Raises:
-      OSError: it cannot be removed, or something has gone on writing there for half a minute.
+      OSError: it cannot be removed, or something is still writing there after half a minute.
     """
+    # A save ends with its first refused write while TensorStore's threads finish the others: a file
+    # can still appear in a directory that is being removed, or bring the directory back.
     path = epath.Path(path)
     deadline = time.monotonic() + _PATIENCE_S
     while path.exists():
@@ -45,20 +42,20 @@ def remove(path: str | os.PathLike) -> None:
                 raise
         time.sleep(_PAUSE_S)
         if time.monotonic() > deadline and path.exists():
-            raise OSError(errno.EBUSY, "something goes on writing there", str(path))
+            raise OSError(errno.EBUSY, "something keeps writing there", str(path))
 
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Give a partial name beside `path` that becomes `path` when the block ends without an error.
+    """Yield a partial name that becomes `path` when the block ends without an error.
 
     Args:
       path: a local file or directory to write.
-      overwrite: allow replacing what is there; it stays until the new one is complete.
+      overwrite: replace what exists, once the new one is complete.
 
     Raises:
-      FileExistsError: there is something and `overwrite` is false.
-      OSError: it cannot be written; what was there is intact.
+      FileExistsError: `path` exists and `overwrite` is false.
+      OSError: it cannot be written; what existed is intact.
     """
     path = pathlib.Path(path).absolute()
     if path.exists() and not overwrite:

@@ -11,27 +11,11 @@ Item = TypeVar("Item")
 _PROGRESS_S = 5.0  # between progress lines
 
 
-class _Below(logging.Filter):
-    """Lets pass what is less serious than a level."""
-
-    def __init__(self, level: int):
-        super().__init__()
-        self._level = level
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno < self._level
-
-
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs a page of tracebacks for an error that it raises as well."""
-    return "orbax" not in record.pathname
-
-
 def hush_tensorstore() -> None:
-    """Leaves out what TensorStore says when Orbax stops waiting for writes of which one failed.
+    """Drop TensorStore's tracebacks about writes that Orbax stopped waiting for; may be repeated.
 
-    That one is raised as an error; the others find nobody to report to, a traceback each. May be
-    called again.
+    The write that failed first is raised as an error; the others would fail unobserved, with a
+    traceback each.
     """
     others = sys.unraisablehook
 
@@ -44,14 +28,19 @@ def hush_tensorstore() -> None:
         sys.unraisablehook = hook
 
 
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    """Reject Orbax's records: it logs a page of tracebacks for an error that it raises as well."""
+    return "orbax" not in record.pathname
+
+
 def set_up(verbose: bool = True) -> None:
-    """Sends the log of this project to the terminal; may be called again.
+    """Send the log of this project to the terminal; may be repeated.
 
     Args:
       verbose: also info lines; False on all processes but the first.
     """
     out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    out.addFilter(_Below(logging.WARNING))
+    out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
     out.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     err.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -94,7 +83,7 @@ class Progress:
 
 
 def progress(items: Iterable[Item], total: int, task: str, unit: str = "images") -> Iterator[Item]:
-    """Pass items on and log how far they are."""
+    """Yield the items and log how many have passed."""
     line = Progress(task, total, unit)
     for done, item in enumerate(items, 1):
         yield item

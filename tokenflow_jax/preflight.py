@@ -1,16 +1,16 @@
-"""Tells whether a training job fits a pod, and how it lies there, without having one.
+r"""Tell whether a training job fits a pod, and how it lies there, without having one.
 
     python -m tokenflow_jax.preflight --config=configs/tokenizer.py:xl --topology=v5p:4x4x4 \
         --config.mesh.fsdp=16
-    python -m tokenflow_jax.preflight --config=configs/generation.py:7b --topology=v5e:1x1 \
-        --sample=1
+    python -m tokenflow_jax.preflight --config=generation:7b --topology=v5e:1x1 --sample=1
 
-compiles the real training step for those chips with libtpu (pip install libtpu), which takes
-minutes and no TPU, and prints memory, operations, a floor of the step time and what travels between
-devices. For GPUs (h100:64) it estimates the same by arithmetic alone. Weights and data are not
-needed. Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
+Compiles the real training step for those chips with libtpu (pip install 'jax[tpu]'), which takes
+minutes and no TPU, and prints memory, operations, a floor of the step time and the traffic between
+devices. For GPUs (h100:64) it estimates the same by arithmetic alone. Needs no weights and no data.
+Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
 """
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -20,8 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import flags
 
 from tokenflow_jax import cli, stages
 from tokenflow_jax.parallel.chips import Topology, parse_topology
@@ -38,63 +37,32 @@ _QUIET = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs h100:64."
-)
-_SAMPLE = flags.DEFINE_integer(
-    "sample", 0, "Instead of training: drawing so many pictures at a time (stage generation)."
-)
-_HLO = flags.DEFINE_string("hlo", None, "File for the compiled program's text.")
-
 
 class Compiled(NamedTuple):
-    """What the compiler, or for GPUs arithmetic, says about one device.
-
-    Attributes:
-      temporaries: bytes of activations and other temporaries.
-      code: bytes of the program itself.
-      excess: bytes that do not fit; 0 if it fits.
-      collectives: kind -> (times, bytes); None if unknown.
-      text: of the program; empty if there is none.
-    """
+    """Bytes per device as the compiler, or for GPUs arithmetic, finds them."""
 
     temporaries: int
     code: int = 0
-    excess: int = 0
-    collectives: Mapping[str, tuple[int, int]] | None = None
-    text: str = ""
+    excess: int = 0  # that do not fit
+    collectives: Mapping[str, tuple[int, int]] | None = None  # kind -> (times, bytes); None unknown
+    text: str = ""  # the program's, where there is one
 
 
-def main(argv: Sequence[str]) -> int:
-    """Prints the report; returns the exit code."""
-    del argv
-    try:
-        topology = parse_topology(_TOPOLOGY.value or "")
-        fits, text, program = report(cli.CONFIG.value, topology, _SAMPLE.value)
-    except (ValueError, ImportError) as error:
-        print(f"preflight: {error}", file=sys.stderr, flush=True)
-        return 2
-    if _HLO.value and program:
-        with open(_HLO.value, "w", encoding="utf-8") as file:
-            file.write(program)
+def main(options: flags.FlagValues) -> int:
+    """Print the report and return the exit code."""
+    topology = parse_topology(options.topology or "")
+    fits, text, program = report(options.config, topology, options.sample)
+    if options.hlo and program:
+        pathlib.Path(options.hlo).write_text(program, encoding="utf-8")
     print(text)
     return 0 if fits else 1
 
 
 def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str, str]:
-    """Compiles a config's training step for a topology and describes it.
-
-    Args:
-      config: ConfigDict of a stage.
-      topology: the machine.
-      sample: drawing so many pictures at a time instead of training; stage generation only.
+    """Compile a config's step, or drawing `sample` pictures, for a topology and describe it.
 
     Returns:
-      Whether it fits, the description, and the compiled program's text.
-
-    Raises:
-      ValueError: the config is wrong, or does not go with the topology.
-      ImportError: libtpu is not installed.
+      True if it fits, the description, and the compiled program's text.
     """
     import jax  # after the environment is set
 
@@ -125,11 +93,12 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
         temporaries = int(costs.live_bytes(jaxpr) / mesh.batch_parts(device_mesh))
         excess = max(total + temporaries - chip.memory_bytes, 0)
         compiled = Compiled(temporaries, excess=excess)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.parts["parameters"]))
     lines = [
         f"{'sampling' if sample else config.stage} on {topology}: {topology.chips} chips, "
         f"{topology.devices} devices, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
-        f"parameters: {_count(program.parts['parameters']) / 1e6:.1f} million, "
+        f"parameters: {parameters / 1e6:.1f} million, "
         f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {stage.dtype}",
         "",
         *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
@@ -146,13 +115,11 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
 
 
 def _tpu_devices(topology: Topology) -> list[Any]:
-    """Devices of TPUs that need not exist."""
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "compiling for TPUs needs their compiler: pip install libtpu (no TPU is needed)"
-        ) from error
+    """Return devices of TPUs that need not exist."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "compiling for TPUs needs their compiler: pip install 'jax[tpu]' (no TPU is needed)"
+        )
     from jax.experimental import topologies
 
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
@@ -165,61 +132,44 @@ def _tpu_devices(topology: Topology) -> list[Any]:
 
 
 def _compile(lowered: Any, held: int) -> Compiled:
-    """Compiles; a program that is too large is a result, too."""
+    """Compile; a program that is too large is a result, too."""
     from tokenflow_jax.parallel import costs
 
     # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            compiled = lowered.compile(options)
+            memory = lowered.compile(options).memory_analysis()
         except Exception as error:  # XlaRuntimeError is not public under one name
             sizes = too_large(str(error), held)
             if sizes is None:
                 raise
             return Compiled(*sizes)
-        memory = compiled.memory_analysis()
         texts = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
         text = texts[-1].read_text(encoding="utf-8") if texts else ""
+    collectives = costs.collectives(text) if text else None
     return Compiled(
-        memory.temp_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-        collectives=costs.collectives(text) if text else None,
-        text=text,
+        memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, 0, collectives, text
     )
 
 
 def too_large(message: str, held: int) -> tuple[int, int, int] | None:
-    """Reads the compiler's complaint about memory.
-
-    Args:
-      message: text of its error.
-      held: bytes of the program's arguments.
+    """Read the compiler's error about memory; None if it is about something else.
 
     Returns:
-      Bytes of temporaries, of the program (unknown: 0) and of what does not fit; None if the error
-      is about something else.
+      Bytes of temporaries, of the program (unknown: 0) and beyond the memory; `held` are those of
+      the program's arguments.
     """
     number = r"([\d.]+)([KMGT])"
-    for pattern in (
-        rf"Used {number} of {number} hbm",
-        rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)",
+    for pattern, counted in (  # and the bytes of arguments that its first number counts
+        (rf"Used {number} of {number} hbm", held),
+        (rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", 0),
     ):
         if found := re.search(pattern, message):
-            used, available = (
-                int(float(value) * _UNITS[unit])
-                for value, unit in zip(found.groups()[::2], found.groups()[1::2], strict=True)
-            )
-            # The first counts the arguments as well.
-            temporaries = used - held if pattern.startswith("Used") else used
-            return temporaries, 0, held + temporaries - available
+            used = int(float(found[1]) * _UNITS[found[2]])
+            available = int(float(found[3]) * _UNITS[found[4]])
+            return used - counted, 0, held + used - counted - available
     return None
-
-
-def _count(tree: Any) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _gb(nbytes: float) -> str:
@@ -242,7 +192,7 @@ def _memory(
 
 
 def _time(flops: float, held: int, compiled: Compiled, topology: Topology) -> list[str]:
-    """The roofline: neither arithmetic nor memory can be faster than the chip's peak."""
+    """Return the roofline: neither arithmetic nor memory can exceed the chip's peak."""
     chip = topology.chip
     compute = flops / (topology.chips * chip.tflops * 1e12)
     # Read and write what is held once, and write and read what is computed once.
@@ -269,7 +219,7 @@ def _traffic(compiled: Compiled) -> list[str]:
 def _levers(
     config: Any, held: Mapping[str, int], compiled: Compiled, topology: Topology, mesh: Any
 ) -> list[str]:
-    """What would save most, with what it saves per device."""
+    """List the three settings that would save most per device."""
     from tokenflow_jax.parallel.mesh import batch_parts
 
     state = sum(size for name, size in held.items() if name != "batch")
@@ -299,15 +249,21 @@ def _levers(
     return [head, *(f"  {_gb(saved)}  {text}" for saved, text in rows[:3])]
 
 
-def run() -> None:
-    """Entry point of `python -m tokenflow_jax.preflight`."""
-    # Tracing and compiling need no device; a TPU that is here shall stay free.
+def define_flags(define: cli.Define) -> None:
+    define.string("topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs "
+                  "h100:64.")  # fmt: skip
+    define.integer("sample", 0, "Draw so many pictures at a time instead of training (generation).")
+    define.string("hlo", None, "File for the compiled program's text.")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    # Tracing and compiling need no device; a TPU of this machine must stay free.
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    app.run(main, flags_parser=cli.parse_flags)
+    return cli.run("preflight", main, define_flags, argv, config=True, runtime=False)
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(run())

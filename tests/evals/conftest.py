@@ -9,7 +9,7 @@ import pytest
 from golden import weights
 from golden.loading import manifest
 
-from tokenflow_jax.evals import fid
+from tokenflow_jax.evals.fid_network import Network
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def inception_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def network(inception_file):
-    return fid.Network(inception_file)
+    return Network(inception_file)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import pytest
 from golden.loading import GOLDEN, images_uint8
 from PIL import Image
 
-from tokenflow_jax.evals import fid
+from tokenflow_jax.evals import fid_network
 from tokenflow_jax.evals.frechet import Statistics, frechet_distance
 
 VECTORS = np.load(GOLDEN / "evals.npz")
@@ -39,7 +39,9 @@ def test_streamed_statistics_equal_those_of_the_whole():
     one.update(features[:20])
     other.update(features[20:27])
     other.update(features[27:])
-    whole = one + other
+    whole = Statistics(
+        one.count + other.count, one.sum_D + other.sum_D, one.outer_DD + other.outer_DD
+    )
     exact = features.astype(np.float64)
     np.testing.assert_allclose(whole.mean, exact.mean(0), rtol=1e-14)
     np.testing.assert_allclose(whole.covariance, np.cov(exact, rowvar=False), rtol=1e-11)
@@ -51,7 +53,7 @@ def test_too_few_images_say_so():
     statistics.update(np.ones((1, 4)))
     with pytest.raises(ValueError, match=r"1 images.*2 or more"):
         _ = statistics.covariance
-    assert "singular" in fid.caution(5000, 2048) and not fid.caution(2049, 5000)
+    assert "singular" in fid_network.caution(5000, 2048) and not fid_network.caution(2049, 5000)
 
 
 def test_features_equal_the_reference(network):
@@ -62,7 +64,7 @@ def test_features_equal_the_reference(network):
 
 
 def fingerprint(*parts):
-    whole = fid.Fingerprint()
+    whole = fid_network.Fingerprint()
     for part in parts:
         whole.update(part)
     return whole.over_processes()
@@ -91,7 +93,7 @@ class Batches:
 def test_reference_statistics_are_computed_once_and_kept(network, tmp_path):
     batches = Batches(np.random.default_rng(2).integers(0, 256, (4, 32, 32, 3), np.uint8))
     name = fingerprint(batches.images[:3])
-    first = fid.Reference(network, batches, tmp_path / "cache", "noise")
+    first = fid_network.Reference(network, batches, tmp_path / "cache", "noise")
     statistics = first.statistics(name)
     assert first.statistics(name) is statistics and batches.reads == 1
     assert statistics.count == 3
@@ -100,31 +102,33 @@ def test_reference_statistics_are_computed_once_and_kept(network, tmp_path):
     )
 
     (file,) = (tmp_path / "cache").iterdir()
-    again = fid.Reference(network, batches, tmp_path / "cache").statistics(name)
+    again = fid_network.Reference(network, batches, tmp_path / "cache").statistics(name)
     assert batches.reads == 1
     np.testing.assert_array_equal(again.outer_DD, statistics.outer_DD)
 
     other = Batches(255 - batches.images)
-    fid.Reference(network, other, tmp_path / "cache").statistics(fingerprint(other.images[:3]))
+    fid_network.Reference(network, other, tmp_path / "cache").statistics(
+        fingerprint(other.images[:3])
+    )
     assert other.reads == 1 and len(list((tmp_path / "cache").iterdir())) == 2
 
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"damaged .*delete the file"):
-        fid.Reference(network, batches, tmp_path / "cache").statistics(name)
+        fid_network.Reference(network, batches, tmp_path / "cache").statistics(name)
 
 
 def test_a_checksum_that_does_not_fit_is_found(tmp_path):
     """Statistics that zip's own check would let pass."""
     statistics = Statistics(3, np.ones(2), np.ones((2, 2)))
-    fid.write_statistics(tmp_path / "a.npz", statistics, {"images": "these"})
+    fid_network.write_statistics(tmp_path / "a.npz", statistics, {"images": "these"})
     with np.load(tmp_path / "a.npz") as file:
         np.savez(tmp_path / "b.npz", **{**file, "sum": np.ones(2) + 1e-9})
-    assert fid.read_statistics(tmp_path / "a.npz", {"images": "these"}).count == 3
+    assert fid_network.read_statistics(tmp_path / "a.npz", {"images": "these"}).count == 3
     for name, images in (("b.npz", "these"), ("a.npz", "others")):
         with pytest.raises(ValueError, match="damaged"):
-            fid.read_statistics(tmp_path / name, {"images": images})
+            fid_network.read_statistics(tmp_path / name, {"images": images})
 
 
 @pytest.mark.slow
@@ -141,7 +145,7 @@ def test_two_folders(command, network, inception_file, tmp_path):
     sides = [Statistics.empty(2048) for _ in "ab"]
     for i, side in enumerate(sides):
         side.update(network.features(images[i::2]))
-    np.testing.assert_allclose(float(out.split()[1]), fid.distance(*sides), rtol=1e-3)
+    np.testing.assert_allclose(float(out.split()[1]), sides[0].distance(sides[1]), rtol=1e-3)
     for text in ("3 images", "20 px", network.checksum, "singular", "broken.png"):
         assert text in out
 

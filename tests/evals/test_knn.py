@@ -6,8 +6,8 @@ import pytest
 from tokenflow_jax.evals.knn import knn_accuracy, knn_predict
 
 
-def _brute_force(bank, labels, queries, k, temperature, centre):
-    mean = bank.mean(0) if centre else 0
+def _brute_force(bank, labels, queries, k, temperature, center):
+    mean = bank.mean(0) if center else 0
     bank, queries = bank - mean, queries - mean
     answer = []
     for query in queries:
@@ -22,15 +22,15 @@ def _brute_force(bank, labels, queries, k, temperature, centre):
 
 
 @pytest.mark.parametrize("temperature", [None, 0.07])
-@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("k", [1, 20])
-def test_equals_brute_force(k, centre, temperature):
+def test_equals_brute_force(k, center, temperature):
     rng = np.random.default_rng(k)
     bank = rng.normal(size=(203, 7)).astype(np.float32) + 1
     queries = rng.normal(size=(101, 7)).astype(np.float32) + 1
     labels = rng.integers(0, 5, 203)
-    expected = _brute_force(bank, labels, queries, k, temperature, centre)
-    got = knn_predict(bank, labels, queries, k=k, temperature=temperature, centre=centre, chunk=40)
+    expected = _brute_force(bank, labels, queries, k, temperature, center)
+    got = knn_predict(bank, labels, queries, k=k, temperature=temperature, center=center, chunk=40)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -46,7 +46,7 @@ def test_accuracy_of_separable_and_of_shuffled_classes():
 
 def test_small_temperatures_do_not_overflow():
     bank, labels = np.eye(3, dtype=np.float32), np.arange(3)
-    got = knn_predict(bank, labels, bank, k=3, temperature=1e-3, centre=False)
+    got = knn_predict(bank, labels, bank, k=3, temperature=1e-3, center=False)
     np.testing.assert_array_equal(got, labels)
 
 

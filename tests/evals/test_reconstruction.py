@@ -16,7 +16,7 @@ from tiny import TINY
 
 import tokenflow_jax as tfx
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import fid, reconstruction, similarity
+from tokenflow_jax.evals import fid_network, measures, similarity
 from tokenflow_jax.evals.image_set import ImageSet, heldout_split, kind_of_data
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.tokenizer.model import TokenFlow
@@ -43,7 +43,7 @@ def images():
 
 
 def test_figures_are_those_of_the_real_images(images):
-    figures = reconstruction.evaluate(rough, batches_of(images, 6), 32, SCALES)
+    figures = measures.evaluate(rough, batches_of(images, 6), 32, SCALES)
     real = images[:6]
     codes, made = rough(real)
     assert figures["images"] == 6
@@ -60,21 +60,20 @@ def test_figures_are_those_of_the_real_images(images):
 
 def test_no_images_is_an_error(images):
     with pytest.raises(ValueError, match="no images"):
-        reconstruction.evaluate(rough, batches_of(images, 0), 32, SCALES)
+        measures.evaluate(rough, batches_of(images, 0), 32, SCALES)
 
 
 @pytest.mark.slow
 def test_rfid_is_against_the_originals(images, network):
     batches = batches_of(images, 6)
     for change in (lambda x: x, similarity.reference_png):
-        reference = fid.Reference(network, batches, change=change)
+        reference = fid_network.Reference(network, batches, change=change)
 
         def perfect(images, change=change):
             return rough(images)[0], change(images)
 
         figures = [
-            reconstruction.evaluate(f, batches, 32, SCALES, reference=reference)
-            for f in (perfect, rough)
+            measures.evaluate(f, batches, 32, SCALES, reference=reference) for f in (perfect, rough)
         ]
         assert figures[0]["rfid"] < 1e-9 < figures[1]["rfid"]
 
@@ -86,14 +85,14 @@ index, port = int(sys.argv[1]), sys.argv[2]
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
 import numpy as np
 from test_reconstruction import HELD_OUT, SCALES, rough
-from tokenflow_jax.evals import fid, reconstruction
+from tokenflow_jax.evals import fid_network, measures
 from tokenflow_jax.evals.frechet import Statistics
-statistics, fingerprint = Statistics.empty(3), fid.Fingerprint()
+statistics, fingerprint = Statistics.empty(3), fid_network.Fingerprint()
 for batch in HELD_OUT:
     statistics.update(batch["image"][batch["mask"]].mean((1, 2)) / 3)
     fingerprint.update(batch["image"][batch["mask"]])
 whole = statistics.over_processes()
-figures = reconstruction.evaluate(rough, HELD_OUT, 32, SCALES)
+figures = measures.evaluate(rough, HELD_OUT, 32, SCALES)
 print(json.dumps([figures, whole.count, whole.outer_DD.tolist(), fingerprint.over_processes()]))
 """
 HELD_OUT = ImageSet(pipeline.DataConfig("emoji", split="heldout", image_size=16), batch_size=16)
@@ -103,7 +102,9 @@ def test_two_processes_find_what_one_finds():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    path = os.pathsep.join(str(REPOSITORY / part) for part in ("", "tests", "tests/evals"))
+    path = os.pathsep.join(
+        str(REPOSITORY / part) for part in ("", "tests", "tests/evals", "tests/helpers")
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(i), str(port)],
@@ -116,11 +117,11 @@ def test_two_processes_find_what_one_finds():
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
     figures, count, outer, name = json.loads(outputs[0].splitlines()[-1])
-    alone = reconstruction.evaluate(rough, HELD_OUT, 32, SCALES)
+    alone = measures.evaluate(rough, HELD_OUT, 32, SCALES)
     assert figures.keys() == alone.keys() and figures["images"] == alone["images"] == count
     for key, value in alone.items():
         np.testing.assert_allclose(figures[key], value, rtol=1e-12, err_msg=key)
-    fingerprint, sums = fid.Fingerprint(), np.zeros((3, 3))
+    fingerprint, sums = fid_network.Fingerprint(), np.zeros((3, 3))
     for batch in HELD_OUT:
         real = batch["image"][batch["mask"]]
         fingerprint.update(real)

@@ -1,4 +1,4 @@
-"""The generation checkpoint's names, through the conversion's functions and files."""
+"""The names of generation checkpoints, through the converter."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tokenflow_jax.weights.formats.torch import open_state_dict
 
 @pytest.mark.parametrize("name", ("s3", "s4"))
 def test_there_and_back(tmp_path, name):
-    """PyTorch to ours and back, bit for bit; the two ids that a file may hold are handed on."""
+    """PyTorch to ours and back, bit for bit; the two ids that a file may hold survive."""
     case = golden.load(name)
     ids = {"image_token_start": np.int64(129), "image_token_end": np.int64(384)}
     state = case.state | {key: np.asarray(value) for key, value in ids.items()}
@@ -30,7 +30,7 @@ def test_there_and_back(tmp_path, name):
     assert source.config == case.config
 
 
-def test_what_does_not_fit_is_named():
+def test_mismatches_are_named():
     case = golden.load("s3")
     state = dict(case.state)
     del state["model.layers.1.self_attn.qknorm.key_norm.weight"]
@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_named():
 
 
 def test_the_published_size():
-    """7 billion parameters, and a table that knows all of them."""
+    """The table knows all of the 7 billion parameters."""
     config = VARIANTS["7b"]
     flat = rules.flatten(PART.template(config))
     assert 7.0e9 < sum(np.prod(x.shape, dtype=np.int64) for x in flat.values()) < 7.1e9

@@ -33,7 +33,7 @@ def forward(features_BHWC, codebooks, scales):
 
 @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
 def gradient(features_BHWC, codebooks, scales):
-    """Of the straight-through output and both codebook losses."""
+    """Differentiate the straight-through output and both codebook losses."""
 
     def loss(features_BHWC, codebooks):
         pyramid = multiscale.residual_quantize(features_BHWC, codebooks, scales, 2.0)
@@ -47,7 +47,7 @@ def gradient(features_BHWC, codebooks, scales):
 
 
 def run(function, mode, *arguments, sizes=None):
-    """The function's results in one of the ways to search; `sizes` of the mesh in use, if any."""
+    """Return the function's results with one form of the search; `sizes` are those of a mesh."""
     os.environ[nearest_kernel.VARIABLE] = mode
     jitted = jax.jit(function, static_argnums=2)
     jitted.clear_cache()
@@ -61,7 +61,7 @@ def run(function, mode, *arguments, sizes=None):
 
 
 def interpret():
-    """Whether the kernel gives the codes and gradients of the chunks, on one device and eight."""
+    """Compare the kernel with the chunked form, on one device and on eight."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((8, 8, 8, sum(CHANNELS))).astype(np.float32)
     books = Codebooks(*(rng.standard_normal((2048, c)).astype(np.float32) for c in CHANNELS))
@@ -82,7 +82,7 @@ def interpret():
 
 
 def compiled(topology, function, size, count, mode="auto"):
-    """What the compiler says of a program for some of a topology's devices."""
+    """Compile a program for some of a topology's devices and return the compiler's figures."""
     from jax.experimental import topologies
 
     os.environ[nearest_kernel.VARIABLE] = mode
@@ -100,7 +100,7 @@ def compiled(topology, function, size, count, mode="auto"):
     result = {
         "seconds": round(time.monotonic() - began, 1),
         "temporaries": program.memory_analysis().temp_size_in_bytes,
-        # jaxlib 0.10.2 cannot print some programs for v5p and tpu7x; all can be serialised.
+        # jaxlib 0.10.2 cannot print some programs for v5p and tpu7x; all can be serialized.
         "kernel": b"tpu_custom_call" in program.runtime_executable().serialize(),
     }
     if count > 1:

@@ -1,9 +1,9 @@
-"""What a loaded model says or draws over two (fake) devices; `run` starts this file with them.
+"""Answers or draws with a loaded model over two fake devices; `run` starts this file.
 
     python several_devices_program.py assistant WORKDIR PICTURE
     python several_devices_program.py generator WORKDIR PROMPT
 
-Prints one JSON object: "split", whether parameters are spread, and "found".
+Prints one JSON object: "split" (parameters are sharded) and "found" (the results).
 """
 
 import json
@@ -17,7 +17,7 @@ import tokenflow_jax as tfx
 
 
 def run(*arguments):
-    """The program's result."""
+    """Run this file with two fake devices and return its result."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
 """Run by test_sharding.py in a process with eight fake devices; prints one JSON object.
 
-python sharding_program.py quantiser 1,1,8,1 ...      codes, losses, gradients; collectives
+python sharding_program.py quantize 1,1,8,1 ...       codes, losses, gradients; collectives
 python sharding_program.py step 1,2,2,2 ...           five training steps with a discriminator
 python sharding_program.py language 1,2,2,2 ...       the generation model: losses, gradients, codes
 """
@@ -43,8 +43,8 @@ def place(tree, device_mesh):
     return jax.tree.map(jax.device_put, tree, mesh.shardings(tree, device_mesh))
 
 
-def quantiser(sizes, codes=131_072, batch=8, grid=4):
-    """Losses and gradients of the whole pyramid, and what the compiled program holds."""
+def quantize(sizes, codes=131_072, batch=8, grid=4):
+    """Return losses and gradients of the whole pyramid, and figures of the compiled program."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((batch, grid, grid, 40)).astype(np.float32)
     tables = {
@@ -91,7 +91,7 @@ def quantiser(sizes, codes=131_072, batch=8, grid=4):
 
 
 def step(sizes):
-    """Losses of five steps, and the codes of all of them."""
+    """Return the losses of five steps, and the codes of all of them."""
     vit = dataclasses.replace(tiny.TINY.vit, width=16, depth=2)
     config = dataclasses.replace(
         tiny.TINY, teacher_width=16, codebook_size=512, vit=vit, channels=8, decoder_channels=8
@@ -132,9 +132,9 @@ def step(sizes):
 
 
 def language(sizes):
-    """Losses, gradients and drawn codes of a small generation model with grouped heads."""
+    """Return losses, gradients and drawn codes of a small model with grouped heads."""
     lm = LMConfig(
-        vocabulary_size=101,  # which no mesh divides: then the channels are split
+        vocabulary_size=101,  # divisible by no mesh: then the channels are split
         width=64,
         layers=2,
         heads=4,
@@ -179,13 +179,13 @@ def language(sizes):
         "gradients": [np.asarray(g).ravel()[::7].tolist() for g in jax.tree.leaves(gradients)],
         "codes": np.asarray(drawn).tolist(),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-        "whole": [array.path for array in mesh.stayed_whole(params, device_mesh)],
+        "whole": [path for path, _ in mesh.stayed_whole(params, device_mesh)],
     }
 
 
 if __name__ == "__main__":
     kind, *meshes = sys.argv[1:]
-    function = {"quantiser": quantiser, "step": step, "language": language}[kind]
+    function = {"quantize": quantize, "step": step, "language": language}[kind]
     results = [function(None)]
     results += [function([int(n) for n in text.split(",")]) for text in meshes]
     print(json.dumps(results))

@@ -1,7 +1,7 @@
 """Run by test_token_losses.py with eight fake devices; prints one JSON object per mesh.
 
-A mesh is "slice,data,fsdp,tensor", or "none". With losses, what is right and both gradients come
-the bytes that travel.
+A mesh is "slice,data,fsdp,tensor", or "none". Results are losses, right predictions, both gradients
+and the bytes that travel.
 """
 
 import json

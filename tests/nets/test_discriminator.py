@@ -98,7 +98,9 @@ def test_statistics_are_of_the_global_batch_when_sharded():
 def test_batch_norm_by_hand():
     x = np.random.default_rng(0).normal(3, 2, (2, 3, 3, 4)).astype(np.float32)
     variables = BatchNorm().init(jax.random.key(0), x, True)
-    np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(4))  # init learns not
+    np.testing.assert_array_equal(
+        variables["batch_stats"]["mean"], np.zeros(4)
+    )  # not updated by init
     y, updates = BatchNorm().apply(variables, x, True, mutable="batch_stats")
     values = x.reshape(-1, 4).astype(np.float64)
     scale = variables["params"]["scale"]
@@ -109,7 +111,7 @@ def test_batch_norm_by_hand():
     np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * values.var(0, ddof=1), rtol=1e-5)
 
 
-def test_initial_values_are_the_references():
+def test_initial_values_follow_the_reference():
     init = jax.jit(PatchGAN().init, static_argnums=2)
     params = init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), False)["params"]
     assert {name for name in params if "bias" in params[name]} == {
@@ -137,7 +139,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_statistics():
     np.testing.assert_allclose(logits, exact, atol=0.1)
 
 
-def test_too_small_images_are_refused():
+def test_too_small_images_are_rejected():
     variables = golden_variables("parts.patchgan")
     with pytest.raises(ValueError, match=r"\(16, 64\).*needs 24"):
         PatchGAN().apply(variables, jnp.zeros((1, 16, 64, 3)), False)
@@ -222,7 +224,7 @@ def test_blur_against_the_reference():
     np.testing.assert_allclose(blurred.transpose(0, 3, 1, 2), VECTORS["blur_out"], atol=1e-6)
 
 
-def test_stylegan_wants_powers_of_two():
+def test_stylegan_needs_a_power_of_two():
     for shape in ((1, 224, 224, 3), (1, 32, 64, 3), (1, 4, 4, 3)):
         with pytest.raises(ValueError, match="power of two"):
             jax.eval_shape(StyleGAN().init, jax.random.key(0), jnp.zeros(shape), False)

@@ -112,9 +112,9 @@ def test_remat_and_bfloat16(kind):
     np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.05 * np.abs(whole).max())
 
 
-def test_normalise_goes_through_clamped_pixels():
+def test_normalization_goes_through_clamped_pixels():
     images = jnp.array([-1.5, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 5, 1) * jnp.ones(3)
-    seen = encoders.normalise(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    seen = encoders.normalize(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     np.testing.assert_allclose(seen[0, 0, :, 0], [-1, -1, 0, 1, 1], atol=1e-6)
 
 

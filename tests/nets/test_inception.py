@@ -59,7 +59,7 @@ def test_stops_early_with_the_same_values(state):
     np.testing.assert_allclose(part["pool"], whole["Mixed_6a"].mean((1, 2)), atol=1e-6)
 
 
-def test_refuses_small_images_and_unknown_blocks():
+def test_rejects_small_images_and_unknown_blocks():
     images = np.zeros((1, 64, 64, 3), np.float32)
     with pytest.raises(ValueError, match="64 x 64"):
         Inception(resize=0).init(jax.random.key(0), images)
@@ -80,7 +80,7 @@ def test_both_namings_give_the_same_parameters(state):
     jax.tree.map(np.testing.assert_array_equal, inception_params(ones), inception_params(scripted))
 
 
-def test_names_everything_that_does_not_fit(state):
+def test_all_mismatches_are_named(state):
     broken = dict(state)
     del broken["Mixed_5b.branch1x1.conv.weight"]
     with pytest.raises(ValueError, match=r"Mixed_5b\.branch1x1\.conv\.weight"):

@@ -1,4 +1,4 @@
-"""LPIPS against the reference's distances, and its behaviour as a training loss."""
+"""LPIPS against the reference's distances, and its behavior as a training loss."""
 
 import functools
 import json
@@ -72,13 +72,13 @@ def test_the_call_is_the_sum_of_the_layers():
     np.testing.assert_array_equal(layers(x, x), np.zeros((5, 2)))
 
 
-def test_template_is_what_the_module_makes():
+def test_template_has_the_modules_shapes():
     made = jax.eval_shape(lambda: LPIPS().init(jax.random.key(0), images(32), images(32)))
     assert made["params"] == lpips_template()
 
 
 def test_gradients_are_finite_where_features_vanish():
-    """Equal images, and a trunk so biased that whole layers are zero."""
+    """Equal images, and a bias that makes whole layers zero."""
     dead = jax.tree.map(lambda leaf: leaf, golden_params())
     dead["conv_5"] = {**dead["conv_5"], "bias": dead["conv_5"]["bias"] - 1e6}
 
@@ -115,6 +115,6 @@ def test_bfloat16_convolutions_stay_near():
     np.testing.assert_allclose(parts.sum(0), layers(x, y).sum(0), rtol=0.05)
 
 
-def test_too_small_images_are_refused():
+def test_too_small_images_are_rejected():
     with pytest.raises(ValueError, match=r"\(8, 8\).*at least 16"):
         layers(images(8), images(8))

@@ -45,7 +45,7 @@ def test_bicubic_between_pixel_grids(name):
     _check(resize.bicubic_resize(_maps(f"bicubic_in_{grid}"), int(size)), name)
 
 
-def test_rows_sum_to_one_for_every_pair():
+def test_rows_sum_to_one_for_all_sizes():
     for size_in in (1, 3, 14, 27):
         for size_out in (1, 2, 5, 16, 27):
             for matrix in (resize.area_matrix, resize.bicubic_matrix):

@@ -1,4 +1,4 @@
-"""The filter against the reference's survivors, ties included."""
+"""The filters against the reference's survivors, ties included, and draws from them."""
 
 import json
 import pathlib
@@ -8,10 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenflow_jax.nets.sampling import draw, keep_likely
+from tokenflow_jax.nets.sampling import draw, survivors
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "t2i_sampling.json").read_text())
+
+
+def keep_likely(logits, top_k=0, top_p=0.0):
+    """Return `survivors` as a mask of the entries, bool (..., V)."""
+    values_k, _, kept_1, beyond_1 = survivors(logits, top_k, top_p)
+    cut_1 = jnp.take_along_axis(values_k, kept_1 - 1, axis=-1)
+    above_1 = jnp.sum(logits > cut_1, axis=-1, keepdims=True)
+    equal = logits == cut_1
+    rank = jnp.cumsum(equal, axis=-1)
+    return (logits > cut_1) | (equal & (rank <= kept_1 + beyond_1 - above_1))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +61,7 @@ def test_large_rows_equal_the_rule_written_out():
         assert (got != want).sum() <= 4
 
 
-def test_draws_follow_the_softmax_and_the_row():
+def test_draws_follow_the_softmax_and_the_key_of_the_row():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
     many = jnp.broadcast_to(logits, (2, 20000, 4))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -64,8 +74,8 @@ def test_draws_follow_the_softmax_and_the_row():
     assert (np.asarray(draw(keys, many, 1)) == 3).all()
 
 
-def test_ties_beyond_k_are_drawn_as_often():
-    """Five equal values, of which top-k counts two: each is drawn, and none of the others."""
+def test_ties_beyond_k_are_drawn_equally_often():
+    """Of five equal values top-k counts two: all five are drawn, and no other."""
     logits = jnp.broadcast_to(jnp.array([0.0, 1, 1, -1, 1, 1, 0, 1]), (1, 20000, 8))
     keys = jax.random.split(jax.random.key(3), 1)
     for top_k in (1, 2, 4):
@@ -76,7 +86,7 @@ def test_ties_beyond_k_are_drawn_as_often():
     assert len(np.unique(drawn)) == keep_likely(logits[0, 0], 2, 0.55).sum() == 3
 
 
-def test_wrong_filters_are_refused():
+def test_negative_filters_are_rejected():
     with pytest.raises(ValueError, match=r"top_k=-1.*top_p=-0\.5"):
         keep_likely(jnp.zeros(3), -1, -0.5)
     assert keep_likely(jnp.arange(3.0), 10).all()

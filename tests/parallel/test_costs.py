@@ -1,4 +1,4 @@
-"""Operations, live memory and collectives against hand counts and XLA's."""
+"""Operations, live memory and collectives against hand counts."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def test_products_and_their_gradients():
     assert count(both, (4, 8), (8, 16)) == 3 * 2 * 4 * 8 * 16
 
 
-def test_convolutions_and_their_gradients_equal_xla_s_count():
+def test_convolutions_and_their_gradients():
     def convolve(x, w):
         return jax.lax.conv_general_dilated(
             x, w, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -44,7 +44,7 @@ def test_loops_branches_and_recomputation():
     assert count(again, (4, 4)) > count(plain, (4, 4)) == 6 * 2 * 4**3
 
 
-def test_live_bytes_follow_what_is_still_needed():
+def test_live_bytes_end_with_the_last_use():
     def chain(x):
         y = x + 1.0  # alive until z is there
         z = y * 2.0
@@ -77,8 +77,8 @@ HLO = """
 }
 
 ENTRY %main (p: f32[]) -> f32[] {
-  %begun = f32[32]{0} fusion(%x), kind=kCustom, calls=%start
-  %going = f32[32]{0} fusion(%begun), kind=kCustom, calls=%beside
+  %started = f32[32]{0} fusion(%x), kind=kCustom, calls=%start
+  %going = f32[32]{0} fusion(%started), kind=kCustom, calls=%beside
   %kernel = f32[4]{0} custom-call(%p), frontend_attributes={kernel_metadata={
 "metadata":"{}"
 }}, metadata={op_name="attributes of several lines"}
@@ -89,6 +89,6 @@ ENTRY %main (p: f32[]) -> f32[] {
 """
 
 
-def test_collectives_inside_loops_count_often():
+def test_collectives_in_loops_count_every_iteration():
     expected = {"all-gather": (2, 256), "all-reduce": (12, 12 * (2048 + 16))}
     assert costs.collectives(HLO) == expected

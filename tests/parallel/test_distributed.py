@@ -1,6 +1,6 @@
-"""Several processes: who recognises what, flags that go together, and the last words of a process.
+"""Several processes: detected clusters, flags that go together, and messages of a lost process.
 
-What two real processes do is in tests/train/test_processes.py.
+Tests with two real processes are in tests/train/test_processes.py.
 """
 
 import os
@@ -22,7 +22,7 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
     [
         ({}, None),
         (STEP | {"SLURM_STEP_NUM_TASKS": "16"}, "slurm"),
-        # In the batch script, and for a step of one task, there is nobody to wait for.
+        # The batch script, and a step of one task, are processes of their own.
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, None),
         (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a.svc,b.svc", "TPU_WORKER_ID": "0"}, "gke"),
@@ -32,7 +32,7 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
     ],
 )
-def test_clusters_are_recognised(environment, expected):
+def test_clusters_are_detected(environment, expected):
     assert distributed.cluster({"JAX_PLATFORMS": "cpu", **environment}) == expected
 
 
@@ -41,7 +41,7 @@ def flags(**given):
     return types.SimpleNamespace(**{name: given.get(name) for name in names})
 
 
-def test_flags_that_lack_others_are_named():
+def test_missing_flags_are_named():
     with pytest.raises(ValueError, match="go together; missing: num_processes, process_id"):
         distributed.start(flags(coordinator="host:1"))
     with pytest.raises(ValueError, match="missing: coordinator"):
@@ -52,7 +52,7 @@ def test_flags_that_lack_others_are_named():
         )
 
 
-def test_demanded_where_nobody_else_is():
+def test_a_missing_cluster_is_explained():
     """In a process of its own: jax.distributed can be started once."""
     done = run("distributed.start(flags(distributed=True))")
     assert done.returncode == 1
@@ -77,11 +77,11 @@ from test_distributed import distributed, flags
 def test_an_abort_is_explained(end):
     done = run(f"distributed._watch(); {end}")
     assert done.returncode < 0
-    assert "process 0 of 1 has ended before its time" in done.stderr
+    assert "process 0 of 1 ended unexpectedly" in done.stderr
     assert "Start the same command again" in done.stderr
 
 
-def test_a_usual_end_is_silent():
+def test_a_normal_exit_is_silent():
     done = run("distributed._watch(); print('done')")
     assert done.returncode == 0 and done.stdout == "done\n"
-    assert "before its time" not in done.stderr
+    assert "unexpectedly" not in done.stderr

@@ -1,4 +1,4 @@
-"""The mesh: sizes inferred, mistakes explained."""
+"""The mesh: inferred sizes, explained mistakes, shardings of parameters."""
 
 import jax
 import numpy as np
@@ -77,16 +77,16 @@ def test_sizes_are_inferred_without_devices():
         # Anything else: the largest dimension that divides.
         ({"fsdp": 4}, "params/conv_in/kernel", (3, 3, 64, 96), (None, None, None, "fsdp")),
         ({"fsdp": 4}, "params/conv_in/kernel", (3, 3, 64, 97), (None, None, "fsdp", None)),
-        ({"fsdp": 4}, "params/norm/scale", (64,), ()),  # too small to be worth it
+        ({"fsdp": 4}, "params/norm/scale", (64,), ()),  # too small to be worth a gather
         ({"tensor": 2}, "params/mlp/fc1/kernel", (64, 255), (None, None)),  # does not divide
         ({}, "params/conv_in/kernel", (3, 3, 64, 96), ()),
     ],
 )
-def test_where_parameters_lie(sizes, path, shape, expected):
+def test_parameters_are_split_by_their_path(sizes, path, shape, expected):
     assert mesh.partition(path, shape, abstract(**sizes)) == PartitionSpec(*expected)
 
 
-def test_what_stays_whole_is_named_largest_first():
+def test_arrays_that_stay_whole_are_listed_largest_first():
     tree = {"norm": np.zeros(3), "conv": {"kernel": np.zeros((3, 3, 5, 7))}, "big": np.zeros(4096)}
     whole = mesh.stayed_whole(tree, abstract(fsdp=2))
     assert whole == [("conv/kernel", 9 * 35 * 8), ("norm", 24)]

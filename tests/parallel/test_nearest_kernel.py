@@ -1,4 +1,4 @@
-"""The TPU kernel of the nearest code: interpreted, and compiled for chips that are not here."""
+"""The TPU kernel of the nearest code: interpreted, and compiled for chips that need not exist."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 # 32 images of 2 x 2 + 8 x 8 tokens by 131,072 codes would be 1.1 GB.
 MOST_TEMPORARIES = 384 * 2**20
-# libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
+# libtpu as a compiler only: ask no metadata server, lock no device, log errors only.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -53,7 +53,7 @@ def draw(tokens, codes, channels, seed=0):
     ("tokens", "codes", "channels"),
     [(1, 1, 3), (8, 2048, 40), (129, 513, 40), (300, 1300, 13), (1100, 2060, 40)],
 )
-def test_the_same_codes_and_scores_as_by_chunks(tokens, codes, channels):
+def test_codes_and_scores_equal_the_chunked_form(tokens, codes, channels):
     z_NC, codes_KC = draw(tokens, codes, channels)
     z_NC[:, channels // 2 :] *= 1.7  # the pixel distance's weight
     score_N, code_N = nearest_kernel.best_of(z_NC, codes_KC, interpret=True)
@@ -90,7 +90,7 @@ def test_degenerate_tokens():
 
 
 def test_pieces_are_exact():
-    """What three bfloat16 hold, whatever a compiler thinks of conversions there and back."""
+    """Three bfloat16 hold a float32, even if a compiler drops conversions there and back."""
     x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     pieces = jax.jit(nearest_kernel._pieces)(x)
     assert (sum(np.float64(p) for p in pieces) == x).all()
@@ -127,7 +127,7 @@ def test_the_choice(monkeypatch):
     assert kernels("auto") == 0 and kernels("always") == 1
 
 
-def test_the_quantiser_has_the_same_codes_and_gradients():
+def test_the_quantizer_gives_the_same_codes_and_gradients():
     """With the kernel interpreted: on one device, tokens on eight, tokens and codes on eight."""
     for result in run("interpret", JAX_NUM_CPU_DEVICES="8"):
         assert result["codes_that_differ"] == 0, result

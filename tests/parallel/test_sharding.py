@@ -21,8 +21,8 @@ def run(kind, *meshes):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_quantiser_is_the_same_wherever_its_rows_are():
-    one, *others = run("quantiser", *MESHES, "2,2,1,2")
+def test_the_quantizer_gives_the_same_on_every_mesh():
+    one, *others = run("quantize", *MESHES, "2,2,1,2")
     for name, result in zip((*MESHES, "2,2,1,2"), others, strict=True):
         assert result["codes"] == one["codes"], name
         np.testing.assert_allclose(result["losses"], one["losses"], rtol=2e-6, err_msg=name)
@@ -37,7 +37,7 @@ def test_the_quantiser_is_the_same_wherever_its_rows_are():
 
 
 @pytest.mark.slow
-def test_five_steps_of_both_players_are_the_same():
+def test_five_adversarial_steps_give_the_same_on_every_mesh():
     one, *others = run("step", *MESHES)
     for name, result in zip(MESHES, others, strict=True):
         assert result["codes"] == one["codes"], name
@@ -50,7 +50,7 @@ def test_five_steps_of_both_players_are_the_same():
 
 
 @pytest.mark.slow
-def test_the_language_model_is_the_same_on_every_mesh():
+def test_the_language_model_gives_the_same_on_every_mesh():
     """Losses, gradients and drawn codes; with fsdp no device works on the whole batch."""
     one, *others = run("language", *MESHES)
     for name, result in zip(MESHES, others, strict=True):
@@ -61,5 +61,5 @@ def test_the_language_model_is_the_same_on_every_mesh():
         assert result["codes"] == one["codes"], name
     fsdp = others[MESHES.index("1,1,8,1")]
     assert fsdp["temporaries"] < 0.35 * one["temporaries"]
-    # 101 rows of the vocabulary divide by nothing: with fsdp the channels are split instead.
+    # No mesh divides 101 rows of the vocabulary: with fsdp the channels are split instead.
     assert not [path for path in fsdp["whole"] if path.endswith(("kernel", "embedding"))]

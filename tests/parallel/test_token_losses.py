@@ -1,4 +1,4 @@
-"""Cross entropies in pieces: against the plain ones, their memory, and on eight fake devices."""
+"""Cross entropies in pieces: against the plain form, their memory, and on eight fake devices."""
 
 import json
 import os
@@ -17,7 +17,7 @@ HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 17, 1000])
-def test_losses_and_gradients_are_the_plain_ones(tokens):
+def test_losses_and_gradients_equal_the_plain_form(tokens):
     keys = jax.random.split(jax.random.key(3), 4)
     hidden = jax.random.normal(keys[0], (3, 11, 6))
     kernel = jax.random.normal(keys[1], (6, 19))
@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_the_plain_ones(tokens):
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_right_tokens_are_marked():
+def test_right_predictions_are_marked():
     hidden = jax.random.normal(jax.random.key(0), (2, 7, 8))
     kernel = jax.random.normal(jax.random.key(1), (8, 13))
     best = jnp.argmax(hidden @ kernel, -1)
@@ -53,7 +53,7 @@ def test_right_tokens_are_marked():
     assert losses[0, 2] == 0 and (np.asarray(losses) >= 0).all()
 
 
-def test_of_equal_scores_the_first_is_the_best():
+def test_ties_go_to_the_lowest_id():
     _, right = token_losses(jnp.ones((1, 3, 2)), jnp.ones((2, 4)), jnp.array([[0, 1, 3]]))
     assert right.tolist() == [[True, False, False]]
 

@@ -33,7 +33,7 @@ def test_finding_the_image_tokenizer(tiny, tmp_path, monkeypatch):
     assert loading.find_tokenizer("runs/m", {}, tiny) is tiny
     with pytest.raises(ValueError, match=r"gone' of runs/m does not exist; give its path"):
         loading.find_tokenizer("runs/m", moved)
-    with pytest.raises(ValueError, match=r"runs/m does not name the image tokenizer.*--tokenizer="):
+    with pytest.raises(ValueError, match=r"runs/m does not record where.*--tokenizer="):
         loading.find_tokenizer("runs/m", {"path": "", "fingerprint": tiny.fingerprint})
     with pytest.raises(ValueError, match=r"is 0123, that .* codes mean something else"):
         loading.find_tokenizer("runs/m", {"fingerprint": "0123"}, tiny)

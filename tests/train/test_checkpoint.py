@@ -238,7 +238,7 @@ def test_opening_waits_for_the_writers_of_a_failed_save(tmp_path):
 def test_an_unfinished_checkpoint_that_is_written_forever_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PATIENCE_S", 0.3)
     unfinished = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
-    reason = r"8\.orbax-checkpoint-tmp cannot be removed \(something goes on writing there\)"
+    reason = r"8\.orbax-checkpoint-tmp cannot be removed \(something keeps writing there\)"
     with writing(unfinished, 2.0), pytest.raises(checkpoint.CheckpointError, match=reason):
         checkpoint.Checkpoints(tmp_path)
 

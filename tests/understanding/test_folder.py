@@ -1,4 +1,4 @@
-"""The released layout of an understanding model, both ways, and its tie to a tokenizer."""
+"""The released layout of an understanding model, both ways, and its tokenizer's fingerprint."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
-def test_a_folder_comes_back(tmp_path, projector):
+def test_a_folder_survives_the_round_trip(tmp_path, projector):
     """Sharded, through our format, and into a folder again: bit for bit, fingerprint included."""
     config = dataclasses.replace(CONFIG, projector=projector)
     params = parameters(config)
@@ -68,7 +68,7 @@ def test_a_folder_comes_back(tmp_path, projector):
 
 
 def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
-    """What a released folder does not say is noted, and who holds its text tokenizer."""
+    """Conversion notes the given image tokenizer and the folder with the text tokenizer."""
     folder, ours = tmp_path / "released", tmp_path / "ours"
     save_understanding_model(folder, CONFIG, parameters(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
@@ -92,7 +92,7 @@ def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
 
 
 def test_the_released_config():
-    """What the released folder's config.json is expected to look like gives the paper's variant."""
+    """The expected config.json of the released folder gives the paper's variant."""
     fields = {
         "model_type": "llava_qwen2", "vocab_size": 152064, "hidden_size": 5120,
         "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,

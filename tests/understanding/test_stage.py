@@ -297,15 +297,15 @@ def test_questions_that_cannot_be_asked(assistant, tmp_path):
 
 def test_the_command(trained, picture, capsys, monkeypatch):
     flags = [f"--checkpoint={trained[0]}", "--max_new=6"]
-    assert answer.main([*flags, f"--image={picture}", "--question=What?"]) == 0
+    assert answer.run([*flags, f"--image={picture}", "--question=What?"]) == 0
     said = capsys.readouterr().out
     assert said.endswith("\n")
     lines = f"Hello?\n/image {picture}\nWhat?\n/image nowhere.png\nWhat?\n/new\nWho?\n\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert answer.main([*flags, "--chat"]) == 0
+    assert answer.run([*flags, "--chat"]) == 0
     out = capsys.readouterr().out
     assert out.count("> ") == 8 and "nowhere.png" in out
-    assert answer.main([f"--checkpoint={trained[0]}/none", "--question=x"]) == 2
+    assert answer.run([f"--checkpoint={trained[0]}/none", "--question=x"]) == 2
     assert "answer:" in capsys.readouterr().err
 
 
@@ -341,5 +341,5 @@ def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer,
         f"--checkpoint={folder}", f"--tokenizer={tokenizer}", "--text_tokenizer=bytes",
         "--template=vicuna_v1", "--system=", "--image_mode=square", "--max_new=8",
     ]  # fmt: skip
-    assert answer.main([*flags, f"--image={picture}", "--question=What?"]) == 0
+    assert answer.run([*flags, f"--image={picture}", "--question=What?"]) == 0
     assert capsys.readouterr().out == f"{wanted}\n"

@@ -1,4 +1,4 @@
-"""Conversion both ways: bit-identical round trips, what is taken, and what is refused."""
+"""Conversion both ways: bit-identical round trips, the choice of weights, refusals."""
 
 import contextlib
 import dataclasses
@@ -74,7 +74,7 @@ def test_shards_and_buffers_that_the_source_lacks(tmp_path):
 
 @pytest.mark.parametrize(("weights", "taken"), [(None, "ema"), ("ema", "ema"), ("raw", "raw")])
 @pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_ema_unless_raw_is_asked_for(tmp_path, weights, taken, key):
+def test_ema_is_the_default(tmp_path, weights, taken, key):
     states = {"raw": random_state(TINY), "ema": random_state(TINY, seed=1)}
     write_torch_zip(tmp_path / "both.pt", {key: states["raw"], "ema": states["ema"]})
     convert(tmp_path / "both.pt", tmp_path / "ours", PART, TINY, weights=weights)
@@ -84,14 +84,14 @@ def test_ema_unless_raw_is_asked_for(tmp_path, weights, taken, key):
 
 
 @pytest.mark.parametrize(("group", "asked"), [("model", "ema"), ("ema", "raw")])
-def test_weights_that_are_not_there(tmp_path, group, asked):
+def test_missing_weights_are_refused(tmp_path, group, asked):
     write_torch_zip(tmp_path / "one.pt", {group: random_state(TINY)})
     with pytest.raises(ValueError, match=f"one.pt has no {asked} weights; it has (raw|ema)$"):
         convert(tmp_path / "one.pt", tmp_path / "ours", PART, TINY, weights=asked)
     assert not (tmp_path / "ours").exists()
 
 
-def test_parameters_change_type_and_buffers_do_not(tmp_path):
+def test_dtype_applies_to_parameters_not_buffers(tmp_path):
     state = random_state(TINY)
     write_safetensors(tmp_path / "there.safetensors", state)
     convert(tmp_path / "there.safetensors", tmp_path / "ours", PART, TINY, dtype="bfloat16")
@@ -102,7 +102,7 @@ def test_parameters_change_type_and_buffers_do_not(tmp_path):
     assert_same(tmp_path / "whole.pt", {n: a.astype(np.float32) for n, a in half.items()})
 
 
-def test_values_that_do_not_fit_into_half_precision(tmp_path):
+def test_values_beyond_float16_are_refused(tmp_path):
     state = random_state(TINY)
     state["quant_conv.bias"][0] = 1e5
     write_safetensors(tmp_path / "there.safetensors", state)
@@ -112,7 +112,7 @@ def test_values_that_do_not_fit_into_half_precision(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
 
 
-def test_the_tokenizer_loads_either_form(tmp_path):
+def test_tokenizer_loads_converted_weights(tmp_path):
     state = random_state(TINY)
     write_safetensors(tmp_path / "there.safetensors", state)
     convert(tmp_path / "there.safetensors", tmp_path / "ours", PART, TINY)
@@ -127,13 +127,13 @@ def test_the_tokenizer_loads_either_form(tmp_path):
 
 
 class NoPosition:
-    """Stands for the data iterator, which the weights do not need."""
+    """Stands in for the data iterator."""
 
     def get_state(self):
         return {}
 
 
-def test_a_training_run_for_pytorch(tmp_path):
+def test_a_training_run_converts_to_pytorch(tmp_path):
     config = run_config.config_to_dict({"model": dataclasses.asdict(TINY), "stage": "tokenizer"})
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=2)
     for step in (3, 4):
@@ -164,7 +164,7 @@ def test_a_training_run_for_pytorch(tmp_path):
         convert(tmp_path / "run", tmp_path / "x.pt", PART, other)
 
 
-def test_problems_come_together_with_the_variant_that_fits(tmp_path):
+def test_all_problems_are_reported_with_the_variant_that_fits(tmp_path):
     write_safetensors(tmp_path / "there.safetensors", random_state(TINY))
     part = tiny_part()
     with pytest.raises(CheckpointMismatch) as caught:
@@ -207,7 +207,7 @@ def test_an_old_target_stays_until_the_new_one_is_complete(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_full_disk_is_the_reason_given_while_threads_still_write(tmp_path):
+def test_a_full_disk_is_reported_while_threads_still_write(tmp_path):
     reason = r"target could not be written \(File too large\); free some space"
     with (
         contextlib.ExitStack() as writers,

@@ -1,4 +1,4 @@
-"""Hugging Face folders: loading, saving, what does not fit; transformers itself where installed."""
+"""Hugging Face folders: loading, saving, mismatches; against transformers where installed."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def state_of(case):
 
 
 def write_folder(folder, case, state=None, shards=1, dtype=np.float32):
-    """A Hugging Face folder like those that models are published in."""
+    """Write a Hugging Face folder as models are published."""
     folder.mkdir()
     state = {n: np.asarray(x, dtype) for n, x in (state or state_of(case)).items()}
     (folder / "config.json").write_text(json.dumps(CASES[case]["config"]))
@@ -95,7 +95,7 @@ def test_place_gets_one_array_after_the_other(tmp_path):
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
 
 
-def test_a_head_in_the_file_of_a_tied_model_is_not_used(tmp_path):
+def test_the_saved_head_of_a_tied_model_is_ignored(tmp_path):
     state = state_of("qwen2_tied")
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     _, params = language_model.load_language_model(
@@ -104,7 +104,7 @@ def test_a_head_in_the_file_of_a_tied_model_is_not_used(tmp_path):
     assert "head" not in params
 
 
-def test_everything_that_does_not_fit_is_named(tmp_path):
+def test_all_mismatches_are_named(tmp_path):
     state = state_of("qwen2")
     del state["model.layers.1.self_attn.k_proj.bias"]
     state["model.layers.2.mlp.up_proj.weight"] = np.zeros((80, 47), np.float32)
@@ -131,7 +131,7 @@ def test_configs_of_other_models_are_refused():
     assert language_model.config_from_json(old).rope_theta == 5e5
 
 
-def test_a_folder_without_config_and_a_model_without_a_name(tmp_path):
+def test_a_missing_config_and_an_unsupported_architecture_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         language_model.load_language_model(tmp_path)
     config = LMConfig(9, 32, 1, 4, 4, 48, norms="after", qk_norm=True)
@@ -145,7 +145,7 @@ def test_a_folder_without_config_and_a_model_without_a_name(tmp_path):
 
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_transformers_loads_what_is_saved(tmp_path, case):
-    """With torch: both ways through transformers' own files, and the same logits."""
+    """Both ways through transformers' own files (with torch), and the same logits."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config, params = language_model.load_language_model(write_folder(tmp_path / "in", case))

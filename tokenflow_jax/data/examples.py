@@ -61,7 +61,6 @@ class Skipped:
             return dict(Counter(self._reasons.values()))
 
     def names(self) -> list[str]:
-        """Return the sorted names of the examples left out."""
         with self._lock:
             return sorted(self._reasons)
 
@@ -82,7 +81,7 @@ class Skipped:
         )
 
 
-def skipped_notes(records: Iterable[Skipped]) -> list[str]:
+def notes_on(records: Iterable[Skipped]) -> list[str]:
     """Return one line for each data set that left something out."""
     return [s.note() for s in {id(s): s for s in records}.values() if s.names()]
 
@@ -95,12 +94,11 @@ class Guard:
         self._lock = threading.Lock()
         self._failures, self._any_usable = 0, False
 
-    def usable(self) -> None:
-        self._any_usable = True
-
-    def failed(self) -> None:
+    def check(self, usable: bool) -> None:
+        """Count a success or a failure; raise ValueError when the search is hopeless."""
         with self._lock:
-            self._failures += 1
+            self._any_usable |= usable
+            self._failures += not usable
             hopeless = not self._any_usable and self._failures >= self._total
         if hopeless:
             raise ValueError(self._skipped.nothing_usable(self._wanted))

@@ -55,16 +55,12 @@ def check_size(
 
 
 def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
-    """Decode a picture file: JPEG, PNG, WebP, GIF, BMP, TIFF or PPM.
+    """Decode a picture file within the limits of `check_size`, or raise BrokenImage.
 
     Transparent pixels are laid on white; palette, gray, CMYK and 16-bit pictures become 8-bit RGB;
     of an animation the first frame is taken. EXIF orientation is ignored, as the reference does.
-
-    Args:
-      data: the bytes of the file.
-      draft_side: when not 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both
-        sides stay at least this many pixels: several times faster, and slightly different pixels.
-      **limits: of `check_size`, applied to the header before anything is decoded.
+    With `draft_side`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides
+    stay at least this many pixels: several times faster, and slightly different pixels.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

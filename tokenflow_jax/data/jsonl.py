@@ -48,14 +48,16 @@ class Described(NamedTuple):
     key: str = ""  # decides on the split; a line without one stays in training
 
 
+Describe = Callable[[bytes], Described]  # must not raise
+
+
 class Lines:
     """The lines of a file that are not blank; any thread may read them.
 
-    `offsets`, `numbers`, `lengths` and `held_out` are for each line its place in bytes, its number
-    from 1, `Described.length`, and True if it belongs to the split "heldout".
+    Arrays with one entry per line: `offsets` in bytes, `numbers` from 1, `lengths`, `held_out`.
     """
 
-    def __init__(self, file: str | os.PathLike, kind: str, describe: Callable[[bytes], Described]):
+    def __init__(self, file: str | os.PathLike, kind: str, describe: Describe):
         """Index a file, or load its index if one of this `kind` of `describe` was kept."""
         self.file = pathlib.Path(file)
         self._open = self.file.open("rb")
@@ -83,10 +85,7 @@ class Lines:
                 return line
 
     def split(self, name: str) -> np.ndarray:
-        """Return the ascending int64 indices of "all", "train" or "heldout" lines.
-
-        Below 100 lines every split is the whole file, and the log says so.
-        """
+        """Return the ascending indices of "all", "train" or "heldout" lines; all of few lines."""
         if name == "all" or len(self) < MIN_TO_SPLIT:
             if name == "heldout":
                 logging.warning(
@@ -96,7 +95,7 @@ class Lines:
             return np.arange(len(self))
         return np.flatnonzero(self.held_out == (name == "heldout"))
 
-    def _make_index(self, describe: Callable[[bytes], Described]) -> dict[str, np.ndarray]:
+    def _make_index(self, describe: Describe) -> dict[str, np.ndarray]:
         rows, offset = {name: array.array("q") for name in _COLUMNS}, 0
         for number, line in enumerate(self._open, 1):
             if line.strip():
@@ -134,16 +133,33 @@ class Lines:
             )  # fmt: skip
 
 
-class JsonlSource:
+class LineSource:
+    """A split of the lines of a file, and the folder that paths of its images are relative to."""
+
+    def __init__(self, file: pathlib.Path, kind: str, describe: Describe, split: str, images: str):
+        self._root = pathlib.Path(images or file.parent)
+        if not self._root.is_dir():
+            raise ValueError(f"data.image_folder {images!r} is not a folder")
+        self._lines = Lines(file, kind, describe)
+        self._places = self._lines.split(split)
+        if not len(self._lines):
+            raise ValueError(f"{file} has no lines")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class JsonlSource(LineSource):
     """One picture per line: {"image": "path", "caption": "text"}.
 
     `file_name` may stand for `image`, and `captions`, `text` or `label` for `caption`, which may be
-    a list of texts; `tags` may hold words. The path is a file, or a folder with one of the usual
-    names; paths of images are relative to `image_folder`, or to the file's folder when empty.
+    a list of texts; `tags` may hold words.
     """
 
+    classes: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
-        # Splits are divided by the image's path; validation, val and test mean heldout.
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a file of captions has no split {split!r}; one of {SPLITS}")
         file = pathlib.Path(path)
@@ -154,28 +170,12 @@ class JsonlSource:
                 f"data.path {os.fspath(path)!r} is neither a .jsonl file nor a folder with one of "
                 f"{_USUAL_NAMES}"
             )
-        self._root = image_root(file, image_folder)
-        self.classes: list[str] = []
-        self.numbers = ()
-        self._lines = Lines(file, "captions", _describe)
-        self._places = self._lines.split("heldout" if split in HELDOUT_NAMES else split)
-        if not len(self._lines):
-            raise ValueError(f"{file} has no lines")
-
-    def __len__(self) -> int:
-        return len(self._places)
+        split = "heldout" if split in HELDOUT_NAMES else split
+        super().__init__(file, "captions", _describe, split, image_folder)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = _parse(self._lines.read(self._places[index]))
         return {**example, "bytes": images.read_file(self._root, example["name"])}
-
-
-def image_root(file: pathlib.Path, image_folder: str) -> pathlib.Path:
-    """Return the folder that the paths of a file's images are relative to."""
-    root = pathlib.Path(image_folder or file.parent)
-    if not root.is_dir():
-        raise ValueError(f"data.image_folder {image_folder!r} is not a folder")
-    return root
 
 
 def _describe(line: bytes) -> Described:

@@ -1,21 +1,22 @@
 """Batches of pictures: deterministic, shared out over hosts, resumable.
 
-Training:   one endless shuffled stream -> decode, crop, flip -> this host's share -> drop broken
-            ones -> batch; see `dealing`
-Evaluation: the pictures in order, center crops, every one once, broken ones and padding masked.
+Training:   endless shuffled stream -> decode, crop, flip -> this host's share -> drop broken ones
+            -> batch; see `dealing`
+Evaluation: every picture once, in order, center-cropped, broken ones and padding masked
 """
 
 import dataclasses
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import grain
 import numpy as np
 
-from tokenflow_jax.data import evaluation, images, sources
-from tokenflow_jax.data.dealing import DealtBatches
-from tokenflow_jax.data.examples import Guard, Skipped
-from tokenflow_jax.data.examples import skipped_notes as notes_of
+from tokenflow_jax.data import images, sources
+from tokenflow_jax.data.dealing import DealtBatches, Example, check_share, read_options
+from tokenflow_jax.data.examples import Guard, Skipped, evenly_spaced, notes_on
 from tokenflow_jax.data.images import BrokenImage
 
 AUGMENTATIONS = ("random_crop", "center")
@@ -75,10 +76,7 @@ class Decoded:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """Return an example with "image" uint8 (H, W, 3), or None for a broken one.
-
-        Raises ValueError when it is hopeless, see `Guard`.
-        """
+        """Return an example with "image" uint8 (H, W, 3), or None for a broken one."""
         cache = self._cache
         if cache is not None and index in cache:
             return cache[index]
@@ -89,9 +87,9 @@ class Decoded:
             image_HWC = self._image(example)
         except BrokenImage as error:
             self.skipped.add(name, error)
-            self._guard.failed()
+            self._guard.check(False)
             return None
-        self._guard.usable()
+        self._guard.check(True)
         if "bytes" in example:  # raw pictures are as quick to read again
             example = {key: value for key, value in example.items() if key != "bytes"}
             example["image"] = image_HWC
@@ -124,6 +122,11 @@ class Decoded:
             else:
                 self._cache[index] = example
 
+    def arrays(self, example: dict[str, Any], image_HWC: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the arrays of an example; all examples of a data set have the same."""
+        numbers = {key: np.int32(example.get(key, _MISSING)) for key in self.source.numbers}
+        return {"image": np.ascontiguousarray(image_HWC), **numbers}
+
     def nothing_usable(self) -> str:
         return self.skipped.nothing_usable("picture")
 
@@ -145,24 +148,15 @@ def opened(config: DataConfig) -> Decoded:
 
 
 def skipped_notes(*configs: DataConfig) -> list[str]:
-    """Return one line per data set that had broken pictures, in batches not yet taken too."""
-    return notes_of(opened(config).skipped for config in configs)
-
-
-def _features(
-    decoded: Decoded, example: dict[str, Any], image_HWC: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Return the arrays of an example; all examples of a data set have the same."""
-    numbers = {key: np.int32(example.get(key, _MISSING)) for key in decoded.source.numbers}
-    return {"image": np.ascontiguousarray(image_HWC), **numbers}
+    """Return one line per data set that had broken pictures, also in batches not yet taken."""
+    return notes_on(opened(config).skipped for config in configs)
 
 
 def train_batches(config: DataConfig, **options: int) -> DealtBatches:
-    """Return an endless iterator of shuffled, augmented batches.
+    """Return an endless iterator of shuffled, augmented batches; options as of `DealtBatches`.
 
-    A batch is {"image": uint8 (B, size, size, 3)} and, where the data have them, int32 "label" and
-    "group" (B,), -1 for a picture without. Options are batch_size, seed, shard_index and
-    shard_count of `DealtBatches`.
+    A batch has "image", uint8 (B, size, size, 3), and, where the data have them, "label" and
+    "group", int32 (B,), -1 for a picture without.
     """
     decoded = opened(config)
     size = config.image_size
@@ -175,7 +169,7 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
             image = images.random_crop(example["image"], size, rng)
         else:
             image = images.center_crop(example["image"], size)
-        return _features(decoded, example, images.random_flip(image, rng) if config.flip else image)
+        return decoded.arrays(example, images.random_flip(image, rng) if config.flip else image)
 
     return DealtBatches(
         augmented,
@@ -188,11 +182,9 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
 
 
 def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str, np.ndarray]]:
-    """Give every picture once, center-cropped, in order.
+    """Give every picture once, in order, center-cropped; see `masked_batches`.
 
-    The arrays are those of training, "mask" bool (B,) and "index" int32 (B,). Where the mask is
-    False, at broken pictures and at padding, the image is black and the numbers are -1. Options are
-    batch_size, limit, shard_index and shard_count of `evaluation.eval_batches`.
+    Broken pictures and padding are black, their numbers -1.
     """
     decoded = opened(config)
 
@@ -200,15 +192,65 @@ def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str
         example = decoded[index]
         if example is None:
             return None
-        return _features(decoded, example, images.center_crop(example["image"], config.image_size))
+        return decoded.arrays(example, images.center_crop(example["image"], config.image_size))
 
     black = np.zeros((config.image_size, config.image_size, 3), np.uint8)
-    return evaluation.eval_batches(
+    return masked_batches(
         cropped,
         len(decoded),
-        blank=_features(decoded, {}, black),
+        blank=decoded.arrays({}, black),
         threads=config.threads,
         buffer=config.buffer,
         nothing_usable=decoded.nothing_usable,
         **options,
     )
+
+
+def masked_batches(
+    make: Callable[[int], Example | None],  # item -> arrays; None: broken
+    count: int,  # of items
+    *,
+    blank: Example,  # the arrays that stand for a broken item, and fill the last batches
+    batch_size: int,  # examples of this share
+    limit: int | None = None,  # takes at most this many items, evenly spaced
+    shard_index: int = 0,
+    shard_count: int = 1,
+    threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
+    buffer: int = 256,  # examples kept ready
+    nothing_usable: Callable[[], str] | None = None,  # error when all items of the share are broken
+) -> Iterator[dict[str, np.ndarray]]:
+    """Give every item once, in order, in equally many batches per host so that hosts stay in step.
+
+    A batch has the arrays stacked, "mask", False at blanks, and "index", the item or -1.
+    """
+    check_share(shard_index, shard_count, count)
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size {batch_size} and limit {limit} must be at least 1")
+    places = evenly_spaced(count, limit)
+    mine = np.full(-(-len(places) // (shard_count * batch_size)) * batch_size, -1)
+    own = places[shard_index::shard_count]
+    mine[: len(own)] = own
+
+    def example(item: int) -> Example:  # empty for a blank: Grain drops None
+        made = make(int(item)) if item >= 0 else None
+        return {} if made is None else {**made, "index": np.int32(item)}
+
+    dataset = grain.MapDataset.source(mine).map(example)
+    reader = iter(dataset.to_iter_dataset(read_options(threads, buffer)))
+    blank = {**blank, "index": np.int32(-1)}
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        any_usable = not len(own)
+        try:
+            while batch := list(itertools.islice(reader, batch_size)):
+                any_usable |= any(batch)
+                yield {
+                    **{key: np.stack([(row or blank)[key] for row in batch]) for key in blank},
+                    "mask": np.array([bool(row) for row in batch]),
+                }
+        finally:  # also when nobody asks for the rest
+            reader.close()
+        if nothing_usable and not any_usable:
+            raise ValueError(nothing_usable())
+
+    return batches()

@@ -39,10 +39,7 @@ def prepare_cifar10(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[
 
 
 def prepare_emoji(src: _Path, dst: _Path) -> int:
-    """Write the shipped emoji to one ArrayRecord file; return their number.
-
-    The folder `src` has the pictures and captions.jsonl: image, label, tags and group per line.
-    """
+    """Write one file of pictures and captions.jsonl (image, label, tags and group per line)."""
     folder = pathlib.Path(src)
     captions = folder / "captions.jsonl"
     if not captions.is_file():
@@ -53,23 +50,15 @@ def prepare_emoji(src: _Path, dst: _Path) -> int:
         raise ValueError(f"unknown groups {unknown}; known are {sources.GROUPS}")
     with records.record_file(dst) as file:
         for row in rows:
-            file.write(
-                {
-                    "name": pathlib.Path(row["image"]).stem,
-                    "bytes": images.read_file(folder, row["image"]),
-                    "caption": row["label"],
-                    "tags": row["tags"],
-                    "group": sources.GROUPS.index(row["group"]),
-                }
-            )
+            name, data = pathlib.Path(row["image"]).stem, images.read_file(folder, row["image"])
+            known = {"caption": row["label"], "tags": row["tags"]}
+            group = sources.GROUPS.index(row["group"])
+            file.write({"name": name, "bytes": data, **known, "group": group})
     return len(rows)
 
 
 def prepare_folder(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
-    """Write a folder of images, see `sources.FolderSource`, with the files as they are.
-
-    Broken ones are named and left out. Returns the number of pictures per split, and "skipped".
-    """
+    """Write a folder of images, with the files as they are; see `sources.FolderSource`."""
     splits = _splits(lambda split: sources.FolderSource(src, split))
     about = {"source": "folder of images", "classes": splits["train"].classes}
     return _prepare(src, dst, splits, about, overwrite)
@@ -86,7 +75,7 @@ def prepare_jsonl(
 def _prepare(
     src: _Path, dst: _Path, splits: Mapping[str, Any], about: Mapping[str, Any], overwrite: bool
 ) -> dict[str, int]:
-    """Write all usable pictures of some sources."""
+    """Write all usable pictures; return their number per split, and that of the "skipped"."""
     total = sum(map(len, splits.values()))
     places = ((split, i) for split, source in splits.items() for i in range(len(source)))
     skipped = Skipped(str(src), total)

@@ -43,9 +43,7 @@ _WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:
 
 
 def pack(example: Mapping[str, Any]) -> bytes:
-    """Serialize one picture: `name` and the other header keys that are known, and one of `bytes`
-    (an encoded file), `image` (uint8 (H, W, 3)) and `codes` (integers (L,)).
-    """
+    """Serialize one picture: header keys, and one of `bytes`, `image` and `codes` (integers)."""
     header = {key: example[key] for key in _HEADER_KEYS if key in example}
     payloads = [key for key in ("bytes", "image", "codes") if key in example]
     if len(payloads) != 1:
@@ -75,7 +73,7 @@ def pack(example: Mapping[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """Read back an example, with a read-only `image` and int32 `codes`, or raise BrokenImage."""
+    """Read an example back, with a read-only `image` or int32 `codes`, or raise BrokenImage."""
     if len(record) < _HEADER.size or record[:4] != MAGIC:
         raise BrokenImage("not a record of this package", f"starts with {record[:4]!r}")
     start = _HEADER.size + _HEADER.unpack_from(record)[1]
@@ -148,7 +146,7 @@ class RecordWriter:
 
 @contextlib.contextmanager
 def record_file(path: str | os.PathLike) -> Iterator[RecordWriter]:
-    """Give the writer of a file of encoded pictures or codes that appears when it is complete."""
+    """Give the writer of a file (not of raw pictures) that appears when it is complete."""
     with files.write_atomically(path, overwrite=True) as partial:
         writer = RecordWriter(partial)
         try:
@@ -165,11 +163,17 @@ def file_name(split: str, number: int, count: int) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file in one step; several hosts may do so at once."""
-    # Not `files.write_atomically`, whose partial name they would share.
+    """Write a JSON file in one step."""
+    # Not `files.write_atomically`: several hosts may do so at once and would share its partial.
     partial = path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """Return the `dataset.json` of a folder; None where there is none."""
+    path = pathlib.Path(folder) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mapping) -> None:
@@ -178,10 +182,7 @@ def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mappi
 
 
 class DatasetWriter:
-    """Writes a folder of sharded ArrayRecord files with its `dataset.json`; a context manager.
-
-    Everything is written in a temporary folder inside `folder` and moved into place at the end.
-    """
+    """Writes a data set in a temporary folder inside `folder`; moves it into place at the end."""
 
     def __init__(
         self,
@@ -222,13 +223,10 @@ class DatasetWriter:
 
     def __exit__(self, kind, value, traceback):
         try:
+            for written in self._files.values():
+                written[-1].close() if kind is None else written[-1].discard()
             if kind is None:
-                for written in self._files.values():
-                    written[-1].close()
                 self._publish()
-            else:
-                for written in self._files.values():
-                    written[-1].discard()
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
 

@@ -8,13 +8,12 @@ names of the labels, if any; `numbers` are the numeric labels that examples have
 
 import contextlib
 import glob
-import json
 import os
 import pathlib
 from typing import Any
 
 from absl import logging
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_data_source
 
 from tokenflow_jax.data import images, records
 from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, is_heldout
@@ -38,9 +37,8 @@ class EmojiSource:
             raise ValueError(f"the emoji have no split {split!r}; one of {SPLITS}")
         self.classes: list[str] = []
         self.numbers = ("group",)
-        reader = array_record_module.ArrayRecordReader(str(EMOJI))
-        examples = [records.unpack(record) for record in reader.read_all()]
-        reader.close()
+        everything = RecordSource(str(EMOJI), "all")
+        examples = [everything[i] for i in range(len(everything))]
         if split != "all":
             examples = [e for e in examples if is_heldout(e["name"]) == (split == "heldout")]
         self._examples = examples
@@ -70,12 +68,12 @@ class FolderSource:
             raise ValueError(
                 f"{root} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
             )
-        self.classes = sorted({name.split("/")[0] for name in names if "/" in name})
+        all_names = names
         if root != pathlib.Path(folder):
             # The sub-folders are splits: a class must have the same number in all of them.
             splits = [path for path in root.parent.iterdir() if path.is_dir()]
-            names_of_all = [name for path in splits for name in _image_names(path)]
-            self.classes = sorted({name.split("/")[0] for name in names_of_all if "/" in name})
+            all_names = [name for path in splits for name in _image_names(path)]
+        self.classes = sorted({name.split("/")[0] for name in all_names if "/" in name})
         self.numbers = ("label",) if self.classes else ()
         if divide and len(names) >= MIN_TO_SPLIT:
             names = [name for name in names if is_heldout(name) == (split != "train")]
@@ -91,11 +89,8 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self._names[index]
-        example: dict[str, Any] = {"name": name}
-        if "/" in name:
-            example["label"] = self.classes.index(name.split("/")[0])
-        example["bytes"] = images.read_file(self._root, name)
-        return example
+        label = {"label": self.classes.index(name.split("/")[0])} if "/" in name else {}
+        return {"name": name, **label, "bytes": images.read_file(self._root, name)}
 
 
 def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
@@ -166,14 +161,13 @@ class RecordSource:
 
 def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
     """Return the files of a split and the class names."""
-    manifest = pathlib.Path(path) / records.MANIFEST
-    if path and manifest.is_file():
-        about = json.loads(manifest.read_text(encoding="utf-8"))
+    about = records.read_manifest(path) if path else None
+    if about is not None:
         splits = about["splits"]
         if split != "all" and split not in splits:
             raise ValueError(f"{path} has no split {split!r}; it has {[*splits, 'all']}")
         wanted = splits if split == "all" else [split]
-        files = [str(manifest.parent / name) for part in wanted for name in splits[part]["files"]]
+        files = [os.path.join(path, name) for part in wanted for name in splits[part]["files"]]
         return files, list(about.get("classes", ()))
     files = sorted(glob.glob(path)) if path else []
     if not files or any(os.path.isdir(file) for file in files):
@@ -188,11 +182,8 @@ class TFDSSource:
     """A data set of TensorFlow Datasets, prepared as ArrayRecord; TensorFlow is not needed."""
 
     def __init__(self, name: str, split: str):
-        """Open a data set; never download or prepare one.
-
-        The name is `name`, `name/config` or `name:version`, found in $TFDS_DATA_DIR; or the folder
-        of one prepared version, with dataset_info.json. A split may be "train[:90%]".
-        """
+        # Never downloads or prepares anything: the name is searched for in $TFDS_DATA_DIR, or is
+        # the folder of one prepared version, with dataset_info.json.
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
@@ -200,7 +191,11 @@ class TFDSSource:
                 "data.name 'tfds' needs the package tensorflow-datasets: pip install "
                 "tensorflow-datasets"
             ) from error
-        builder = _tfds_builder(tfds, name)
+        try:
+            is_folder = (pathlib.Path(name) / "dataset_info.json").is_file()
+            builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
+        except (tfds.core.DatasetNotFoundError, ValueError) as error:
+            raise ValueError(f"TFDS data set {name!r}: {str(error).splitlines()[0]}") from error
         features = builder.info.features
         self._image = _only(features, tfds.features.Image, "image")
         if not self._image:
@@ -237,15 +232,6 @@ def _only(features: Any, kind: type, usual: str) -> str | None:
     return keys[0] if len(keys) == 1 else None
 
 
-def _tfds_builder(tfds: Any, name: str) -> Any:
-    if (pathlib.Path(name) / "dataset_info.json").is_file():
-        return tfds.builder_from_directory(name)
-    try:
-        return tfds.builder(name)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(f"TFDS data set {name!r}: {str(error).splitlines()[0]}") from error
-
-
 def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) -> Any:
     """Return the random-access data, or raise ValueError that says how to prepare them."""
     splits = builder.info.splits
@@ -258,17 +244,13 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
             f"prepare it once, where TensorFlow is installed: tfds build {name} "
             "--file_format=array_record, and set $TFDS_DATA_DIR to where it lies"
         )
-        where = builder.data_path
+        problem = f", split {split!r}: {error}"
         if not builder.is_prepared():
-            raise ValueError(
-                f"TFDS data set {name!r} is not prepared in {where}; {remedy}"
-            ) from error
-        if isinstance(error, NotImplementedError):
-            raise ValueError(
-                f"TFDS data set {name!r} in {where} was prepared as "
-                f"{builder.info.file_format.value}, which has no random access; {remedy}"
-            ) from error
-        raise ValueError(f"TFDS data set {name!r}, split {split!r}: {error}") from error
+            problem = f" is not prepared in {builder.data_path}; {remedy}"
+        elif isinstance(error, NotImplementedError):
+            where, kind = builder.data_path, builder.info.file_format.value
+            problem = f" in {where} was prepared as {kind}, without random access; {remedy}"
+        raise ValueError(f"TFDS data set {name!r}{problem}") from error
 
 
 def open_source(name: str, path: str, split: str, image_folder: str = "") -> Any:

@@ -3,13 +3,11 @@
     [pad ... pad, start, text]  <img>  codes of the image  </img>  end
      `budget` ids, left-padded  `open`  `image_start + code` `close`
 
-`<img>` and `</img>` are ordinary text, so that a pretrained vocabulary needs no new rows for them;
-with LLaMA-2's they are three pieces each. Text ids come first, then a row for padding where the
-vocabulary has none of its own, then the codes.
+`<img>` and `</img>` are ordinary text, so that a pretrained vocabulary needs no new rows for them.
+Text ids come first, then one for padding where the vocabulary has none of its own, then the codes.
 
-A text tokenizer is anything with this part of transformers' interface: `encode(text,
-add_special_tokens=)`, `decode(ids, skip_special_tokens=)`, `bos_token_id`, `eos_token_id`,
-`pad_token_id` and `len`.
+A text tokenizer has this part of transformers' interface: `encode(text, add_special_tokens=)`,
+`decode(ids, skip_special_tokens=)`, `bos_token_id`, `eos_token_id`, `pad_token_id` and `len`.
 """
 
 import dataclasses
@@ -30,7 +28,7 @@ _SHOWN = 40  # characters of a prompt in messages
 
 
 class _BuiltIn:
-    """A tokenizer that needs no file; ids 0, 1 and 2 are padding (and unknown), start and end."""
+    """A tokenizer that needs no file."""
 
     pad_token_id = unk_token_id = 0
     bos_token_id = 1
@@ -71,11 +69,10 @@ class ByteTokenizer(_BuiltIn):
 
 
 class WordTokenizer(_BuiltIn):
-    """Whole words as ids, by a hash of their letters; needs no training.
+    """Whole words (`<img>` is one, and any sign) as ids, by a hash of their case-folded letters.
 
-    A word is a run of letters and digits, a mark (`<img>`) or any other sign that is not a space,
-    case folded; few share an id. A small model learns words far faster than bytes, but those that
-    were not in its captions mean nothing to it, and ids cannot be turned back into words.
+    A small model learns words far faster than bytes, but those that were not in its captions mean
+    nothing to it, few share an id, and ids cannot be turned back into words.
     """
 
     name_or_path = WORDS
@@ -181,10 +178,9 @@ class PromptEncoder(PromptIds):
         return np.array([*[self.pad_id] * (self.budget - len(ids)), *ids, *self.open_ids], np.int32)
 
     def encode_all(self, prompts: Sequence[str], shortest: bool = False) -> np.ndarray:
-        """Return the prefixes of prompts, int32 (B, prefix_length).
+        """Return the prefixes of prompts, int32 (B, prefix_length), or at the `shortest` width.
 
-        With `shortest`, padding that none needs is left out, down to a power of two. Positions are
-        relative, so a model gives the same for less work.
+        Widths are powers of two. Positions are relative, so a model gives the same for less work.
         """
         ids_BP = np.stack([self.encode(prompt) for prompt in prompts])
         if not shortest:
@@ -195,15 +191,14 @@ class PromptEncoder(PromptIds):
 
     def _note_cut(self, prompt: str, length: int) -> None:
         with self._lock:
-            first = not self._cut
             self._cut[hash(prompt)] = length
-            if first:
-                self._example = prompt
-        if first:
-            logging.warning(
-                "a prompt of %d ids is cut to the %d of the text budget: %r...",
-                length, self.budget, prompt[:_SHOWN],
-            )  # fmt: skip
+            if self._example:
+                return
+            self._example = f"{prompt[:_SHOWN]!r}..."
+        logging.warning(
+            "a prompt of %d ids is cut to the %d of the text budget: %s",
+            length, self.budget, self._example,
+        )  # fmt: skip
 
     def cut_notes(self) -> list[str]:
         """Return a line on the prompts that were too long; empty when none was."""
@@ -214,5 +209,5 @@ class PromptEncoder(PromptIds):
         return [
             f"{len(lengths)} different prompts were longer than the {self.budget} ids of the text "
             f"budget and lost their end (the longest has {max(lengths)}), for example "
-            f"{example[:_SHOWN]!r}..."
+            f"{example}"
         ]

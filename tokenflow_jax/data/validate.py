@@ -11,6 +11,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from tokenflow_jax.data.chat.templates import IMAGE, Template
 _LINES_AT_A_TIME = 512
 _LARGE = 20 * 10**6  # bytes of a file that several processes are worth starting for
 _TELL_EVERY = 10.0  # seconds
-_kept: Any = None  # the checker of a process that shares the work
+_kept: Any = None  # the checker, in a process that shares the work
 
 
 class Fault(NamedTuple):
@@ -45,7 +46,7 @@ class Fault(NamedTuple):
         return f"line {self.line}: {self.reason}: {self.detail}{verdict}"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Checker:
     """Finds all faults of a conversation at once, for one kind of training."""
 
@@ -56,9 +57,6 @@ class Checker:
     max_length: int  # of a conversation, vectors included
     decode: bool  # every picture; else it is enough that the file is there
 
-    def __post_init__(self):
-        self._seen: dict[str, BrokenSample | None] = {}
-
     def faults(self, number: int, line: bytes) -> Iterator[Fault]:
         """Give the faults of one line."""
         try:
@@ -66,11 +64,8 @@ class Checker:
         except BrokenSample as error:
             yield Fault(number, error.reason, error.detail)
             return
-        if sample.image:
-            if sample.image not in self._seen:  # each picture is looked at once
-                self._seen[sample.image] = self._look_at(sample.image)
-            if (error := self._seen[sample.image]) is not None:
-                yield Fault(number, error.reason, error.detail)
+        if sample.image and (error := self._image_fault(sample.image)) is not None:
+            yield Fault(number, error.reason, error.detail)
         yield from self._text(number, sample)
 
     def _text(self, number: int, sample: Sample) -> Iterator[Fault]:
@@ -100,7 +95,8 @@ class Checker:
                 detail += ", where the first answer has not begun"
             yield Fault(number, "over length", detail, False)
 
-    def _look_at(self, image: str) -> BrokenSample | None:
+    @functools.cache  # noqa: B019 - each picture is decoded once; a checker lives to the end
+    def _image_fault(self, image: str) -> BrokenSample | None:
         path = self.folder / image
         try:
             if not path.is_file():
@@ -115,15 +111,13 @@ class Checker:
 
 
 def check_file(path: pathlib.Path, checker: Checker, processes: int = 1) -> tuple[int, list[Fault]]:
-    """Return the number of conversations of a file and its faults, in the order of the lines.
-
-    Several processes share the work; each looks at the pictures of its own lines.
-    """
+    """Return the number of conversations of a file and its faults, in the order of the lines."""
     count, faults, size = 0, [], path.stat().st_size
     start = last = time.monotonic()
     with path.open("rb") as file:
-        for conversation_count, new_faults in _checked(_parts(file), checker, processes):
-            count, faults = count + conversation_count, faults + new_faults
+        for checked, found in _checked(_parts(file), checker, processes):
+            count += checked
+            faults += found
             if (now := time.monotonic()) - last > _TELL_EVERY:
                 last, seen = now, file.tell()  # a little ahead of what was checked
                 left = (now - start) * (size - seen) / max(seen, 1)
@@ -148,14 +142,15 @@ def _parts(file: BinaryIO) -> Iterator[_Numbered]:
         yield [(number, line) for number, line in part if line.strip()]
 
 
-def _check(checker: Checker, lines: _Numbered) -> _Result:
+def _check(lines: _Numbered, checker: Checker | None = None) -> _Result:
+    checker = checker or _kept
     return len(lines), [fault for number, line in lines for fault in checker.faults(number, line)]
 
 
 def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Result]:
     """Give the parts' results in order; several processes are never far ahead of the reader."""
     if processes == 1:
-        yield from (_check(checker, part) for part in parts)
+        yield from (_check(part, checker) for part in parts)
         return
     context = multiprocessing.get_context("spawn")  # threads of a tokenizer do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(
@@ -163,7 +158,7 @@ def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> It
     ) as pool:
         waiting: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
         for part in parts:
-            waiting.append(pool.submit(_check_kept, part))
+            waiting.append(pool.submit(_check, part))
             if len(waiting) > 4 * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -173,10 +168,6 @@ def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> It
 def _keep_checker(checker: Checker) -> None:
     global _kept
     _kept = checker
-
-
-def _check_kept(lines: _Numbered) -> _Result:
-    return _check(_kept, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,18 +180,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = pathlib.Path(arguments.image_folder or path.parent)
         if not folder.is_dir():
             raise ValueError(f"--image_folder {folder} is not a folder")
-        checker = Checker(
-            templates.get_template(arguments.template, arguments.system),
-            text.load_text_tokenizer(arguments.text_tokenizer),
-            folder,
-            arguments.vectors,
-            arguments.max_length,
-            arguments.decode_images,
-        )
+        template = templates.get_template(arguments.template, arguments.system)
+        text_tokenizer = text.load_text_tokenizer(arguments.text_tokenizer)
+        vectors, max_length = arguments.vectors, arguments.max_length
+        decode = arguments.decode_images
+        checker = Checker(template, text_tokenizer, folder, vectors, max_length, decode)
         processes = arguments.processes
         if processes < 1:
-            large = path.stat().st_size > _LARGE
-            processes = (os.cpu_count() or 1) if large else 1
+            processes = (os.cpu_count() or 1) if path.stat().st_size > _LARGE else 1
         count, faults = check_file(path, checker, processes)
     except (ValueError, OSError) as error:
         print(f"validate: {error}", file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Measures of what a tokenizer or an encoder is worth."""
+"""Measures of tokenizers, encoders and language models: arrays in, numbers out; and commands."""

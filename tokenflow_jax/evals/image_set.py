@@ -1,25 +1,22 @@
-"""The images of an evaluation: where they are, and each process its share of them."""
+"""The images of an evaluation: where they are, and each process's share of them."""
 
 import dataclasses
 import json
 import pathlib
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from tokenflow_jax import log as runlog
 from tokenflow_jax.data import pipeline, records
-from tokenflow_jax.train import metrics
+from tokenflow_jax.log import Progress
 
-CROP = "short side to the resolution (halved by averaging, then bicubic), centre crop"
+CROP = "short side to the resolution (halved by averaging, then bicubic), center crop"
 _HELDOUT = ("heldout", "validation", "val", "test")
-_SECONDS = 5
 
 
 def kind_of_data(path: str) -> str:
-    """What lies at a path: "array_record", "folder", or "emoji" for no path at all."""
+    """Return the kind of data at a path: "array_record", "folder", or "emoji" for no path."""
     if not path:
         return "emoji"
     folder = pathlib.Path(path)
@@ -28,18 +25,7 @@ def kind_of_data(path: str) -> str:
 
 
 def heldout_split(name: str, path: str) -> str:
-    """The split of a data set that never trains.
-
-    Args:
-      name: kind of data, see `data.pipeline.DataConfig`.
-      path: where they are.
-
-    Returns:
-      Its name.
-
-    Raises:
-      ValueError: an ArrayRecord data set without one.
-    """
+    """Return the split that never trains, of a kind of data (`pipeline.DataConfig`) at a path."""
     if name == "tfds":
         return "validation"
     manifest = pathlib.Path(path) / records.MANIFEST
@@ -52,14 +38,24 @@ def heldout_split(name: str, path: str) -> str:
     raise ValueError(f"{path} has only the splits {splits}, none held out: choose with --split")
 
 
+def short_side(path: str, split: str) -> int:
+    """Return the short side, in pixels, of a data set's first usable image."""
+    config = pipeline.DataConfig(kind_of_data(path), path, split, augment="center")
+    decoded = pipeline.opened(config)
+    first = next((example for i in range(len(decoded)) if (example := decoded[i])), None)
+    if first is None:
+        raise ValueError(decoded.nothing_usable())
+    return min(first["image"].shape[:2])
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """The images of an evaluation, the share of this process.
+    """This process's share of the images of an evaluation.
 
     Attributes:
       config: where they come from and their resolution.
       batch_size: per process.
-      limit: uses only so many, evenly spaced; None all.
+      limit: number of evenly spaced images to use; None all.
       task: what is done to them, for the progress line.
     """
 
@@ -69,7 +65,7 @@ class ImageSet:
     task: str = "held-out images"
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Batches as `pipeline.eval_batches` yields them; logs images/s and the time left."""
+        """Yield batches of `pipeline.eval_batches` and log the progress over all processes."""
         batches = pipeline.eval_batches(
             self.config,
             batch_size=self.batch_size,
@@ -77,10 +73,15 @@ class ImageSet:
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         )
-        return _with_progress(batches, self.total, self.task)
+        line, done = Progress(self.task, self.total), 0
+        for batch in batches:
+            yield batch
+            report = line.update if done else line.restart  # everything compiles in the first one
+            done += int(batch["mask"].sum()) * jax.process_count()
+            report(done)
 
     def doing(self, task: str) -> "ImageSet":
-        """The same images for another task."""
+        """Return the same images for another task."""
         return dataclasses.replace(self, task=task)
 
     @property
@@ -90,23 +91,6 @@ class ImageSet:
         return min(self.limit or available, available)
 
     def describe(self) -> str:
-        """For example `emoji, split heldout, 64 px, short side to ..., centre crop`."""
+        """Describe the set: `emoji, split heldout, 64 px, short side to ..., center crop`."""
         c = self.config
         return f"{c.name} {c.path}".strip() + f", split {c.split}, {c.image_size} px, {CROP}"
-
-
-def _with_progress(
-    batches: Iterable[dict[str, np.ndarray]], total: int, task: str
-) -> Iterator[dict[str, np.ndarray]]:
-    """Passes batches on; the rate leaves the first batch out, in which everything compiles."""
-    done, start, first, last = 0, 0.0, 0, time.monotonic()
-    for batch in batches:
-        yield batch
-        now = time.monotonic()
-        done += int(batch["mask"].sum()) * jax.process_count()
-        if not first:
-            start, first = now, done
-        elif now - last >= _SECONDS and done > first:
-            rate, last = (done - first) / (now - start), now
-            left = metrics.duration(max(0, total - done) / rate)
-            runlog.log.info("%s: %d of %d, %.1f images/s, eta %s", task, done, total, rate, left)

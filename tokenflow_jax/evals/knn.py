@@ -1,12 +1,11 @@
-"""k-nearest-neighbour classification: what a feature space knows, without training anything on it.
+"""k-nearest-neighbor classification: what a feature space knows, without training anything on it.
 
-Neighbours are the k features of a labelled bank with the largest cosine similarity; each votes for
+Neighbors are the k features of a labeled bank with the largest cosine similarity; each votes for
 its class with weight exp(similarity / temperature), the weighting of Wu et al. 2018
 (arXiv 1805.01978, section 3.4), or with weight one.
 """
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,8 @@ def _predict(queries_QD, bank_ND, labels_N, *, classes: int, k: int, temperature
     return votes_QC.argmax(-1)
 
 
-def _unit(features_ND: np.ndarray, centre_D: np.ndarray | float) -> np.ndarray:
-    features_ND = np.asarray(features_ND, np.float32) - centre_D
+def _unit(features_ND: np.ndarray, center_D: np.ndarray | float) -> np.ndarray:
+    features_ND = np.asarray(features_ND, np.float32) - center_D
     norm_N1 = np.linalg.norm(features_ND, axis=1, keepdims=True)
     return features_ND / np.maximum(norm_N1, 1e-12)
 
@@ -38,25 +37,18 @@ def knn_predict(
     *,
     k: int = 20,
     temperature: float | None = 0.07,
-    centre: bool = True,
+    center: bool = True,
     chunk: int = 500,
 ) -> np.ndarray:
-    """Classifies queries by their nearest neighbours.
+    """Return the classes (Q,) of queries; ties go to the lower class number.
 
     Args:
-      bank_ND: (N, D) features of the labelled pictures.
-      bank_labels_N: (N,) their classes, 0 or more.
-      queries_QD: (Q, D) features to classify.
-      k: neighbours that vote.
-      temperature: votes weigh exp(cosine / temperature); None gives every neighbour one vote.
-      centre: subtracts the bank's mean from both before normalising.
+      bank_ND, bank_labels_N: features and their classes, 0 or more.
+      queries_QD: features to classify.
+      k: neighbors that vote.
+      temperature: votes weigh exp(cosine / temperature); None gives every neighbor one vote.
+      center: subtract the bank's mean from both before normalizing.
       chunk: queries handled at once; memory grows with chunk * N.
-
-    Returns:
-      (Q,) int predicted classes; ties go to the lower class number.
-
-    Raises:
-      ValueError: shapes that do not fit, or k larger than the bank.
     """
     bank_ND, queries_QD = np.asarray(bank_ND), np.asarray(queries_QD)
     labels_N = np.asarray(bank_labels_N)
@@ -70,20 +62,15 @@ def knn_predict(
         )
     if not 1 <= k <= len(bank_ND):
         raise ValueError(f"k = {k} must be between 1 and the bank's size, {len(bank_ND)}")
-    centre_D = bank_ND.astype(np.float32).mean(0) if centre else 0.0
-    bank = jnp.asarray(_unit(bank_ND, centre_D))
+    center_D = bank_ND.astype(np.float32).mean(0) if center else 0.0
+    bank, queries_QD = jnp.asarray(_unit(bank_ND, center_D)), _unit(queries_QD, center_D)
+    known = {"classes": int(labels_N.max()) + 1, "k": int(k), "temperature": temperature}
     labels = jnp.asarray(labels_N, jnp.int32)
-    classes = int(labels_N.max()) + 1
-    predictions = [
-        np.asarray(_predict(part, bank, labels, classes=classes, k=int(k), temperature=temperature))
-        for part in _chunks(_unit(queries_QD, centre_D), chunk)
+    parts = [
+        np.asarray(_predict(queries_QD[start : start + chunk], bank, labels, **known))
+        for start in range(0, len(queries_QD), chunk)
     ]
-    return np.concatenate(predictions) if predictions else np.zeros(0, np.int32)
-
-
-def _chunks(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(array), size):
-        yield array[start : start + size]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
 def knn_accuracy(
@@ -93,19 +80,7 @@ def knn_accuracy(
     query_labels_Q: np.ndarray,
     **options,
 ) -> float:
-    """Share of queries whose class `knn_predict` finds, 0 to 1.
-
-    Args:
-      bank_ND, bank_labels_N, queries_QD: see `knn_predict`.
-      query_labels_Q: (Q,) the true classes.
-      **options: of `knn_predict`.
-
-    Returns:
-      The accuracy.
-
-    Raises:
-      ValueError: see `knn_predict`; or no queries, or labels that do not fit them.
-    """
+    """Return the share of queries whose true class `knn_predict`, with its options, finds."""
     labels_Q = np.asarray(query_labels_Q)
     if not len(labels_Q) or labels_Q.shape != np.shape(queries_QD)[:1]:
         raise ValueError(

@@ -4,9 +4,9 @@
     python -m lmms_eval --model tokenflow_jax --tasks pope,mme --batch_size 16 \
         --model_args pretrained=runs/understanding
 
-`pretrained` is what `Assistant.load` takes; its other arguments (tokenizer, tokenizer_variant,
-text_tokenizer, template, dtype, ...) go into --model_args as well. lmms-eval finds this module by
-the entry point in setup.py; only lmms-eval needs torch.
+`pretrained` is the path for `Assistant.load`; its other arguments (tokenizer, template, dtype, ...)
+go into --model_args as well. lmms-eval finds this module by the entry point in setup.py; only
+lmms-eval needs torch.
 """
 
 from collections.abc import Iterator
@@ -25,15 +25,8 @@ class TokenFlow(lmms):
     is_simple = True
 
     def __init__(self, pretrained: str = "", batch_size: int | str = 1, **options: Any):
-        """Loads the model.
-
-        Args:
-          pretrained: a workdir, a checkpoint or a folder.
-          batch_size: questions at a time.
-          **options: of `Assistant.load`; what lmms-eval adds for torch is left out.
-        """
         super().__init__()
-        for name in ("device", "max_batch_size"):
+        for name in ("device", "max_batch_size"):  # lmms-eval adds them for torch
             options.pop(name, None)
         self.assistant = Assistant.load(pretrained, **options)
         self.batch_size = int(batch_size)
@@ -47,12 +40,10 @@ class TokenFlow(lmms):
             yield [request.args for request in requests[start : start + self.batch_size]]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers; each request is (question, options, its pictures' getter, number, task, split).
-
-        Requests of one batch with other options than the first one's are asked apart.
-        """
+        """Answer requests: (question, options, its pictures' getter, number, task, split)."""
         answers: list[str] = []
         for batch in self._batches(requests):
+            # The model takes one set of options per call.
             same = all(row[1] == batch[0][1] for row in batch)
             for rows in [batch] if same else [[row] for row in batch]:
                 options = rows[0][1]
@@ -69,7 +60,7 @@ class TokenFlow(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Log probabilities of given answers, and whether they are what the model would say."""
+        """Return log probabilities of given answers, and True where the model would say them."""
         found: list[tuple[float, bool]] = []
         for batch in self._batches(requests):
             texts = []
@@ -81,7 +72,7 @@ class TokenFlow(lmms):
         return found
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Tasks of several rounds are not part of the paper's benchmarks."""
+        """Refuse tasks of several rounds, which the paper's benchmarks do not have."""
         raise NotImplementedError("tokenflow_jax answers single-round tasks only")
 
 

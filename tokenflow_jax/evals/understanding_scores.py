@@ -1,7 +1,7 @@
-"""Scores of answers about pictures, in the forms in which the benchmarks publish them.
+"""Scores of answers about pictures, as the benchmarks publish them.
 
-A task reads questions (dicts, one per line of its file) and answers (texts), and gives figures from
-0 to 1, except MME's, which are out of 200 per category as published.
+A task reads questions (dicts, one per line of its file) and answers (texts), and returns figures
+from 0 to 1, except MME's, which are out of 200 per category.
 """
 
 import ast
@@ -15,18 +15,15 @@ from tokenflow_jax.evals.vqa_text import normalize, vqa_accuracy
 
 Question = Mapping[str, Any]
 
-MME_PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
-    "artwork", "OCR",
-)  # fmt: skip
-MME_COGNITION = (
-    "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
-)  # fmt: skip
+_MME = {  # parts of MME -> their categories
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR",
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
+}
 _LETTERS = "ABCDEFGHIJ"
 
 
 def references_of(question: Question) -> list[str]:
-    """The right answers of a question: `answers` (texts, or VQA's dicts), `answer` or `label`."""
+    """Return the right answers: `answers` (texts, or VQA's dicts), `answer` or `label`."""
     found = question.get("answers", question.get("answer", question.get("label")))
     found = found if isinstance(found, list) else [found]
     texts = [item.get("answer") if isinstance(item, Mapping) else item for item in found]
@@ -36,34 +33,26 @@ def references_of(question: Question) -> list[str]:
 
 
 def score_vqa(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """VQA accuracy, of `vqa_text.vqa_accuracy`."""
-    scores = [
-        vqa_accuracy(answer, references_of(question))
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    return {"vqa_accuracy": _mean(scores)}
+    """Return the mean of `vqa_text.vqa_accuracy`."""
+    pairs = zip(questions, answers, strict=True)
+    return {"vqa_accuracy": _mean([vqa_accuracy(a, references_of(q)) for q, a in pairs])}
 
 
 def score_exact(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is one of the references, after the normalisation of VQA."""
-    scores = [
-        normalize(answer) in {normalize(reference) for reference in references_of(question)}
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    return {"exact_match": _mean(scores)}
+    """Return the share of answers that equal a reference, after VQA's normalization."""
+    pairs = zip(questions, answers, strict=True)
+    right = [normalize(a) in map(normalize, references_of(q)) for q, a in pairs]
+    return {"exact_match": _mean(right)}
 
 
 def pope_answer(answer: str) -> str:
-    """ "yes" or "no": POPE's reading of a text, by its first sentence."""
+    """Read a text as "yes" or "no" by its first sentence, as POPE does."""
     words = answer.split(".")[0].replace(",", "").split()
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy, and precision, recall and F1 of "yes", and the share of "yes".
-
-    Questions with a `category` (random, popular, adversarial) get figures of their own, too.
-    """
+    """Return accuracy, precision, recall, F1 and share of "yes"; also per `category`."""
     rows = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
         truth = references_of(question)[0].strip().lower()
@@ -92,16 +81,13 @@ def _yes_figures(rows: Sequence[tuple[bool, bool]]) -> dict[str, float]:
 
 
 def mme_answer(answer: str) -> str:
-    """ "yes", "no" or "other": MME's reading of a text, by its beginning."""
+    """Read a text as "yes", "no" or "other" by its beginning, as MME does."""
     answer = answer.strip().lower()
     return next((word for word in ("yes", "no") if word in answer[:4]), "other")
 
 
 def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Per category 100 x (accuracy + accuracy+), and their sums over perception and cognition.
-
-    accuracy+ is the share of pictures with all (two) questions right.
-    """
+    """Return 100 x (accuracy + accuracy+) per category, and sums over perception and cognition."""
     rows: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in zip(questions, answers, strict=True):
         if "category" not in question or "image" not in question:
@@ -111,34 +97,27 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str
     figures = {}
     for category, pictures in rows.items():
         accuracy = _mean([right for answers in pictures.values() for right in answers])
-        plus = _mean([all(answers) for answers in pictures.values()])
+        plus = _mean([all(answers) for answers in pictures.values()])  # both questions right
         figures |= {
             f"{category}/accuracy": accuracy,
             f"{category}/accuracy_plus": plus,
             f"{category}/score": 100 * (accuracy + plus),
         }
-    for name, categories in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
-        parts = [figures[f"{c}/score"] for c in categories if c in rows]
-        if parts:
+    for name, categories in _MME.items():
+        if parts := [figures[f"{c}/score"] for c in categories.split() if c in rows]:
             figures[name] = sum(parts)
     return figures
 
 
 def options_of(question: Question) -> dict[str, str]:
-    """Letter -> text of the options.
-
-    They are in `options` or `choices`, a list, a dict or the text of a list (MMMU), or under the
-    keys A, B, ... (MMBench) or choice_a, choice_b, ... (SEED-Bench).
-
-    Raises:
-      ValueError: there are none.
-    """
+    """Return letter -> text of the options; ValueError if there are none."""
+    # A list, a dict or the text of a list (MMMU); or keys A, ... (MMBench), choice_a (SEED-Bench).
     found = question.get("options", question.get("choices"))
     if isinstance(found, str):
         try:
             found = ast.literal_eval(found)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"options {found!r:.100} are no list") from error
+            raise ValueError(f"options {found!r:.100} are not a list") from error
     if isinstance(found, Mapping):
         return {str(letter): str(text) for letter, text in found.items()}
     if isinstance(found, list):
@@ -154,16 +133,14 @@ def options_of(question: Question) -> dict[str, str]:
 
 
 def choice_of(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter that an answer means: the text of an option, a letter in front, or a text inside.
-
-    "A dog" is not A: a capital A before a word is taken for the article.
-    """
+    """Return the letter of an answer: an option's text, a letter in front, or a text inside."""
     answer = answer.strip()
     letters, own = "".join(options), normalize(answer)
     equal = [letter for letter, text in options.items() if normalize(text) == own]
     if len(equal) == 1:
         return equal[0]
     found = re.match(rf"(?:answer:?\s*)?\(?([{letters}])([).:,\s]|$)", answer, re.IGNORECASE)
+    # "A dog" is not A: a capital A before a word is taken for the article.
     alone = len(answer.strip("().:,")) == 1
     if found and (alone or (found[1].isupper() and found[1] + found[2] != "A ")):
         return found[1].upper()
@@ -172,7 +149,7 @@ def choice_of(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def score_choice(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Share of right options, and of answers that mean none."""
+    """Return the shares of right options and of answers that mean no option."""
     right, unclear = [], []
     for question, answer in zip(questions, answers, strict=True):
         options = options_of(question)
@@ -190,7 +167,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def question_text(question: Question) -> str:
-    """`question` or `text` (which may hold LLaVA's marker, which goes)."""
+    """Return `question` or `text`, without LLaVA's marker."""
     for key in ("question", "text"):
         if isinstance(question.get(key), str):
             return question[key].replace("<image>", "").strip()
@@ -198,7 +175,7 @@ def question_text(question: Question) -> str:
 
 
 def choice_text(question: Question) -> str:
-    """The question, its hint and its options, one per line."""
+    """Return the question, its hint and its options, one per line."""
     lines = [str(question["hint"])] if question.get("hint") not in (None, "", "nan") else []
     lines.append(question_text(question))
     lines += [f"{letter}. {text}" for letter, text in options_of(question).items()]
@@ -207,20 +184,15 @@ def choice_text(question: Question) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How a benchmark asks and counts.
-
-    Attributes:
-      score: (questions, answers) -> figures.
-      text: of a question.
-      instruction: a line behind the question, as LLaVA's evaluations have it.
-    """
+    """The way a benchmark asks and counts."""
 
     score: Callable[[Sequence[Question], Sequence[str]], dict[str, float]]
     text: Callable[[Question], str] = question_text
+    # The line after the question in LLaVA's evaluations.
     instruction: str = "Answer the question using a single word or phrase."
 
     def prompt(self, question: Question, instruction: str | None = None) -> str:
-        """What the model is asked; `instruction` replaces the task's, "" leaves it out."""
+        """Phrase a question; `instruction` replaces the task's, "" leaves it out."""
         instruction = self.instruction if instruction is None else instruction
         return f"{self.text(question)}\n{instruction}" if instruction else self.text(question)
 

@@ -1,6 +1,6 @@
-"""The official normalisation of answers to visual questions (VQA v2's evaluation code).
+"""The official normalization of answers to visual questions (VQA v2's evaluation code).
 
-Punctuation goes, number words become digits, articles go, contractions get their apostrophes.
+It drops punctuation and articles, turns number words into digits and restores apostrophes.
 """
 
 import re
@@ -11,7 +11,7 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = ("a", "an", "the")
 _DIGITS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {word: str(i) for i, word in enumerate(_DIGITS.split())} | {"none": "0"}
-# The official table maps what lacks one of these apostrophes to the whole word.
+# The official table maps a word without one of these apostrophes to the whole word.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
@@ -31,7 +31,7 @@ _REPAIRED = {
 
 
 def normalize(answer: str) -> str:
-    """Returns an answer in the form in which answers are compared."""
+    """Return an answer in the form in which answers are compared."""
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     original, comma = answer, _COMMA_IN_NUMBER.search(answer) is not None
     for mark in _PUNCTUATION:
@@ -43,19 +43,10 @@ def normalize(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """The share of agreement with people, 0 to 1.
-
-    Averaged over leaving out each of the references in turn: three others that agree are enough.
-    Unlike the official code, which compares as they are when all references are the same, this
-    always normalises.
-
-    Args:
-      answer: of the model.
-      references: of people, usually ten; a single one counts as exact match.
-
-    Raises:
-      ValueError: no references.
-    """
+    """Return the agreement with people's answers, 0 to 1; one reference counts as exact match."""
+    # The mean over leaving out each of the (usually ten) references: three others that agree are
+    # enough. The official code does not normalize when all references are the same; this always
+    # does.
     if not references:
         raise ValueError("VQA accuracy needs at least one reference answer")
     own, others = normalize(answer), [normalize(reference) for reference in references]

@@ -12,7 +12,7 @@ from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
-from tokenflow_jax.evals import reconstruction
+from tokenflow_jax.evals import pictures
 from tokenflow_jax.generation import retrieval
 from tokenflow_jax.generation.api import Generator
 from tokenflow_jax.generation.model import Generation, GenerationConfig
@@ -160,7 +160,7 @@ class GenerationStage(CodeStage):
                 return CodeRecords(data.path, split, self.tokenizer.identity)
             except CodesError as error:
                 raise CodesError(f"data.path: {error}") from error
-        pictures = captions.Pictures(
+        images = captions.Pictures(
             pipeline.DataConfig(
                 name=data.name,
                 path=data.path,
@@ -172,8 +172,8 @@ class GenerationStage(CodeStage):
             )
         )
         if self.encodes:
-            return pictures
-        return encoding.encode_in_memory(self._encode(), pictures, self.config.eval.batch_size)
+            return images
+        return encoding.encode_in_memory(self._encode(), images, self.config.eval.batch_size)
 
     def data(self) -> Any:
         """Return this process's share of the training batches."""
@@ -266,8 +266,8 @@ class GenerationStage(CodeStage):
         codes = drawn.codes(prompts, seeds, self._recipe, self.config.eval.sample_batch)
         growing = list(drawn.previews(codes))
         return {
-            "samples": reconstruction.grid([growing[-1]]),
-            "scales": reconstruction.grid(growing),
+            "samples": pictures.grid([growing[-1]]),
+            "scales": pictures.grid(growing),
         }
 
 

@@ -33,21 +33,14 @@ VOCABULARIES = ("all", "codes")
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which losses train, and their weights.
+    """Which losses train, and their weights."""
 
-    Attributes:
-      text_weight: of the caption's loss; 0 trains on images alone, as the reference does.
-      log_text: compute the caption's loss for the curves, whatever its weight.
-      vocabulary: what the softmax of a code runs over: "all" ids, as in the reference, or "codes",
-        which is all that sampling chooses from. Then `</img>` and the end are not learned either,
-        and leave the sequence.
-      scale_power: a code counts side ** -power for the side of its scale; 0, as in the reference,
-        weights all codes alike.
-    """
-
-    text_weight: float = 0.0
-    log_text: bool = False
+    text_weight: float = 0.0  # of the caption's loss; 0, as the reference, trains on images alone
+    log_text: bool = False  # compute the caption's loss for the curves, whatever its weight
+    # What the softmax of a code runs over: "all" ids, as in the reference, or "codes", all that
+    # sampling chooses from. Then `</img>` and the end are not learned, and leave the sequence.
     vocabulary: str = "all"
+    # A code counts side ** -power for the side of its scale; 0, as in the reference: all alike.
     scale_power: float = 0.0
 
     def __post_init__(self):
@@ -79,30 +72,19 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Modules and hyper-parameters of a run; `step` is the training step.
-
-    Attributes:
-      pad_id: id of padding in prefixes.
-      suffix: ids of `</img>` and the end.
-      prefix_length: ids of a prefix.
-      tokenizer: the frozen one, in float32; None when batches hold codes.
-      trainable: pytree of bools shaped like the parameters, or None when all of them train.
-      ema_decay: of the moving average of weights; 0 keeps none.
-      accumulate: microbatches per step.
-      loss_tokens: positions whose logits a device holds at the same time.
-    """
+    """Modules and hyper-parameters of a run; `step` is the training step."""
 
     model: Generation
     losses: LossConfig
     optimizer: optax.GradientTransformation
-    pad_id: int
-    suffix: tuple[int, ...]
+    pad_id: int  # of padding in prefixes
+    suffix: tuple[int, ...]  # ids of `</img>` and the end
     prefix_length: int
-    tokenizer: TokenFlow | None = None
-    trainable: PyTree | None = None
-    ema_decay: float = 0.0
-    accumulate: int = 1
-    loss_tokens: int = 4096
+    tokenizer: TokenFlow | None = None  # the frozen one, in float32; None when batches hold codes
+    trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
+    ema_decay: float = 0.0  # of the moving average of weights; 0 keeps none
+    accumulate: int = 1  # microbatches per step
+    loss_tokens: int = 4096  # positions whose logits a device holds at the same time
 
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Run one optimization step; to be jitted with `state` donated.
@@ -131,8 +113,7 @@ class Trainer:
         _, sums, _ = accumulate(microbatch, (prefix_BP, codes_BN), self.accumulate)
         gradients, metrics = jax.tree.map(lambda x: x / self.accumulate, sums)
         metrics["gradient_norm/all"] = optax.tree.norm(gradients)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = optim.update(self.optimizer, gradients, state.opt_state, state.params)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         if self.ema_decay:
             ema = optax.incremental_update(params, state.ema, 1 - self.ema_decay)

@@ -1,9 +1,8 @@
-"""Masks and kernels of the language models' attention.
+"""Attention masks, and the kernels that the language models choose from.
 
-A mask says which keys a query may read: which keys are real (no padding), and how real ones depend
-on order. Order is causal, except inside a run of blocks (the scales of an image) where a query
-reads its own block whole and all blocks before it. For blocks of 1 and 4 that start at index 2,
-after two text tokens (rows are queries, x is allowed):
+A mask says which keys a query may read: real ones (no padding), in causal order, except inside a
+run of blocks (the scales of an image): there a query reads its own block whole and all blocks
+before it. For blocks of 1 and 4 tokens after two text tokens (rows are queries, x is allowed):
 
                  0 1 2 3 4 5 6
     0  text      x
@@ -25,25 +24,20 @@ import numpy as np
 from tokenflow_jax.parallel import placement
 
 KINDS = ("auto", "xla", "splash", "cudnn")
-# What a kernel adds to a score that is not allowed. It swallows the score, so that a query without
-# any allowed key attends evenly, while gradients still flow to the score: a sum, not a choice.
+# Added to scores that are not allowed. It swallows the score, so that a query without any allowed
+# key attends evenly, while gradients still flow to the score: a sum, not a `where`.
 NOT_ALLOWED = float(np.finfo(np.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A run of blocks within which attention is not causal; without blocks all is causal.
+    """A run of blocks, inside which attention is not causal; without blocks everything is."""
 
-    Attributes:
-      start: index of the first block's first token.
-      sizes: tokens of each block.
-    """
-
-    start: int = 0
+    start: int = 0  # index of the first block's first token
     sizes: tuple[int, ...] = ()
 
     def last_key(self, length: int) -> np.ndarray:
-        """The last key that each of `length` queries may read: int32 (length,)."""
+        """Return the last key that each of `length` queries may read: int32 (length,)."""
         last_L = np.arange(length, dtype=np.int32)
         stop = self.start
         for size in self.sizes:
@@ -59,30 +53,19 @@ class Blocks:
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Which keys a query may read; see the module.
+    """The keys that a query may read."""
 
-    Attributes:
-      real_BK: bool (B, K), False for padding; None where all keys are real. With a cache, K is the
-        cache's length.
-      blocks: where attention is not causal.
-      segments_BK: int (B, K), which of the texts that share a row a token belongs to: queries read
-        keys of their own. None where rows are not shared; not for use with a cache.
-    """
-
+    # bool, False for padding; None if all keys are real. With a cache, K is its length.
     real_BK: jax.Array | None = None
     blocks: Blocks = Blocks()
+    # int, which of the texts that share a row a token belongs to: queries read only their own text.
+    # None if rows are not shared; not for use with a cache.
     segments_BK: jax.Array | None = None
 
     def allowed(self, queries: int, keys: int, first: jax.Array | int = 0) -> jax.Array:
-        """The mask as an array.
+        """Return the mask as bool (B, Q, K), or (1, Q, K) where all keys are real.
 
-        Args:
-          queries: number of queries, Q.
-          keys: number of keys, K; more of them than `real_BK` has are an error.
-          first: index of the first query among the keys.
-
-        Returns:
-          bool (B, Q, K), or (1, Q, K) where all keys are real.
+        `first` is the index of the first query among the keys.
         """
         if isinstance(first, int):
             last_Q = jnp.asarray(self.blocks.last_key(first + queries)[first:])
@@ -98,76 +81,67 @@ class Mask:
             return allowed_BQK
         if self.real_BK.shape[1] < keys:
             raise ValueError(
-                f"the mask knows {self.real_BK.shape[1]} keys, but attention reads {keys}; with a "
+                f"the mask covers {self.real_BK.shape[1]} keys, but attention reads {keys}; with a "
                 "cache, give a mask as long as the cache"
             )
         return allowed_BQK & self.real_BK[:, None, :keys]
 
 
-def choose(kind: str, mask: Mask | jax.Array, dtype: Any, shape: tuple[int, ...], cached: bool):
-    """The kernel for one attention.
+def choose(
+    kind: str, mask: Mask | jax.Array, dtype: Any, shape: tuple[int, ...], cached: bool
+) -> str:
+    """Return the kernel to use: "xla", "splash" or "cudnn".
+
+    "auto" is splash attention where it can be used, else XLA; cuDNN has to be asked for.
 
     Args:
-      kind: one of KINDS. "auto" takes splash attention on a TPU where it can be used, else XLA;
-        cuDNN's kernel is taken when it is asked for.
-      mask: a `Mask`, or bool (B, Q, K).
-      dtype: of queries, keys and values.
-      shape: of the queries, (B, Q, heads, head width).
-      cached: whether keys come from a cache.
-
-    Returns:
-      "xla", "splash" or "cudnn".
-
-    Raises:
-      ValueError: a kernel was asked for that cannot be used here; everything that is in the way.
+      kind: one of KINDS.
+      dtype, shape: of the queries, (B, Q, heads, head width).
+      cached: the keys come from a cache.
     """
     if kind not in KINDS:
         raise ValueError(f"attention {kind!r}: one of {', '.join(KINDS)}")
     if kind == "xla":
         return kind
-    if kind == "cudnn":
-        obstacles = _cudnn_obstacles(dtype, shape, cached)
-    else:
-        obstacles = _splash_obstacles(mask, shape, cached)
+    obstacles = _obstacles(kind, mask, dtype, shape[-1], cached)
     if kind == "auto":
         return "xla" if obstacles else "splash"
     if obstacles:
         raise ValueError(
-            f"attention={kind!r} cannot be used: {'; '.join(obstacles)}. Take 'xla', or 'auto', "
-            "which takes the best kernel that can be used"
+            f"attention={kind!r} cannot be used: {'; '.join(obstacles)}. Use 'xla', or 'auto', "
+            "which picks the best kernel available"
         )
     return kind
 
 
 def _platform() -> str:
-    """The platform that the program is for: of the mesh in use, else of the default device."""
+    # The program may be for another machine (preflight): then the mesh in use knows its devices.
     kind = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     kind = getattr(kind, "device_kind", "") or ""
     return "tpu" if "TPU" in kind else jax.default_backend()
 
 
-def _splash_obstacles(mask: Mask | jax.Array, shape: tuple[int, ...], cached: bool) -> list[str]:
-    found = []
-    if _platform() != "tpu":
-        found.append(f"it is a kernel for TPUs, and this is a {_platform()}")
-    if cached:
-        found.append("it does not read a cache")
-    if not isinstance(mask, Mask):
-        found.append("the mask is an array, not a `Mask` whose order is known when compiling")
-    if shape[-1] % 64:
-        found.append(f"the head width {shape[-1]} is not a multiple of 64")
-    return found
-
-
-def _cudnn_obstacles(dtype: Any, shape: tuple[int, ...], cached: bool) -> list[str]:
-    found = ["it does not read a cache"] if cached else []
-    if _platform() not in ("gpu", "cuda"):
-        found.append(f"it is a kernel for NVIDIA GPUs, and this is a {_platform()}")
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        found.append(f"it computes in bfloat16 or float16, not {jnp.dtype(dtype).name}")
-    if shape[-1] % 8 or shape[-1] > 128:
-        found.append(f"the head width {shape[-1]} is not a multiple of 8 up to 128")
-    return found
+def _obstacles(
+    kind: str, mask: Mask | jax.Array, dtype: Any, width: int, cached: bool
+) -> list[str]:
+    """Return all reasons why a kernel cannot be used here."""
+    device, name = _platform(), jnp.dtype(dtype).name
+    if kind == "cudnn":
+        checks = (
+            (cached, "it does not read a cache"),
+            (device not in ("gpu", "cuda"), f"it is for NVIDIA GPUs, and this is a {device}"),
+            (name not in ("bfloat16", "float16"), f"it computes bfloat16 or float16, not {name}"),
+            (width not in range(8, 129, 8), f"head width {width} is not a multiple of 8 up to 128"),
+        )
+    else:
+        checks = (
+            (device != "tpu", f"it is for TPUs, and this is a {device}"),
+            (cached, "it does not read a cache"),
+            # A `Mask` has its order known when compiling.
+            (not isinstance(mask, Mask), "the mask is an array, not a `Mask`"),
+            (width % 64, f"head width {width} is not a multiple of 64"),
+        )
+    return [obstacle for found, obstacle in checks if found]
 
 
 def attention(
@@ -177,16 +151,9 @@ def attention(
     mask: Mask | jax.Array,
     kernel: str = "xla",
 ) -> jax.Array:
-    """Softmax attention with grouped heads: H query heads share G key and value heads.
+    """Compute softmax attention, where H query heads share G key and value heads: (B, Q, H, D).
 
-    Args:
-      q_BQHD: queries.
-      k_BKGD, v_BKGD: keys and values; G divides H.
-      mask: bool (B or 1, Q, K); a `Mask` for "splash".
-      kernel: of `choose`.
-
-    Returns:
-      (B, Q, H, D) in the dtype of the queries; the softmax is float32.
+    The mask is bool (B or 1, Q, K), but a `Mask` for "splash"; the softmax is float32.
     """
     if kernel == "splash":
         return _splash(q_BQHD, k_BKGD, v_BKGD, mask)
@@ -200,14 +167,12 @@ def attention(
     ) * (width**-0.5)
     scores += jnp.where(mask, 0.0, NOT_ALLOWED)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BQHD.dtype)
-    out_BQGHD = jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD)
-    return out_BQGHD.reshape(batch, queries, heads, width)
+    return jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD).reshape(q_BQHD.shape)
 
 
 def _cudnn(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: jax.Array) -> jax.Array:
-    """cuDNN's attention, whose gradient wants an even length."""
     length = q_BLHD.shape[1]
-    odd = length % 2
+    odd = length % 2  # its gradient needs an even length
     pad = ((0, 0), (0, odd), (0, 0), (0, 0))
     allowed_BLL = jnp.pad(mask, ((0, 0), (0, odd), (0, odd)))
     out_BLHD = jax.nn.dot_product_attention(
@@ -224,51 +189,31 @@ _TILE = 128
 def _splash(
     q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask, interpret: bool = False
 ) -> jax.Array:
-    """Splash attention. Padding reads padding only: its rows differ from XLA's and mean nothing."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    # Padding reads only padding here: its rows differ from XLA's and mean nothing.
     batch, length, _, width = q_BLHD.shape
-    padded = -(-length // _TILE) * _TILE
+    extra = -length % _TILE
     segments_BL = mask.real_BK if mask.segments_BK is None else mask.segments_BK
     if segments_BL is None:
         segments_BL = jnp.ones((batch, length), jnp.int32)
 
     def prepare(x_BLHD: jax.Array) -> jax.Array:
-        x_BLHD = jnp.pad(x_BLHD, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
-        return x_BLHD.transpose(0, 2, 1, 3)
+        return jnp.pad(x_BLHD, ((0, 0), (0, extra), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
-    segments_BL = jnp.pad(segments_BL.astype(jnp.int32), ((0, 0), (0, padded - length)))
+    segments_BL = jnp.pad(segments_BL.astype(jnp.int32), ((0, 0), (0, extra)))
     arrays = (prepare(q_BLHD * width**-0.5), prepare(k_BLGD), prepare(v_BLGD), segments_BL)
-    last_L = mask.blocks.last_key(padded)
-    out_BHLD = placement.over_batch(
-        functools.partial(_splash_local, last_L=last_L, interpret=interpret),
-        arrays,
-        heads=(1, 1, 1, None),
-    )
+    last_L = mask.blocks.last_key(length + extra)
+    allowed_LL = np.arange(length + extra) <= last_L[:, None]
+
+    def local(q_BHLD, k_BGLD, v_BGLD, segments_BL):  # one device's rows and heads
+        heads = q_BHLD.shape[1]
+        masks = splash.MultiHeadMask([splash.NumpyMask(allowed_LL)] * heads)
+        kernel = splash.make_splash_mha(masks, head_shards=1, q_seq_shards=1, interpret=interpret)
+        repeat = heads // k_BGLD.shape[1]
+        k_BHLD, v_BHLD = (jnp.repeat(x, repeat, axis=1) for x in (k_BGLD, v_BGLD))
+        ids = splash.SegmentIds(segments_BL, segments_BL)
+        return jax.vmap(kernel)(q_BHLD, k_BHLD, v_BHLD, ids)
+
+    out_BHLD = placement.over_batch(local, arrays, heads=(1, 1, 1, None))
     return out_BHLD.transpose(0, 2, 1, 3)[:, :length]
-
-
-def _splash_local(
-    q_BHLD: jax.Array,
-    k_BGLD: jax.Array,
-    v_BGLD: jax.Array,
-    segments_BL: jax.Array,
-    last_L: np.ndarray,
-    interpret: bool,
-) -> jax.Array:
-    """Splash attention of one device's rows and heads."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
-    heads, length = q_BHLD.shape[1:3]
-    allowed_LL = np.arange(length) <= last_L[:, None]
-    masks = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.NumpyMask(allowed_LL)] * heads
-    )
-    kernel = splash_attention_kernel.make_splash_mha(
-        mask=masks, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
-    repeat = heads // k_BGLD.shape[1]
-    k_BHLD, v_BHLD = (jnp.repeat(x, repeat, axis=1) for x in (k_BGLD, v_BGLD))
-    ids = splash_attention_kernel.SegmentIds(segments_BL, segments_BL)
-    return jax.vmap(kernel)(q_BHLD, k_BHLD, v_BHLD, ids)

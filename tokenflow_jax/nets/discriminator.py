@@ -1,6 +1,6 @@
 """The tokenizer's discriminators: PatchGAN (arXiv 1611.07004), and StyleGAN's (arXiv 1912.04958).
 
-Both map images in [-1, 1] to logits, high for real ones.
+Both map images in [-1, 1] to float32 logits, high for real ones.
 """
 
 import functools
@@ -27,22 +27,18 @@ def _torch_init(fan_in: int) -> nn.initializers.Initializer:
 
 
 class BatchNorm(nn.Module):
-    """Batch norm as PyTorch does it: normalises with the biased variance, remembers the unbiased.
+    """Batch norm as PyTorch does it: normalizes with the biased variance, remembers the unbiased.
 
     Statistics are over the whole batch in float32; under jit that is the global batch, however it
-    is sharded. The running statistics are the collection `batch_stats`.
-
-    Attributes:
-      momentum: weight of the new batch in the running statistics (PyTorch's convention).
-      epsilon: added to the variance.
+    is sharded. The running statistics are the collection `batch_stats`, updated in training if it
+    is mutable.
     """
 
-    momentum: float = 0.1
+    momentum: float = 0.1  # weight of the new batch in the running statistics, as in PyTorch
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
-        """Normalises per channel; in training updates `batch_stats` if it is mutable."""
         channels = x_BHWC.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -68,29 +64,17 @@ class BatchNorm(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches of an image (70 px wide with three layers) as real or not.
+    """Judges overlapping patches of an image (70 px wide with three layers) as real or not."""
 
-    Attributes:
-      filters: channels after the first convolution; doubled per layer, up to 8 times.
-      layers: convolutions of stride 2.
-      dtype: of the convolutions; batch norm and logits are float32.
-    """
-
-    filters: int = 64
-    layers: int = 3
-    dtype: jnp.dtype = jnp.float32
+    filters: int = 64  # channels after the first convolution; doubled per layer, up to 8 times
+    layers: int = 3  # convolutions of stride 2
+    dtype: jnp.dtype = jnp.float32  # of the convolutions
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array, train: bool) -> jax.Array:
-        """Scores patches.
+        """Return logits (B, h, w, 1): 26 x 26 for 224 px, 30 x 30 for 256 px.
 
-        Args:
-          images_BHWC: in [-1, 1]; with the default of three layers at least 24 px wide.
-          train: normalise with the batch's statistics, and update the collection `batch_stats` if
-            it is mutable; otherwise use the running ones.
-
-        Returns:
-          Logits (B, h, w, 1), float32, high for real; 26 x 26 for 224 px, 30 x 30 for 256 px.
+        `train` normalizes with the batch's statistics, otherwise with the running ones.
         """
         smallest = min(images_BHWC.shape[1:3])
         least = 3 * 2**self.layers  # keeps two cells for the last two convolutions of stride 1
@@ -108,23 +92,17 @@ class PatchGAN(nn.Module):
         return self._conv(x, 1, 1, True, "conv_out").astype(jnp.float32)
 
     def _conv(self, x: jax.Array, features: int, stride: int, bias: bool, name: str) -> jax.Array:
-        conv = nn.Conv(
-            features,
-            (4, 4),
-            strides=stride,
-            padding=1,
-            use_bias=bias,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(0.02),
-            # The reference resets the kernels only.
-            bias_init=_torch_init(16 * x.shape[-1]),
-            name=name,
-        )
-        return on_batch(conv(x))
+        # The reference resets the kernels only; biases keep PyTorch's default.
+        inits = {
+            "kernel_init": nn.initializers.normal(0.02),
+            "bias_init": _torch_init(16 * x.shape[-1]),
+        }
+        fields = inits | {"use_bias": bias, "dtype": self.dtype, "name": name}
+        return on_batch(nn.Conv(features, (4, 4), stride, 1, **fields)(x))
 
 
 def blur(x_BHWC: jax.Array) -> jax.Array:
-    """Smooths with (1, 2, 1) / 4 along both axes, edges reflected."""
+    """Smooth with (1, 2, 1) / 4 along both axes, edges reflected."""
     for axis in (1, 2):
         pad = [(int(a == axis), int(a == axis)) for a in range(4)]
         padded, size = jnp.pad(x_BHWC, pad, mode="reflect"), x_BHWC.shape[axis]
@@ -140,27 +118,15 @@ class StyleGAN(nn.Module):
 
     Blocks halve the image down to 4 x 4; channels double as the side halves, from 64 at 256 px up
     to `max_channels`.
-
-    Attributes:
-      max_channels: upper bound of channels.
-      dtype: of the convolutions; logits are float32.
     """
 
     max_channels: int = 512
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of the convolutions
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array, train: bool) -> jax.Array:
-        """Scores images.
-
-        Args:
-          images_BHWC: (B, H, H, 3) in [-1, 1], H a power of two from 8 on.
-          train: changes nothing; every discriminator takes it.
-
-        Returns:
-          Logits (B, 1), float32.
-        """
-        del train
+        """Return logits (B, 1) of images (B, H, H, 3), H a power of two from 8 on."""
+        del train  # every discriminator takes it
         batch, height, width, _ = images_BHWC.shape
         if height != width or height < 8 or height & (height - 1):
             raise ValueError(
@@ -168,17 +134,15 @@ class StyleGAN(nn.Module):
                 "whose side is a power of two, 8 or more; use the PatchGAN"
             )
         act = functools.partial(nn.leaky_relu, negative_slope=0.2)
-        x, side = images_BHWC.astype(self.dtype), height
-        x = act(self._conv(x, self._channels(side), 3, 1, "conv_in"))
-        i = 0
-        while side > 4:
-            side //= 2
-            shortcut = self._conv(x, self._channels(side), 1, 2, f"block_{i}_shortcut")
-            x = act(self._conv(x, self._channels(side), 3, 1, f"block_{i}_conv1"))
-            x = act(self._conv(x, self._channels(side), 3, 1, f"block_{i}_conv2"))
-            x = self._conv(blur(x), self._channels(side), 3, 2, f"block_{i}_down")
+        x = images_BHWC.astype(self.dtype)
+        x = act(self._conv(x, self._channels(height), 3, 1, "conv_in"))
+        for i in range(height.bit_length() - 3):
+            channels = self._channels(x.shape[1] // 2)
+            shortcut = self._conv(x, channels, 1, 2, f"block_{i}_shortcut")
+            x = act(self._conv(x, channels, 3, 1, f"block_{i}_conv1"))
+            x = act(self._conv(x, channels, 3, 1, f"block_{i}_conv2"))
+            x = self._conv(blur(x), channels, 3, 2, f"block_{i}_down")
             x = on_batch((x + shortcut) * 2**-0.5)
-            i += 1
         x = act(self._conv(x, self._channels(4), 3, 1, "conv_out"))
         x = x.transpose(0, 3, 1, 2).reshape(batch, -1)  # the order of PyTorch's weights
         x = act(self._dense(x, self._channels(4), "hidden"))
@@ -188,36 +152,19 @@ class StyleGAN(nn.Module):
         return min(self.max_channels, 64 * 256 // side)
 
     def _conv(self, x: jax.Array, features: int, kernel: int, stride: int, name: str) -> jax.Array:
-        init = _torch_init(kernel * kernel * x.shape[-1])
-        return nn.Conv(
-            features,
-            (kernel, kernel),
-            strides=stride,
-            padding=kernel // 2,
-            dtype=self.dtype,
-            kernel_init=init,
-            bias_init=init,
-            name=name,
-        )(x)
+        inits = dict.fromkeys(("kernel_init", "bias_init"), _torch_init(kernel**2 * x.shape[-1]))
+        size, padding = (kernel, kernel), kernel // 2
+        return nn.Conv(features, size, stride, padding, dtype=self.dtype, name=name, **inits)(x)
 
     def _dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
-        init = _torch_init(x.shape[-1])
-        return nn.Dense(features, dtype=self.dtype, kernel_init=init, bias_init=init, name=name)(x)
+        inits = dict.fromkeys(("kernel_init", "bias_init"), _torch_init(x.shape[-1]))
+        return nn.Dense(features, dtype=self.dtype, name=name, **inits)(x)
 
 
 def make_discriminator(
     kind: str = "patchgan", filters: int = 64, layers: int = 3, dtype: jnp.dtype = jnp.float32
 ) -> PatchGAN | StyleGAN:
-    """Builds a discriminator.
-
-    Args:
-      kind: "patchgan" or "stylegan".
-      filters, layers: of the PatchGAN.
-      dtype: of the convolutions.
-
-    Raises:
-      ValueError: an unknown kind.
-    """
+    """Return the discriminator of a kind; `filters` and `layers` are the PatchGAN's."""
     if kind == "patchgan":
         return PatchGAN(filters, layers, dtype)
     if kind == "stylegan":

@@ -1,6 +1,6 @@
-"""The kinds of semantic encoder, and what each wants to see.
+"""The kinds of semantic encoder.
 
-The tokenizer's own encoder and the frozen teacher are the same network; both go by its kind.
+The tokenizer's own encoder and the frozen teacher are the same network, both selected by kind.
 """
 
 from typing import NamedTuple
@@ -18,20 +18,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class EncoderKind(NamedTuple):
-    """What belongs to one kind of encoder.
-
-    Attributes:
-      config: its hyper-parameters' class.
-      module: its Linen module: module(config, dtype, remat).
-      mean, std: the normalisation of images in [0, 1] that it was trained with.
-      raw: inside the tokenizer it sees images in [-1, 1] as they are, as the reference's CLIP does
-        (the teacher always sees normalised ones).
-    """
+    """One kind of encoder, and the normalization of images in [0, 1] that it was trained with."""
 
     config: type[EncoderConfig]
-    module: type[nn.Module]
+    module: type[nn.Module]  # module(config, dtype, remat)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    # Inside the tokenizer the reference feeds CLIP images in [-1, 1] as they are (but normalized
+    # ones to the teacher).
     raw: bool = False
 
 
@@ -43,19 +37,15 @@ ENCODERS: dict[str, EncoderKind] = {
 
 
 def encoder_kind(name: str) -> EncoderKind:
-    """Returns the kind of that name.
-
-    Raises:
-      ValueError: an unknown name.
-    """
+    """Return the kind of that name."""
     if name not in ENCODERS:
         raise ValueError(f"semantic encoder {name!r} is not one of {sorted(ENCODERS)}")
     return ENCODERS[name]
 
 
-def normalise(
+def normalize(
     images_BHWC: jax.Array, mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> jax.Array:
-    """Images in [-1, 1] to an encoder's input: through clamped 0..255, as in the reference."""
+    """Map images in [-1, 1] to an encoder's input, through clamped 0..255 as in the reference."""
     unit = jnp.clip((images_BHWC + 1) * 127.5, 0, 255) / 255
     return (unit - jnp.array(mean)) / jnp.array(std)

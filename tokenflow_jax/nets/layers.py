@@ -1,6 +1,8 @@
-"""Transformer parts shared by the vision encoders and decoders and by the language model."""
+"""Transformer layers of the vision encoders and decoders; the language model shares some."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,21 +16,16 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """x * Phi(x) through the error function (jax.nn.gelu is the tanh approximation by default)."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-def tanh_gelu(x: jax.Array) -> jax.Array:
-    """The tanh approximation of GELU, the activation of SigLIP."""
-    return jax.nn.gelu(x, approximate=True)
-
-
+# jax.nn.gelu is the tanh approximation by default; SigLIP wants it, all others the exact one.
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
+tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": exact_gelu,
     "gelu_tanh": tanh_gelu,
 }
+REMAT = ("none", "block", "dots")
+_SAVED = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
@@ -36,25 +33,15 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def dot_product_attention(q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array) -> jax.Array:
-    """Full softmax attention: the one place where the vision models choose their kernel.
-
-    Args:
-      q_BLHD, k_BLHD, v_BLHD: (batch, length, heads, head width), any one dtype.
-
-    Returns:
-      (batch, length, heads, head width); the softmax is float32.
-    """
-    return jax.nn.dot_product_attention(q_BLHD, k_BLHD, v_BLHD)
+def conv3x3(
+    features: int, dtype: jnp.dtype, name: str, stride: int = 1, groups: int = 1
+) -> nn.Conv:
+    """Convolution padded by one on every side, whatever the stride."""
+    return nn.Conv(features, (3, 3), stride, 1, feature_group_count=groups, dtype=dtype, name=name)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32 whatever the dtype.
-
-    Attributes:
-      epsilon: added to the mean square.
-      dtype: of the result.
-    """
+    """x / rms(x) * scale over the last axis, in float32; the result is cast to `dtype`."""
 
     epsilon: float
     dtype: jnp.dtype = jnp.float32
@@ -68,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 def rope(positions_BL: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles: float32 (B, L, 1, head_width // 2) each."""
+    """Return cosines and sines of the rotary angles, float32 (B, L, 1, head_width // 2) each."""
     half = head_width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
@@ -76,7 +63,7 @@ def rope(positions_BL: jax.Array, head_width: int, theta: float) -> tuple[jax.Ar
 
 
 def rotate(x_BLHD: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs of channels (j, j + D / 2) by the angles of `rope`."""
+    """Rotate the pairs of channels (j, j + D / 2) by the angles of `rope`."""
     cos, sin = cos_sin
     first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
@@ -84,93 +71,66 @@ def rotate(x_BLHD: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection.
-
-    Attributes:
-      heads: number of heads; must divide the width.
-      qv_bias: "full" adds one bias to q, k and v (CLIP); "qv" adds biases to q and v only (BEiT).
-      dtype: computation dtype.
-    """
+    """Multi-head self-attention with one fused qkv projection."""
 
     heads: int
-    qv_bias: str = "full"
+    qv_bias: str = "full"  # biases on q, k and v (CLIP), or "qv": on q and v only (BEiT)
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         width = x_BLD.shape[-1]
-        qkv = nn.Dense(3 * width, use_bias=self.qv_bias == "full", dtype=self.dtype, name="qkv")(
-            x_BLD
-        )
+        full = self.qv_bias == "full"
+        qkv = nn.Dense(3 * width, use_bias=full, dtype=self.dtype, name="qkv")(x_BLD)
         if self.qv_bias == "qv":
             q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
             qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        q, k, v = (
+        q_BLHD, k_BLHD, v_BLHD = (
             part.reshape(*part.shape[:2], self.heads, width // self.heads)
             for part in jnp.split(qkv, 3, axis=-1)
         )
-        out = dot_product_attention(q, k, v).reshape(x_BLD.shape)
-        return nn.Dense(width, dtype=self.dtype, name="out")(out)
+        out_BLD = jax.nn.dot_product_attention(q_BLHD, k_BLHD, v_BLHD).reshape(x_BLD.shape)
+        return nn.Dense(width, dtype=self.dtype, name="out")(out_BLD)
 
 
 class MLP(nn.Module):
-    """Two dense layers with an activation between them.
+    """Two dense layers with an activation between them."""
 
-    Attributes:
-      width: of the hidden layer; 0 takes four times the input's.
-      activation: a key of `ACTIVATIONS`.
-      dtype: computation dtype.
-    """
-
-    width: int = 0
-    activation: str = "gelu"
+    width: int = 0  # hidden channels; 0: four times the input's
+    activation: str = "gelu"  # a key of ACTIVATIONS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        features = x_BLD.shape[-1]
-        hidden = nn.Dense(self.width or 4 * features, dtype=self.dtype, name="fc1")(x_BLD)
+        channels = x_BLD.shape[-1]
+        hidden = nn.Dense(self.width or 4 * channels, dtype=self.dtype, name="fc1")(x_BLD)
         hidden = on_batch(ACTIVATIONS[self.activation](hidden), "mlp")
-        return nn.Dense(features, dtype=self.dtype, name="fc2")(hidden)
+        return nn.Dense(channels, dtype=self.dtype, name="fc2")(hidden)
 
 
 class GatedMLP(nn.Module):
-    """norm, then activation(gate) * value, then a dense layer (ViTamin's GeGLU).
+    """LayerNorm (a second one, after the block's), activation(gate) * value, dense: ViTamin's."""
 
-    Attributes:
-      width: of gate and value; 0 takes twice the input's.
-      activation, dtype: see `MLP`.
-      epsilon: of its own LayerNorm, which follows the block's.
-    """
-
-    width: int = 0
+    width: int = 0  # channels of gate and value; 0: twice the input's
     activation: str = "gelu"
     dtype: jnp.dtype = jnp.float32
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        features = x_BLD.shape[-1]
+        channels = x_BLD.shape[-1]
         x_BLD = layer_norm(self.epsilon, self.dtype, "norm")(x_BLD)
         gate, value = (
-            nn.Dense(self.width or 2 * features, dtype=self.dtype, name=name)(x_BLD)
+            nn.Dense(self.width or 2 * channels, dtype=self.dtype, name=name)(x_BLD)
             for name in ("gate", "value")
         )
         hidden = on_batch(ACTIVATIONS[self.activation](gate) * value, "mlp")
-        return nn.Dense(features, dtype=self.dtype, name="out")(hidden)
+        return nn.Dense(channels, dtype=self.dtype, name="out")(hidden)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; returns (output, None), the form that `nn.scan` wants.
-
-    Attributes:
-      heads, qv_bias: see `Attention`.
-      mlp_width, activation: see `MLP`.
-      gated: takes `GatedMLP`.
-      epsilon: of both norms.
-      dtype: computation dtype.
-    """
+    """Pre-norm transformer block; returns (output, None), the form that `nn.scan` wants."""
 
     heads: int
     mlp_width: int = 0
@@ -188,3 +148,26 @@ class Block(nn.Module):
             self.mlp_width, self.activation, self.dtype, name="mlp"
         )
         return on_batch(x_BLD + mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x_BLD))), None
+
+
+def stack(block: type[nn.Module], depth: int, remat: str = "none", **scan: Any) -> Callable:
+    """Repeat a block as one scanned module, so that compile time does not grow with depth.
+
+    Each parameter gets a leading layer axis. The backward pass recomputes "none", the whole
+    "block", or everything except the results of matrix products with parameters ("dots").
+    """
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=_SAVED[remat])
+    axes, rngs = {"params": 0}, {"params": True}
+    return nn.scan(block, variable_axes=axes, split_rngs=rngs, length=depth, **scan)
+
+
+def transformer(
+    x_BLD: jax.Array, depth: int, remat: bool = False, unroll: int = 1, **fields: Any
+) -> jax.Array:
+    """Apply `depth` blocks with the fields of `Block`, as the child "blocks" of a compact method.
+
+    `unroll` is blocks per iteration of the compiled loop; the parameters do not depend on it.
+    """
+    blocks = stack(Block, depth, "block" if remat else "none", unroll=unroll)
+    return blocks(**fields, name="blocks")(on_batch(x_BLD))[0]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from tokenflow_jax.parallel.placement import on_batch
 
-# Convolutions per stage of VGG16: (channels, how many). A stage ends where LPIPS looks at it, and a
-# 2 x 2 max pool stands between two stages.
+# VGG16's stages: (channels, convolutions). LPIPS reads the end of each stage; a 2 x 2 max pool
+# stands between two stages.
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
@@ -18,25 +18,13 @@ _LEAST_SIZE = 2 ** (len(STAGES) - 1)
 
 
 def lpips_template() -> dict[str, Any]:
-    """Shapes of the parameters of `LPIPS`, as a nested dict of jax.ShapeDtypeStruct."""
-    tree, inputs, i = {}, 3, 0
-    for stage, (channels, count) in enumerate(STAGES):
-        for _ in range(count):
-            tree[f"conv_{i}"] = {
-                "kernel": jax.ShapeDtypeStruct((3, 3, inputs, channels), jnp.float32),
-                "bias": jax.ShapeDtypeStruct((channels,), jnp.float32),
-            }
-            inputs, i = channels, i + 1
-        tree[f"head_{stage}"] = jax.ShapeDtypeStruct((channels,), jnp.float32)
-    return tree
-
-
-def _max_pool(x_BHWC: jax.Array) -> jax.Array:
-    return nn.max_pool(x_BHWC, (2, 2), strides=(2, 2))
+    """Return the shapes of the parameters of `LPIPS`, a nested dict of jax.ShapeDtypeStruct."""
+    image = jnp.zeros((1, _LEAST_SIZE, _LEAST_SIZE, 3))
+    return jax.eval_shape(lambda: LPIPS().init(jax.random.key(0), image, image))["params"]
 
 
 def _unit(features_BHWC: jax.Array) -> jax.Array:
-    """Scales each cell's channels to length one, in float32; cells of zeros stay zero."""
+    """Scale each cell's channels to length one, in float32; cells of zeros stay zero."""
     x = features_BHWC.astype(jnp.float32)
     square = jnp.square(x).sum(-1, keepdims=True)
     # The inner where keeps the gradient of the root finite where all channels are zero.
@@ -45,16 +33,13 @@ def _unit(features_BHWC: jax.Array) -> jax.Array:
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance with a VGG16 trunk; its weights are meant to stay frozen.
+    """The learned perceptual distance with a VGG16 trunk; its weights are meant to stay frozen.
 
-    Each image goes through the trunk by itself, so with `jax.lax.stop_gradient` around one image
-    (or none of its own) nothing is kept for a backward pass through it.
-
-    Attributes:
-      dtype: of the convolutions; norms, differences and sums are float32.
+    Each image goes through the trunk by itself, so that with `jax.lax.stop_gradient` around one
+    image nothing is kept for a backward pass through it.
     """
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.float32  # of the convolutions; everything else is float32
 
     def setup(self):
         widths = [channels for channels, count in STAGES for _ in range(count)]
@@ -66,7 +51,7 @@ class LPIPS(nn.Module):
         ]
 
     def features(self, images_BHWC: jax.Array) -> list[jax.Array]:
-        """Returns the trunk's outputs after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+        """Return the trunk's outputs after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
         size = images_BHWC.shape[1:3]
         if min(size) < _LEAST_SIZE:
             raise ValueError(
@@ -77,7 +62,7 @@ class LPIPS(nn.Module):
         x = x.astype(self.dtype)
         outputs, i = [], 0
         for stage, (_, count) in enumerate(STAGES):
-            x = _max_pool(x) if stage else x
+            x = nn.max_pool(x, (2, 2), strides=(2, 2)) if stage else x
             for _ in range(count):
                 x = on_batch(nn.relu(getattr(self, f"conv_{i}")(x)))
                 i += 1
@@ -87,14 +72,13 @@ class LPIPS(nn.Module):
     def layer_distances(
         self, x_BHWC: jax.Array, y_BHWC: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """The five parts that the distance adds up from, (5, B) float32; see `__call__`."""
+        """Return the five terms of the distance, (5, B) float32; see `__call__`."""
         parts = []
         for i, (x, y) in enumerate(zip(self.features(x_BHWC), self.features(y_BHWC), strict=True)):
             difference = jnp.square(_unit(x) - _unit(y))
             if dropout_rng is not None:
-                keep = jax.random.bernoulli(
-                    jax.random.fold_in(dropout_rng, i), 1 - _DROPOUT, difference.shape
-                )
+                key = jax.random.fold_in(dropout_rng, i)
+                keep = jax.random.bernoulli(key, 1 - _DROPOUT, difference.shape)
                 difference = jnp.where(keep, difference / (1 - _DROPOUT), 0.0)
             # The mean over cells first: the head is linear, so nothing of full size is multiplied.
             parts.append(difference.mean((1, 2)) @ self.heads[i].astype(jnp.float32))
@@ -103,14 +87,11 @@ class LPIPS(nn.Module):
     def __call__(
         self, x_BHWC: jax.Array, y_BHWC: jax.Array, dropout_rng: jax.Array | None = None
     ) -> jax.Array:
-        """Distances between images.
+        """Compute distances between images, (B,) float32: 0 for equal ones, never negative.
 
         Args:
           x_BHWC, y_BHWC: images in [-1, 1], at least 16 px wide.
-          dropout_rng: a key restores the dropout of one half before the channel weights that the
-            original leaves on in training by accident; None, as LPIPS is meant, has none.
-
-        Returns:
-          (B,) float32, not negative; 0 for equal images.
+          dropout_rng: brings back the dropout before the channel weights that the original leaves
+            on in training by accident; None is LPIPS as it is meant.
         """
         return self.layer_distances(x_BHWC, y_BHWC, dropout_rng).sum(0)

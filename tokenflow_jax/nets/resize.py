@@ -17,20 +17,10 @@ _CUBIC_A = -0.75  # PyTorch's cubic coefficient (PIL and jax.image use -0.5)
 
 @functools.cache
 def area_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Returns the (size_out, size_in) matrix of adaptive average pooling.
-
-    Output cell i averages the inputs from floor(i n / m) up to ceil((i + 1) n / m), so cells
-    overlap when the sizes do not divide.
-
-    Args:
-      size_in: number of input cells, n.
-      size_out: number of output cells, m.
-
-    Returns:
-      A float32 matrix whose rows sum to one.
-    """
+    """Return the float32 (size_out, size_in) matrix of adaptive average pooling."""
     matrix = np.zeros((size_out, size_in))
     for i in range(size_out):
+        # Cells from floor(i n / m) up to ceil((i + 1) n / m): they overlap unless m divides n.
         start = i * size_in // size_out
         stop = -(-(i + 1) * size_in // size_out)
         matrix[i, start:stop] = 1 / (stop - start)
@@ -49,26 +39,18 @@ def _cubic(x: float) -> float:
 
 @functools.cache
 def bicubic_matrix(size_in: int, size_out: int, scale: float | None = None) -> np.ndarray:
-    """Returns the (size_out, size_in) matrix of bicubic interpolation without antialiasing.
+    """Return the float32 (size_out, size_in) matrix of bicubic interpolation, not antialiased.
 
-    Half-pixel centres, edge cells repeated.
-
-    Args:
-      size_in: number of input cells.
-      size_out: number of output cells.
-      scale: output cells per input cell; size_out / size_in unless given. PyTorch samples with the
-        `scale_factor` it was called with, which the reference chooses slightly off (see `vit`).
-
-    Returns:
-      A float32 matrix whose rows sum to one.
+    Centers are half pixels and edge cells repeat. `scale` is output cells per input cell, size_out
+    / size_in by default; PyTorch samples with the `scale_factor` that it is called with.
     """
     step = 1 / scale if scale else size_in / size_out
     matrix = np.zeros((size_out, size_in))
     for i in range(size_out):
-        centre = (i + 0.5) * step - 0.5
-        base = math.floor(centre)
+        center = (i + 0.5) * step - 0.5
+        base = math.floor(center)
         for tap in range(base - 1, base + 3):
-            matrix[i, min(max(tap, 0), size_in - 1)] += _cubic(centre - tap)
+            matrix[i, min(max(tap, 0), size_in - 1)] += _cubic(center - tap)
     return matrix.astype(np.float32)
 
 
@@ -78,22 +60,16 @@ def _apply(matrix: np.ndarray, maps_BHWC: jax.Array) -> jax.Array:
 
 
 def area_resize(maps_BHWC: jax.Array, size: int) -> jax.Array:
-    """Resizes square maps (B, n, n, C) to (B, size, size, C) by adaptive average pooling."""
+    """Resize square maps (B, n, n, C) to (B, size, size, C) by adaptive average pooling."""
     if maps_BHWC.shape[1] == size:
         return maps_BHWC
     return _apply(area_matrix(maps_BHWC.shape[1], size), maps_BHWC)
 
 
 def bicubic_resize(maps_BHWC: jax.Array, size: int, scale: float | None = None) -> jax.Array:
-    """Resizes square maps (B, n, n, C) to (B, size, size, C) bicubically, as PyTorch does.
+    """Resize square maps (B, n, n, C) to (B, size, size, C), which may overshoot their range.
 
-    Args:
-      maps_BHWC: square maps.
-      size: side of the result.
-      scale: see `bicubic_matrix`.
-
-    Returns:
-      The resized maps, in the dtype of the input; values may overshoot the input's range.
+    For `scale` see `bicubic_matrix`.
     """
     if maps_BHWC.shape[1] == size and scale is None:
         return maps_BHWC

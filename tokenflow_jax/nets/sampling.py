@@ -1,4 +1,4 @@
-"""Filters of a distribution over codes, with the reference's rules for ties, and draws from it."""
+"""Top-k and top-p filters with the reference's rules for ties, and draws from what they leave."""
 
 from typing import NamedTuple
 
@@ -9,33 +9,22 @@ import jax.numpy as jnp
 class Survivors(NamedTuple):
     """What the filters leave of each row of V logits; of equal values across a cut, the first ones.
 
-    Attributes:
-      values_k: (..., k), the k largest logits, largest first.
-      indices_k: int32 (..., k), where they are.
-      kept_1: int32 (..., 1), how many of them survive.
-      beyond_1: int32 (..., 1), how many more entries survive; they equal the last of `values_k`.
+    The counts are int32 (..., 1).
     """
 
-    values_k: jax.Array
-    indices_k: jax.Array
-    kept_1: jax.Array
-    beyond_1: jax.Array
+    values_k: jax.Array  # the k largest logits, largest first
+    indices_k: jax.Array  # where they are, int32
+    kept_1: jax.Array  # how many of them survive
+    beyond_1: jax.Array  # how many more entries survive; they equal the last of `values_k`
 
 
 def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivors:
-    """Applies the top-k and then the top-p filter.
+    """Apply the top-k and then the top-p filter to logits (..., V).
 
     Top-k keeps everything not below the k-th largest value, so that ties can leave more than k.
-    Top-p sorts the rest in ascending order and removes while the running sum of its renormalised
-    probabilities is at most 1 - p, equality included; the largest value always stays.
-
-    Args:
-      logits: (..., V); minus infinity is a probability of zero.
-      top_k: how many; 0 is off, and so is V or more.
-      top_p: the probability to keep; 0 is off, and so is 1 or more.
-
-    Raises:
-      ValueError: a negative top_k or top_p.
+    Top-p sorts the rest in ascending order and removes while the running sum of its renormalized
+    probabilities is at most 1 - p, equality included; the largest value always stays. Zero switches
+    a filter off.
     """
     problems = [f"top_k={top_k} is negative; 0 turns it off"] if top_k < 0 else []
     if not top_p >= 0:
@@ -62,39 +51,23 @@ def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivor
 
 
 def _largest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` that stays one: without barriers XLA sorts whole rows on a CPU, which takes
-    twenty times as long. (One barrier for both results crashes it where a mesh is in use.)
-    """
+    # Without barriers XLA turns this into a sort of whole rows on a CPU, twenty times as slow. (One
+    # barrier for both results crashes it where a mesh is in use.)
     values_k, indices_k = jax.lax.top_k(logits, count)
     return jax.lax.optimization_barrier(values_k), jax.lax.optimization_barrier(indices_k)
 
 
-def keep_likely(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
-    """Which entries survive the filters, bool (..., V); see `survivors`."""
-    values_k, _, kept_1, beyond_1 = survivors(logits, top_k, top_p)
-    cut_1 = jnp.take_along_axis(values_k, kept_1 - 1, axis=-1)
-    above_1 = jnp.sum(logits > cut_1, axis=-1, keepdims=True)
-    equal = logits == cut_1
-    rank = jnp.cumsum(equal, axis=-1)
-    return (logits > cut_1) | (equal & (rank <= kept_1 + beyond_1 - above_1))
-
-
 def draw(keys_B: jax.Array, logits_BLV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:
-    """Draws one entry per position from the softmax of what survives the filters.
+    """Draw an int32 entry per position (B, L) from the softmax of what survives the filters.
 
-    Args:
-      keys_B: one key per row, so that a row's draws do not depend on what else is in the batch.
-      logits_BLV: scores.
-      top_k, top_p: see `survivors`.
-
-    Returns:
-      int32 (B, L).
+    Each row has a key of its own, so that its draws do not depend on the rest of the batch.
     """
     values_BLk, indices_BLk, kept_BL1, beyond_BL1 = survivors(logits_BLV, top_k, top_p)
     count = values_BLk.shape[-1]
     keys_B2 = jax.vmap(jax.random.split)(keys_B)
     # All ties beyond k are one more entry, of the weight of all of them.
-    ties_BL1 = values_BLk[..., -1:] + jnp.log(beyond_BL1.astype(jnp.float32))
+    least_BL1 = values_BLk[..., -1:]
+    ties_BL1 = least_BL1 + jnp.log(beyond_BL1.astype(jnp.float32))
     first_BLk = jnp.where(jnp.arange(count) < kept_BL1, values_BLk, -jnp.inf)
     choices_BLn = jnp.concatenate([first_BLk, ties_BL1], axis=-1)
     choice_BL = jax.vmap(jax.random.categorical)(keys_B2[:, 0], choices_BLn)
@@ -102,10 +75,9 @@ def draw(keys_B: jax.Array, logits_BLV: jax.Array, top_k: int = 0, top_p: float 
     drawn_BL = jnp.take_along_axis(indices_BLk, place_BL1, axis=-1)[..., 0]
 
     def among_ties(drawn_BL: jax.Array) -> jax.Array:
-        """Which of the ties: those among the k come first in the row, as top-k is stable."""
+        # The ties among the k come first in the row, as top-k is stable.
         beyond_BL = jnp.maximum(beyond_BL1[..., 0], 1)
         pick = jax.vmap(lambda key, most: jax.random.randint(key, most.shape, 0, most))
-        least_BL1 = values_BLk[..., -1:]
         known_BL = jnp.sum(values_BLk == least_BL1, axis=-1)
         rank_BL = known_BL + 1 + pick(keys_B2[:, 1], beyond_BL)
         ranks_BLV = jnp.cumsum(logits_BLV == least_BL1, axis=-1)

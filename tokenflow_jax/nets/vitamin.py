@@ -6,7 +6,7 @@
     transformer with gated MLPs           256 tokens, no positions, no final norm
 
 The convolutions tell the transformer where it is, so it has no position embeddings and takes any
-size. Norms are LayerNorm over channels, eps 1e-6; activations are exact GELU.
+size.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenflow_jax.nets import layers
-from tokenflow_jax.nets.vit import transformer
+from tokenflow_jax.nets.layers import conv3x3, exact_gelu, layer_norm, transformer
 from tokenflow_jax.parallel.placement import on_batch
 
 _EPSILON = 1e-6
@@ -24,26 +23,17 @@ _EPSILON = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class ViTaminConfig:
-    """Hyper-parameters of ViTamin; the defaults are ViTamin-XL at 256 px.
-
-    Attributes:
-      image_size: side in pixels.
-      stem_width: channels of the stem.
-      stage_widths, stage_depths: channels and blocks of the convolutional stages.
-      width, depth, heads: of the transformer.
-      mlp_width: of gate and value in its MLPs; 0 takes twice the width.
-      expansion: of the bottlenecks' hidden channels over their output channels.
-    """
+    """Hyper-parameters of ViTamin; the defaults are ViTamin-XL at 256 px."""
 
     image_size: int = 256
     stem_width: int = 192
     stage_widths: tuple[int, ...] = (192, 384)
     stage_depths: tuple[int, ...] = (2, 4)
-    width: int = 1152
+    width: int = 1152  # of the transformer, like the next three
     depth: int = 32
     heads: int = 16
-    mlp_width: int = 0
-    expansion: int = 4
+    mlp_width: int = 0  # of gate and value; 0: twice the width
+    expansion: int = 4  # hidden channels of a bottleneck per output channel
 
     def __post_init__(self):
         object.__setattr__(self, "stage_widths", tuple(self.stage_widths))
@@ -56,8 +46,8 @@ class ViTaminConfig:
             )
         if self.image_size % self.patch_size:
             problems.append(
-                f"image_size {self.image_size} is not a multiple of {self.patch_size}, which the "
-                "stages make of one token"
+                f"image_size {self.image_size} is not a multiple of {self.patch_size}, the side "
+                "in pixels that the stages turn into one token"
             )
         if self.width % self.heads:
             problems.append(f"width {self.width} is not a multiple of heads {self.heads}")
@@ -75,31 +65,11 @@ class ViTaminConfig:
         return self.image_size // self.patch_size
 
 
-def _conv(features: int, stride: int, dtype: jnp.dtype, name: str, groups: int = 1) -> nn.Conv:
-    """A 3x3 convolution, padded by one on every side whatever the stride."""
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=1,
-        feature_group_count=groups,
-        dtype=dtype,
-        name=name,
-    )
-
-
 class Bottleneck(nn.Module):
-    """norm, widen, depthwise 3x3, narrow, beside a shortcut.
-
-    Attributes:
-      features: output channels.
-      stride: 2 halves the resolution; the shortcut then averages and, if channels change, projects.
-      expansion: hidden channels per output channel.
-      dtype: computation dtype.
-    """
+    """norm, widen, depthwise 3x3, narrow, beside a shortcut."""
 
     features: int
-    stride: int = 1
+    stride: int = 1  # 2 halves the resolution
     expansion: int = 4
     dtype: jnp.dtype = jnp.float32
 
@@ -107,40 +77,29 @@ class Bottleneck(nn.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         hidden, shortcut = self.features * self.expansion, x_BHWC
         if self.stride == 2:
-            # Padding is left out of the average.
-            shortcut = nn.avg_pool(
-                x_BHWC, (3, 3), (2, 2), ((1, 1), (1, 1)), count_include_pad=False
-            )
+            pad = ((1, 1), (1, 1))  # left out of the average
+            shortcut = nn.avg_pool(x_BHWC, (3, 3), (2, 2), pad, count_include_pad=False)
             if x_BHWC.shape[-1] != self.features:
                 shortcut = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(shortcut)
-        h = layers.layer_norm(_EPSILON, self.dtype, "norm")(x_BHWC)
-        h = layers.exact_gelu(nn.Dense(hidden, dtype=self.dtype, name="widen")(h))
-        h = layers.exact_gelu(_conv(hidden, self.stride, self.dtype, "depthwise", hidden)(h))
+        h = layer_norm(_EPSILON, self.dtype, "norm")(x_BHWC)
+        h = exact_gelu(nn.Dense(hidden, dtype=self.dtype, name="widen")(h))
+        h = exact_gelu(conv3x3(hidden, self.dtype, "depthwise", self.stride, hidden)(h))
         return on_batch(shortcut + nn.Dense(self.features, dtype=self.dtype, name="narrow")(h))
 
 
 class ViTamin(nn.Module):
-    """The image encoder, returning the transformer's tokens as they leave the last block.
-
-    Attributes:
-      config: hyper-parameters.
-      dtype: computation dtype; parameters are float32.
-      remat: recompute blocks in the backward pass.
-    """
+    """The image encoder, returning the transformer's tokens as they leave the last block."""
 
     config: ViTaminConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    dtype: jnp.dtype = jnp.float32  # of the computation; parameters are float32
+    remat: bool = False  # recompute blocks in the backward pass
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Encodes images.
+        """Encode images as tokens (B, (H / patch)**2, width), row by row.
 
         Args:
-          images_BHWC: (B, H, H, 3) with CLIP's normalisation; H a multiple of config.patch_size.
-
-        Returns:
-          Tokens (B, (H / patch)**2, width), row by row.
+          images_BHWC: (B, H, H, 3) with CLIP's normalization; H a multiple of config.patch_size.
         """
         cfg = self.config
         batch, height, width, _ = images_BHWC.shape
@@ -149,25 +108,24 @@ class ViTamin(nn.Module):
                 f"images of {height} x {width} pixels: the encoder takes square images whose side "
                 f"is a multiple of {cfg.patch_size}"
             )
-        h = _conv(cfg.stem_width, 2, self.dtype, "stem_conv1")(images_BHWC)
-        h = layers.exact_gelu(layers.layer_norm(_EPSILON, self.dtype, "stem_norm")(h))
-        h = _conv(cfg.stem_width, 1, self.dtype, "stem_conv2")(h)
+        h = conv3x3(cfg.stem_width, self.dtype, "stem_conv1", stride=2)(images_BHWC)
+        h = exact_gelu(layer_norm(_EPSILON, self.dtype, "stem_norm")(h))
+        h = conv3x3(cfg.stem_width, self.dtype, "stem_conv2")(h)
         block = nn.remat(Bottleneck) if self.remat else Bottleneck
         for i, (features, depth) in enumerate(zip(cfg.stage_widths, cfg.stage_depths, strict=True)):
             for j in range(depth):
                 stride = 2 if j == 0 else 1
                 name = f"stage_{i}_block_{j}"
                 h = block(features, stride, cfg.expansion, self.dtype, name=name)(h)
-        h = layers.layer_norm(_EPSILON, self.dtype, "pool_norm")(h)
-        tokens = _conv(cfg.width, 2, self.dtype, "pool_conv")(h).reshape(batch, -1, cfg.width)
+        h = layer_norm(_EPSILON, self.dtype, "pool_norm")(h)
+        h = conv3x3(cfg.width, self.dtype, "pool_conv", stride=2)(h)
         return transformer(
-            tokens,
-            depth=cfg.depth,
+            h.reshape(batch, -1, cfg.width),
+            cfg.depth,
+            self.remat,
             heads=cfg.heads,
-            activation="gelu",
             epsilon=_EPSILON,
             mlp_width=cfg.mlp_width,
             gated=True,
             dtype=self.dtype,
-            remat=self.remat,
         )

@@ -1,4 +1,4 @@
-"""Accelerators as their makers publish them, and how a topology is written."""
+"""Accelerators as their makers publish them, and topologies such as "v5p:4x4x4"."""
 
 import math
 import re
@@ -6,23 +6,14 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """One kind of accelerator; figures are per chip.
+    """One kind of accelerator; figures are per chip."""
 
-    Attributes:
-      name: as in a topology, "v5p".
-      tflops: peak dense bfloat16, 1e12 operations per second.
-      memory_gb: high-bandwidth memory, 1e9 bytes (vendors' GB; TPUs: 2**30).
-      bandwidth_gbs: of that memory, 1e9 bytes per second.
-      tpu: whether it is a TPU, which can be compiled for without having one.
-      devices: JAX devices per chip.
-    """
-
-    name: str
-    tflops: float
-    memory_gb: float
-    bandwidth_gbs: float
-    tpu: bool = True
-    devices: int = 1
+    name: str  # as in a topology
+    tflops: float  # peak dense bfloat16, 1e12 operations per second
+    memory_gb: float  # high-bandwidth memory, in vendors' GB (TPUs: 2**30 bytes)
+    bandwidth_gbs: float  # of that memory, 1e9 bytes per second
+    tpu: bool = True  # TPUs can be compiled for without having one
+    devices: int = 1  # JAX devices per chip
 
     @property
     def memory_bytes(self) -> int:
@@ -48,26 +39,20 @@ CHIPS: dict[str, Chip] = {
 
 
 class Topology(NamedTuple):
-    """So many chips of a kind, in so many slices.
-
-    Attributes:
-      chip: the kind.
-      shape: chips along each side of one slice, "4x4x4".
-      slices: slices of that shape.
-    """
+    """Chips of one kind, in slices of the same shape."""
 
     chip: Chip
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # chips along each side of one slice
     slices: int = 1
 
     @property
     def chips(self) -> int:
-        """Chips in all."""
+        """Number of chips."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """JAX devices in all."""
+        """Number of JAX devices."""
         return self.chips * self.chip.devices
 
     def __str__(self) -> str:
@@ -76,11 +61,7 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads "v5p:4x4x4", "v6e:16x16", "2*v5e:16x16" (two slices) or "h100:64".
-
-    Raises:
-      ValueError: another form or an unknown chip; names both.
-    """
+    """Parse "v5p:4x4x4", "v6e:16x16", "2*v5e:16x16" (two slices) or "h100:64"."""
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", text)
     if match is None or match[2] not in CHIPS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a program costs before it runs: operations, memory held at once, bytes between devices."""
+"""Costs of a program before it runs: operations, memory held at once, bytes between devices."""
 
 import collections
 import math
@@ -14,13 +14,10 @@ _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
 
 def flops(jaxpr: jex_core.Jaxpr) -> float:
-    """Operations of all matrix products and convolutions of a program, over all devices.
+    """Count the operations of all matrix products and convolutions, over all devices.
 
-    Counted on the traced program, so recomputation counts, and a scan's body as often as it runs
+    The traced program is counted, so recomputation counts, and a scan's body as often as it runs
     (XLA's own count takes it once). A multiplication and an addition are two.
-
-    Args:
-      jaxpr: of `jax.make_jaxpr(function)(*arguments).jaxpr`.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -31,7 +28,11 @@ def flops(jaxpr: jex_core.Jaxpr) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
         elif name == "conv_general_dilated":
-            total += _convolution(equation)
+            # Each output cell is a product with the kernel; zeros put between inputs are no work.
+            kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
+            depth = kernel[spec[1]] * math.prod(kernel[axis] for axis in spec[2:])
+            work = 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            total += work / math.prod(params["lhs_dilation"])
         elif name == "scan":
             total += params["length"] * flops(params["jaxpr"].jaxpr)
         elif name == "cond":
@@ -43,39 +44,24 @@ def flops(jaxpr: jex_core.Jaxpr) -> float:
     return total
 
 
-def _convolution(equation: jex_core.JaxprEqn) -> float:
-    """Each output cell is a product with the kernel; zeros put between inputs are no work."""
-    params = equation.params
-    kernel = equation.invars[1].aval.shape
-    numbers = params["dimension_numbers"].rhs_spec
-    depth = kernel[numbers[1]] * math.prod(kernel[axis] for axis in numbers[2:])
-    work = 2 * math.prod(equation.outvars[0].aval.shape) * depth
-    return work / math.prod(params["lhs_dilation"])
-
-
 def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[jex_core.Jaxpr]:
-    for name in _INNER:
-        inner = params.get(name)
-        if inner is not None:
-            yield inner.jaxpr if isinstance(inner, jex_core.ClosedJaxpr) else inner
-            return
+    inner = next((params[name] for name in _INNER if params.get(name) is not None), None)
+    if inner is not None:
+        yield inner.jaxpr if isinstance(inner, jex_core.ClosedJaxpr) else inner
 
 
 def live_bytes(jaxpr: jex_core.Jaxpr) -> float:
-    """Bytes of the intermediate values alive at once, if nothing were fused: an upper estimate.
+    """Estimate from above the bytes of intermediate values alive at once, as if nothing were fused.
 
-    Args:
-      jaxpr: see `flops`; its arguments and results do not count.
+    Arguments and results do not count.
     """
-    last: dict[Any, int] = {}
-    for i, equation in enumerate(jaxpr.eqns):
-        for var in equation.invars:
-            if isinstance(var, jex_core.Var):
-                last[var] = i
+    last = {  # the last equation that reads a variable
+        var: i
+        for i, equation in enumerate(jaxpr.eqns)
+        for var in equation.invars
+        if isinstance(var, jex_core.Var)
+    }
     results = {var for var in jaxpr.outvars if isinstance(var, jex_core.Var)}
-    dying = collections.defaultdict(list)
-    for var, i in last.items():
-        dying[i].append(var)
     alive: dict[Any, int] = {}
     now = peak = 0.0
     for i, equation in enumerate(jaxpr.eqns):
@@ -88,8 +74,8 @@ def live_bytes(jaxpr: jex_core.Jaxpr) -> float:
                 alive[var] = _nbytes(var.aval)
                 now += alive[var]
         peak = max(peak, now)
-        for var in dying[i]:
-            now -= alive.pop(var, 0)
+        dying = [var for var in alive if last[var] == i]
+        now -= sum(alive.pop(var) for var in dying)
     return peak
 
 
@@ -100,7 +86,7 @@ def _nbytes(aval: Any) -> int:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes per device of shapes that carry a sharding."""
+    """Return the bytes per device of shapes that carry a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -119,27 +105,23 @@ _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """How often each kind of collective runs in a compiled program, and the bytes of its results.
+    """Count the collectives of a compiled program: kind -> (times, bytes of results per device).
 
-    Args:
-      hlo: `compiled.as_text()`; a loop counts as often as its condition's constant says. A gather
-        that the compiler writes as the sum of parts padded with zeros is an all-reduce here, too.
-
-    Returns:
-      kind -> (times, bytes per device).
+    `hlo` is `compiled.as_text()`. A loop counts as often as its condition's constant says. A gather
+    that the compiler writes as the sum of parts padded with zeros is an all-reduce here, too.
     """
     bodies, entry = _computations(hlo)
     totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def visit(name: str, times: int, fused: set[str] | None = None) -> None:
-        """Adds up a computation; `fused` are the channels met in fusions of its caller."""
+        """Add up a computation; `fused` are the channels met in fusions of its caller."""
         own: set[str] = set()
         for line in bodies.get(name, ()):
             found = _COLLECTIVE.search(line)
             if found:
                 channel = _CHANNEL.search(line)
                 if fused is not None and channel:
-                    # One that runs beside other work stands in all fusions that it runs beside.
+                    # One that overlaps other work appears in every fusion that it overlaps.
                     if channel[1] in fused:
                         continue
                     fused.add(channel[1])
@@ -167,7 +149,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the entry."""
+    """Return the lines of each computation, and the name of the entry."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
     for line in hlo.splitlines():

@@ -1,11 +1,11 @@
-"""Several processes that work together: finding each other, and losing one.
+"""Several processes that work together: finding each other, and noticing when one is lost.
 
 `start` is called once, before the first use of a device. On TPU pods, under `srun` and in GKE it
-needs to be told nothing; elsewhere --coordinator, --num_processes and --process_id say who is who.
+needs no flags; elsewhere --coordinator, --num_processes and --process_id identify the processes.
 
-A process that dies takes the others' collectives with it: they would wait for ever. JAX's
-coordination service notices within HEARTBEAT_SECONDS and then aborts every process, with a page of
-C++ on stderr. A shell that waits for the end of this process adds what it means and what to do.
+When a process dies the others' collectives would block forever. JAX's coordination service notices
+within HEARTBEAT_SECONDS and then aborts every process, with a page of C++ on stderr. A shell that
+watches for the end of this process adds what it means and what to do.
 """
 
 import atexit
@@ -21,39 +21,30 @@ from absl import flags
 
 HEARTBEAT_SECONDS = 30
 _REMEDY = (
-    "Nothing that was saved is lost. Start the same command again on all machines, on fewer ones "
-    "too: it continues from the last complete checkpoint of its workdir."
+    "All saved checkpoints are intact. Start the same command again on all machines, or on fewer: "
+    "it continues from the last complete checkpoint of its workdir."
 )
-# Prints its argument unless a line arrives before the end of its input. Signals to the whole
-# process group are not for it.
+# Prints its argument unless a line arrives before the end of its input. It ignores signals to the
+# whole process group.
 _WATCH = 'trap "" HUP INT TERM; read -r line || printf "%s\\n" "$1" >&2'
 _watcher: subprocess.Popen | None = None
 
 
 def define_flags() -> None:
-    """Defines --distributed, --coordinator, --num_processes and --process_id."""
+    """Define --distributed, --coordinator, --num_processes and --process_id."""
     flags.DEFINE_bool(
         "distributed",
         None,
-        "Several processes work together; by default whatever the machine looks like: a TPU pod, "
-        "srun and GKE are recognised. --nodistributed forbids it.",
+        "Run as one of several processes; by default detected: a TPU pod, srun and GKE are "
+        "recognized. --nodistributed turns it off.",
     )
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where nothing else tells the processes."
-    )
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.", 1)
-    flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", 0)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not detected.")
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: the number of processes.", 1)
+    flags.DEFINE_integer("process_id", None, "With --coordinator: this process's index.", 0)
 
 
 def start(values: Any) -> None:
-    """Makes this process one of several, if it is.
-
-    Args:
-      values: `flags.FLAGS` with the flags of `define_flags`.
-
-    Raises:
-      ValueError: flags that contradict each other, or no other processes where they are demanded.
-    """
+    """Connect this process to the others, if the flags or the machine ask for it."""
     given = {
         "coordinator_address": values.coordinator,
         "num_processes": values.num_processes,
@@ -67,12 +58,10 @@ def start(values: Any) -> None:
         )
     if values.distributed is False and not lacking:
         raise ValueError("--nodistributed contradicts --coordinator; drop one of them")
-    wanted = values.distributed or not lacking
-    if values.distributed is None and lacking:
-        wanted = cluster(os.environ) is not None
-    if not wanted:
+    detect = values.distributed is None and lacking
+    if values.distributed is False or (detect and cluster(os.environ) is None):
         return
-    import jax  # here, so that wrong flags are told at once
+    import jax  # here, so that wrong flags are reported at once
 
     try:
         jax.distributed.initialize(
@@ -80,23 +69,20 @@ def start(values: Any) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the processes of this run did not find each other ({error}); say who they are with "
-            "--coordinator=HOST:PORT --num_processes=N --process_id=I, or --nodistributed if this "
-            "machine works alone"
+            f"the processes of this run did not find each other ({error}); identify them with "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I, or use --nodistributed if "
+            "this machine works alone"
         ) from error
     if jax.process_count() > 1:
         _watch()
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
-    """What kind of cluster this process was started in as one of several, if any.
-
-    Args:
-      environment: such as os.environ.
+    """Detect the cluster that started this process as one of several.
 
     Returns:
       "slurm" (a step of several tasks), "gke" (several TPU hosts, or an indexed job), "tpu" (a
-      Cloud TPU VM, of one host too: its preemption notices come this way), or None.
+      Cloud TPU VM, even of one host: its preemption notices come this way), or None.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_PROCID" in environment and tasks.isdigit() and int(tasks) > 1:
@@ -115,14 +101,9 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def leave(cause: str) -> None:
-    """Ends a process that failed alone among several, at once and with exit code 1.
-
-    The usual end of a process waits for the others, and these may wait for this one: without its
-    heartbeat they are told. In a run of one process this returns.
-
-    Args:
-      cause: what happened here.
-    """
+    """End a process that failed alone among several with exit code 1; a lone process returns."""
+    # At once: a normal exit waits for the others, and these may wait for this one. They notice that
+    # its heartbeat is gone.
     import jax
 
     if jax.process_count() == 1:
@@ -140,12 +121,12 @@ def _name() -> str:
 
 
 def _watch() -> None:
-    """Has a shell print a line if this process ends without `_dismiss`, however that happens."""
+    """Start a shell that prints a line if this process ends, in any way, without `_dismiss`."""
     global _watcher
     text = (
-        f"{_name()} has ended before its time. If the lines above speak of heartbeats, the "
-        f"coordination service or unhealthy tasks, another process was lost (killed, out of "
-        f"memory, preempted), and its own log tells why. {_REMEDY}"
+        f"{_name()} ended unexpectedly. If the lines above mention heartbeats, the coordination "
+        "service or unhealthy tasks, another process was lost (killed, out of memory, preempted): "
+        f"see its own log. {_REMEDY}"
     )
     command = ["sh", "-c", _WATCH, "sh", text]
     _watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

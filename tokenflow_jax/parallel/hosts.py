@@ -12,22 +12,14 @@ PyTree = Any
 _GATHERED_BYTES = 64 * 2**20
 
 
-def _local_shardings() -> tuple[NamedSharding, NamedSharding]:
-    """Over this process's devices: whole copies, and a split leading axis."""
+def _local_sharding(*axes: str) -> NamedSharding:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def to_local_devices(tree: PyTree) -> PyTree:
-    """Copies weights to each of this process's devices.
-
-    Args:
-      tree: NumPy arrays, or jax arrays that are whole on every device.
-
-    Returns:
-      The same tree of jax arrays of this process alone; nothing is copied that is there already.
-    """
-    whole, _ = _local_shardings()
+    """Copy NumPy arrays, or jax arrays that are whole on every device, to all local devices."""
+    whole = _local_sharding()
 
     def place(array):
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -38,22 +30,14 @@ def to_local_devices(tree: PyTree) -> PyTree:
 
 
 def over_local_devices(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """Jits a function and splits its batch over this process's devices.
-
-    Args:
-      function: (weights, *arrays) -> arrays; all arrays have the batch as their leading axis.
-
-    Returns:
-      The compiled function, of weights of `to_local_devices` and of NumPy arrays. A batch that the
-      devices cannot share evenly is filled up with its last element, and cut again.
-    """
-    _, split = _local_shardings()
+    """Jit a function of (weights, *batches); the weights are those of `to_local_devices`."""
+    split = _local_sharding("batch")
     compiled = jax.jit(function)
 
     def call(weights: PyTree, *arrays: np.ndarray) -> PyTree:
         count = len(arrays[0])
         missing = -count % split.mesh.size
-        if missing:
+        if missing:  # pad with the last element, and cut the results again
             arrays = tuple(np.concatenate([x, np.repeat(x[-1:], missing, 0)]) for x in arrays)
         outputs = compiled(weights, *jax.device_put(arrays, split))
         return jax.tree.map(lambda x: x[:count], outputs) if missing else outputs
@@ -62,23 +46,15 @@ def over_local_devices(function: Callable[..., PyTree]) -> Callable[..., PyTree]
 
 
 def sum_over_processes(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Adds the arrays of all processes, in their own precision.
-
-    jax has no float64 unless it is switched on for everything, so the bytes are gathered, some at
-    a time, and added on the host. Every process must call this.
-
-    Args:
-      sums: NumPy arrays of the same shapes and dtypes on all processes.
-
-    Returns:
-      The sums, the same on all processes.
-    """
+    """Add the arrays of all processes in their own precision; every process must call this."""
     if jax.process_count() == 1:
         return dict(sums)
     return {name: _sum(np.asarray(array)) for name, array in sums.items()}
 
 
 def _sum(array: np.ndarray) -> np.ndarray:
+    # jax has no float64 unless it is switched on for everything, so the bytes are gathered, a part
+    # at a time, and added on the host.
     flat = np.ascontiguousarray(array).reshape(-1)
     step = max(1, _GATHERED_BYTES // (jax.process_count() * flat.itemsize))
     parts = []

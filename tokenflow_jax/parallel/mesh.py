@@ -1,23 +1,22 @@
-"""The device mesh, and the one table that says how everything lies on it.
+"""The device mesh, and the table of how everything is sharded over it.
 
 The mesh always has the four axes `slice`, `data`, `fsdp` and `tensor`, in this order, so that a
 sharding written for a pod also works on a laptop:
 
     slice    slices of a multi-slice job; only gradients cross the slow network between them
     data     copies of the model; a batch is split over slice, data and fsdp together
-    fsdp     parameters, their average and the optimiser's state are split; gathered where used
+    fsdp     parameters, their average and the optimizer's state are split; gathered where used
     tensor   hidden layers and the rows of the codebooks are split
 
-Models name the axes of their activations (`placement.on_batch`), `PARAMETER_AXES` names those
-of parameters, and `logical_axes` says which mesh axes a name stands for.
+Models name the axes of their activations (`placement.on_batch`), `PARAMETER_AXES` those of the
+parameters, and `logical_axes` maps the names to mesh axes.
 """
 
 import contextlib
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,11 +27,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 PyTree = Any
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
+# With Explicit axes the gradients of Linen's Dense and Conv fail.
 _AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # End of a parameter's path -> logical axes of its last dimensions (a scanned module's layers come
-# before them and stay whole). Optimiser state and averages end in their parameter's path. What no
+# before them and stay whole). Optimizer state and averages end in their parameter's path. What no
 # line matches is split over fsdp along its largest dimension that divides.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("(semantic|pixel)_codebook", ("codes", None)),
@@ -52,7 +52,7 @@ LEAST_SPLIT = 2**12
 
 
 def logical_axes(mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The table: which mesh axes a logical axis is split over, for `nn.logical_axis_rules`."""
+    """Return the mesh axes that each logical axis is split over, for `nn.logical_axis_rules`."""
     return (
         ("batch", BATCH_AXES),
         ("embed", ("fsdp",)),
@@ -66,20 +66,11 @@ def logical_axes(mesh: Mesh) -> tuple[tuple[str, tuple[str, ...]], ...]:
 def make_mesh(
     sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Arranges the devices in a (slice, data, fsdp, tensor) mesh.
+    """Arrange devices, by default all of all processes, in a (slice, data, fsdp, tensor) mesh.
 
     Args:
-      sizes: axis name -> number of devices along it; one size may be -1, "all that remain".
-        Missing axes have size 1, except `data`, which is -1 when no other axis is.
-      devices: the devices to use; all devices of all processes by default.
-
-    Returns:
-      A Mesh with Auto axis types (with Explicit ones, Linen's Dense and Conv gradients fail).
-
-    Raises:
-      ValueError: an unknown axis, a size that is not a positive integer or -1, more than one -1, or
-        sizes that do not multiply to the number of devices. Everything that is wrong with the sizes
-        is reported at once.
+      sizes: axis name -> number of devices along it; one may be -1, all that remain. Missing axes
+        have size 1, except `data`, which is -1 when no other axis is.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
@@ -87,18 +78,15 @@ def make_mesh(
 
 
 def make_abstract_mesh(sizes: Mapping[str, int] | None, count: int) -> jax.sharding.AbstractMesh:
-    """The mesh of `count` devices that nobody has; see `make_mesh`."""
+    """Return the mesh of `count` devices that need not exist; see `make_mesh`."""
     return jax.sharding.AbstractMesh(mesh_shape(sizes, count), AXES, axis_types=_AXIS_TYPES)
 
 
 def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
-    """The size of every axis of AXES for so many devices; see `make_mesh`."""
+    """Return the size of every axis of AXES for `count` devices; see `make_mesh`."""
     sizes = dict(sizes or {})
-    problems = [
-        f"mesh.{axis} is not an axis; the axes are {', '.join(AXES)}"
-        for axis in sizes
-        if axis not in AXES
-    ]
+    unknown = [axis for axis in sizes if axis not in AXES]
+    problems = [f"mesh.{axis} is not an axis; the axes are {', '.join(AXES)}" for axis in unknown]
     for axis in AXES:
         size = sizes.setdefault(axis, 1 if axis != "data" or -1 in sizes.values() else -1)
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
@@ -107,7 +95,6 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
         problems.append("more than one mesh size is -1; only one can be inferred")
     if problems:
         raise ValueError("; ".join(problems))
-
     known = math.prod(size for size in sizes.values() if size != -1)
     shape = tuple(count // known if sizes[a] == -1 else sizes[a] for a in AXES)
     if math.prod(shape) != count:
@@ -120,7 +107,7 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
 
 
 def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Orders devices so that the inner axes are physical neighbours."""
+    """Order devices so that the inner axes are physical neighbors."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) > 1:
         if shape[0] % len(slices):
@@ -137,46 +124,31 @@ def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
-    """Makes the names of activations mean this mesh; an abstract one is for tracing only."""
+    """Put a mesh and its table of logical axes in use; an abstract mesh is for tracing only."""
     abstract = isinstance(mesh, jax.sharding.AbstractMesh)
-    entered = jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
-    with entered, nn.logical_axis_rules(logical_axes(mesh)):
+    enter = jax.sharding.use_abstract_mesh if abstract else jax.set_mesh
+    with enter(mesh), nn.logical_axis_rules(logical_axes(mesh)):
         yield
 
 
 def bind(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
-    """A function that is always called (and traced) with the mesh in use."""
-
-    @functools.wraps(function)
-    def bound(*args, **kwargs):
-        with use(mesh):
-            return function(*args, **kwargs)
-
-    return bound
+    """Wrap a function so that it is always called, and traced, with the mesh in use."""
+    return use(mesh)(function)  # context managers of contextlib are decorators, too
 
 
 def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How a parameter, or what belongs to one, is split.
-
-    Args:
-      path: joined by "/".
-      shape: of the array.
-      mesh: of `make_mesh`.
-
-    Returns:
-      A PartitionSpec; axes of size one and dimensions that do not divide are left out.
-    """
+    """Return the split of a parameter at "a/b/c", or of its optimizer state or average."""
     table = dict(logical_axes(mesh))
 
-    def mesh_axes(name: str | None, size: int) -> tuple[str, ...]:
+    def mesh_axes(name: str | None, size: int) -> tuple[str, ...] | None:
         axes = tuple(a for a in table.get(name, ()) if mesh.shape[a] > 1)
-        return axes if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else ()
+        even = size % math.prod(mesh.shape[a] for a in axes) == 0
+        return axes if axes and even else None
 
     for pattern, names in PARAMETER_AXES:
-        if len(shape) >= len(names) and re.search(f"(^|/){pattern}$", path):
-            spec = [()] * (len(shape) - len(names))
-            spec += [mesh_axes(n, s) for n, s in zip(names, shape[len(spec) :], strict=True)]
-            return PartitionSpec(*(axes or None for axes in spec))
+        layers = len(shape) - len(names)
+        if layers >= 0 and re.search(f"(^|/){pattern}$", path):
+            return PartitionSpec(*[None] * layers, *map(mesh_axes, names, shape[layers:]))
     fsdp = mesh.shape["fsdp"]
     fitting = [i for i, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or not fitting or math.prod(shape) < LEAST_SPLIT:
@@ -185,18 +157,21 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(("fsdp",) if i == largest else None for i in range(len(shape))))
 
 
-def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The sharding of every array of a state or of parameters (anything with `shape`)."""
-
-    def sharding(path, leaf) -> NamedSharding:
+def _partitions(tree: PyTree, mesh: Mesh) -> Iterator[tuple[str, Any, PartitionSpec]]:
+    """Yield the path, the leaf and the split of every array of a tree."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, partition(name, leaf.shape, mesh))
+        yield name, leaf, partition(name, leaf.shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return the sharding of every array of a state or of parameters (anything with `shape`)."""
+    found = [NamedSharding(mesh, spec) for _, _, spec in _partitions(tree, mesh)]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
 
 
 def placed(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The shapes and dtypes of a tree, each with its sharding."""
+    """Return the shapes and dtypes of a tree, each with its sharding."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
@@ -205,7 +180,7 @@ def placed(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def answering_mesh() -> jax.sharding.Mesh | None:
-    """This process's devices along `tensor`, for answering and drawing; None if there is one."""
+    """Return this process's devices along `tensor`, for inference; None if there is only one."""
     devices = jax.local_devices()
     return make_mesh({"tensor": -1}, devices) if len(devices) > 1 else None
 
@@ -213,73 +188,57 @@ def answering_mesh() -> jax.sharding.Mesh | None:
 def place_parameters(
     parameters: Iterable[tuple[str, np.ndarray]], mesh: jax.sharding.Mesh | None
 ) -> dict[str, jax.Array]:
-    """Puts parameters where they belong, one by one: no device ever holds what it will not keep.
+    """Put (path, array) pairs on the mesh, or without one on the default device.
 
-    Args:
-      parameters: (path, array), as they are read.
-      mesh: of `make_mesh`; None puts them on the default device.
+    They are read one by one, and no device ever holds what it will not keep.
     """
-    if mesh is None:
-        return {path: jax.device_put(array) for path, array in parameters}
-    return {
-        path: jax.device_put(array, NamedSharding(mesh, partition(path, array.shape, mesh)))
-        for path, array in parameters
-    }
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        return NamedSharding(mesh, partition(path, shape, mesh)) if mesh else None
+
+    return {path: jax.device_put(x, sharding(path, x.shape)) for path, x in parameters}
 
 
-class Whole(NamedTuple):
-    """An array that every device keeps whole: its path and size."""
-
-    path: str
-    nbytes: int
-
-
-def stayed_whole(tree: PyTree, mesh: Mesh) -> list[Whole]:
-    """Arrays that a mesh with `fsdp` or `tensor` does not split, largest first."""
+def stayed_whole(tree: PyTree, mesh: Mesh) -> list[tuple[str, int]]:
+    """Return path and bytes of arrays that `fsdp` or `tensor` leave whole, largest first."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return []
-    whole = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not any(partition(name, leaf.shape, mesh)):
-            whole.append(Whole(name, math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize))
-    return sorted(whole, key=lambda w: -w.nbytes)
+    whole = [
+        (path, math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize)
+        for path, leaf, spec in _partitions(tree, mesh)
+        if not any(spec)
+    ]
+    return sorted(whole, key=lambda array: -array[1])
 
 
 def describe_whole(tree: PyTree, mesh: Mesh, shown: int = 8) -> list[str]:
-    """Lines that name what `stayed_whole`, by size; none where nothing is to be split."""
+    """Return report lines about what `stayed_whole`."""
     whole = stayed_whole(tree, mesh)
     if not whole:
         return []
-    total = sum(array.nbytes for array in whole)
+    total = sum(nbytes for _, nbytes in whole)
     lines = [f"whole on every device: {len(whole)} arrays, {total / 2**20:.2f} MiB"]
-    lines += [f"  {array.path}: {array.nbytes / 2**20:.3f} MiB" for array in whole[:shown]]
+    lines += [f"  {path}: {nbytes / 2**20:.3f} MiB" for path, nbytes in whole[:shown]]
     return lines + (["  ..."] if len(whole) > shown else [])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the leading (batch) axis of an array over `slice`, `data` and `fsdp`."""
+    """Return the sharding of arrays that are split along their leading axis, the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Keeps a whole copy of an array on every device."""
+    """Return the sharding of arrays that every device has a whole copy of."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """How many parts a batch is split into."""
+    """Return the number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, pack: int = 1) -> None:
-    """Raises ValueError unless a global batch can be split evenly over the mesh.
-
-    Args:
-      batch_size: images or conversations per optimiser step, over all processes.
-      mesh: the mesh of make_mesh.
-      pack: how many of them share a row.
-    """
+    """Raise ValueError unless a global batch, `pack` samples per row, divides over the mesh."""
     parts = batch_parts(mesh)
     if pack < 1:
         raise ValueError(f"pack={pack}: a row holds at least one conversation")
@@ -292,20 +251,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, pack: int = 1) -> None:
 
 
 def batch_share(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
-    """Which rows of every global batch this process reads.
+    """Return the share of every global batch that this process reads: (index, number of shares).
 
-    Processes whose devices hold the same rows (those that split only `tensor` among them) read the
-    same share. Example: 16 devices in 4 processes as data=2, tensor=8 have 2 shares.
-
-    Args:
-      mesh: the mesh of make_mesh.
-      batch_size: rows of a global batch.
-
-    Returns:
-      (index, count): the share, from 0, and how many there are; each has batch_size / count rows.
-
-    Raises:
-      ValueError: processes hold parts of each other's rows.
+    Processes that split only `tensor` among them hold the same rows and read the same share: 16
+    devices in 4 processes as data=2, tensor=8 have 2 shares.
     """
     rows: dict[int, set[int]] = {}
     for device, (part,) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():

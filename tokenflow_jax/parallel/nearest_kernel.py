@@ -1,45 +1,14 @@
 """The nearest code in one TPU kernel: scores that never leave the chip, full float32 precision.
 
-A kernel (Pallas, Mosaic) of the search in `quantizers.nearest_codes`. The grid goes over blocks of
-tokens and, inside, over blocks of codes; for each pair the scores (codes x tokens) are computed in
+A Pallas kernel of the search in `tokenizer.quantizer.nearest_codes`. The grid goes over blocks of
+tokens and, inside, over blocks of codes; the scores of each pair (codes x tokens) are computed in
 VMEM and folded into a running maximum per token.
 
-Precision. `precision="highest"` on a TPU means: each float32 is the sum of three bfloat16 pieces,
-x = hi + mid + lo, and of the nine products of pieces the six largest are summed in float32. Done
-one after another these are six passes over a matrix unit whose depth (128 on v4 and v5, 256 on v6e
-and tpu7x) the 40 channels fill to a third or a sixth. Here the pieces are stacked along the
-channels instead, 6 x 40 = 240 of them, so that the same sum needs two passes, or one:
+The environment variable TOKENFLOW_NEAREST_KERNEL, read when a program is traced, selects the form:
+"auto" the kernel on TPUs where it is faster, "always" the kernel on TPUs whatever the size, "never"
+the chunked form everywhere, "interpret" the kernel, interpreted, on any machine (slow, for tests).
 
-    codes  [hi  mid lo  hi  mid hi ]
-    tokens [lo  mid hi  mid hi  hi ]      small products first
-
-Where it is used. No TPU was at hand. `benchmarks/nearest_kernel.py` counts the instruction bundles,
-one per cycle, that the TPU compiler schedules; per 1,000 scores, waiting for memory left out:
-
-    tokens x codes                  v5e     v5p     v6e   tpu7x
-    21,760 x 32,768   by chunks   13.34   13.71    9.98    9.74
-                      kernel       4.27    4.08    1.82    1.80
-    32 x 131,072      by chunks   28.23   49.55   24.28   23.81
-                      kernel      18.69   19.19   12.16   12.51
-    8 x 2,048         by chunks   45.17   49.32   39.67   33.94
-                      kernel      80.99   83.31   56.27   53.47
-
-Memory is not what decides: XLA, too, keeps a chunk's scores on the chip, and a block of 1,024 codes
-is 164 kB from HBM per 1,024 tokens: 37 bytes per cycle on a v5e that can read 500, 86 on a v6e that
-can read 900. XLA makes more passes, and its argmax compares indices and looks for NaN at every
-score, where the kernel has a comparison and two selections. So TPUs use the kernel but for searches
-too small to matter, where its start costs more, and for codes too wide for its memory. All other
-machines use the chunks.
-
-Pallas kernels cannot be split by XLA: on several devices they need a `shard_map`, which
-`placement.over_codes` makes wherever a mesh is in use. Without one the kernel is used only by
-processes that see a single device.
-
-The environment variable TOKENFLOW_NEAREST_KERNEL, read when a program is traced, overrides this:
-"never" is the chunked form everywhere, "always" the kernel on TPUs whatever the size, "interpret"
-the kernel, interpreted, on any machine (slow, for tests), "auto" the rule above.
-
-Shapes as in `quantizers`: N tokens, K codes, C channels.
+Shapes: N tokens, K codes, C channels.
 """
 
 import functools
@@ -59,58 +28,51 @@ _MAX_ROWS = 4096
 _MAX_SCORES = 2**20  # per block: 4 MiB of float32
 _VMEM = 12 * 2**20  # of the 16 MiB that every TPU lets a kernel have
 _PRODUCTS = 6
-_MIN_SCORES = 2**17  # where the table above breaks even
+# The kernel has run on no TPU yet. `benchmarks/nearest_kernel.py` counts the instruction bundles,
+# one per cycle, that the TPU compiler schedules; per 1,000 scores, waiting for memory left out,
+# by chunks / with the kernel:
+#
+#     tokens x codes        v5e             v5p             v6e             tpu7x
+#     21,760 x 32,768   13.34 /  4.27   13.71 /  4.08    9.98 /  1.82    9.74 /  1.80
+#     32 x 131,072      28.23 / 18.69   49.55 / 19.19   24.28 / 12.16   23.81 / 12.51
+#     8 x 2,048         45.17 / 80.99   49.32 / 83.31   39.67 / 56.27   33.94 / 53.47
+#
+# Memory does not decide (1,024 codes are 37 of the 500 bytes per cycle that a v5e can read): XLA
+# makes more passes, and its argmax compares indices and looks for NaN at every score. Searches
+# below this size do not make up for the kernel's start.
+_MIN_SCORES = 2**17
 
 Search = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def where_faster(z_NC: jax.Array, codes_KC: jax.Array, chunked: Search) -> Search:
-    """Chooses how to search; on which platform is decided when the program is lowered.
+    """Return `chunked`, or a function that is `best_of` on TPUs and `chunked` elsewhere.
 
-    Args:
-      z_NC, codes_KC: as in `best_of`.
-      chunked: the form for all machines.
-
-    Returns:
-      `chunked`, or a function that is `best_of` on TPUs and `chunked` elsewhere.
-
-    Raises:
-      ValueError: TOKENFLOW_NEAREST_KERNEL is none of the modes.
+    The platform is known when the program is lowered.
     """
     mode = os.environ.get(VARIABLE, "auto")
     if mode not in _MODES:
         raise ValueError(f"{VARIABLE}={mode!r} must be one of {', '.join(_MODES)}")
     if mode == "interpret":
         return functools.partial(best_of, interpret=True)
-    if mode == "never" or (mode == "auto" and not _worthwhile(z_NC.shape[0], *codes_KC.shape)):
+    (tokens, channels), size = z_NC.shape, codes_KC.shape[0]
+    large = size >= _LANES and tokens * size >= _MIN_SCORES
+    # XLA cannot split a Pallas kernel: on several devices it needs a `shard_map`, which
+    # `placement.over_codes` makes where a mesh is in use. Without a mesh the devices are unknown.
+    one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+    suitable = large and one_device and _block_sizes(tokens, size, channels) is not None
+    if mode == "never" or (mode == "auto" and not suitable):
         return chunked
     return functools.partial(jax.lax.platform_dependent, tpu=best_of, default=chunked)
-
-
-def _worthwhile(tokens: int, size: int, channels: int) -> bool:
-    """Whether a TPU should use the kernel, and may."""
-    large = size >= _LANES and tokens * size >= _MIN_SCORES
-    # Outside a mesh nobody says which devices the program will run on, and a kernel that is not
-    # in a shard_map fails to compile for more than one.
-    one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
-    return large and one_device and _block_sizes(tokens, size, channels) is not None
 
 
 def best_of(
     z_NC: jax.Array, codes_KC: jax.Array, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The largest inner product of each token with any code, and the first code that has it.
+    """Return each token's largest inner product with any code and the first code that has it.
 
-    Args:
-      z_NC: float32 tokens, at least one.
-      codes_KC: float32 codes, at least one.
-      interpret: runs on any machine, without the TPU's compiler.
-
-    Returns:
-      Scores (N,) float32 and int32 codes (N,). Where all scores are NaN: -inf and 0.
-
-    Raises:
-      ValueError: so many channels that not even small blocks fit a TPU's memory.
+    Both have the shape (N,); where all scores are NaN they are -inf and 0. `interpret` runs on any
+    machine, without the TPU's compiler.
     """
     (tokens, channels), size = z_NC.shape, codes_KC.shape[0]
     blocks = _block_sizes(tokens, size, channels)
@@ -125,6 +87,7 @@ def best_of(
     depth = z_CN.shape[0]
     grid = (pl.cdiv(z_CN.shape[1], n), pl.cdiv(codes_CK.shape[1], k))
     side = _side_by_side(n)
+    result = functools.partial(jax.ShapeDtypeStruct, (1, z_CN.shape[1]))
     score_1N, code_1N = pl.pallas_call(
         functools.partial(_kernel, size=size),
         grid=grid,
@@ -133,10 +96,7 @@ def best_of(
             pl.BlockSpec((depth, n), lambda i, j: (0, i)),
         ],
         out_specs=[pl.BlockSpec((1, n), lambda i, j: (0, i))] * 2,
-        out_shape=[
-            jax.ShapeDtypeStruct((1, z_CN.shape[1]), jnp.float32),
-            jax.ShapeDtypeStruct((1, z_CN.shape[1]), jnp.int32),
-        ],
+        out_shape=[result(jnp.float32), result(jnp.int32)],
         scratch_shapes=[
             pltpu.VMEM((_PRODUCTS * depth, n), jnp.bfloat16),
             pltpu.VMEM((k, n), jnp.float32),
@@ -156,19 +116,19 @@ def best_of(
 
 
 def _padded(x_MC: jax.Array) -> jax.Array:
-    """Rows and channels up to what blocks are made of; the rows are never read as results."""
+    # Up to what blocks are made of; the added rows are never read as results.
     rows, channels = x_MC.shape
     return jnp.pad(x_MC, ((0, -rows % _LANES), (0, -channels % _SUBLANES)))
 
 
 def _block_sizes(tokens: int, size: int, channels: int) -> tuple[int, int] | None:
-    """Tokens and codes per block, or None if nothing fits: multiples of 128.
+    """Return tokens and codes per block, multiples of 128, or None if nothing fits.
 
-    Wide blocks reuse what is loaded. Two blocks of tokens at least, where there are enough: chips
-    with two cores (v4, v5p) share out blocks. Example: 21,760 tokens, 32,768 codes of 40 channels
-    are 22 x 32 blocks of 1024 x 1024.
+    Example: 21,760 tokens, 32,768 codes of 40 channels are 22 x 32 blocks of 1024 x 1024.
     """
     depth = channels + -channels % _SUBLANES
+    # Wide blocks reuse what is loaded. Two at least, where there are tokens enough, because chips
+    # with two cores (v4, v5p) share them out.
     count = max(-(-tokens // _MAX_TOKENS), 1 if tokens <= _LANES else 2)
     n = -(-tokens // (count * _LANES)) * _LANES
     k = _power_of_two(min(_MAX_SCORES // n, _MAX_ROWS, size + -size % _LANES))
@@ -185,29 +145,22 @@ def _block_sizes(tokens: int, size: int, channels: int) -> tuple[int, int] | Non
 
 
 def _power_of_two(x: int) -> int:
-    """The largest one that is not larger."""
+    """Round down to a power of two."""
     return 2 ** (x.bit_length() - 1)
 
 
 def _side_by_side(n: int) -> int:
-    """How many running maxima per token: with few tokens more, lest each wait for the last."""
+    # Running maxima per token: more with few tokens, to shorten the dependency chain.
     return _SUBLANES * max(1, _MAX_TOKENS // n)
 
 
 def _kernel(
     codes_ref, z_ref, score_ref, code_ref, stack_ref, scores_ref, best_ref, group_ref, *, size
 ):
-    """One block of codes for one block of tokens.
+    """Search one block of codes (C, k) for one block of tokens (C, n); the results are (1, n).
 
-    Args:
-      codes_ref: (C, k).
-      z_ref: (C, n).
-      score_ref, code_ref: (1, n), written at the last block of codes.
-      stack_ref: (6 C, n), the pieces of the tokens.
-      scores_ref: (k, n).
-      best_ref: (side, n); row r is the best score of the codes r, r + side, r + 2 side, ...
-      group_ref: (side, n), in which group of `side` codes that was.
-      size: K.
+    Row r of `best_ref` (side, n) is the best score of the codes r, r + side, r + 2 side, ..., and
+    row r of `group_ref` the group of `side` codes that has it.
     """
     j, last = pl.program_id(1), pl.num_programs(1) - 1
     (_, k), (side, _) = codes_ref.shape, best_ref.shape
@@ -217,6 +170,11 @@ def _kernel(
     def _():
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
         group_ref[...] = jnp.zeros_like(group_ref)
+        # Precision "highest" on a TPU: each float32 is the sum of three bfloat16 pieces, and of the
+        # nine products of pieces the six largest are summed in float32. One after another these are
+        # six passes over a matrix unit whose depth (128, or 256 on v6e and tpu7x) 40 channels fill
+        # to a third or less. Stacked along the channels, small products first, the same sum needs
+        # two passes, or one.
         hi, mid, lo = _pieces(z_ref[...])
         # Stacked as float32, whose tiles are 8 rows high: 40 is a multiple of that, not of 16.
         stack_ref[...] = jnp.concatenate([lo, mid, hi, mid, hi, hi]).astype(jnp.bfloat16)
@@ -227,7 +185,7 @@ def _kernel(
         codes_Dk,
         stack_ref[...],
         (((0,), (0,)), ((), ())),
-        # Said, because a caller's default may be the highest, which bfloat16 does not have.
+        # Explicit, because a caller's default may be the highest, which bfloat16 does not have.
         precision=jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
@@ -261,12 +219,9 @@ def _kernel(
 
 
 def _pieces(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three float32 numbers of bfloat16's precision each, whose sum is x exactly.
+    """Return three float32 numbers of bfloat16's precision each, whose sum is x exactly."""
 
-    Rounded by hand: a compiler may take a conversion to bfloat16 and back for none at all.
-    """
-
-    def rounded(x):
+    def rounded(x):  # by hand: a compiler may drop a conversion to bfloat16 and back
         bits = jax.lax.bitcast_convert_type(x, jnp.int32)
         return jax.lax.bitcast_convert_type((bits + 0x8000) & ~0xFFFF, jnp.float32)
 

@@ -1,10 +1,10 @@
-"""Where activations lie, and codebooks whose rows are split over devices.
+"""Shardings of activations, and work on codebooks whose rows are split over devices.
 
 Where the mesh in use (`mesh.use`) gives the logical axis "codes" more than one device, each of them
 works on its own rows, and what crosses the network is as small as the tokens: no codebook is ever
 gathered. Without a mesh everything here is the plain computation.
 
-Shapes as in `quantizers`: N tokens, K codes, C channels.
+Shapes as in `tokenizer.quantizer`: N tokens, K codes, C channels; k are one device's rows.
 """
 
 import math
@@ -18,28 +18,24 @@ from jax.sharding import PartitionSpec
 
 
 class Split(NamedTuple):
-    """Mesh axes that the tokens and the rows of the codebooks are split over; () is not at all."""
+    """Mesh axes that the tokens and the rows of the codebooks are split over; () is no split."""
 
     tokens: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
 
     def first_row(self, rows: int) -> jax.Array | int:
-        """Number of this device's first row, each having `rows` of them."""
+        """Return the index of this device's first row, where each device has `rows`."""
         return rows * jax.lax.axis_index(self.codes) if self.codes else 0
 
 
 def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
-    """Says that an activation's leading axis is the batch, and how its last axes are called.
+    """Constrain an activation's sharding: the leading axis is the batch, `others` name the last.
 
-    Without such words between the layers, XLA may well split the work by a parameter's axes and
-    hold the whole batch on every device. Does nothing where no mesh is in use.
-
-    Args:
-      x: (B, ...).
-      *others: logical names of the last axes; one that the mesh cannot split evenly stays whole.
+    An axis that the mesh cannot split evenly stays whole; without a mesh nothing happens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    # Without such constraints between the layers XLA may split the work by a parameter's axes and
+    # hold the whole batch on every device.
+    if jax.sharding.get_abstract_mesh().empty:
         return x
     names = ("batch", *(None,) * (x.ndim - 1 - len(others)), *others)
     fitting = (
@@ -50,68 +46,56 @@ def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
 
 
 def axes_of(name: str, size: int) -> tuple[str, ...]:
-    """Axes of the mesh in use that a dimension is split over.
-
-    Args:
-      name: logical name of the dimension.
-      size: of it.
-
-    Returns:
-      Names of mesh axes; () where it stays whole, for want of a mesh or because it cannot be split
-      evenly. Inside a `shard_map` over the whole mesh all arrays are a device's own: (), too.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.are_all_axes_manual:
+    """Return the axes of the mesh in use that split a dimension; () leaves it whole."""
+    mesh = _mesh_in_use()
+    if mesh is None:
         return ()
     axes = _axes(name, mesh)
     return axes if size % _count(axes, mesh) == 0 else ()
 
 
-def over_batch(function: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...]):
-    """Runs a kernel that XLA cannot split on every device's own rows and heads.
+def _axes(name: str, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    rules = dict(nn.get_logical_axis_rules())
+    return tuple(axis for axis in rules.get(name, ()) if mesh.shape[axis] > 1)
 
-    Args:
-      function: of the arrays; returns one array that is split as the first one is.
-      arrays: each (B, ...).
-      heads: for each array, its axis of attention heads, or None.
 
-    Returns:
-      What the function returns, whole.
-    """
+def _count(axes: tuple[str, ...], mesh: jax.sharding.AbstractMesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _mesh_in_use() -> jax.sharding.AbstractMesh | None:
+    # Inside a `shard_map` over the whole mesh all arrays are a device's own: none is in use.
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+def over_batch(function: Callable, arrays: tuple[jax.Array, ...], heads: tuple[int | None, ...]):
+    """Run a kernel that XLA cannot split on every device's own rows and heads.
+
+    `heads` is the axis of attention heads of each array; the result is split like the first array.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
         return function(*arrays)
-    batch = axes_of("batch", arrays[0].shape[0])
-    sizes = [x.shape[axis] for x, axis in zip(arrays, heads, strict=True) if axis is not None]
-    split = axes_of("heads", math.gcd(*sizes))
-
-    def spec(x: jax.Array, axis: int | None) -> PartitionSpec:
-        return PartitionSpec(
-            batch or None, *((split or None) if i == axis else None for i in range(1, x.ndim))
-        )
-
-    specs = tuple(spec(x, axis) for x, axis in zip(arrays, heads, strict=True))
+    pairs = list(zip(arrays, heads, strict=True))
+    batch = axes_of("batch", arrays[0].shape[0]) or None
+    split = axes_of("heads", math.gcd(*(x.shape[i] for x, i in pairs if i is not None))) or None
+    specs = tuple(
+        PartitionSpec(batch, *(split if i == axis else None for i in range(1, x.ndim)))
+        for x, axis in pairs
+    )
     mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(*arrays)
 
 
 def over_codes(function: Callable, tokens: int, size: int, always: bool = False) -> Callable:
-    """Runs a function of tokens and codes where the rows of the codebook are.
+    """Return a function of (codes_KC, *per-token arrays) that runs where the codes' rows are.
 
     Args:
-      function: (split, codes (k, ...), *per-token arrays) -> outputs, with this device's rows and
-        tokens; reduces over `split.codes` itself. Outputs of one dimension or more are per token;
-        scalars are to be reduced over `split.tokens` too.
-      tokens: N, the length of the per-token arrays.
-      size: K.
-      always: gives each device of the mesh in use its own tokens also where every device has all
-        the rows; kernels need that, for XLA cannot split them.
-
-    Returns:
-      A function of (codes, *per-token arrays), whole ones.
-
-    Raises:
-      ValueError: K rows cannot be split evenly.
+      function: (split, codes_kC, *per-token arrays) -> outputs, with this device's rows and tokens;
+        reduces over `split.codes` itself. Outputs of one dimension or more are per token; scalars
+        have to be reduced over `split.tokens`, too.
+      tokens, size: N and K.
+      always: give each device its own tokens even where every device has all rows, as kernels need.
     """
     split = _split(tokens, size)
     if split is None or not (split.codes or always):
@@ -120,11 +104,10 @@ def over_codes(function: Callable, tokens: int, size: int, always: bool = False)
     def call(codes: jax.Array, *per_token: jax.Array):
         n, k = (PartitionSpec(axes or None) for axes in split)
         local = jax.eval_shape(lambda *arrays: function(Split(), *arrays), codes, *per_token)
-        out = jax.tree.map(lambda x: n if x.ndim else PartitionSpec(), local)
         mapped = jax.shard_map(
             lambda *arrays: function(split, *arrays),
             in_specs=(k, *(n for _ in per_token)),
-            out_specs=out,
+            out_specs=jax.tree.map(lambda x: n if x.ndim else PartitionSpec(), local),
             check_vma=False,
         )
         return mapped(codes, *per_token)
@@ -133,12 +116,8 @@ def over_codes(function: Callable, tokens: int, size: int, always: bool = False)
 
 
 def _split(tokens: int, size: int) -> Split | None:
-    """What the mesh in use makes of the logical axes "batch" and "codes"; None without a mesh.
-
-    Inside a `shard_map` over the whole mesh all arrays are a device's own: there is none, either.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
+    mesh = _mesh_in_use()
+    if mesh is None or mesh.size == 1:
         return None
     codes = _axes("codes", mesh)
     shards = _count(codes, mesh)
@@ -152,17 +131,8 @@ def _split(tokens: int, size: int) -> Split | None:
     return Split(batch if tokens % _count(batch, mesh) == 0 else (), codes)
 
 
-def _axes(name: str, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
-    rules = dict(nn.get_logical_axis_rules())
-    return tuple(axis for axis in rules.get(name, ()) if mesh.shape[axis] > 1)
-
-
-def _count(axes: tuple[str, ...], mesh: jax.sharding.AbstractMesh) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
 def take_rows(table_KC: jax.Array, codes: jax.Array) -> jax.Array:
-    """Rows of a table for int codes of any shape: (..., C).
+    """Return the rows of a table for int codes of any shape: (..., C).
 
     The gradient is a scatter into the rows of the device that owns them.
     """

@@ -1,13 +1,14 @@
-"""Cross entropy over a large vocabulary in pieces: logits of all tokens never exist at once.
+"""Cross entropy over a large vocabulary in pieces: the logits of all tokens never exist at once.
 
 On a mesh each device works on its own rows, with the columns of the head that the axis "tensor"
 gives it. The head is gathered once, forward and backward, and its gradient is added up on each
-device before it travels: a loop that left this to XLA would do both for every piece.
+device before it travels; a loop that left this to XLA would do both for every piece.
 
-Shapes: B rows of L tokens, C channels, V ids; in lower case what is a device's own.
+Shapes: B rows of L tokens, C channels, V ids; lower case is one device's share.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,10 +21,11 @@ Axes = tuple[str, ...]
 
 
 def project(hidden_BLC: jax.Array, kernel_CV: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """hidden @ kernel with operands of `dtype`; float32 (B, L, V)."""
+    """Compute hidden @ kernel with operands of `dtype`: float32 (B, L, V)."""
     return _product("blc,cv->blv", dtype, hidden_BLC, kernel_CV)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_losses(
     hidden_BLC: jax.Array,
     kernel_CV: jax.Array,
@@ -31,53 +33,37 @@ def token_losses(
     tokens: int = 4096,
     dtype: jnp.dtype = jnp.float32,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy of every token, without ever holding the logits of all of them.
-
-    The tokens are worked off in pieces along L, forward and backward, so that the memory for logits
-    is `tokens` x V per device, whatever the batch and the length.
+    """Compute the cross entropy of every token, piece by piece along L.
 
     Args:
-      hidden_BLC: after the final norm.
-      kernel_CV: the head.
-      labels_BL: int, the id that each position is to predict (already shifted); negative for none.
-      tokens: of one piece, over the rows of a device; one position of each row is the least.
+      labels_BL: int, the id that each position has to predict (already shifted); negative for none.
+      tokens: tokens of one piece over the rows of a device, at least one position of each row. The
+        memory for logits is tokens x V per device, whatever the batch and the length.
       dtype: of the operands of the products.
 
     Returns:
-      losses_BL: float32, 0 where there is no label.
-      right_BL: bool, whether the label has the highest score; False where there is no label.
+      Float32 losses_BL, and bool right_BL: the label has the highest score. Without a label they
+      are 0 and False.
     """
-    return _token_losses(tokens, jnp.dtype(dtype), hidden_BLC, kernel_CV, labels_BL)
+    return _forward(hidden_BLC, kernel_CV, labels_BL, tokens, dtype)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_losses(tokens, dtype, hidden_BLC, kernel_CV, labels_BL):
-    (losses_BL, right_BL), _ = _forward(tokens, dtype, hidden_BLC, kernel_CV, labels_BL)
-    return losses_BL, right_BL
-
-
-def _forward(tokens, dtype, hidden_BLC, kernel_CV, labels_BL):
+def _forward(hidden_BLC, kernel_CV, labels_BL, tokens, dtype):
     split = _Split.of(hidden_BLC, kernel_CV)
-    run = split.map(
-        functools.partial(_losses, split, tokens, dtype),
-        (split.rows, split.kernel, split.rows),
-        (split.rows,) * 3,
-    )
+    rows = split.rows
+    run = split.map(_losses, tokens, dtype, (rows, split.kernel, rows), (rows, rows, rows))
     losses_BL, right_BL, norms_BL = run(hidden_BLC, kernel_CV, labels_BL)
     return (losses_BL, right_BL), (hidden_BLC, kernel_CV, labels_BL, norms_BL)
 
 
 def _backward(tokens, dtype, saved, cotangents):
     split = _Split.of(*saved[:2])
-    run = split.map(
-        functools.partial(_gradients, split, tokens, dtype),
-        (split.rows, split.kernel, *(split.rows,) * 3),
-        (split.rows, split.kernel),
-    )
+    rows, kernel = split.rows, split.kernel
+    run = split.map(_gradients, tokens, dtype, (rows, kernel, rows, rows, rows), (rows, kernel))
     return *run(*saved, cotangents[0]), None
 
 
-_token_losses.defvjp(_forward, _backward)
+token_losses.defvjp(_forward, _backward)
 
 
 class _Split(NamedTuple):
@@ -91,7 +77,7 @@ class _Split(NamedTuple):
     def of(cls, hidden_BLC: jax.Array, kernel_CV: jax.Array) -> "_Split":
         batch = axes_of("batch", hidden_BLC.shape[0])
         channels, ids = kernel_CV.shape
-        # Rows that every device has in full give gradients that are not to be added up.
+        # Gradients of rows that every device has in full must not be added up.
         embed = axes_of("embed", channels) if batch else ()
         return cls(batch, embed, axes_of("vocabulary", ids))
 
@@ -103,20 +89,22 @@ class _Split(NamedTuple):
     def kernel(self) -> PartitionSpec:
         return PartitionSpec(self.embed or None, self.vocabulary or None)
 
-    def map(self, function, in_specs, out_specs):
+    def map(self, function: Callable, tokens: int, dtype: jnp.dtype, ins, outs) -> Callable:
+        """Return the function of (split, tokens, dtype, *arrays) as one of whole arrays."""
+        local = functools.partial(function, self, tokens, dtype)
         if not any(self):
-            return function
-        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return local
+        return jax.shard_map(local, in_specs=ins, out_specs=outs, check_vma=False)
 
     def gather(self, kernel_cv: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """All channels of the head, in the dtype of the products."""
+        """Return all channels of the head, in the dtype of the products."""
         kernel_cv = kernel_cv.astype(dtype)
         if not self.embed:
             return kernel_cv
         return jax.lax.all_gather(kernel_cv, self.embed, axis=0, tiled=True)
 
     def scatter(self, gradient_Cv: jax.Array) -> jax.Array:
-        """The sum over all rows, of a device's own channels."""
+        """Sum over all rows, for a device's own channels."""
         if self.embed:
             gradient_Cv = jax.lax.psum_scatter(
                 gradient_Cv, self.embed, scatter_dimension=0, tiled=True
@@ -128,13 +116,13 @@ class _Split(NamedTuple):
         return reduce(x, self.vocabulary) if self.vocabulary else x
 
     def ids(self, count: int) -> jax.Array:
-        """Those of a device's columns."""
+        """Return the ids of a device's columns."""
         first = count * jax.lax.axis_index(self.vocabulary) if self.vocabulary else 0
         return first + jnp.arange(count)
 
 
 def _losses(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL):
-    """A device's losses, whether its labels score highest, and the log of what scores add up to."""
+    """Return a device's losses, hits (the label scores highest), and log-sum-exp norms."""
     kernel_Cv = split.gather(kernel_cv, dtype)
     ids_v = split.ids(kernel_Cv.shape[1])
 
@@ -147,7 +135,7 @@ def _losses(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL):
         own_blv = ids_v == labels_bl[..., None]
         own_bl = split.over_ids(jax.lax.psum, jnp.where(own_blv, logits_blv, 0.0).sum(-1))
         tied_blv = jnp.where(logits_blv == top_bl[..., None], ids_v, jnp.iinfo(jnp.int32).max)
-        best_bl = split.over_ids(jax.lax.pmin, tied_blv.min(-1))
+        best_bl = split.over_ids(jax.lax.pmin, tied_blv.min(-1))  # the first of equal scores
         losses_bl = jnp.where(labels_bl >= 0, norms_bl - own_bl, 0.0)
         return None, (losses_bl, best_bl == labels_bl, norms_bl)
 
@@ -157,7 +145,7 @@ def _losses(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL):
 
 
 def _gradients(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL, norms_bL, cotangents_bL):
-    """Gradients of a device's rows and of its part of the head."""
+    """Return the gradients of a device's rows and of its part of the head."""
     kernel_Cv = split.gather(kernel_cv, dtype)
     ids_v = split.ids(kernel_Cv.shape[1])
 
@@ -172,10 +160,8 @@ def _gradients(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL, norms_bL,
         return kernel_gradient_Cv, split.over_ids(jax.lax.psum, hidden_gradient_blC)
 
     pieces = _Pieces(*labels_bL.shape, tokens)
-    inputs = (
-        pieces.cut(hidden_bLC), pieces.cut(labels_bL, -1), pieces.cut(norms_bL),
-        pieces.cut(cotangents_bL),
-    )  # fmt: skip
+    hidden, labels = pieces.cut(hidden_bLC), pieces.cut(labels_bL, -1)
+    inputs = (hidden, labels, pieces.cut(norms_bL), pieces.cut(cotangents_bL))
     zeros_Cv = jnp.zeros(kernel_Cv.shape, jnp.float32)
     kernel_gradient_Cv, out = jax.lax.scan(piece, zeros_Cv, inputs)
     kernel_gradient_cv = split.scatter(kernel_gradient_Cv).astype(kernel_cv.dtype)
@@ -187,8 +173,7 @@ class _Pieces:
 
     def __init__(self, batch: int, length: int, tokens: int):
         self.length = length
-        size = max(1, min(length, tokens // batch))
-        self.count = -(-length // size)
+        self.count = -(-length // max(1, min(length, tokens // batch)))
         # Pieces of equal size cost at most a few positions more.
         self.size = -(-length // self.count)
 
@@ -204,5 +189,4 @@ class _Pieces:
 
 
 def _product(terms: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
-    """einsum with operands of `dtype`; float32."""
     return jnp.einsum(terms, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)

@@ -77,8 +77,8 @@ def find_tokenizer(
         tokenizer, variant = known.get("path"), variant or known.get("variant")
         if not tokenizer:
             raise ValueError(
-                f"{model} does not name the image tokenizer that it was trained with: give its "
-                "path (--tokenizer=)"
+                f"{model} does not record where the image tokenizer is that it was trained with: "
+                "give its path (--tokenizer=)"
             )
     if not isinstance(tokenizer, Tokenizer):
         if not epath.Path(tokenizer).exists():

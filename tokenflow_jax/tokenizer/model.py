@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.nets.cnn import PixelDecoder, PixelEncoder
-from tokenflow_jax.nets.encoders import EncoderConfig, encoder_kind, normalise
+from tokenflow_jax.nets.encoders import EncoderConfig, encoder_kind, normalize
 from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.nets.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
 from tokenflow_jax.nets.vitamin import ViTaminConfig
@@ -214,7 +214,7 @@ class TokenFlow(nn.Module):
         """Return the semantic encoder's patch features (B, N, D) of images in [-1, 1]."""
         kind = encoder_kind(self.config.semantic_encoder)
         if not kind.raw:  # CLIP gets images without its own normalization, as in the reference
-            images_BHWC = normalise(images_BHWC, kind.mean, kind.std)
+            images_BHWC = normalize(images_BHWC, kind.mean, kind.std)
         return self.semantic_encoder(images_BHWC.astype(self.dtype))
 
     def quantize(self, features_BHWC: jax.Array, keep_S: jax.Array | None = None) -> Pyramid:

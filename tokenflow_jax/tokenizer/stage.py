@@ -1,9 +1,7 @@
 """The tokenizer stage: modules, frozen networks, data, evaluation around `train.Trainer.step`."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import fid, knn, reconstruction
-from tokenflow_jax.evals.image_set import ImageSet
 from tokenflow_jax.nets.discriminator import make_discriminator
 from tokenflow_jax.nets.lpips import LPIPS, lpips_template
-from tokenflow_jax.nets.pixels import to_float, to_uint8
+from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.parallel import hosts, mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.codebook import kmeans
+from tokenflow_jax.tokenizer.evaluate import Evaluation
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.quantizer import normalize_halves
 from tokenflow_jax.tokenizer.state import CodebookConfig, LossConfig, TrainState, with_codebooks
@@ -140,13 +137,12 @@ class TokenizerStage(Stage):
         self._eval_set = self._data_config(data.eval_split, "center", False)
         for data_set in (self._train_set, self._eval_set):
             pipeline.opened(data_set)  # a wrong path is an error at once
-        self._held_out = ImageSet(self._eval_set, options.batch_size, options.examples or None)
-        self._fid_reference = None
-        if options.fid_weights:
-            self._fid_reference = fid.Reference(fid.Network(options.fid_weights), self._held_out)
-        label = options.knn_label
-        if label and label not in pipeline.opened(self._eval_set).source.numbers:
-            self.notes.append(f"no k-NN figures: these data have no label {label!r}")
+        lpips_params = self._whole(self.frozen["lpips"]) if lpips else None
+        self._evaluation = Evaluation(
+            self.model, options, self._train_set, self._eval_set, lpips_params
+        )
+        if options.knn_label and not self._evaluation.has_label:
+            self.notes.append(f"no k-NN figures: these data have no label {options.knn_label!r}")
         return self
 
     def _data_config(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
@@ -220,105 +216,21 @@ class TokenizerStage(Stage):
         return start.take(arrays, path, params, places, fresh=fresh, remedy=_REMEDY), text
 
     @functools.cached_property
-    def _reconstruct(self):
-        """Compiled (params, uint8 images) -> (codes, pixels, quantized map)."""
-        return reconstruction.reconstructor(self.model)
+    def _gather(self):
+        return jax.jit(lambda tree: tree, out_shardings=mesh.replicated(self.mesh))
 
     def _whole(self, tree: PyTree) -> PyTree:
         """Copy split weights whole to each of this process's devices."""
         return hosts.to_local_devices(self._gather(tree))
 
-    @functools.cached_property
-    def _gather(self):
-        return jax.jit(lambda tree: tree, out_shardings=mesh.replicated(self.mesh))
-
-    def _eval_batches(self, data: pipeline.DataConfig, limit: int | None = None):
-        return pipeline.eval_batches(data, batch_size=self.config.eval.batch_size, limit=limit)
-
-    @functools.cached_property
-    def _measures(self) -> Mapping[str, reconstruction.Measure]:
-        """PSNR, SSIM and, with its weights, LPIPS."""
-        measures = {name: reconstruction.MEASURES[name] for name in ("psnr", "ssim")}
-        if "lpips" in self.frozen:
-            measures["lpips"] = reconstruction.lpips_measure(self._whole(self.frozen["lpips"]))
-        return measures
-
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return held-out figures; at the end also k-NN accuracies of the two halves."""
-        params, config = self._whole(self.weights(state)), self.config.eval
-        figures = reconstruction.evaluate(
-            lambda images: self._reconstruct(params, images)[:2],
-            self._held_out,
-            self.model_config.codebook_size,
-            self.model_config.pyramid,
-            measures=self._measures,
-            reference=self._fid_reference,
-        )
-        shown = (*self._measures, "rfid", "codes_used", "images")
-        figures = {name: figures[name] for name in shown if name in figures}
-        label, at_end = config.knn_label, int(state.step) == self.config.total_steps
-        if at_end and label in pipeline.opened(self._eval_set).source.numbers:
-            figures |= self._knn(params, label)
+        params = self._whole(self.weights(state))
+        figures = self._evaluation.figures(params)
+        if int(state.step) == self.config.total_steps and self._evaluation.has_label:
+            figures |= self._evaluation.knn_figures(params)
         return figures
-
-    def _knn(self, params: PyTree, label: str) -> dict[str, float]:
-        """Return k-NN accuracies of held-out labels from each half's mean quantized features."""
-        bank = self._mean_features(params, dataclasses.replace(self._train_set, augment="center",
-                                                               flip=False), label)  # fmt: skip
-        queries = self._mean_features(params, self._eval_set, label)
-        figures = {}
-        for half in ("semantic", "pixel"):
-            figures[f"knn_{half}"] = knn.knn_accuracy(
-                bank[half], bank["label"], queries[half], queries["label"], k=self.config.eval.knn_k
-            )
-        largest = np.bincount(bank["label"]).argmax()
-        figures["knn_largest_class"] = float(np.mean(queries["label"] == largest))
-        return figures
-
-    def _mean_features(self, params, data: pipeline.DataConfig, label: str) -> Mapping:
-        rows = {"semantic": [], "pixel": [], "label": []}
-        for batch in self._eval_batches(data):
-            maps = np.asarray(self._reconstruct(params, batch["image"])[2])[batch["mask"]]
-            mean = maps.mean(axis=(1, 2))
-            semantic, pixel = np.split(mean, [self.model_config.semantic_channels], axis=-1)
-            rows["semantic"].append(semantic)
-            rows["pixel"].append(pixel)
-            rows["label"].append(batch[label][batch["mask"]])
-        return {name: np.concatenate(parts) for name, parts in rows.items()}
-
-    @functools.cached_property
-    def _features(self):
-        """Jitted (params, codes) -> quantized map; compiled once per number of scales."""
-
-        def features(params, codes_BL):
-            return self.model.apply({"params": params}, codes_BL, method="features")
-
-        return jax.jit(features)
-
-    @functools.cached_property
-    def _decode(self):
-        """Jitted (params, quantized map) -> pixels."""
-
-        def decode(params, maps_BHWC):
-            images, _ = self.model.apply({"params": params}, maps_BHWC, method="decode_pixels")
-            return to_uint8(images)
-
-        return jax.jit(decode)
-
-    @functools.cached_property
-    def _shown(self) -> Mapping[str, np.ndarray]:
-        """The held-out pictures of the grids, always the same; a whole batch, mostly padding."""
-        return next(iter(self._eval_batches(self._eval_set, self.config.eval.grid_images)))
 
     def visualize(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Return grids: originals above reconstructions, and pictures growing scale by scale."""
-        params, real = self._whole(self.weights(state)), self._shown["mask"]
-        codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
-        images = self._shown["image"][real]
-        grids = {"reconstruction": reconstruction.grid([images, pixels[real]])}
-        if len(self.model_config.scales) > 1:
-            ends = [s.stop for s in self.model_config.pyramid.slices()]
-            maps = [self._features(params, codes[:, :end]) for end in ends]
-            growing = [np.asarray(self._decode(params, m))[real] for m in maps]
-            grids["scales"] = reconstruction.grid([*growing, images])
-        return grids
+        """Return grids of reconstructions and of pictures growing scale by scale."""
+        return self._evaluation.grids(self._whole(self.weights(state)))

@@ -15,35 +15,20 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which losses train, and their weights.
+    """Which losses train, and their weights; a weight of 0 leaves its loss out of the program."""
 
-    Attributes:
-      pixel: "l2" or "l1" between images.
-      perceptual_weight: of LPIPS; the term is left out where its weights are missing.
-      perceptual_dropout: restores the dropout that the reference leaves on in LPIPS by accident.
-      distillation_weight: of 1 - cosine to the teacher's patch features.
-      commitment_weight: beta in the paper.
-      entropy_weight: of `quantizers.entropy_loss`; 0 leaves it out of the program.
-      scale_drop: probability that a step leaves one scale out.
-      adversarial: the discriminator's loss, a key of `losses.DISCRIMINATOR_LOSSES`.
-      generator_adversarial: the generator's, a key of `losses.GENERATOR_LOSSES`.
-      adversarial_weight: of both; 0 leaves the discriminator out of the program.
-      discriminator_start: step from which the adversarial losses count.
-      adaptive: scales the generator's adversarial term by the ratio of gradient norms.
-    """
-
-    pixel: str = "l2"
-    perceptual_weight: float = 1.0
-    perceptual_dropout: bool = False
-    distillation_weight: float = 1.0
-    commitment_weight: float = 0.25
-    entropy_weight: float = 0.0
-    scale_drop: float = 0.1
-    adversarial: str = "hinge"
-    generator_adversarial: str = "hinge"
-    adversarial_weight: float = 0.5
-    discriminator_start: int = 0
-    adaptive: bool = False
+    pixel: str = "l2"  # or l1, between images
+    perceptual_weight: float = 1.0  # of LPIPS, which is left out where its weights are missing
+    perceptual_dropout: bool = False  # the dropout that the reference leaves on by accident
+    distillation_weight: float = 1.0  # of 1 - cosine to the teacher's patch features
+    commitment_weight: float = 0.25  # beta in the paper
+    entropy_weight: float = 0.0  # of `quantizer.entropy_loss`
+    scale_drop: float = 0.1  # probability that a step leaves one scale out
+    adversarial: str = "hinge"  # a key of `losses.DISCRIMINATOR_LOSSES`
+    generator_adversarial: str = "hinge"  # a key of `losses.GENERATOR_LOSSES`
+    adversarial_weight: float = 0.5  # of both
+    discriminator_start: int = 0  # first step in which the adversarial losses count
+    adaptive: bool = False  # scale the generator's adversarial term by a ratio of gradient norms
 
     def __post_init__(self):
         problems = []
@@ -63,21 +48,13 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodebookConfig:
-    """How the codebooks start and learn; the defaults are the paper's.
+    """How the codebooks start and learn; the defaults are the paper's."""
 
-    Attributes:
-      init: "uniform", or "kmeans" of the first batch's tokens.
-      update: "gradient", or "ema" (moving average of the tokens, no gradient).
-      ema_decay: for update="ema".
-      revive_every: steps between replacements of unused codes by tokens; 0: never.
-      usage_window: codes in the sliding window of the usage statistics.
-    """
-
-    init: str = "uniform"
-    update: str = "gradient"
+    init: str = "uniform"  # or kmeans of the first batches' tokens
+    update: str = "gradient"  # or ema: a moving average of the tokens, no gradient
     ema_decay: float = 0.99
-    revive_every: int = 0
-    usage_window: int = 131072
+    revive_every: int = 0  # steps between replacements of unused codes by tokens; 0: never
+    usage_window: int = 131072  # codes in the sliding window of the usage statistics
 
     def __post_init__(self):
         for name, allowed in (("init", ("uniform", "kmeans")), ("update", ("gradient", "ema"))):
@@ -94,24 +71,15 @@ class Discriminator(flax.struct.PyTreeNode):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a run carries from step to step; unused parts are None.
+    """Everything a run carries from step to step; unused parts are None."""
 
-    Attributes:
-      step: int32, steps done.
-      params, opt_state: of the tokenizer.
-      ema: moving average of params.
-      discriminator: None without an adversarial loss.
-      usage: the sliding window of codes.
-      codebook: running sums, for codebook.update="ema".
-    """
-
-    step: jax.Array
+    step: jax.Array  # int32, steps done
     params: PyTree
     opt_state: PyTree
-    ema: PyTree | None
+    ema: PyTree | None  # moving average of params
     discriminator: Discriminator | None
     usage: Usage
-    codebook: EMACodebook | None
+    codebook: EMACodebook | None  # running sums, for codebook.update="ema"
 
 
 def codebooks_of(params: PyTree) -> Codebooks:

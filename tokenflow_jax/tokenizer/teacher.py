@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from tokenflow_jax import files
-from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalise
+from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalize
 from tokenflow_jax.nets.vit import ViT, ViTConfig
 from tokenflow_jax.weights.names.encoders import load_encoder
 from tokenflow_jax.weights.rules import flatten, unflatten
@@ -50,7 +50,7 @@ class Teacher(NamedTuple):
 
     def features(self, params: PyTree, images_BHWC: jax.Array) -> jax.Array:
         """Return the patch features (B, N, D) of images in [-1, 1], float32, without gradient."""
-        images_BHWC = normalise(images_BHWC, self.mean, self.std)
+        images_BHWC = normalize(images_BHWC, self.mean, self.std)
         features_BND = self.module.apply({"params": params}, images_BHWC)
         return jax.lax.stop_gradient(features_BND.astype(jnp.float32))
 

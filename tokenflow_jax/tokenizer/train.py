@@ -48,29 +48,20 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Modules and hyper-parameters of a run; `step` is the training step.
-
-    Attributes:
-      teacher, discriminator, lpips: None leaves their losses out of the program.
-      trainable: pytree of bools shaped like the parameters, or None when all of them train; the
-        optimizer is made with the same.
-      ema_decay: of the moving average of weights; 0 keeps none.
-      accumulate: microbatches per step.
-      seed: of all the randomness in the steps.
-    """
+    """Modules and hyper-parameters of a run; `step` is the training step."""
 
     model: TokenFlow
     losses: LossConfig
     codebook: CodebookConfig
     optimizer: optax.GradientTransformation
     discriminator_optimizer: optax.GradientTransformation | None = None
-    teacher: Teacher | None = None
+    teacher: Teacher | None = None  # these three: None leaves their losses out of the program
     discriminator: nn.Module | None = None
     lpips: LPIPS | None = None
-    trainable: PyTree | None = None
-    ema_decay: float = 0.0
-    accumulate: int = 1
-    seed: int = 0
+    trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
+    ema_decay: float = 0.0  # of the moving average of weights; 0 keeps none
+    accumulate: int = 1  # microbatches per step
+    seed: int = 0  # of all the randomness in the steps
 
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Run one optimization step; to be jitted with `state` donated.
@@ -205,17 +196,12 @@ class Trainer:
         """Return the entropy loss, averaged over the kept scales."""
         if not self.losses.entropy_weight:
             return jnp.float32(0)
-        config = self.model.config
-        table_KC = codebooks.normalized()
-        per_scale = []
+        config, table_KC, per_scale = self.model.config, codebooks.normalized(), []
+        halves = config.semantic_channels, config.pixel_weight
         for where in config.pyramid.slices():
             z_NC = z_BLC[:, where].reshape(-1, z_BLC.shape[-1])
             weights_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
-            per_scale.append(
-                quantizer.entropy_loss(
-                    z_NC, table_KC, weights_N, config.semantic_channels, config.pixel_weight
-                )
-            )
+            per_scale.append(quantizer.entropy_loss(z_NC, table_KC, weights_N, *halves))
         mean = jnp.sum(jnp.stack(per_scale) * keep_S) / keep_S.sum()
         return self.losses.entropy_weight * mean
 
@@ -307,21 +293,19 @@ class Trainer:
     def _apply(self, state, gradients, batch_stats):
         """Apply both optimizer updates and the moving average."""
         norms = {"gradient_norm/generator": optax.tree.norm(gradients["generator"])}
-        updates, opt_state = self.optimizer.update(
-            gradients["generator"], state.opt_state, state.params
+        params, opt_state = optim.update(
+            self.optimizer, gradients["generator"], state.opt_state, state.params
         )
-        params = optax.apply_updates(state.params, updates)
         state = state.replace(params=params, opt_state=opt_state)
         if self.ema_decay:
             ema = optax.incremental_update(params, state.ema, 1 - self.ema_decay)
             state = state.replace(ema=ema)
         if state.discriminator is not None:
-            norms["gradient_norm/discriminator"] = optax.tree.norm(gradients["discriminator"])
-            player = state.discriminator
-            updates, opt_state = self.discriminator_optimizer.update(
-                gradients["discriminator"], player.opt_state, player.params
+            player, gradient = state.discriminator, gradients["discriminator"]
+            norms["gradient_norm/discriminator"] = optax.tree.norm(gradient)
+            params, opt_state = optim.update(
+                self.discriminator_optimizer, gradient, player.opt_state, player.params
             )
-            params = optax.apply_updates(player.params, updates)
             state = state.replace(discriminator=Discriminator(params, batch_stats, opt_state))
         return state, norms
 

@@ -42,10 +42,7 @@ class Checkpoints:
     def __init__(self, workdir: str | epath.Path, keep: int = 2, asynchronous: bool | None = None):
         """Open (or create) `<workdir>/checkpoints` and remove what a killed save left behind.
 
-        Args:
-          workdir: the run's directory.
-          keep: how many of the latest checkpoints stay.
-          asynchronous: write in the background; by default on accelerators only.
+        The latest `keep` checkpoints stay. On accelerators writing is asynchronous by default.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1")
@@ -74,16 +71,10 @@ class Checkpoints:
         return self.directory / str(step)
 
     def save(self, step: int, state: Any, data: Any, config: Mapping[str, Any]) -> None:
-        """Save a checkpoint; return when the state may be overwritten.
+        """Save a checkpoint named by its step; return when the state may be overwritten.
 
-        Args:
-          step: number of finished steps, which names the checkpoint.
-          state: a pytree of arrays.
-          data: an object whose `get_state()` is this process's position in the data, JSON-able.
-          config: JSON-able (see `run_config.config_to_dict`).
-
-        Raises:
-          CheckpointError: the disk is full or not writable; earlier checkpoints are intact.
+        `data.get_state()` is this process's position in the data. Raises CheckpointError if the
+        disk is full or not writable; earlier checkpoints are intact.
         """
         info = {
             "format": FORMAT,
@@ -129,14 +120,9 @@ class Checkpoints:
     def restore(self, step: int, like: Any, data: Any) -> Any:
         """Restore the state onto the shardings of `like`, and the position in the data.
 
-        Args:
-          step: which checkpoint.
-          like: pytree of arrays or jax.ShapeDtypeStruct with shardings; only shapes are used.
-          data: an object with `set_state(positions)`, which gets those of all processes that saved.
-
-        Raises:
-          CheckpointError: arrays are absent, left over, or of another shape or dtype (all of them
-            are listed); damaged bytes; a position in other data.
+        `data.set_state` gets the positions of all processes that saved. Raises CheckpointError for
+        arrays that are absent, left over, or of another shape or dtype (all are listed), for
+        damaged bytes, and for a position in other data.
         """
         info = self.read_info(step)
         problems = compare_arrays(info["arrays"], describe_arrays(like))
@@ -191,13 +177,7 @@ class Checkpoints:
 
 
 def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> None:
-    """Raise CheckpointError that names the restored arrays whose bytes are not those saved.
-
-    Args:
-      saved: the `arrays` of the info item.
-      tree: the restored arrays.
-      path: the checkpoint, for the message.
-    """
+    """Raise CheckpointError that names the restored arrays whose bytes are not those saved."""
     found = describe_arrays(tree, with_sums=True)
     damaged = [name for name, entry in found.items() if entry["sum32"] != saved[name]["sum32"]]
     if damaged:
@@ -251,15 +231,7 @@ def _of_all_processes(value: Any) -> list[Any]:
 
 
 def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Path:
-    """Find a checkpoint directory from a workdir, its `checkpoints` folder, or itself.
-
-    Args:
-      path: any of the three.
-      step: which step; the newest when None.
-
-    Raises:
-      CheckpointError: there is none.
-    """
+    """Find the checkpoint of a step, or the newest, from a workdir, its `checkpoints` or itself."""
     path = epath.Path(path).absolute()
     if (path / "info").exists() and (path / "state").exists():
         if step is not None and str(step) != path.name:

@@ -126,10 +126,7 @@ def progress_line(
 ) -> str:
     """Format a log line such as `step 120/1000  total 0.412  l2 0.031  4.2 steps/s  eta 3m28s`.
 
-    Args:
-      step, total_steps: progress.
-      scalars: averaged metrics and the figures of Stopwatch.pop.
-      headline: names to show, in this order; all losses, the total first, when empty.
+    `headline` names what is shown, in this order; all losses, the total first, when empty.
     """
     losses = [name for name in scalars if name.startswith("loss/")]
     losses.sort(key=lambda name: name != "loss/total")
@@ -182,10 +179,7 @@ class Writer:
     def __init__(self, workdir: str | epath.Path, resume_step: int = 0, enabled: bool = True):
         """Open the files, dropping what a previous run wrote beyond the restored step.
 
-        Args:
-          workdir: the run's directory.
-          resume_step: the step just restored; 0 for a new run, which starts empty files.
-          enabled: False on all processes but the first, where nothing is written.
+        With resume_step 0 the files start empty. Only one process is `enabled`.
         """
         self._enabled = enabled
         self._workdir = epath.Path(workdir)

@@ -18,34 +18,21 @@ _ADAMW_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are given,
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Hyper-parameters of one optimizer.
+    """Hyper-parameters of one optimizer."""
 
-    Attributes:
-      name: "adam", "adamw" (decoupled weight decay), or "muon": orthogonalized momentum (Jordan et
-        al. 2024) for the kernels of blocks, at AdamW's step size, and for the rest AdamW with
-        Nesterov's momentum.
-      learning_rate: peak value.
-      schedule: "constant", or "cosine" or "linear" decay to `final_fraction` of the peak.
-      warmup_steps: of linear warm-up from zero.
-      final_fraction: of the peak, reached at the last step.
-      b1, b2, epsilon: Adam's moments and denominator.
-      weight_decay: for "adamw" and "muon".
-      decayed: what it acts on: "kernels", or "all" but biases and norms (embeddings and tables by
-        position, too).
-      clip_norm: global gradient norm above which gradients are scaled down; 0 switches it off.
-    """
-
+    # "adam", "adamw" (decoupled weight decay), or "muon": orthogonalized momentum (Jordan et al.
+    # 2024) for the kernels of blocks, at AdamW's step size; AdamW with Nesterov momentum elsewhere.
     name: str = "adam"
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
+    learning_rate: float = 1e-4  # peak
+    schedule: str = "constant"  # or "cosine", "linear": decay to final_fraction of the peak
+    warmup_steps: int = 0  # of linear warm-up from zero
+    final_fraction: float = 0.0  # of the peak, reached at the last step
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    decayed: str = "kernels"
-    clip_norm: float = 1.0
+    weight_decay: float = 0.0  # for adamw and muon
+    decayed: str = "kernels"  # or "all" but biases and norms (embeddings and position tables, too)
+    clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down; 0: never
 
     def __post_init__(self):
         problems = []
@@ -153,6 +140,14 @@ def _is_no_bias_or_norm(params: PyTree) -> PyTree:
 
 
 _MASKS = {"kernels": _is_matrix, "all": _is_no_bias_or_norm}
+
+
+def update(
+    optimizer: optax.GradientTransformation, gradients: PyTree, opt_state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Return the parameters after an optimizer's step, and its new state."""
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:

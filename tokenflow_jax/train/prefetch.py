@@ -12,19 +12,12 @@ from grain.experimental import ThreadPrefetchDatasetIterator
 class DevicePrefetcher:
     """Iterate over device batches, and know the data position of the last one handed out.
 
-    A thread draws host batches and starts their transfer ahead of the loop. Its own position is
-    therefore ahead of training, so each batch carries the position behind it: a checkpoint never
-    skips batches that were drawn but not trained on.
+    A thread draws host batches and starts their transfer ahead of the loop. Each batch carries the
+    position behind it: a checkpoint never skips batches that were drawn but not trained on.
     """
 
     def __init__(self, iterator: Any, sharding: jax.sharding.NamedSharding, depth: int = 2):
-        """Wrap an iterator over host batches; see `Stage.data`. Nothing is drawn yet.
-
-        Args:
-          iterator: infinite, over pytrees of host-local NumPy arrays.
-          sharding: of a global batch.
-          depth: how many batches may wait on the device.
-        """
+        """Wrap the iterator of `Stage.data`; `depth` batches may wait on the device."""
         self._source = _DeviceBatches(iterator, sharding)
         self._ahead = ThreadPrefetchDatasetIterator(self._source, depth)
         self._started = False
@@ -34,11 +27,7 @@ class DevicePrefetcher:
         return self
 
     def __next__(self) -> Any:
-        """Return the next batch, a pytree of global jax.Arrays.
-
-        Raises:
-          ValueError: the data ended; training data must repeat forever.
-        """
+        """Return the next batch, a pytree of global jax.Arrays."""
         self._started = True
         began = time.perf_counter()
         batch = next(self._ahead)
@@ -50,13 +39,9 @@ class DevicePrefetcher:
         return self._ahead.get_state()
 
     def set_state(self, positions: Sequence[Any]) -> None:
-        """Continue after the batches that all processes of a run had been handed.
+        """Continue after the batches handed out; `positions` holds `get_state` of each process.
 
-        Args:
-          positions: what `get_state` returned in each process of the run that goes on.
-
-        Raises:
-          ValueError: the positions do not belong to these data.
+        Raises ValueError for positions in other data.
         """
         if self._started:
             raise ValueError("the position can only be set before the first batch is drawn")

@@ -1,14 +1,10 @@
-"""report.html: one self-contained page about a run, with curves, grids and figures.
-
-Everything is drawn here as inline SVG and embedded PNG, so the page can be mailed or archived as
-a single file and needs neither network nor scripts.
-"""
+"""report.html: a run's curves (inline SVG), grids and figures on one self-contained page."""
 
 import base64
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from etils import epath
@@ -71,38 +67,37 @@ def write_report(
     config: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> epath.Path:
-    """Writes `<workdir>/report.html`.
+    """Write `<workdir>/report.html` and return its path.
 
     Args:
       workdir: the run's directory; grids are taken from its `images/<name>_<step>.png`.
       history: lines of metrics.jsonl: dicts with `step` and scalars (None where not finite).
       facts: short name -> text, about the run as a whole (throughput, start, devices).
-      config: JSON-able config of the run.
       notes: sentences the reader must know (a term left out, pictures that were skipped).
-
-    Returns:
-      The path of the page.
     """
-    workdir = epath.Path(workdir)
-    curves = collect_curves(history)
-    title = f"{facts.get('stage', 'run')} · step {facts.get('step', '?')}"
-    body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="lead">{html.escape(str(workdir))}</p>',
-        _cards(curves),
-    ]
+    workdir, curves = epath.Path(workdir), collect_curves(history)
+    sections = _sections(curves)
+    title = escape(f"{facts.get('stage', 'run')} · step {facts.get('step', '?')}")
+    body = [f'<h1>{title}</h1><p class="lead">{escape(str(workdir))}</p>', _cards(curves)]
     if notes:
-        items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
         body.append(f"<h2>Notes</h2><ul>{items}</ul>")
     body.append(_grids(workdir / "images"))
-    for section, names in _sections(curves):
+    for section, names in sections:
         charts = "".join(chart(name, curves[name]) for name in names)
         body.append(f'<h2>{section}</h2><div class="charts">{charts}</div>')
-    body += [_final_figures(curves), _facts(facts), _config(config)]
+    if sections:
+        head = "<tr><th></th><th>first</th><th>last</th><th>at step</th></tr>"
+        rows = "".join(_figures(name, curves[name]) for _, names in sections for name in names)
+        body.append(f"<h2>Figures</h2><table>{head}{rows}</table>")
+    rows = (f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
+    body.append(f"<h2>Run</h2><table>{''.join(rows)}</table>")
+    text = escape(json.dumps(config, indent=2, sort_keys=True, default=str))
+    body.append(f"<h2>Config</h2><details><summary>all values</summary><pre>{text}</pre></details>")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{title}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
     )
     path = workdir / "report.html"
@@ -111,7 +106,7 @@ def write_report(
 
 
 def collect_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Turns metric lines into curves: name -> points (step, value), non-finite ones left out."""
+    """Turn metric lines into curves: name -> points (step, value), without non-finite ones."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in history:
         for name, value in line.items():
@@ -121,18 +116,15 @@ def collect_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
 
 
 def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
-    """Draws one curve as a figure with inline SVG.
-
-    Args:
-      name: the metric, used as the caption.
-      points: (step, value), steps ascending; at least one.
-    """
-    points = _thin(points)
+    """Draw one curve of at least one (step, value), steps ascending, as a figure."""
+    if len(points) > _MAX_POINTS:  # the first and the last stay
+        last = len(points) - 1
+        points = [points[round(i * last / (_MAX_POINTS - 1))] for i in range(_MAX_POINTS)]
     steps, values = [p[0] for p in points], [p[1] for p in points]
     low, high = min(values), max(values)
     is_log = low > 0 and high / low > _LOG_RATIO
-    scale = math.log10 if is_log else float
-    ticks = _log_ticks(low, high) if is_log else _ticks(low, high)
+    scale, find_ticks = (math.log10, _log_ticks) if is_log else (float, _ticks)
+    ticks = find_ticks(low, high)
     bottom, top = scale(min(low, ticks[0])), scale(max(high, ticks[-1]))
     first, last = steps[0], max(steps[-1], steps[0] + 1)
 
@@ -143,34 +135,29 @@ def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
         share = (scale(value) - bottom) / ((top - bottom) or 1.0)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
+    def text(x: float, y: float, anchor: str, words: str, kind: str = "") -> str:
+        return f'<text {kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
+
     parts = []
     for tick in ticks:
-        parts.append(
-            f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" '
-            f'y2="{y(tick):.1f}"/><text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" '
-            f'text-anchor="end">{_number(tick)}</text>'
-        )
-    for tick in _step_ticks(first, last):
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
-            f"{_count(tick)}</text>"
-        )
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">step</text>')
+        height = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
+        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {height}/>')
+        parts.append(text(_LEFT - 6, y(tick) + 4, "end", _number(tick)))
+    inner = [round(t) for t in _ticks(first, last) if first <= t <= last and t == round(t)]
+    for tick in inner or [first, last]:
+        label = f"{tick / 1000:g}k" if tick >= 10_000 and tick % 100 == 0 else str(tick)
+        parts.append(text(x(tick), _HEIGHT - _BOTTOM + 16, "middle", label))
+    parts.append(text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "middle", "step"))
     path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
     parts.append(f'<polyline class="curve" points="{path}"/>')
     for (step, value), anchor in ((points[0], "start"), (points[-1], "end")):
         above = y(value) - 8 if y(value) > _TOP + 14 else y(value) + 16
         parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>')
         if len(points) > 1 or anchor == "start":
-            parts.append(
-                f'<text class="value" x="{x(step):.1f}" y="{above:.1f}" text-anchor="{anchor}">'
-                f"{_number(value)}</text>"
-            )
-    remark = " <small>logarithmic</small>" if is_log else ""
-    label = html.escape(f"{name}: {_number(values[0])} at step {first}, {_number(values[-1])} last")
+            parts.append(text(x(step), above, anchor, _number(value), 'class="value"'))
+    label = escape(f"{name}: {_number(values[0])} at step {first}, {_number(values[-1])} last")
     return (
-        f"<figure><figcaption>{html.escape(name)}{remark}</figcaption>"
+        f"<figure><figcaption>{escape(name)}{' <small>logarithmic</small>' * is_log}</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg></figure>"
     )
@@ -188,11 +175,11 @@ def _sections(curves: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _cards(curves: Mapping[str, list[tuple[int, float]]]) -> str:
-    names = [name for name in curves if name.startswith("eval/")]
-    names = (names or [name for name in curves if name == "loss/total"])[:8]
+    names = [name for name in curves if name.startswith("eval/")][:8]
+    names = names or [name for name in curves if name == "loss/total"]
     cards = "".join(
         f'<div class="card"><b>{_number(curves[name][-1][1])}</b>'
-        f"<span>{html.escape(name.removeprefix('eval/'))}</span></div>"
+        f"<span>{escape(name.removeprefix('eval/'))}</span></div>"
         for name in names
     )
     return f'<div class="cards">{cards}</div>' if cards else ""
@@ -205,63 +192,31 @@ def _grids(folder: epath.Path) -> str:
         grids.setdefault(name, []).append((int(step), path))
     parts = []
     for name, entries in grids.items():
-        entries.sort()
-        parts.append(_grid(name, *entries[-1]))
+        *earlier, latest = sorted(entries)
+        parts.append(_grid(name, *latest))
         # The course of training in a few pictures; all of them would make a heavy page.
-        earlier = entries[:-1]
-        chosen = sorted({round(i * (len(earlier) - 1) / 2) for i in range(3)}) if earlier else []
-        if chosen:
+        if earlier:
+            chosen = sorted({round(i * (len(earlier) - 1) / 2) for i in range(3)})
             inner = "".join(_grid(name, *earlier[i]) for i in chosen)
-            summary = f"<summary>{html.escape(name)}, earlier</summary>"
-            parts.append(f"<details>{summary}{inner}</details>")
+            parts.append(f"<details><summary>{escape(name)}, earlier</summary>{inner}</details>")
     return f"<h2>Pictures</h2>{''.join(parts)}" if parts else ""
 
 
 def _grid(name: str, step: int, path: epath.Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    caption = f"{html.escape(name)} <small>step {step}</small>"
-    alt = f"{html.escape(name)} at step {step}"
-    return (
-        f'<figure class="grid"><figcaption>{caption}</figcaption>'
-        f'<img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
-    )
+    data, name = base64.b64encode(path.read_bytes()).decode(), escape(name)
+    caption = f"<figcaption>{name} <small>step {step}</small></figcaption>"
+    image = f'<img alt="{name} at step {step}" src="data:image/png;base64,{data}">'
+    return f'<figure class="grid">{caption}{image}</figure>'
 
 
-def _final_figures(curves: Mapping[str, list[tuple[int, float]]]) -> str:
-    rows = "".join(
-        f'<tr><th>{html.escape(name)}</th><td class="number">{_number(points[0][1])}</td>'
-        f'<td class="number">{_number(points[-1][1])}</td>'
-        f'<td class="number">{points[-1][0]}</td></tr>'
-        for _, names in _sections(curves)
-        for name, points in ((n, curves[n]) for n in names)
-    )
-    head = "<tr><th></th><th>first</th><th>last</th><th>at step</th></tr>"
-    return f"<h2>Figures</h2><table>{head}{rows}</table>" if rows else ""
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(text))}</td></tr>"
-        for name, text in facts.items()
-    )
-    return f"<h2>Run</h2><table>{rows}</table>"
-
-
-def _config(config: Mapping[str, Any]) -> str:
-    text = html.escape(json.dumps(config, indent=2, sort_keys=True, default=str))
-    return f"<h2>Config</h2><details><summary>all values</summary><pre>{text}</pre></details>"
-
-
-def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Keeps at most _MAX_POINTS, always the first and the last."""
-    if len(points) <= _MAX_POINTS:
-        return list(points)
-    last = len(points) - 1
-    return [points[round(i * last / (_MAX_POINTS - 1))] for i in range(_MAX_POINTS)]
+def _figures(name: str, points: Sequence[tuple[int, float]]) -> str:
+    (_, first), (step, last) = points[0], points[-1]
+    cells = (f'<td class="number">{text}</td>' for text in (_number(first), _number(last), step))
+    return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that enclose low and high: _ticks(0.13, 0.92) == [0.0, 0.25, ..., 1.0]."""
+    """Return round numbers that enclose low and high: (0.13, 0.92) -> [0.0, 0.25, ..., 1.0]."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -278,16 +233,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [10.0**i for i in range(begin, end + stride, stride)]
 
 
-def _step_ticks(first: int, last: int) -> list[int]:
-    inner = [round(t) for t in _ticks(first, last) if first <= t <= last and t == round(t)]
-    return inner or [first, last]
-
-
 def _number(value: float) -> str:
-    """Four significant digits without trailing noise: 0.1234, 12.3, 1.2e+05."""
-    text = f"{value:.4g}"
-    return "0" if text in ("-0", "0") else text
-
-
-def _count(step: int) -> str:
-    return f"{step / 1000:g}k" if step >= 10_000 and step % 100 == 0 else str(step)
+    """Format four significant digits without trailing noise or -0: 0.1234, 12.3, 1.2e+05."""
+    return f"{value:z.4g}"

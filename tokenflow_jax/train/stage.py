@@ -1,8 +1,7 @@
 """A stage of training: what the loop runs, and what preflight compiles.
 
-A stage is built from a config and a mesh alone: modules, and shapes and shardings of everything its
-step takes. That is enough to compile the step for hardware you don't have. `open` then loads
-frozen weights and data, after which the loop can run it.
+A config and a mesh are enough to build a stage, and to compile its step for hardware you don't
+have. `open` then loads frozen weights and data, after which the loop can run it.
 """
 
 import abc
@@ -25,19 +24,12 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 class Program(NamedTuple):
-    """A function and the shapes and shardings of its arguments.
-
-    Attributes:
-      function: not jitted, for tracing.
-      compiled: the same, jitted; call or lower it with the mesh in use.
-      arguments: trees of jax.ShapeDtypeStruct.
-      parts: the arguments by what they are, for reports.
-    """
+    """A function and the shapes and shardings of its arguments."""
 
     function: Callable[..., Any]
-    compiled: Any
+    compiled: Any  # the same, jitted; to be called or lowered with the mesh in use
     arguments: tuple[PyTree, ...]
-    parts: Mapping[str, PyTree]
+    parts: Mapping[str, PyTree]  # the arguments by what they are, for reports
 
 
 class Stage(abc.ABC):
@@ -57,11 +49,7 @@ class Stage(abc.ABC):
     headline: tuple[str, ...] = ()
 
     def __init__(self, config: Any, mesh: meshes.Mesh, platform: str | None = None):
-        """Check the config; no weights and no data are read.
-
-        Raises:
-          ValueError: wrong values, all of them.
-        """
+        """Check the config; no weights and no data are read."""
         self.config, self.mesh = config, mesh
         self.platform = platform or jax.default_backend()
         self.frozen: PyTree = {}
@@ -70,11 +58,7 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def open(self) -> "Stage":
-        """Load frozen weights and data; return the stage.
-
-        Raises:
-          ValueError, OSError: files that are missing or do not fit.
-        """
+        """Load frozen weights and data; return the stage. ValueError, OSError: wrong files."""
 
     @property
     @abc.abstractmethod
@@ -173,11 +157,7 @@ class Stage(abc.ABC):
         return Program(self.trainer.step, compiled, arguments, parts)
 
     def step(self, state: State, batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
-        """Run one training step; the state is given up.
-
-        Returns:
-          The new state, and scalar metrics: "loss/total" and others. Every "loss/*" must be finite.
-        """
+        """Run one step, giving up the state; return the new one and scalars, finite "loss/*"."""
         with meshes.use(self.mesh):
             return self.program.compiled(state, self.frozen, batch)
 
@@ -220,23 +200,14 @@ class Stage(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """The part of the config that the loop reads, with defaults.
+    """The part of the config that the loop reads; an interval of 0 steps means at the end only."""
 
-    Attributes:
-      total_steps: optimizer steps of the whole run, restored ones included.
-      log_every: steps between progress lines and points of the curves.
-      eval_every: steps between evaluations; 0 only at the end.
-      image_every: steps between image grids; 0 only at the end.
-      checkpoint_every: steps between checkpoints; 0 only at the end.
-      keep_checkpoints: how many of the latest checkpoints stay on disk.
-    """
-
-    total_steps: int
-    log_every: int = 20
+    total_steps: int  # of the whole run, restored ones included
+    log_every: int = 20  # progress lines and points of the curves
     eval_every: int = 0
     image_every: int = 0
     checkpoint_every: int = 0
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # how many of the latest stay on disk
 
     def __post_init__(self) -> None:
         lowest = {"total_steps": 1, "log_every": 1, "keep_checkpoints": 1}

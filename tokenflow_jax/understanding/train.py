@@ -38,21 +38,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Modules and hyper-parameters of a run; `step` is the training step.
-
-    Attributes:
-      tokenizer: the frozen one, in float32.
-      trainable: pytree of bools shaped like the parameters, or None when all of them train.
-      accumulate: microbatches per step.
-      loss_tokens: positions whose logits a device holds at the same time.
-    """
+    """Modules and hyper-parameters of a run; `step` is the training step."""
 
     model: Understanding
-    tokenizer: TokenFlow
+    tokenizer: TokenFlow  # the frozen one, in float32
     optimizer: optax.GradientTransformation
-    trainable: PyTree | None = None
-    accumulate: int = 1
-    loss_tokens: int = 4096
+    trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
+    accumulate: int = 1  # microbatches per step
+    loss_tokens: int = 4096  # positions whose logits a device holds at the same time
 
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Run one optimization step; to be jitted with `state` donated.
@@ -63,9 +56,7 @@ class Trainer:
           batch: from `data.chat.batches`, global.
 
         Returns:
-          The new state, and scalar metrics: "loss/total", "accuracy/answers" (share of labels that
-          are the most likely id), "labels" (their number), "filled" (share of the positions that
-          are not padding), "gradient_norm/all".
+          The new state, and scalar metrics; "filled" is the share of positions without padding.
         """
 
         def microbatch(carry, rows, key):
@@ -88,8 +79,7 @@ class Trainer:
             "filled": jnp.mean(batch["segments"] > 0, dtype=jnp.float32),
             "gradient_norm/all": optax.tree.norm(gradients),
         }
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = optim.update(self.optimizer, gradients, state.opt_state, state.params)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def features(self, frozen: PyTree, batch: PyTree) -> jax.Array:

@@ -28,7 +28,7 @@ class Part:
         return f"variant {names[0]!r}" if names else str(config)
 
     def check(self, state: Mapping[str, Any], config: Any) -> None:
-        """Raise CheckpointMismatch with all problems and the variants that a PyTorch file fits."""
+        """Raise CheckpointMismatch with all problems and the variants that the file would fit."""
         problems = self._problems(state, config)
         if not problems:
             return

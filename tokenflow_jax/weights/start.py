@@ -35,18 +35,10 @@ def take(
     fresh: tuple[str, ...] = (),
     remedy: str = "",
 ) -> PyTree:
-    """Replace parameters by arrays of the same paths and shapes, one at a time.
+    """Replace parameters by arrays (lazy or not) of the same paths and shapes, one at a time.
 
-    Args:
-      arrays: by path, lazy or not.
-      path: where they are from, for messages.
-      params: fresh parameters; those that are replaced are given up.
-      shardings: of the parameters.
-      fresh: patterns of parameters that stay as they are.
-      remedy: added to the error.
-
-    Raises:
-      ValueError: arrays that are missing or of another shape, all of them.
+    `params` gives up those that are replaced; those that match a pattern of `fresh` stay. `path`
+    and `remedy` go into the error, which lists all arrays that are missing or of another shape.
     """
     ours, places = flatten(params), flatten(shardings)
     kept = flatten(optim.matching(params, fresh)) if fresh else {}
@@ -83,15 +75,11 @@ def load_model(
         ours, or a PyTorch checkpoint with the released names.
       part: the `weights.part.Part` of the stage.
       config: the model's hyper-parameters, with `lm`.
-      params: fresh parameters; those that are replaced are given up.
-      shardings: of the parameters.
+      params, shardings: as for `take`.
       lm_ids: see `take_language_model`.
 
     Returns:
       The parameters, and what was taken.
-
-    Raises:
-      ValueError: a model of another shape; everything that differs.
     """
     if is_language_model(path):
         return take_language_model(path, config.lm, params, shardings, lm_ids)
@@ -118,16 +106,9 @@ def take_language_model(
 ) -> tuple[PyTree, str]:
     """Replace the parameters under "lm/" by a language model's.
 
-    Args:
-      path: of the language model.
-      lm: our hyper-parameters.
-      params, shardings: as for `take`.
-      ids: None when our vocabulary is the language model's, array by array. Otherwise ids from here
-        on are ours alone (codes): their rows stay random, new rows below become the mean of the
-        known ones, as in the reference, and arrays that only one of the two has are left alone.
-
-    Raises:
-      ValueError: another architecture or shape; everything that differs.
+    With `ids` None our vocabulary is the language model's, array by array. Otherwise ids from there
+    on are ours alone (codes): their rows stay random, new rows below become the mean of the known
+    ones, as in the reference, and arrays that only one of the two has are left alone.
     """
     _check_language_model(path, lm, ("tied_head",) if ids is None else ())
     ours, places = flatten(params), flatten(shardings)

@@ -1,10 +1,11 @@
-"""GGUF files: a small writer here, the reader there; quantised blocks, row order, tokenizer."""
+"""GGUF files from a small writer: quantized blocks, row order, text tokenizer, damage."""
 
 import json
 import pathlib
 import runpy
 import struct
 
+import gguf as package
 import ml_dtypes
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def text(value):
 
 
 def value(item):
-    """Kind and bytes of a header's value."""
+    """Return the kind and bytes of a header's value."""
     if isinstance(item, bool):
         return 7, struct.pack("<?", item)
     if isinstance(item, int):
@@ -40,7 +41,7 @@ def value(item):
 
 
 def encode(array, kind):
-    """The bytes of a tensor; a quantised one loses what its type cannot hold."""
+    """Return the bytes of a tensor; quantization loses precision."""
     if kind in ("F32", "F16", "BF16"):
         names = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
         return array.astype(names[kind]).tobytes()
@@ -64,7 +65,7 @@ def encode(array, kind):
 
 
 def write(path, fields, tensors, raw=None):
-    """tensors: name -> (array, type); raw: the data of the only one."""
+    """Write `tensors`, name -> (array, type), or one tensor whose data is `raw`."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields))
     for name, item in fields.items():
         kind, body = value(item)
@@ -73,7 +74,7 @@ def write(path, fields, tensors, raw=None):
     for name, (array, kind) in tensors.items():
         head += text(name) + struct.pack("<I", array.ndim)
         head += b"".join(struct.pack("<Q", size) for size in reversed(array.shape))
-        head += struct.pack("<IQ", TYPES[kind], len(data))
+        head += struct.pack("<IQ", TYPES.get(kind, kind), len(data))
         body = raw or (encode(array, kind) if kind != "I8" else b"")
         data += body + b"\0" * (-len(body) % 32)
     path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
@@ -81,7 +82,7 @@ def write(path, fields, tensors, raw=None):
 
 
 def interleaved(weight, heads):
-    """Row order of llama.cpp: the halves of each head alternate."""
+    """Return the rows in llama.cpp's order: the halves of each head alternate."""
     rows = [
         head * 2 * half + part * half + i
         for half in [weight.shape[0] // heads // 2]
@@ -126,7 +127,7 @@ def model_file(path, case="llama_grouped", **changes):
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
-def test_a_model_equals_the_one_that_was_written(tmp_path, case):
+def test_a_model_survives_the_round_trip(tmp_path, case):
     path, config, state = model_file(tmp_path / "m.gguf", case)
     found, params = language_model.load_language_model(path)
     assert found == config
@@ -142,7 +143,7 @@ def test_a_model_equals_the_one_that_was_written(tmp_path, case):
 
 
 @pytest.mark.parametrize("kind, bits", [("F16", 10), ("BF16", 8), ("Q8_0", 7), ("Q4_1", 4)])
-def test_types_give_what_they_can_hold(tmp_path, kind, bits):
+def test_types_keep_their_precision(tmp_path, kind, bits):
     array = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     path = write(tmp_path / "t.gguf", {}, {"first": (array[:1], "F32"), "x": (array, kind)})
     _, tensors = gguf.read_gguf(path)
@@ -151,8 +152,8 @@ def test_types_give_what_they_can_hold(tmp_path, kind, bits):
     np.testing.assert_array_equal(tensors["first"].read(), array[:1])
 
 
-def test_a_block_of_four_bits_by_hand(tmp_path):
-    """Numbers 0 to 15 up and down: low halves first; Q4_0 is centred at 8, Q4_1 has a least."""
+def test_four_bit_blocks_by_hand(tmp_path):
+    """Numbers 0 to 15 up and down, low nibbles first; Q4_0 is centered at 8, Q4_1 has a minimum."""
     numbers = np.concatenate([np.arange(16), np.arange(16)[::-1]]).astype(np.float32)
     packed = (np.arange(16) | (np.arange(16)[::-1] << 4)).astype(np.uint8).tobytes()
     half, least = np.float16(0.5).tobytes(), np.float16(-3).tobytes()
@@ -164,7 +165,23 @@ def test_a_block_of_four_bits_by_hand(tmp_path):
         np.testing.assert_array_equal(gguf.read_gguf(path)[1]["x"].read()[0], want)
 
 
-def test_what_is_not_read_is_said(tmp_path):
+@pytest.mark.parametrize("kind", ["Q5_1", "Q4_K", "Q6_K", "IQ4_XS", "TQ2_0"])
+def test_other_types_match_the_package(tmp_path, kind):
+    number = package.GGMLQuantizationType[kind]
+    count, block = package.GGML_QUANT_SIZES[number]
+    raw = np.random.default_rng(0).integers(0, 60, (3, 2 * block), np.uint8)  # finite scales
+    path = write(
+        tmp_path / "t.gguf",
+        {},
+        {"x": (np.zeros((3, 2 * count), np.float32), int(number))},
+        raw.tobytes(),
+    )
+    found = gguf.read_gguf(path)[1]["x"].read()
+    assert found.shape == (3, 2 * count) and np.isfinite(found).all() and found.std() > 0
+    np.testing.assert_array_equal(found, package.dequantize(raw, number))
+
+
+def test_unreadable_files_are_explained(tmp_path):
     array = np.ones((2, 32), np.float32)
     tensors = dict.fromkeys(("one", "two"), (array, "I8"))
     with pytest.raises(ValueError, match=r"(?s)one: type 24 is not read.*two: type 24"):
@@ -186,7 +203,7 @@ def test_what_is_not_read_is_said(tmp_path):
 
 
 def test_text_tokenizer_and_folder(tmp_path):
-    """Byte-level BPE: merges, single digits, special pieces; and the folder that holds it all."""
+    """Byte-level BPE: merges, single digits, special pieces; and the whole folder."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

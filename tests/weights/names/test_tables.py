@@ -1,4 +1,4 @@
-"""The tables of every model against our modules and the reference's complete lists of names."""
+"""The tables of all models against our modules and the reference's complete lists of names."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def tokenizer_template(config):
 
 
 def narrower(shapes, shrink):
-    """The same for the reference's shapes: 32 and 8 code channels, 197 tokens, ... stay."""
+    """Narrow the reference's shapes; 32 and 8 code channels, 197 tokens, ... stay."""
     return {
         # 4304 is the width of SigLIP's MLP.
         name: [size // shrink if size % 64 == 0 or size == 4304 else size for size in shape]
@@ -94,7 +94,7 @@ def test_narrow_tokenizer_round_trip(case):
     state = WEIGHTS["state_dict"](narrower(manifest(f"tokenizer_{case}"), 8), 3)
     config = config_of(case, 8)
     tree = assert_round_trip(state, tokenizer_table(config), tokenizer_template(config))
-    # Spot checks of orientation and order, spelt out rather than through the rules.
+    # Spot checks of orientation and order, spelled out rather than through the rules.
     qkv = tree["semantic_encoder"]["blocks"]["attention"]["qkv"]["kernel"][11]
     names = {
         "clip": ["transformer.resblocks.11.attn.in_proj_weight"],
@@ -140,8 +140,8 @@ def test_three_wrong_tensors_are_all_reported():
         assert part in text
 
 
-def test_a_decoder_to_be_started_afresh_can_be_left_out():
-    """Switching to the enhanced decoder keeps everything else of a normal checkpoint."""
+def test_a_fresh_decoder_can_be_left_out():
+    """Switching to the enhanced decoder keeps the rest of a normal checkpoint."""
     state = WEIGHTS["state_dict"](narrower(manifest("tokenizer_clipb_224"), 8), 0)
     config = dataclasses.replace(config_of("clipb_224", 8), decoder_channels=32, decoder_blocks=5)
     shapes = tokenizer_template(config)

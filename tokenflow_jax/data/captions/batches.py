@@ -9,8 +9,7 @@ with different words in every epoch:
     "{tags}"               fruit, red
     "{group}: {caption}"   food drink: red apple
 
-A template that needs what a picture lacks is not used for it; a picture for which none is left is
-skipped and counted, like a broken one.
+A picture that has all fields of no template is skipped and counted, like a broken one.
 """
 
 import dataclasses
@@ -20,10 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tokenflow_jax.data import evaluation, images, pipeline, sources
+from tokenflow_jax.data import images, pipeline, sources
 from tokenflow_jax.data.dealing import DealtBatches
-from tokenflow_jax.data.examples import Guard, Skipped
-from tokenflow_jax.data.examples import skipped_notes as notes_of
+from tokenflow_jax.data.examples import Guard, Skipped, notes_on
 from tokenflow_jax.data.images import BrokenImage
 from tokenflow_jax.data.text import PromptEncoder
 
@@ -68,10 +66,7 @@ def main_caption(example: Mapping[str, Any]) -> str:
 def draw_caption(
     example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
 ) -> str:
-    """Return a caption drawn from those an example allows, or "" where it is dropped.
-
-    Raises BrokenImage when no template fits the example.
-    """
+    """Return a caption drawn from those an example allows, "" where dropped, or BrokenImage."""
     captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
     tags, group = example.get("tags") or [], example.get("group", -1)
     known = {"caption": bool(captions), "tags": bool(tags), "group": group >= 0}
@@ -106,7 +101,7 @@ class Examples(Protocol):
 
 
 class Pictures:
-    """A data set's pictures, center-cropped as the reference prepares them."""
+    """A data set's pictures, center-cropped as the reference does."""
 
     array = "image"
 
@@ -131,19 +126,16 @@ class Pictures:
 def train_batches(
     examples: Examples, captions: CaptionConfig, prompts: PromptEncoder, **options: int
 ) -> DealtBatches:
-    """Return an endless iterator of shuffled pairs.
+    """Return an endless iterator of shuffled pairs; options are those of `DealtBatches`.
 
-    A batch is {"prefix": int32 (B, P), and "image": uint8 (B, size, size, 3) or "codes": int32
-    (B, L)}. Options are batch_size, seed, shard_index, shard_count and threads of `DealtBatches`.
+    A batch has "prefix", int32 (B, P), and "image", uint8 (B, size, size, 3), or "codes", int32
+    (B, L).
     """
     guard = Guard(examples.skipped, len(examples), "pair of picture and caption")
 
     def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         row = _pair(examples, prompts, index, lambda example: draw_caption(example, captions, rng))
-        if row is None:
-            guard.failed()
-        else:
-            guard.usable()
+        guard.check(row is not None)
         return row
 
     return DealtBatches(draw, len(examples), identity={"data": examples.name}, **options)
@@ -152,11 +144,9 @@ def train_batches(
 def eval_batches(
     examples: Examples, prompts: PromptEncoder, **options: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every usable pair once, with its main caption, in order.
+    """Give every pair once, in order, with its main caption; see `pipeline.masked_batches`.
 
-    The arrays are those of training, "mask" bool (B,) and "index" int32 (B,). Where the mask is
-    False, at broken pairs and at padding, arrays are blank, the prompt is empty and the index -1.
-    Options are batch_size, limit, shard_index and shard_count of `evaluation.eval_batches`.
+    Broken pairs and padding have a blank array and an empty prompt.
     """
 
     def caption_of(example: Mapping[str, Any]) -> str:
@@ -164,7 +154,7 @@ def eval_batches(
             raise BrokenImage("no caption", str(example.get("name", "")))
         return caption
 
-    return evaluation.eval_batches(
+    return pipeline.masked_batches(
         lambda index: _pair(examples, prompts, index, caption_of),
         len(examples),
         blank={"prefix": prompts.encode(""), examples.array: examples.blank},
@@ -173,10 +163,7 @@ def eval_batches(
 
 
 def _pair(
-    examples: Examples,
-    prompts: PromptEncoder,
-    index: int,
-    caption_of: Callable[[Mapping[str, Any]], str],
+    examples: Examples, prompts: PromptEncoder, index: int, caption_of: Callable[..., str]
 ) -> dict[str, np.ndarray] | None:
     """Return the arrays of an example with its caption; None where either is broken."""
     example = examples[index]
@@ -197,4 +184,4 @@ def captions_of(examples: Examples, indices: Sequence[int]) -> list[str]:
 
 def skipped_notes(*all_examples: Examples) -> list[str]:
     """Return one line per data set that left something out."""
-    return notes_of(examples.skipped for examples in all_examples)
+    return notes_on(examples.skipped for examples in all_examples)

@@ -35,10 +35,7 @@ class CodeRecords:
     array = "codes"
 
     def __init__(self, path: str, split: str, tokenizer: Mapping[str, Any]):
-        """Open a data set; CodesError where it is not one of this tokenizer's codes.
-
-        The tokenizer is given by "fingerprint", "codebook_size" and "scales".
-        """
+        """Open a data set; CodesError unless it is of this tokenizer, see `check_tokenizer`."""
         check_tokenizer(path, read_about(path), tokenizer)
         self._source = sources.RecordSource(path, split)
         self._size = tokenizer["codebook_size"]
@@ -87,17 +84,16 @@ class CodesInMemory:
 
 def read_about(path: str | os.PathLike) -> dict[str, Any]:
     """Return what a finished data set of codes says about its tokenizer, or raise CodesError."""
-    folder = pathlib.Path(path)
-    manifest = folder / records.MANIFEST
-    if not manifest.is_file():
-        plan = (folder / PLAN).is_file()
+    manifest = records.read_manifest(path)
+    if manifest is None:
+        plan = (pathlib.Path(path) / PLAN).is_file()
         remedy = "run the same encode command again to finish it" if plan else (
             "write one with python -m tokenflow_jax.encode"
         )  # fmt: skip
         raise CodesError(
             f"{os.fspath(path)!r} is not a {'finished ' if plan else ''}data set of codes; {remedy}"
         )
-    about = json.loads(manifest.read_text(encoding="utf-8")).get("tokenizer")
+    about = manifest.get("tokenizer")
     if not isinstance(about, dict) or any(key not in about for key in _ABOUT):
         raise CodesError(
             f"{os.fspath(path)!r} holds pictures, not codes; encode it with "
@@ -109,7 +105,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
 def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str, Any]) -> None:
     """Raise CodesError unless the codes of `path` were written by the tokenizer in use.
 
-    Tokenizers are given by "fingerprint", and "codebook_size" and "scales" where they are noted.
+    Both have a "fingerprint", and "codebook_size" and "scales" where these are known.
     """
     if written_by["fingerprint"] == used["fingerprint"]:
         return
@@ -132,23 +128,14 @@ class PartWriter:
     def __init__(
         self,
         folder: str | os.PathLike,
-        plan: Mapping[str, Any],
-        splits: Mapping[str, int],
+        plan: Mapping[str, Any],  # JSON-able facts; the same on all hosts and runs
+        splits: Mapping[str, int],  # name -> number of pictures
         *,
         records_per_file: int = 10_000,
         shard_index: int = 0,
         shard_count: int = 1,
     ):
-        """Start a data set, or continue one; CodesError where it was started with another plan.
-
-        Args:
-          folder: of the data set; made when it does not exist.
-          plan: JSON-able facts about tokenizer and pictures; the same on all hosts and runs.
-          splits: name -> number of pictures.
-          records_per_file: pictures per part.
-          shard_index: this host, from 0.
-          shard_count: number of hosts.
-        """
+        """Start a data set, or continue one; CodesError where it was started with another plan."""
         if not 0 <= shard_index < shard_count or records_per_file < 1:
             raise ValueError(
                 f"shard_index {shard_index} of {shard_count} hosts, {records_per_file} records per "

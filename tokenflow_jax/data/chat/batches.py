@@ -4,12 +4,11 @@
 
 All hosts compute the ids of a whole batch and so agree on its rows and on their length, one of few
 buckets, for each of which the training step is compiled once; pictures are read by the host that
-trains on them. A sample that is broken is counted and its place left empty (it carries no loss), so
-no sample is trained twice in its place and no host waits for another.
+trains on them. A broken sample leaves its place empty (no loss), so that no other is trained twice
+and no host waits for another.
 
-A row is one conversation, or `pack` of them: long ones share a row with short ones, so that all
-rows of a batch are about as long and few tokens are padding. The loss is the same: the batch has
-the same conversations, none of which reads another.
+A row is one conversation, or `pack` of them, none of which reads another: long ones share a row
+with short ones, so that all rows are about as long and few tokens are padding.
 """
 
 import contextlib
@@ -25,9 +24,9 @@ from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, grouping, insertion
 from tokenflow_jax.data.chat.conversations import BrokenSample, JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
-from tokenflow_jax.data.chat.templates import get_template
+from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.dealing import NumberedBatches
-from tokenflow_jax.data.examples import Skipped, skipped_notes
+from tokenflow_jax.data.examples import Skipped, notes_on
 
 ORDERS = ("random", "grouped")
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
@@ -57,11 +56,11 @@ class ConversationConfig:
 
     def __post_init__(self):
         problems = []
-        for field, allowed in (
-            ("name", ("emoji", "jsonl")),
-            ("image_mode", conversations.IMAGE_MODES),
-            ("order", ORDERS),
-        ):
+        choices = {
+            "name": ("emoji", "jsonl"), "image_mode": conversations.IMAGE_MODES, "order": ORDERS,
+            "template": tuple(TEMPLATES),
+        }  # fmt: skip
+        for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 problems.append(f"{field} {getattr(self, field)!r} is not one of {allowed}")
         for field in ("image_size", "vectors", "max_length", "pack"):
@@ -69,10 +68,6 @@ class ConversationConfig:
                 problems.append(f"{field} is {getattr(self, field)}, must be at least 1")
         if list(self.buckets) != sorted({*self.buckets}) or min(self.buckets, default=1) < 1:
             problems.append(f"buckets {self.buckets} must be positive and ascend")
-        try:
-            get_template(self.template)
-        except ValueError as error:
-            problems.append(str(error))
         if problems:
             raise ValueError("data: " + "; ".join(problems))
 
@@ -134,18 +129,17 @@ class Conversations:
             return None
 
     @functools.cached_property
-    def images(self) -> list[str]:
-        """The names of all pictures, in order of appearance."""
+    def image_places(self) -> dict[str, int]:
+        """The names of all pictures, in order of appearance, with their places in `images`."""
         names: dict[str, None] = {}
-        for index in range(len(self.source)):
+        for index in range(len(self)):
             with contextlib.suppress(BrokenSample):  # counted where the sample is wanted
                 names[self.source[index].image] = None
-        return [name for name in names if name]
+        return {name: place for place, name in enumerate(filter(None, names))}
 
-    @functools.cached_property
-    def image_places(self) -> dict[str, int]:
-        """The place of each picture in `images`."""
-        return {name: place for place, name in enumerate(self.images)}
+    @property
+    def images(self) -> list[str]:
+        return list(self.image_places)
 
     def order(self, epoch: int, seed: int, batch_size: int) -> np.ndarray:
         """Return the samples of an epoch in the order in which they train."""
@@ -156,26 +150,17 @@ class Conversations:
 
     def notes(self) -> list[str]:
         """Return a line on what was skipped, if anything was."""
-        return skipped_notes([self.skipped])
+        return notes_on([self.skipped])
 
 
 def collate(
-    data: Conversations,
-    places: list[int],
-    shard: tuple[int, int] = (0, 1),
-    *,
-    pixels: bool = True,
+    data: Conversations, places: list[int], shard: tuple[int, int] = (0, 1), *, pixels: bool = True
 ) -> dict[str, np.ndarray]:
-    """Return the part of a batch for shard (this host, number of hosts).
+    """Return the part of a batch of these samples (-1: none) for shard (this host, hosts).
 
-    Args:
-      places: samples of the whole batch, a multiple of `pack` and hosts; -1 for none.
-      pixels: gives the pictures themselves; else their places in `data.images`.
-
-    Returns:
-      {"ids", "labels", "places", "segments"}, int32 (R, L) with padding on the right and P = `pack`
-      conversations in each of the R rows, and either "image" uint8 (R, P, size, size, 3) or
-      "image_index" int32 (R, P). Broken conversations are left out of their rows.
+    It has "ids", "labels", "places", "segments", int32 (R, L) with padding on the right and P =
+    `pack` conversations in each of the R rows, and "image" uint8 (R, P, size, size, 3) or, without
+    `pixels`, "image_index" int32 (R, P), the place in `data.images`.
     """
     config, size = data.config, data.config.image_size
     found = [data.row(place) if place >= 0 else None for place in places]

@@ -16,7 +16,7 @@ from tokenflow_jax.data import images
 from tokenflow_jax.data.chat import insertion, templates
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE, Template, Turn
 from tokenflow_jax.data.examples import SPLITS, Broken, evenly_spaced
-from tokenflow_jax.data.jsonl import Described, Lines, image_root, parse_object
+from tokenflow_jax.data.jsonl import Described, LineSource, parse_object
 
 IMAGE_MODES = ("pad", "square")
 _NO_IMAGE = ("", "None", "none", "nan")
@@ -42,10 +42,9 @@ class Sample:
 
 
 def parse_line(line: bytes) -> Sample:
-    """Parse a line of a LLaVA-style file, or raise BrokenSample.
+    """Parse a LLaVA-style line, or raise BrokenSample.
 
-    It is {"image": "path", "conversations": [{"from": "human", "value": "..."}, ...]} in UTF-8; an
-    image of "", "None", "none", "nan" or null is none.
+    {"image": "path", "conversations": [{"from": "human", "value": "..."}, ...]}
     """
     try:
         row = parse_object(line)
@@ -59,11 +58,8 @@ def parse_line(line: bytes) -> Sample:
         image = ""  # NaN and null, as tables write them
     if not isinstance(image, str):
         raise BrokenSample("bad image", f"must be the path of one picture, not {image!r:.80}")
-    return Sample(
-        tuple(_turn(turn) for turn in turns),
-        "" if image in _NO_IMAGE else image,
-        "image" in row,
-    )
+    image = "" if image in _NO_IMAGE else image
+    return Sample(tuple(map(_turn, turns)), image, "image" in row)
 
 
 def _turn(turn: Any) -> Turn:
@@ -77,30 +73,25 @@ def _turn(turn: Any) -> Turn:
 def _describe(line: bytes) -> Described:
     try:
         sample = parse_line(line)
+        # Without a picture, the line itself decides on the split.
         return Described(sample.length(), sample.image or line.decode("utf-8-sig"))
     except BrokenSample:  # counted and named where the sample is wanted
         return Described()
 
 
-class JsonlConversations:
-    """A file with one conversation per line, and a folder of images (the file's when empty)."""
+class JsonlConversations(LineSource):
+    """A file with one conversation per line, and a folder of images."""
 
     def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
-        # Splits are divided by the image's path, or by the line where there is none.
         if split not in SPLITS:
             raise ValueError(f"a file of conversations has no split {split!r}: {SPLITS}")
         file = pathlib.Path(path)
         if not os.fspath(path) or not file.is_file():
             raise ValueError(f"data.path {os.fspath(path)!r} is not a file of conversations")
-        self._root = image_root(file, image_folder)
         self.name = file.name
-        self._lines = Lines(file, "conversations", _describe)
-        self._places = self._lines.split(split)
+        super().__init__(file, "conversations", _describe, split, image_folder)
         if not len(self):
             raise ValueError(f"{file} has no conversations in split {split!r}")
-
-    def __len__(self) -> int:
-        return len(self._places)
 
     def label(self, index: int) -> str:
         return f"{self.name} line {self._lines.numbers[self._places[index]]}"
@@ -130,11 +121,7 @@ def read_image(folder: pathlib.Path, image: str) -> bytes:
 def prepare(
     sample: Sample, template: Template, text_tokenizer: Any, vectors: int, max_length: int
 ) -> dict[str, np.ndarray]:
-    """Turn a sample into a row of `insertion.merge_row`, cut to `max_length`.
-
-    Raises BrokenSample for markers that do not fit the picture, turns in bad order or that the
-    template cannot take, and where nothing carries loss.
-    """
+    """Turn a sample into a row of `insertion.merge_row`, cut to `max_length`, or BrokenSample."""
     marked = [IMAGE in text for _, text in sample.turns]
     if any(marked) and not sample.image:
         raise BrokenSample("marker without image", f"the text has an {IMAGE} and no picture")

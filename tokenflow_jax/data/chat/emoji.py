@@ -1,8 +1,8 @@
 """Questions and answers about the emoji inside the package, made from labels, tags and groups.
 
-Every emoji has one conversation per question, or one with all of them: what kind of thing it is,
-what it is called, which words go with it, and whether it is something (half of the time something
-else). "heldout" is the fixed tenth of pictures that never trains, the same as of the tokenizer.
+Every emoji has one conversation per question, or one with all of them: its kind, its name, words
+that go with it, and whether it is something (half of the time something else). Its splits are
+those of the tokenizer.
 """
 
 import zlib
@@ -80,19 +80,6 @@ def _shuffled(example: Any, names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
 
 
-def _kind(example: Any, _: Any) -> tuple[str, str]:
-    return KIND_QUESTION, KINDS[int(example["group"])]
-
-
-def _name(example: Any, _: Any) -> tuple[str, str]:
-    return "What is this?", example["caption"]
-
-
-def _words(example: Any, _: Any) -> tuple[str, str]:
-    tags = example.get("tags") or [example["caption"]]
-    return "Which words go with it?", ", ".join(tags[:_TAGS])
-
-
 def _check(example: Any, examples: Any) -> tuple[str, str]:
     """Half of the questions name another emoji; which one depends on the name alone."""
     draw = zlib.crc32(f"check {example['name']}".encode())
@@ -102,9 +89,12 @@ def _check(example: Any, examples: Any) -> tuple[str, str]:
     return f"Is this {shown['caption']}?", "yes" if same else "no"
 
 
+# (example, all examples) -> question and answer.
 QUESTIONS: dict[str, Callable[[Any, Any], tuple[str, str]]] = {
-    "kind": _kind,
-    "name": _name,
-    "words": _words,
+    "kind": lambda example, _: (KIND_QUESTION, KINDS[int(example["group"])]),
+    "name": lambda example, _: ("What is this?", example["caption"]),
+    "words": lambda example, _: (
+        "Which words go with it?", ", ".join((example.get("tags") or [example["caption"]])[:_TAGS])
+    ),
     "check": _check,
-}
+}  # fmt: skip

@@ -13,11 +13,7 @@ Permute = Callable[[int], Sequence[int] | np.ndarray]  # n -> a permutation of r
 
 
 def even_chunks(indices: Sequence[int], lengths: Sequence[int], chunks: int) -> list[list[int]]:
-    """Deal indices to `chunks` ranks so that their lengths add up to about the same.
-
-    Each index, in order, goes to the rank with the least so far; strided where the number of
-    indices does not divide. `lengths` are those of all samples.
-    """
+    """Deal each index to the chunk that is shortest so far; strided if they do not divide."""
     if len(indices) % chunks:
         return [list(indices[rank::chunks]) for rank in range(chunks)]
     room = len(indices) // chunks

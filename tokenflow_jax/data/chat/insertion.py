@@ -25,22 +25,12 @@ TEXT = -1  # the place of a position without an image vector
 
 
 def merge_row(
-    ids_T: np.ndarray,
-    labels_T: np.ndarray | None,
-    vectors: int | Sequence[int],
-    max_length: int | None = None,
+    ids_T: np.ndarray,  # without padding, IMAGE_ID at the markers
+    labels_T: np.ndarray | None,  # None: IGNORE everywhere
+    vectors: int | Sequence[int],  # per image, or one number for each marker
+    max_length: int | None = None,  # cuts a longer row, possibly inside an image
 ) -> dict[str, np.ndarray]:
-    """Replace the markers of one row by the places of image vectors.
-
-    Args:
-      ids_T: ids without padding, IMAGE_ID at the markers.
-      labels_T: None for IGNORE everywhere.
-      vectors: number of vectors per image, or one number for each marker.
-      max_length: cuts a longer row, possibly inside an image.
-
-    Returns:
-      {"ids", "labels", "places"}, int32 (L,).
-    """
+    """Replace the markers of one row by the places of image vectors: int32 (L,) arrays."""
     ids_T = np.asarray(ids_T, np.int32)
     labels_T = np.full(len(ids_T), IGNORE, np.int32) if labels_T is None else np.asarray(labels_T)
     markers = np.flatnonzero(ids_T == IMAGE_ID)
@@ -59,11 +49,7 @@ def merge_row(
 
 
 def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[str, np.ndarray]:
-    """Join rows of `merge_row`, of one image each, into one row with "segments".
-
-    An empty row is a conversation that is left out; the result is empty if all are. The i-th one's
-    image is the i-th of the joint row.
-    """
+    """Join rows of one image each; an empty row is left out but its image still counts."""
     parts: dict[str, list[np.ndarray]] = {"ids": [], "labels": [], "places": [], "segments": []}
     for number, row in enumerate(rows):
         if not row:
@@ -87,10 +73,7 @@ def merged_length(ids_T: np.ndarray, vectors: int) -> int:
 def pad_rows(
     rows: Sequence[Mapping[str, np.ndarray]], length: int, side: str = "right"
 ) -> dict[str, np.ndarray]:
-    """Stack rows of `merge_row` or `join_rows`, padded to one length; see the module.
-
-    An empty row is padding alone. Padding is on the right for training, left for generation.
-    """
+    """Stack rows, padded to one length: on the right for training, on the left for generation."""
     if side not in SIDES:
         raise ValueError(f"padding side {side!r} is not one of {SIDES}")
     longest = max((len(row["ids"]) for row in rows if row), default=0)

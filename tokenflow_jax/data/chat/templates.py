@@ -70,27 +70,17 @@ class Template:
         return "".join(getattr(self, f"_{self.family}_pieces")(turns))
 
     def tokenize(self, text_tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
-        """Return the ids and labels of a whole conversation, turns of `prepare_turns`.
-
-        All labels are IGNORE where the pieces of the text do not add up to the whole (families
-        vicuna and llama_2, for example when a question contains the answer's header).
-
-        Raises:
-          ValueError: turns that the template cannot take.
-        """
+        """Return the ids and labels of a whole conversation, turns of `prepare_turns`."""
         check_roles(turns)
-        if self.family == "plain":
-            return self._tokenize_plain(text_tokenizer, turns)
-        if self.family == "chatml":
-            return self._tokenize_chatml(text_tokenizer, turns)
-        return self._tokenize_rounds(text_tokenizer, turns)
+        tokenize = {"plain": self._tokenize_plain, "chatml": self._tokenize_chatml}
+        return tokenize.get(self.family, self._tokenize_rounds)(text_tokenizer, turns)
 
     def prompt_ids(self, text_tokenizer: Any, turns: Sequence[Turn]) -> np.ndarray:
         """Return the int32 ids that an answer continues; the human's turns are first and last."""
         return np.array(_encode(text_tokenizer, self.prompt(turns)), np.int32)
 
     def stop_ids(self, text_tokenizer: Any) -> tuple[int, ...]:
-        """Return the ids that end an answer: of the text and, in chatml, of the block."""
+        """Return the ids that end an answer: of the text, and of its block or line."""
         marks = {"chatml": [_IM_END], "plain": ["\n"]}.get(self.family, [])
         ids = {text_tokenizer.eos_token_id, *(_single(text_tokenizer, mark) for mark in marks)}
         return tuple(sorted(ids - {None}))
@@ -116,9 +106,9 @@ class Template:
         return pieces
 
     def _chatml_pieces(self, turns: Sequence[Turn]) -> list[str]:
-        pieces = [_block("system", self.system)] if self.system else []
-        for role, text in turns:
-            pieces.append(_block("user" if role == HUMAN else "assistant", text))
+        blocks = [("system", self.system)] if self.system else []
+        blocks += [("user" if role == HUMAN else "assistant", text) for role, text in turns]
+        pieces = [f"{_IM_START}{role}\n{text}{_IM_END}\n" for role, text in blocks]
         return [*pieces, f"{_IM_START}assistant\n"] if turns[-1][0] == HUMAN else pieces
 
     def _tokenize_plain(self, text_tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
@@ -131,7 +121,8 @@ class Template:
         return _labeled(ids, [(len(_encode(text_tokenizer, IMAGE)), len(ids))])
 
     def _tokenize_rounds(self, text_tokenizer: Any, turns: Sequence[Turn]) -> Tokens:
-        """Count the ids of each round (one per answer) on their own; no loss on a mismatch."""
+        # Each round (one per answer) is counted on its own. Where the counts do not add up to the
+        # whole, for example when a question contains the answer's header, nothing carries loss.
         text = self.prompt(turns)
         ids = _encode(text_tokenizer, text)
         header = " ASSISTANT: " if self.family == "vicuna" else "[/INST] "
@@ -160,17 +151,15 @@ class Template:
         return Tokens(np.array(ids, np.int32), np.array(labels, np.int32))
 
 
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("plain", "plain"),
-        Template("vicuna_v1", "vicuna", _POLITE.format("user")),
-        Template("llava_v1", "vicuna", _POLITE.format("human")),
-        Template("llama_2", "llama_2", _LLAMA_2),
-        Template("llava_llama_2", "llama_2", _LLAVA_LLAMA_2),
-        Template("qwen_2_5", "chatml", "You are a helpful assistant."),
-    )
-}
+_ALL = (
+    Template("plain", "plain"),
+    Template("vicuna_v1", "vicuna", _POLITE.format("user")),
+    Template("llava_v1", "vicuna", _POLITE.format("human")),
+    Template("llama_2", "llama_2", _LLAMA_2),
+    Template("llava_llama_2", "llama_2", _LLAVA_LLAMA_2),
+    Template("qwen_2_5", "chatml", "You are a helpful assistant."),
+)
+TEMPLATES = {template.name: template for template in _ALL}
 
 
 def get_template(name: str, system: str | None = None) -> Template:
@@ -182,13 +171,13 @@ def get_template(name: str, system: str | None = None) -> Template:
 
 
 def prepare_turns(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """Move image markers to the front, and drop a first turn that is not the human's.
-
-    In a turn with markers all of them are removed, the rest is stripped, and one marker and a
-    newline are put before it. Without a picture text stays as it is.
-    """
-    turns = [(role, _marker_first(text) if has_image else text) for role, text in turns]
-    return turns[1:] if turns and turns[0][0] != HUMAN else turns
+    """Leave one image marker in front of turns that have any; drop a first turn of the model."""
+    if has_image:
+        turns = [
+            (role, f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text)
+            for role, text in turns
+        ]
+    return list(turns[1:] if turns and turns[0][0] != HUMAN else turns)
 
 
 def check_roles(turns: Sequence[Turn]) -> None:
@@ -199,16 +188,6 @@ def check_roles(turns: Sequence[Turn]) -> None:
             f"the turns are by {', '.join(roles) or 'nobody'}; they must alternate, {HUMAN} first, "
             f"and end with {GPT}"
         )
-
-
-def _marker_first(text: str) -> str:
-    if IMAGE not in text:
-        return text
-    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
-
-
-def _block(role: str, text: str) -> str:
-    return f"{_IM_START}{role}\n{text}{_IM_END}\n"
 
 
 def _labeled(ids: list[int], spans: Sequence[tuple[int, int]]) -> Tokens:

@@ -1,0 +1,32 @@
+"""Grids of pictures and PNG files."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from tokenflow_jax import files
+
+
+def grid(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """Lay out images in rows on white.
+
+    Args:
+      rows: uint8 (N, H, W, 3) each, the same N everywhere.
+      gap: pixels between images.
+
+    Returns:
+      uint8 (height, width, 3).
+    """
+    images_RNHWC = np.stack(rows)
+    padded = np.pad(images_RNHWC, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    count, columns, height, width, _ = padded.shape
+    flat = padded.transpose(0, 2, 1, 3, 4).reshape(count * height, columns * width, 3)
+    return np.pad(flat, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+
+
+def write_png(image_HWC: np.ndarray, path: str | os.PathLike) -> None:
+    """Write a uint8 picture that appears when it is complete, replacing what exists."""
+    with files.write_atomically(path, overwrite=True) as partial:
+        Image.fromarray(image_HWC).save(partial, format="PNG")

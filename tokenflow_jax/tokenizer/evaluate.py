@@ -1,0 +1,130 @@
+"""Held-out figures and grids of a tokenizer during training."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokenflow_jax.data import pipeline
+from tokenflow_jax.evals import fid_network, knn, measures
+from tokenflow_jax.evals.image_set import ImageSet
+from tokenflow_jax.evals.pictures import grid
+from tokenflow_jax.nets.pixels import to_uint8
+from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.reconstruct import reconstructor
+
+PyTree = Any
+
+
+class Evaluation:
+    """Figures and grids of parameters that are whole on this process's devices."""
+
+    def __init__(
+        self,
+        model: TokenFlow,
+        options: Any,
+        train_set: pipeline.DataConfig,
+        eval_set: pipeline.DataConfig,
+        lpips: PyTree | None,
+    ):
+        """Open the held-out pictures.
+
+        Args:
+          model: the tokenizer.
+          options: `config.eval`.
+          train_set: the bank of the k-NN figures.
+          eval_set: the held-out pictures.
+          lpips: LPIPS weights, or None to leave that figure out.
+        """
+        self._model, self._options = model, options
+        self._bank = dataclasses.replace(train_set, augment="center", flip=False)
+        self._eval_set = eval_set
+        self._held_out = ImageSet(eval_set, options.batch_size, options.examples or None)
+        self._reference = None
+        if options.fid_weights:
+            network = fid_network.Network(options.fid_weights)
+            self._reference = fid_network.Reference(network, self._held_out)
+        self._measures = {name: measures.MEASURES[name] for name in ("psnr", "ssim")}
+        if lpips is not None:
+            self._measures["lpips"] = measures.lpips_measure(lpips)
+
+    @property
+    def has_label(self) -> bool:
+        """The held-out pictures have the label of the k-NN figures."""
+        return self._options.knn_label in pipeline.opened(self._eval_set).source.numbers
+
+    @functools.cached_property
+    def _reconstruct(self):
+        """Compiled (params, uint8 images) -> (codes, pixels, quantized map)."""
+        return reconstructor(self._model)
+
+    def figures(self, params: PyTree) -> dict[str, float]:
+        """Return PSNR, SSIM, LPIPS and rFID where there are weights, and the codes in use."""
+        config = self._model.config
+        found = measures.evaluate(
+            lambda images: self._reconstruct(params, images)[:2],
+            self._held_out,
+            config.codebook_size,
+            config.pyramid,
+            measures=self._measures,
+            reference=self._reference,
+        )
+        shown = (*self._measures, "rfid", "codes_used", "images")
+        return {name: found[name] for name in shown if name in found}
+
+    def knn_figures(self, params: PyTree) -> dict[str, float]:
+        """Return k-NN accuracies of held-out labels from each half's mean quantized features."""
+        bank, queries = (self._mean_features(params, d) for d in (self._bank, self._eval_set))
+        figures = {
+            f"knn_{half}": knn.knn_accuracy(
+                bank[half], bank["label"], queries[half], queries["label"], k=self._options.knn_k
+            )
+            for half in ("semantic", "pixel")
+        }
+        largest = np.bincount(bank["label"]).argmax()
+        return figures | {"knn_largest_class": float(np.mean(queries["label"] == largest))}
+
+    def _mean_features(self, params: PyTree, data: pipeline.DataConfig) -> Mapping[str, np.ndarray]:
+        rows = {"semantic": [], "pixel": [], "label": []}
+        for batch in pipeline.eval_batches(data, batch_size=self._options.batch_size):
+            maps_BHWC = np.asarray(self._reconstruct(params, batch["image"])[2])[batch["mask"]]
+            halves = [self._model.config.semantic_channels]
+            semantic, pixel = np.split(maps_BHWC.mean(axis=(1, 2)), halves, axis=-1)
+            rows["semantic"].append(semantic)
+            rows["pixel"].append(pixel)
+            rows["label"].append(batch[self._options.knn_label][batch["mask"]])
+        return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+    @functools.cached_property
+    def _features(self):
+        """Compiled (params, codes) -> quantized map, once per number of scales."""
+        apply = self._model.apply
+        return jax.jit(lambda params, codes: apply({"params": params}, codes, method="features"))
+
+    @functools.cached_property
+    def _decode(self):
+        """Compiled (params, quantized map) -> uint8 pixels, once for all numbers of scales."""
+        decode = functools.partial(self._model.apply, method="decode_pixels")
+        return jax.jit(lambda params, maps: to_uint8(decode({"params": params}, maps)[0]))
+
+    @functools.cached_property
+    def _shown(self) -> Mapping[str, np.ndarray]:
+        """The held-out pictures of the grids, always the same; a whole batch, mostly padding."""
+        size, limit = self._options.batch_size, self._options.grid_images
+        return next(iter(pipeline.eval_batches(self._eval_set, batch_size=size, limit=limit)))
+
+    def grids(self, params: PyTree) -> dict[str, np.ndarray]:
+        """Return originals above reconstructions, and pictures growing scale by scale."""
+        real, scales = self._shown["mask"], self._model.config.pyramid
+        codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
+        images = self._shown["image"][real]
+        grids = {"reconstruction": grid([images, pixels[real]])}
+        if len(scales) > 1:
+            ends = [where.stop for where in scales.slices()]
+            maps = [self._features(params, codes[:, :end]) for end in ends]
+            growing = [np.asarray(self._decode(params, m))[real] for m in maps]
+            grids["scales"] = grid([*growing, images])
+        return grids
