@@ -1,5 +1,6 @@
 """The documentation: links, files, names, config keys and flags exist; pages stay short."""
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_config_keys_exist(page, config_keys):
             assert span in config_keys or (PACKAGE / f"{span.replace('.', '/')}.py").exists(), span
 
 
+def sources_of(module, depth=2):
+    """Yield the text of a module and of the package's modules that it imports, to a depth."""
+    yield module.read_text()
+    for node in ast.walk(ast.parse(module.read_text())) if depth else ():
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tokenflow_jax"):
+            folder = ROOT / node.module.replace(".", "/")
+            for path in (folder, *(folder / alias.name for alias in node.names)):
+                if path.with_suffix(".py").is_file():
+                    yield from sources_of(path.with_suffix(".py"), depth - 1)
+
+
 @pages
 def test_commands_have_these_flags(page):
     for line in code_of(page):
@@ -86,7 +98,6 @@ def test_commands_have_these_flags(page):
             continue
         module = ROOT / f"{command[1].replace('.', '/')}.py"
         assert module.is_file(), line
-        sources = [module, PACKAGE / "cli.py", *(PACKAGE / "parallel").glob("distributed.py")]
-        text = "".join(source.read_text() for source in sources)
+        text = "".join(sources_of(module))
         for flag in re.findall(r"(?<=\s)--([a-z_]+)(?=[=\s]|$)", command[2]):
             assert re.search(rf"[\"'](--)?{flag}[\"']", text), f"--{flag} of {command[1]}"
