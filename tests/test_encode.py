@@ -72,7 +72,7 @@ def test_codes_are_the_tokenizer_s(tokenizer, folder, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_killed_command_goes_on(tokenizer, folder, tmp_path, monkeypatch):
+def test_a_killed_command_continues(tokenizer, folder, tmp_path, monkeypatch):
     out, real, calls = tmp_path / "c", encoding.encode_pictures, []
 
     def dies_in_the_third_part(*arguments):
@@ -138,7 +138,7 @@ def test_the_fingerprint_does_not_change_between_versions():
     assert tfx.Tokenizer(TINY, params).fingerprint == "2ad381adfce65c62"
 
 
-def test_pictures_are_no_codes(tokenizer, tmp_path):
+def test_pictures_are_not_codes(tokenizer, tmp_path):
     with records.DatasetWriter(tmp_path / "p") as writer:
         writer.write("train", {"name": "x", "image": np.zeros((16, 16, 3), np.uint8)})
     with pytest.raises(codes.CodesError, match="holds pictures, not codes"):

@@ -1,4 +1,4 @@
-"""Removing what may still be written, and the signs of a full disk."""
+"""Removing directories that are still being written, and recognizing a full disk."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ def test_nothing_a_file_and_a_directory_are_removed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_writer_that_is_ending_is_waited_for(tmp_path):
+def test_remove_waits_for_a_writer_that_ends(tmp_path):
     with writing(tmp_path / "folder" / "deep", 1.0):
         files.remove(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_writer_that_goes_on_is_an_error(tmp_path, monkeypatch):
+def test_a_writer_that_does_not_end_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_PATIENCE_S", 0.3)
     with (
         writing(tmp_path / "folder", 2.0),
@@ -33,7 +33,7 @@ def test_a_writer_that_goes_on_is_an_error(tmp_path, monkeypatch):
         files.remove(tmp_path / "folder")
 
 
-def test_another_refusal_is_told_at_once(tmp_path, monkeypatch):
+def test_other_errors_are_raised_at_once(tmp_path, monkeypatch):
     def refuse(path, *args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
@@ -51,7 +51,7 @@ def test_another_refusal_is_told_at_once(tmp_path, monkeypatch):
         ValueError("OUT_OF_RANGE: Error writing: Failed to write 9 bytes: File too large [27]"),
     ],
 )
-def test_a_full_disk_is_recognised(error):
+def test_a_full_disk_is_recognized(error):
     assert files.full_disk(error) in str(error)
 
 

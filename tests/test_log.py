@@ -1,4 +1,4 @@
-"""What reaches the terminal."""
+"""The terminal shows no noise of TensorStore."""
 
 import types
 

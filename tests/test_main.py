@@ -39,7 +39,7 @@ def config_file(tmp_path):
 
 
 def call(*arguments, cwd=REPOSITORY):
-    """Runs the program as a user does."""
+    """Run the program as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "tokenflow_jax.main", *map(str, arguments)],
         capture_output=True,
@@ -131,6 +131,8 @@ def test_help_tells_what_there_is():
         ("configs/tokenizer.py", "runs/tokenizer"),
         ("configs/tokenizer.py:b_256_enhanced", "runs/tokenizer-b_256_enhanced"),
         ("/elsewhere/x.py:b,runlocal", "runs/x-b-runlocal"),
+        ("tokenizer", "runs/tokenizer"),
+        ("tokenizer:b_256_enhanced", "runs/tokenizer-b_256_enhanced"),
     ],
 )
 def test_default_workdir_is_the_same_each_time(config_file, workdir):
@@ -145,7 +147,7 @@ def test_stage_names():
 
 
 def call_with_toy_stage(*arguments, cwd):
-    """Runs the program with the toy stage of the loop's tests among its stages."""
+    """Run the program with the toy stage of the loop's tests among its stages."""
     toy = REPOSITORY / "tests" / "helpers"
     code = (
         "import sys\n"
@@ -184,6 +186,14 @@ def test_a_failed_run_ends_with_code_1_and_one_line(tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err.count("\n") == 1 and "step 7: loss/total not finite" in err
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    process = call_with_toy_stage("--workdir=file/run", cwd=tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.count("\n") == 1 and "the workdir file/run cannot be used" in err
 
 
 @pytest.mark.parametrize(

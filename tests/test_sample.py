@@ -1,4 +1,4 @@
-"""Drawing: what decides on a picture, benchmark layouts, recipes, and what cannot be drawn."""
+"""Drawing: reproducible pictures, benchmark layouts, recipes, and invalid requests."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def generator():
     return Generator(CONFIG, params, tokenizer, prompts, RECIPE, source={"checkpoint": "random"})
 
 
-def test_a_picture_depends_on_prompt_seed_and_number_alone(generator):
+def test_a_picture_depends_only_on_prompt_seed_and_number(generator):
     first = generator.generate(["red apple", "car"], images_per_prompt=2, seed=1)
     assert first.images.shape == (4, 16, 16, 3) and first.images.dtype == np.uint8
     assert len({codes.tobytes() for codes in first.codes}) == 4
@@ -117,7 +117,7 @@ def test_a_long_prompt_is_cut_and_noted(generator):
         ({"batch_size": 0}, "0 at a time"),
     ],
 )
-def test_values_that_the_model_cannot_do(generator, changes, message):
+def test_invalid_values_are_refused(generator, changes, message):
     with pytest.raises(ValueError, match=message):
         generator.generate("dog", **changes)
 
@@ -167,7 +167,7 @@ def test_plain_files_and_their_recipe(generator, tmp_path):
     np.testing.assert_array_equal(image, again)
 
 
-def test_drawing_goes_on_where_it_was_stopped(generator, tmp_path):
+def test_stopped_drawing_continues(generator, tmp_path):
     tasks = tasks_of(tmp_path, "plain", "dog\ncat\ncar\npig\n")
     sample.draw(generator, tasks, tmp_path / "whole", RECIPE, batch_size=1)
     out = tmp_path / "out"
@@ -251,7 +251,7 @@ def test_flags_change_the_checkpoint_s_recipe(arguments, expected):
         sample.recipe_of_flags(RECIPE, options)
 
 
-def test_tokenizers_that_are_not_the_model_s(generator):
+def test_tokenizers_of_another_model_are_refused(generator):
     words = dataclasses.replace(generator, prompts=PromptEncoder(ByteTokenizer(), 8))
     words.prompts.image_start = 300
     with pytest.raises(ValueError, match=r"has 300 ids .padding included., the model 259"):

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-_PACKAGE = Path(__file__).parent
-# In a wheel the configs lie inside the package, in a checkout beside it.
-_FOLDER = next(d for d in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if d.is_dir())
+_FOLDER = Path(__file__).parent / "configs"  # of a wheel
+if not _FOLDER.is_dir():  # a checkout or an editable install
+    _FOLDER = Path(__file__).parents[1] / "configs"
 
 
 def define(options: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -68,7 +69,8 @@ def _checked(argv: Sequence[str], file: str | None) -> Any:
     """Load the config and check every --config.<key>=<value> against it."""
     given = [argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")]
     if file is None:
-        near = _nearest("config", [flag.partition("=")[0] for flag in given if "." not in flag])
+        flag_names = [argument.partition("=")[0] for argument in given]
+        near = _nearest("config", [flag for flag in flag_names if "." not in flag])
         hint = f" (--{near} is not an option)" if near else ""
         raise ValueError(
             f"say what to train with --config=configs/tokenizer.py{hint}; --help tells more"
@@ -116,7 +118,8 @@ def _find(name: str) -> Path:
 def _load(file: str) -> Any:
     name, _, variant = file.partition(":")
     path = _find(name)
-    spec = importlib.util.spec_from_file_location("_tokenflow_config", path)
+    loader = SourceFileLoader("_tokenflow_config", str(path))  # with any suffix
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:

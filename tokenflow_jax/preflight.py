@@ -1,4 +1,4 @@
-r"""Tell whether a training job fits a pod, and how it lies there, without having one.
+r"""Check whether a training job fits a pod, and how it is laid out, without having one.
 
     python -m tokenflow_jax.preflight --config=configs/tokenizer.py:xl --topology=v5p:4x4x4 \
         --config.mesh.fsdp=16
@@ -252,7 +252,7 @@ def _levers(
 def define_flags(define: cli.Define) -> None:
     define.string("topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs "
                   "h100:64.")  # fmt: skip
-    define.integer("sample", 0, "Draw so many pictures at a time instead of training (generation).")
+    define.integer("sample", 0, "Pictures to draw at a time, instead of training (generation).")
     define.string("hlo", None, "File for the compiled program's text.")
 
 

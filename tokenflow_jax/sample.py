@@ -238,7 +238,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("prompts", None, "One prompt per line; geneval: .jsonl; dpg: folder of .txt.")
     define.integer("images_per_prompt", None, "By default 1, for the benchmarks 4.", 1)
     define.string("out", None, "Folder for the pictures.")
-    define.enum("layout", "plain", LAYOUTS, "How files are named.")
+    define.enum("layout", "plain", LAYOUTS, "Names of the files.")
     define.bool("previews", False, "plain: also the pictures after every scale.")
     define.integer("seed", 0, "Seed of all random choices.")
     define.float("guidance", None, "Strength of guidance; 0 switches it off.")

@@ -29,7 +29,7 @@ def network(inception_file):
 
 @pytest.fixture(scope="session")
 def command():
-    """Runs a module as a user does: (exit code, stdout, stderr)."""
+    """Run a module as a user does; return (exit code, stdout, stderr)."""
 
     def run(module, *arguments, cwd=REPOSITORY, **environment):
         result = subprocess.run(

@@ -20,7 +20,7 @@ from tokenflow_jax.evals.lmms_model import TokenFlow
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model of random weights, its tokenizer, and what lmms-eval is to be told."""
+    """A model of random weights, its tokenizer, and the model arguments for lmms-eval."""
     from tokenflow_jax.nets.lm import LMConfig
     from tokenflow_jax.understanding.folder import save_understanding_model
     from tokenflow_jax.understanding.model import UnderstandingConfig

@@ -1,4 +1,4 @@
-"""The evaluation command: files, answers that are saved and gone on with, scores."""
+"""The evaluation command: files, answers that are saved and continued, scores."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ QUESTIONS = [
 
 
 class Known:
-    """Stands for a model: says what it was told to, and remembers what it was asked."""
+    """A model with given answers, which remembers the questions."""
 
     def __init__(self, answers):
         self.answers, self.asked = answers, []
@@ -53,8 +53,8 @@ def test_files(tmp_path):
     assert understanding.read_answers(answers) == {1: "ä", 2: "b"}
 
 
-def test_going_on_where_a_run_was_killed(tmp_path):
-    """Only what has no answer yet is asked."""
+def test_a_killed_run_continues(tmp_path):
+    """Only questions without an answer are asked."""
     model = Known({"Is there a cat?": "No.", "Is ice cold?": "Yes"})
     out = tmp_path / "answers.jsonl"
     out.write_text('{"question_id": "a", "answer": "yes"}\n{"question_id": "b", "ans')

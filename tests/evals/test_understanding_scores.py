@@ -1,4 +1,4 @@
-"""Scores of answers: the official normalisation, and counts done by hand."""
+"""Scores of answers: the official normalization, and counts done by hand."""
 
 import pytest
 

@@ -145,7 +145,7 @@ def main(options: flags.FlagValues) -> None:
 
 
 def define_flags(define: cli.Define) -> None:
-    define.enum("task", None, list(TASKS), "How to ask and to count.")
+    define.enum("task", None, list(TASKS), "The benchmark, which decides how to ask and score.")
     define.string("file", None, "The questions, .jsonl.")
     define.string("image_folder", "", "Where images' paths begin; the file's folder by default.")
     answer.define_assistant_flags(define)
