@@ -17,6 +17,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from tokenflow_jax.train.run_config import RENAMED
+
 _FOLDER = Path(__file__).parent / "configs"  # of a wheel
 if not _FOLDER.is_dir():  # a checkout or an editable install
     _FOLDER = Path(__file__).parents[1] / "configs"
@@ -83,6 +85,8 @@ def _checked(argv: Sequence[str], file: str | None) -> Any:
         if not flag.startswith("config."):
             continue
         key = flag.removeprefix("config.")
+        if key in RENAMED and key not in types:
+            raise ValueError(f"config.{key} is now config.{RENAMED[key]}")
         if key not in types:
             near = _nearest(key, types) or by_last_part.get(
                 _nearest(key.split(".")[-1], by_last_part, cutoff=0.7)  # another section's

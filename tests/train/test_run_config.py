@@ -1,0 +1,41 @@
+"""Keys that were renamed: old checkpoints are read under the new names, old configs are refused."""
+
+import pytest
+
+from tokenflow_jax.train import run_config
+
+OLD = {
+    "stage": "generation",
+    "text": {"tokenizer": "words", "budget": 12},
+    "data": {"name": "emoji", "fingerprint": "0123", "features": "once", "text_tokenizer": "bytes"},
+    "losses": {"tokens": 4096, "text_weight": 0.0},
+    "eval": {"images": 5, "batch_size": 2},
+    "tokenizer": {"path": "runs/quickstart"},
+    "remat": True,
+}
+
+
+def test_a_config_of_before_is_read_under_the_new_keys():
+    new = run_config.upgrade(OLD)
+    assert new == {
+        "stage": "generation",
+        "text_tokenizer": "words",
+        "data": {"name": "emoji", "max_length": 12, "encode": "once"},
+        "losses": {"text_weight": 0.0},
+        "loss_tokens": 4096,
+        "eval": {"examples": 5, "batch_size": 2},
+        "tokenizer": {"path": "runs/quickstart", "fingerprint": "0123"},
+        "remat": "block",
+    }
+    assert run_config.upgrade(new) == new
+    assert OLD["data"]["fingerprint"] == "0123"  # the caller's own is not changed
+    understanding = {"eval": {"conversations": 3}, "remat": "dots"}
+    assert run_config.upgrade(understanding) == {"eval": {"examples": 3}, "remat": "dots"}
+
+
+def test_a_run_with_an_old_key_is_told_the_new_one():
+    with pytest.raises(ValueError, match=r"config\.text\.tokenizer is now config\.text_tokenizer"):
+        run_config.refuse_old_keys({"text": {"tokenizer": "words"}})
+    with pytest.raises(ValueError, match=r"config\.remat is now 'none' or 'block'"):
+        run_config.refuse_old_keys({"remat": False})
+    run_config.refuse_old_keys(run_config.upgrade(OLD))
