@@ -116,7 +116,7 @@ def test_every_variant_is_valid(variant):
 
 
 def test_the_paper_s_recipe():
-    """golden/README_llm.md, section 4.4."""
+    """docs/reference.md, section 5."""
     one, two = (configs.get_config(f"qwen2_5_14b{end}") for end in ("_pretrain", ""))
     assert (one.batch_size, two.batch_size) == (256, 128)
     assert (one.optimizer.learning_rate, two.optimizer.learning_rate) == (1e-3, 2e-5)

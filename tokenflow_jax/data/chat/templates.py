@@ -6,7 +6,7 @@
 
 Turns are (role, text) with role "human" or "gpt"; an image stands where the text has `<image>`, as
 id IMAGE_ID. Labels are the ids that carry loss and IGNORE elsewhere, not shifted. The four families
-behave as the reference does (golden/README_llm.md, section 4.2), its oddities included:
+behave as the reference does (docs/reference.md, section 5), its oddities included:
 
     plain     the image and the answer; the question is left out. Loss on answer and newline.
     vicuna    `system USER: q ASSISTANT: a</s>USER: ...`. Loss on each answer with its end.
