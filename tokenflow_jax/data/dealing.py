@@ -1,4 +1,4 @@
-"""Deals one endless shuffled stream to the processes of a run, and resumes on any number of them.
+"""Deal one endless shuffled stream to the processes of a run; resume on any number of them.
 
     place    0, 1, 2, ... in the stream. The item there and every random draw made for it follow
              from (seed, place) alone: each epoch is a new order of all items.

@@ -1,4 +1,4 @@
-"""What all data sets share: which examples never train, and which are left out and why."""
+"""Shared by all data sets: the split that never trains, and the record of what is left out."""
 
 import threading
 import zlib
@@ -87,7 +87,7 @@ def notes_on(records: Iterable[Skipped]) -> list[str]:
 
 
 class Guard:
-    """Turns endless skipping into an error: as many failures as examples, and no success yet."""
+    """An error instead of endless skipping: as many failures as examples, and no success yet."""
 
     def __init__(self, skipped: Skipped, total: int, wanted: str):
         self._skipped, self._total, self._wanted = skipped, total, wanted

@@ -1,4 +1,4 @@
-"""Decodes untrusted picture files; crops and flips pictures.
+"""Decode untrusted picture files; crop and flip pictures.
 
 Every function depends on its arguments alone; randomness comes in as a NumPy Generator. Pictures
 are uint8 RGB arrays (height, width, 3).

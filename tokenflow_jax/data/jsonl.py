@@ -85,7 +85,7 @@ class Lines:
                 return line
 
     def split(self, name: str) -> np.ndarray:
-        """Return indices of "all", "train" or "heldout" lines; of few lines all for each."""
+        """Return the indices of "all", "train" or "heldout" lines; of a small file always all."""
         if name == "all" or len(self) < MIN_TO_SPLIT:
             if name == "heldout":
                 logging.warning(

@@ -182,7 +182,7 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
 
 
 def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str, np.ndarray]]:
-    """Give every picture once, in order, center-cropped; see `masked_batches`.
+    """Yield every picture once, in order, center-cropped; see `masked_batches`.
 
     Broken pictures and padding are black, their numbers -1.
     """
@@ -219,7 +219,7 @@ def masked_batches(
     buffer: int = 256,  # examples kept ready
     nothing_usable: Callable[[], str] | None = None,  # error when all items of the share are broken
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every item once, in order, in equally many batches per host so that hosts stay in step.
+    """Yield every item once, in order, in equally many batches per host so that hosts stay in step.
 
     A batch has the arrays stacked, "mask", False at blanks, and "index", the item or -1.
     """

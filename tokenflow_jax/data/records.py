@@ -104,7 +104,7 @@ def count_records(path: pathlib.Path) -> int:
 
 
 class RecordWriter:
-    """Writes one ArrayRecord file; raw pictures are compressed unless `compressed_payload`."""
+    """A writer of one ArrayRecord file; raw pictures are compressed unless `compressed_payload`."""
 
     def __init__(self, path: pathlib.Path, compressed_payload: bool = True):
         self.path, self.count = path, 0
@@ -146,7 +146,7 @@ class RecordWriter:
 
 @contextlib.contextmanager
 def record_file(path: str | os.PathLike) -> Iterator[RecordWriter]:
-    """Give the writer of a file (not of raw pictures) that appears when it is complete."""
+    """Yield the writer of a file (not of raw pictures) that appears when it is complete."""
     with files.write_atomically(path, overwrite=True) as partial:
         writer = RecordWriter(partial)
         try:
@@ -182,7 +182,7 @@ def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mappi
 
 
 class DatasetWriter:
-    """Writes a data set in a temporary folder inside `folder`; moves it into place at the end."""
+    """A writer of a data set in a temporary folder, which is moved into place at the end."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class EmojiSource:
             raise ValueError(f"the emoji have no split {split!r}; one of {SPLITS}")
         self.classes: list[str] = []
         self.numbers = ("group",)
-        everything = RecordSource(str(EMOJI), "all")
+        everything = RecordSource(glob.escape(str(EMOJI)), "all")
         examples = [everything[i] for i in range(len(everything))]
         if split != "all":
             examples = [e for e in examples if is_heldout(e["name"]) == (split == "heldout")]

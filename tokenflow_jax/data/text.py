@@ -146,7 +146,7 @@ def llama2_ids(budget: int) -> PromptIds:
 
 
 class PromptEncoder(PromptIds):
-    """Turns prompts into prefixes of one length, with a text tokenizer that has an end id."""
+    """An encoder of prompts as prefixes of one length; its tokenizer must have an end id."""
 
     def __init__(self, text_tokenizer: Any, budget: int):
         end, start = text_tokenizer.eos_token_id, text_tokenizer.bos_token_id

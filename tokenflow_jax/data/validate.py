@@ -1,4 +1,4 @@
-"""Checks a file of conversations before training on it.
+"""Check a file of conversations before training on it.
 
     python -m tokenflow_jax.data.validate chat.jsonl --image_folder=pictures \
         --template=qwen_2_5 --text_tokenizer=Qwen2.5-14B-Instruct --max_length=2048
@@ -48,7 +48,7 @@ class Fault(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Checker:
-    """Finds all faults of a conversation at once, for one kind of training."""
+    """A finder of all faults of a conversation at once, for one kind of training."""
 
     template: Template
     text_tokenizer: Any
@@ -58,7 +58,7 @@ class Checker:
     decode: bool  # every picture; else it is enough that the file is there
 
     def faults(self, number: int, line: bytes) -> Iterator[Fault]:
-        """Give the faults of one line."""
+        """Yield the faults of one line."""
         try:
             sample = conversations.parse_line(line)
         except BrokenSample as error:
@@ -148,7 +148,7 @@ def _check(lines: _Numbered, checker: Checker | None = None) -> _Result:
 
 
 def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Result]:
-    """Give the parts' results in order; several processes are never far ahead of the reader."""
+    """Yield the parts' results in order; several processes are never far ahead of the reader."""
     if processes == 1:
         yield from (_check(part, checker) for part in parts)
         return
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tokenflow_jax.data.validate",
-        description="Checks a file of conversations, one JSON object per line.",
+        description="Check a file of conversations, one JSON object per line.",
     )
     add = parser.add_argument
     add("file", help="the .jsonl file")

@@ -66,7 +66,7 @@ def main_caption(example: Mapping[str, Any]) -> str:
 def draw_caption(
     example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
 ) -> str:
-    """Return a caption drawn from those an example allows, "" where dropped, or BrokenImage."""
+    """Return a caption drawn from those an example allows, "" if dropped, or raise BrokenImage."""
     captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
     tags, group = example.get("tags") or [], example.get("group", -1)
     known = {"caption": bool(captions), "tags": bool(tags), "group": group >= 0}
@@ -144,7 +144,7 @@ def train_batches(
 def eval_batches(
     examples: Examples, prompts: PromptEncoder, **options: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every pair once, in order, with its main caption; see `pipeline.masked_batches`.
+    """Yield every pair once, in order, with its main caption; see `pipeline.masked_batches`.
 
     Broken pairs and padding have a blank array and an empty prompt.
     """

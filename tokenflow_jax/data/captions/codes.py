@@ -123,7 +123,7 @@ def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str,
 
 
 class PartWriter:
-    """Writes the parts of one data set of codes that fall to one host."""
+    """A writer of the parts of one data set of codes that fall to one host."""
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ class JsonlConversations(LineSource):
 
 
 def read_image(folder: pathlib.Path, image: str) -> bytes:
-    """Read a picture's file, or raise BrokenSample."""
+    """Return the bytes of a picture file, or raise BrokenSample."""
     try:
         return images.read_file(folder, image)
     except images.BrokenImage as error:
@@ -121,7 +121,7 @@ def read_image(folder: pathlib.Path, image: str) -> bytes:
 def prepare(
     sample: Sample, template: Template, text_tokenizer: Any, vectors: int, max_length: int
 ) -> dict[str, np.ndarray]:
-    """Turn a sample into a row of `insertion.merge_row`, cut to `max_length`, or BrokenSample."""
+    """Return a sample's `insertion.merge_row`, cut to `max_length`, or raise BrokenSample."""
     marked = [IMAGE in text for _, text in sample.turns]
     if any(marked) and not sample.image:
         raise BrokenSample("marker without image", f"the text has an {IMAGE} and no picture")

@@ -48,7 +48,7 @@ def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int])
 
 
 def first_questions(data: Conversations) -> Iterator[Question]:
-    """Give the first question of each usable conversation of an opened data set."""
+    """Yield the first question of each usable conversation of an opened data set."""
     for index in range(len(data)):
         try:
             sample = data.source[index]
