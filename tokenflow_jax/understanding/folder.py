@@ -23,11 +23,7 @@ _KINDS = ("qwen2", "llama")  # a model_type such as llava_qwen2 holds one of the
 def read_understanding_config(
     path: str | os.PathLike,
 ) -> tuple[UnderstandingConfig, Mapping[str, Any]]:
-    """Return the hyper-parameters that a folder's config.json describes, and all its fields.
-
-    Raises:
-      ValueError: there is no config.json, or it describes no model that can be loaded.
-    """
+    """Return the hyper-parameters that a folder's config.json describes, and all its fields."""
     try:
         fields, file = read_fields(path)
     except ValueError as error:
@@ -53,10 +49,9 @@ def save_understanding_model(
     fingerprint: str = "",
     **options: Any,
 ) -> Written:
-    """Write a folder with the released layout.
+    """Write a folder with the released layout; see `weights.folder.write_folder`.
 
-    `arrays` are nested or by path, lazy or not; `fingerprint` is that of the image tokenizer;
-    options and errors are those of `weights.folder.write_folder`.
+    `fingerprint` is that of the image tokenizer.
     """
     fields = language_model.config_to_json(config.lm) | {
         "mm_hidden_size": config.vision_channels,
@@ -87,15 +82,12 @@ def convert(
 ) -> Written:
     """Convert an understanding model and what is known of its tokenizers.
 
-    Args:
-      src, dst, weights, dtype, step, overwrite: as of `conversion.convert`; `src` may be a folder
-        with the released layout.
+    Args (the others are those of `conversion.convert`):
+      src: may also be a folder with the released layout.
       config: of PyTorch weights without a config.json.
       folder: write a folder with the released layout.
-      tokenizer: "path", "variant" and "fingerprint" of the image tokenizer that the model reads.
-
-    Raises:
-      ValueError: the source is known to read another tokenizer; or see `conversion.convert`.
+      tokenizer: "path", "variant" and "fingerprint" of the image tokenizer that the model reads;
+        a source that is known to read another one is a ValueError.
     """
     if conversion.is_torch(src):
         fields: Mapping[str, Any] = {}
