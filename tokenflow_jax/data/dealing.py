@@ -21,6 +21,7 @@ are not done yet: no item is lost or seen twice, and where none was broken the b
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ class _Batches:
 
     def __iter__(self):
         return self
+
+    def _read(self) -> Any:
+        if self._reader is None:
+            self._reader = iter(self._dataset())
+        return next(self._reader)
 
     def close(self) -> None:
         """Stop reading ahead; the next `next` starts again."""
@@ -64,8 +70,7 @@ class DealtBatches(_Batches):
         seed: int,  # of the order and of the generators
         shard_index: int = 0,
         shard_count: int = 1,
-        identity: Mapping[str, Any]
-        | None = None,  # JSON-able facts: a position in others is refused
+        identity: Mapping[str, Any] | None = None,  # JSON-able; positions in others are refused
         threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
         buffer: int = 256,  # examples kept ready
     ):
@@ -83,9 +88,7 @@ class DealtBatches(_Batches):
         self._ahead: frozenset[int] = frozenset()
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._reader is None:
-            self._reader = iter(self._dataset())
-        batch = dict(next(self._reader))
+        batch = dict(self._read())
         self._done = self._deal.owner(int(batch.pop(_PLACE)[-1]))[1] + 1
         return batch
 
@@ -125,7 +128,8 @@ class DealtBatches(_Batches):
         self.close()
 
     def _dataset(self) -> grain.IterDataset:
-        ahead, make = self._ahead, self._make  # not self: its readers must not keep it alive
+        # Not self: its readers must not keep it alive.
+        ahead, make, deal, share = self._ahead, self._make, self._deal, self._share
 
         def example(place_and_item: tuple[int, int], rng: np.random.Generator):
             place, item = place_and_item
@@ -133,9 +137,11 @@ class DealtBatches(_Batches):
             return None if made is None else {**made, _PLACE: np.int64(place)}
 
         items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
-        stream = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
+        numbered = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
         # random_map's generator follows from (seed, place): dealt out only behind it.
-        mine = _Share(stream.random_map(example), self._deal, self._share)[self._done :]
+        stream = numbered.random_map(example)
+        numbers = grain.MapDataset.range(self._done, sys.maxsize)
+        mine = numbers.map(lambda number: stream[deal.place(share, number)])
         usable = mine.filter(lambda made: made is not None)
         return usable.to_iter_dataset(self._options).batch(self._batch_size)
 
@@ -159,22 +165,6 @@ class _Deal:
         return share, batch * self.block + within
 
 
-class _Share(grain.MapDataset):
-    """The places of a share, in order."""
-
-    def __init__(self, stream: grain.MapDataset, deal: _Deal, share: int):
-        super().__init__(stream)
-        self._deal, self._share = deal, share
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._deal.shares - self._deal.origin
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        return self._parent[self._deal.place(self._share, index)]
-
-
 class NumberedBatches(_Batches):
     """An endless iterator of batches each of which follows from its number alone.
 
@@ -194,10 +184,7 @@ class NumberedBatches(_Batches):
         self._next = 0
 
     def __next__(self) -> Any:
-        if self._reader is None:
-            numbers = grain.MapDataset.range(self._next, 2**31 - 1)
-            self._reader = iter(numbers.map(self._make).to_iter_dataset(self._options))
-        batch = next(self._reader)
+        batch = self._read()
         self._next += 1
         return batch
 
@@ -209,6 +196,10 @@ class NumberedBatches(_Batches):
         """Continue at a position; see `DealtBatches.set_state`, any one state is enough."""
         self._next = _checked(states, self._stream)[0]["next"]
         self.close()
+
+    def _dataset(self) -> grain.IterDataset:
+        numbers = grain.MapDataset.range(self._next, sys.maxsize)
+        return numbers.map(self._make).to_iter_dataset(self._options)
 
 
 def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:

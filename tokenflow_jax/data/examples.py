@@ -39,7 +39,7 @@ class Skipped:
     """Thread-safe record of which of a data set's `total` examples are left out, and why."""
 
     def __init__(self, data: str, total: int, unit: str = "pictures"):
-        self._data, self._total, self._unit = data, total, unit
+        self._data, self.total, self._unit = data, total, unit
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
 
@@ -66,7 +66,7 @@ class Skipped:
 
     def nothing_usable(self, wanted: str) -> str:
         return (
-            f"no usable {wanted} among the {self._total} {self._unit} of {self._data}: "
+            f"no usable {wanted} among the {self.total} {self._unit} of {self._data}: "
             f"{self.counts()}, for example {', '.join(self.names()[:3])}"
         )
 
@@ -76,7 +76,7 @@ class Skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return (
-            f"{self._data}: skipped {len(names)} of {self._total} {self._unit} ({reasons}): "
+            f"{self._data}: skipped {len(names)} of {self.total} {self._unit} ({reasons}): "
             f"{', '.join(names[:5])}{more}"
         )
 
@@ -89,8 +89,8 @@ def notes_on(records: Iterable[Skipped]) -> list[str]:
 class Guard:
     """An error instead of endless skipping: as many failures as examples, and no success yet."""
 
-    def __init__(self, skipped: Skipped, total: int, wanted: str):
-        self._skipped, self._total, self._wanted = skipped, total, wanted
+    def __init__(self, skipped: Skipped, wanted: str):
+        self._skipped, self._wanted = skipped, wanted
         self._lock = threading.Lock()
         self._failures, self._any_usable = 0, False
 
@@ -99,6 +99,6 @@ class Guard:
         with self._lock:
             self._any_usable |= usable
             self._failures += not usable
-            hopeless = not self._any_usable and self._failures >= self._total
+            hopeless = not self._any_usable and self._failures >= self._skipped.total
         if hopeless:
             raise ValueError(self._skipped.nothing_usable(self._wanted))

@@ -24,16 +24,12 @@ MAX_ASPECT = 50
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-class BrokenImage(Broken):
-    """A picture that cannot be used."""
-
-
 def read_file(folder: pathlib.Path, name: str | os.PathLike) -> bytes:
-    """Return the bytes of a picture file, or raise BrokenImage."""
+    """Return the bytes of a picture file, or raise Broken."""
     try:
         return (folder / name).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        raise BrokenImage("cannot be read", f"{name}: {error}") from error
+        raise Broken("cannot be read", f"{name}: {error}") from error
 
 
 def check_size(
@@ -44,18 +40,18 @@ def check_size(
     min_side: int = MIN_SIDE,
     max_aspect: int = MAX_ASPECT,
 ) -> None:
-    """Raise BrokenImage for a size, as a picture's header states it, that is out of bounds."""
+    """Raise Broken for a size, as a picture's header states it, that is out of bounds."""
     size = f"{width} x {height} pixels"
     if width * height > max_pixels:
-        raise BrokenImage("too large", f"{size}, the limit is {max_pixels:,} (max_pixels)")
+        raise Broken("too large", f"{size}, the limit is {max_pixels:,} (max_pixels)")
     if min(width, height) < min_side:
-        raise BrokenImage("too small", f"{size}, each side must be at least {min_side} (min_side)")
+        raise Broken("too small", f"{size}, each side must be at least {min_side} (min_side)")
     if max(width, height) > max_aspect * min(width, height):
-        raise BrokenImage("too elongated", f"{size}, the limit is {max_aspect} to 1")
+        raise Broken("too elongated", f"{size}, the limit is {max_aspect} to 1")
 
 
 def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
-    """Decode a picture file within the limits of `check_size`, or raise BrokenImage.
+    """Decode a picture file within the limits of `check_size`, or raise Broken.
 
     Transparent pixels are laid on white; palette, gray, CMYK and 16-bit pictures become 8-bit RGB;
     of an animation the first frame is taken. EXIF orientation is ignored, as the reference does.
@@ -69,15 +65,15 @@ def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
                 image.draft("RGB", (draft_side, draft_side))
             image.load()
             return _to_rgb(image)
-    except (BrokenImage, MemoryError):
+    except (Broken, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
         kind = "an empty file" if not data else f"starts with {data[:8]!r}"
-        raise BrokenImage("not an image", kind) from error
+        raise Broken("not an image", kind) from error
     except Image.DecompressionBombError as error:
-        raise BrokenImage("too large", str(error)) from error
+        raise Broken("too large", str(error)) from error
     except Exception as error:  # a damaged file makes PIL's readers raise almost anything
-        raise BrokenImage("damaged", f"{type(error).__name__}: {error}") from error
+        raise Broken("damaged", f"{type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -86,11 +82,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit gray arrives as I;16 or, from some files, as I
         gray_HW = np.asarray(image).astype(np.int64)
         if gray_HW.min() < 0 or gray_HW.max() > 0xFFFF:
-            raise BrokenImage("unsupported pixels", f"mode {image.mode} beyond 16 bits")
+            raise Broken("unsupported pixels", f"mode {image.mode} beyond 16 bits")
         # The high byte, which is what PIL takes of 16-bit color.
         return np.repeat((gray_HW >> 8).astype(np.uint8)[..., None], 3, axis=-1)
     if image.mode == "F":
-        raise BrokenImage("unsupported pixels", "floating-point pixels have no known range")
+        raise Broken("unsupported pixels", "floating-point pixels have no known range")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))

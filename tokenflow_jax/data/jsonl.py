@@ -18,7 +18,6 @@ from absl import logging
 
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
-from tokenflow_jax.data.images import BrokenImage
 
 _KEEP_FROM = 100_000  # lines; smaller files are indexed at every start
 _VERSION = 1  # of the index file; one of another version is replaced
@@ -48,7 +47,7 @@ class Described(NamedTuple):
     key: str = ""  # decides on the split; a line without one stays in training
 
 
-Describe = Callable[[bytes], Described]  # must not raise
+Describe = Callable[[bytes], Described]  # may raise Broken
 
 
 class Lines:
@@ -99,7 +98,10 @@ class Lines:
         rows, offset = {name: array.array("q") for name in _COLUMNS}, 0
         for number, line in enumerate(self._open, 1):
             if line.strip():
-                length, key = describe(line)
+                try:
+                    length, key = describe(line)
+                except Broken:  # counted and named where the example is wanted
+                    length, key = Described()
                 values = (offset, number, length, bool(key) and is_heldout(key))
                 for name, value in zip(_COLUMNS, values, strict=True):
                     rows[name].append(value)
@@ -165,7 +167,7 @@ class JsonlSource(LineSource):
         file = pathlib.Path(path)
         if os.fspath(path) and file.is_dir():
             file = next((file / name for name in _USUAL_NAMES if (file / name).is_file()), file)
-        if not os.fspath(path) or not file.is_file():
+        if not file.is_file():
             raise ValueError(
                 f"data.path {os.fspath(path)!r} is neither a .jsonl file nor a folder with one of "
                 f"{_USUAL_NAMES}"
@@ -179,21 +181,18 @@ class JsonlSource(LineSource):
 
 
 def _describe(line: bytes) -> Described:
-    try:
-        return Described(key=_parse(line)["name"])
-    except BrokenImage:  # skipped and named where the picture is wanted
-        return Described()
+    return Described(key=_parse(line)["name"])
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """Return the example of a line, without its picture, or raise BrokenImage."""
+    """Return the example of a line, without its picture, or raise Broken."""
     try:
         row = parse_object(line)
     except Broken as error:
-        raise BrokenImage("damaged line", f"{line[:60]!r}: {error}") from error
+        raise Broken("damaged line", f"{line[:60]!r}: {error}") from error
     name = next((row[key] for key in _IMAGE_KEYS if isinstance(row.get(key), str)), "")
     if not name:
-        raise BrokenImage("line without image", f"{line[:60]!r}")
+        raise Broken("line without image", f"{line[:60]!r}")
     texts = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str | list)), [])
     texts = [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
     example = {"name": name}

@@ -16,14 +16,9 @@ import numpy as np
 
 from tokenflow_jax.data import images, sources
 from tokenflow_jax.data.dealing import DealtBatches, Example, check_share, read_options
-from tokenflow_jax.data.examples import Guard, Skipped, evenly_spaced, notes_on
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken, Guard, Skipped, evenly_spaced, notes_on
 
 AUGMENTATIONS = ("random_crop", "center")
-_LEAST = {
-    "image_size": 1, "max_pixels": 1, "min_side": 1, "threads": 0, "buffer": 1,
-    "cache_megabytes": 0,
-}  # fmt: skip
 _MISSING = np.int32(-1)  # the label of a picture that has none, and of padding
 
 
@@ -48,9 +43,16 @@ class DataConfig:
         problems = []
         if self.augment not in AUGMENTATIONS:
             problems.append(f"augment {self.augment!r} is not one of {AUGMENTATIONS}")
-        for field, least in _LEAST.items():
-            value = getattr(self, field)
-            if value < least:
+        for field in (
+            "image_size",
+            "max_pixels",
+            "min_side",
+            "threads",
+            "buffer",
+            "cache_megabytes",
+        ):
+            least = 0 if field in ("threads", "cache_megabytes") else 1
+            if (value := getattr(self, field)) < least:
                 problems.append(f"{field} is {value}, must be at least {least}")
         if problems:
             raise ValueError("data: " + "; ".join(problems))
@@ -66,7 +68,7 @@ class Decoded:
         )
         place = " ".join(filter(None, (config.name, config.path, config.split)))
         self.skipped = Skipped(place, len(self.source))
-        self._guard = Guard(self.skipped, len(self.source), "picture")
+        self._guard = Guard(self.skipped, "picture")
         # Pictures by index; None once the data set turned out not to fit.
         self._cache: dict[int, dict[str, Any]] | None = {}
         self._room = config.cache_megabytes * 2**20
@@ -85,7 +87,7 @@ class Decoded:
             example = self.source[index]
             name = example["name"]
             image_HWC = self._image(example)
-        except BrokenImage as error:
+        except Broken as error:
             self.skipped.add(name, error)
             self._guard.check(False)
             return None
@@ -104,7 +106,7 @@ class Decoded:
             images.check_size(width, height, **limits)
             return example["image"]
         if "codes" in example:
-            raise BrokenImage("codes instead of a picture", "only generation trains on such data")
+            raise Broken("codes instead of a picture", "only generation trains on such data")
         # In training a JPEG may be decoded at a fraction of its size; twice the crop's side leaves
         # a true averaging by two. Evaluation decodes fully: its figures are compared.
         training = config.augment == "random_crop"
@@ -126,9 +128,6 @@ class Decoded:
         """Return the arrays of an example; all examples of a data set have the same."""
         numbers = {key: np.int32(example.get(key, _MISSING)) for key in self.source.numbers}
         return {"image": np.ascontiguousarray(image_HWC), **numbers}
-
-    def nothing_usable(self) -> str:
-        return self.skipped.nothing_usable("picture")
 
 
 _OPEN: dict[DataConfig, Decoded] = {}
@@ -162,8 +161,7 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
     size = config.image_size
 
     def augmented(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-        example = decoded[index]
-        if example is None:
+        if (example := decoded[index]) is None:
             return None
         if config.augment == "random_crop":
             image = images.random_crop(example["image"], size, rng)
@@ -189,8 +187,7 @@ def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str
     decoded = opened(config)
 
     def cropped(index: int) -> dict[str, np.ndarray] | None:
-        example = decoded[index]
-        if example is None:
+        if (example := decoded[index]) is None:
             return None
         return decoded.arrays(example, images.center_crop(example["image"], config.image_size))
 
@@ -201,7 +198,7 @@ def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str
         blank=decoded.arrays({}, black),
         threads=config.threads,
         buffer=config.buffer,
-        nothing_usable=decoded.nothing_usable,
+        skipped=decoded.skipped,
         **options,
     )
 
@@ -217,7 +214,7 @@ def masked_batches(
     shard_count: int = 1,
     threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
     buffer: int = 256,  # examples kept ready
-    nothing_usable: Callable[[], str] | None = None,  # error when all items of the share are broken
+    skipped: Skipped | None = None,  # makes it an error that all items of the share are broken
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield every item once, in order, in equally many batches per host so that hosts stay in step.
 
@@ -250,7 +247,7 @@ def masked_batches(
                 }
         finally:  # also when nobody asks for the rest
             reader.close()
-        if nothing_usable and not any_usable:
-            raise ValueError(nothing_usable())
+        if skipped and not any_usable:
+            raise ValueError(skipped.nothing_usable("picture"))
 
     return batches()

@@ -17,8 +17,7 @@ from typing import Any
 
 from tokenflow_jax import log
 from tokenflow_jax.data import cifar10, images, jsonl, records, sources
-from tokenflow_jax.data.examples import MIN_TO_SPLIT, Skipped
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, Skipped
 
 _Path = str | os.PathLike
 
@@ -87,7 +86,7 @@ def _prepare(
                 example = splits[split][index]
                 name = example["name"]
                 images.decode(example["bytes"])
-            except BrokenImage as error:
+            except Broken as error:
                 skipped.add(name, error)
             else:
                 writer.write(split, example)

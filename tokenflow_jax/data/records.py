@@ -30,16 +30,12 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tokenflow_jax import files
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken
 
 MAGIC = b"TFX1"
 MANIFEST = "dataset.json"
 _HEADER = struct.Struct("<4sI")
 _HEADER_KEYS = ("name", "label", "group", "caption", "captions", "tags")
-# How codes are stored, by whether 16 bits hold them.
-_CODE_TYPES = {True: "<u2", False: "<i4"}
-# One picture per chunk: random access reads exactly one. Encoded pictures are compressed already.
-_WRITER_OPTIONS = {True: "group_size:1,uncompressed", False: "group_size:1,zstd:3"}
 
 
 def pack(example: Mapping[str, Any]) -> bytes:
@@ -64,7 +60,7 @@ def pack(example: Mapping[str, Any]) -> bytes:
                 f"{example.get('name')}: codes are {codes_L.dtype} {codes_L.shape}; they must be "
                 "integers of at least 0, one row"
             )
-        header["codes"] = _CODE_TYPES[bool(codes_L.max(initial=0) < 2**16)]
+        header["codes"] = "<u2" if codes_L.max(initial=0) < 2**16 else "<i4"
         payload = codes_L.astype(header["codes"]).tobytes()
     else:
         payload = example["bytes"]
@@ -73,9 +69,9 @@ def pack(example: Mapping[str, Any]) -> bytes:
 
 
 def unpack(record: bytes) -> dict[str, Any]:
-    """Read an example back, with a read-only `image` or int32 `codes`, or raise BrokenImage."""
+    """Read an example back, with a read-only `image` or int32 `codes`, or raise Broken."""
     if len(record) < _HEADER.size or record[:4] != MAGIC:
-        raise BrokenImage("not a record of this package", f"starts with {record[:4]!r}")
+        raise Broken("not a record of this package", f"starts with {record[:4]!r}")
     start = _HEADER.size + _HEADER.unpack_from(record)[1]
     try:
         example = json.loads(record[_HEADER.size : start])
@@ -83,7 +79,7 @@ def unpack(record: bytes) -> dict[str, Any]:
             raise ValueError("the header is no object with a name")
         shape, kind = example.pop("shape", None), example.pop("codes", None)
         if kind is not None:
-            if kind not in _CODE_TYPES.values():
+            if kind not in ("<u2", "<i4"):
                 raise ValueError(f"codes of type {kind!r}")
             example["codes"] = np.frombuffer(record, kind, offset=start).astype(np.int32)
         elif shape is None:
@@ -91,7 +87,7 @@ def unpack(record: bytes) -> dict[str, Any]:
         else:
             example["image"] = np.frombuffer(record, np.uint8, offset=start).reshape(shape)
     except (ValueError, TypeError) as error:
-        raise BrokenImage("damaged record", str(error)) from error
+        raise Broken("damaged record", str(error)) from error
     return example
 
 
@@ -108,9 +104,11 @@ class RecordWriter:
 
     def __init__(self, path: pathlib.Path, compressed_payload: bool = True):
         self.path, self.count = path, 0
+        compression = "uncompressed" if compressed_payload else "zstd:3"
         with self._named_errors():
+            # One picture per chunk: random access reads exactly one.
             self._writer = array_record_module.ArrayRecordWriter(
-                str(path), _WRITER_OPTIONS[compressed_payload]
+                str(path), f"group_size:1,{compression}"
             )
 
     def write(self, example: Mapping[str, Any]) -> None:
@@ -181,7 +179,7 @@ def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mappi
     write_json(folder / MANIFEST, {"format": MAGIC.decode(), "splits": splits, **about})
 
 
-class DatasetWriter:
+class DatasetWriter(contextlib.AbstractContextManager):
     """A writer of a data set in a temporary folder, which is moved into place at the end."""
 
     def __init__(
@@ -217,9 +215,6 @@ class DatasetWriter:
     def counts(self) -> dict[str, int]:
         """Return the number of pictures written so far, per split."""
         return {split: sum(file.count for file in done) for split, done in self._files.items()}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, value, traceback):
         try:

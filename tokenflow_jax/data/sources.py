@@ -2,7 +2,7 @@
 
 A source has `len` and gives for an index an example: {"name": str} with either "bytes" (an encoded
 file) or "image" (uint8 (H, W, 3)), and where known "label" (int), "group" (int), "caption" (str),
-"tags" (list of str). A picture that cannot even be read raises BrokenImage. `classes` are the
+"tags" (list of str). A picture that cannot even be read raises Broken. `classes` are the
 names of the labels, if any; `numbers` are the numeric labels that examples have.
 """
 
@@ -16,8 +16,7 @@ from absl import logging
 from array_record.python import array_record_data_source
 
 from tokenflow_jax.data import images, records
-from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, is_heldout
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
 from tokenflow_jax.data.jsonl import JsonlSource
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
@@ -25,29 +24,23 @@ GROUPS = (
     "smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities",
     "objects", "symbols",
 )  # fmt: skip
-NUMBERS = ("label", "group")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-class EmojiSource:
+class EmojiSource(list):
     """The captioned emoji inside the package; small, so they stay in memory once read."""
+
+    numbers = ("group",)
 
     def __init__(self, split: str):
         if split not in SPLITS:
             raise ValueError(f"the emoji have no split {split!r}; one of {SPLITS}")
         self.classes: list[str] = []
-        self.numbers = ("group",)
         everything = RecordSource(glob.escape(str(EMOJI)), "all")
-        examples = [everything[i] for i in range(len(everything))]
-        if split != "all":
-            examples = [e for e in examples if is_heldout(e["name"]) == (split == "heldout")]
-        self._examples = examples
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._examples[index]
+        examples = (everything[i] for i in range(len(everything)))
+        super().__init__(
+            e for e in examples if split == "all" or is_heldout(e["name"]) == (split == "heldout")
+        )
 
 
 class FolderSource:
@@ -143,9 +136,9 @@ class RecordSource:
             ) from error
         self.numbers: tuple[str, ...] = ()
         for index in range(len(self)):
-            with contextlib.suppress(BrokenImage):
+            with contextlib.suppress(Broken):
                 # Those of the first record that can be read: the writer treats all alike.
-                self.numbers = tuple(key for key in NUMBERS if key in self[index])
+                self.numbers = tuple(key for key in ("label", "group") if key in self[index])
                 break
 
     def __len__(self) -> int:
@@ -155,7 +148,7 @@ class RecordSource:
         try:
             record = self._source[index]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise BrokenImage("damaged record", str(error)) from error
+            raise Broken("damaged record", str(error)) from error
         return records.unpack(record)
 
 
@@ -214,7 +207,7 @@ class TFDSSource:
         try:
             row = self._source[index]
         except (RuntimeError, ValueError) as error:
-            raise BrokenImage("damaged record", str(error)) from error
+            raise Broken("damaged record", str(error)) from error
         file_name = row.get("file_name", str(index))
         if isinstance(file_name, bytes):
             file_name = file_name.decode(errors="replace")

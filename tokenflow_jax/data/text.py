@@ -24,7 +24,6 @@ from absl import logging
 OPEN, CLOSE = "<img>", "</img>"
 BYTES, WORDS = "bytes", "words"  # the built-in tokenizers
 _SHORTEST = 8  # prefixes for sampling are at least this long
-_SHOWN = 40  # characters of a prompt in messages
 
 
 class _BuiltIn:
@@ -194,7 +193,7 @@ class PromptEncoder(PromptIds):
             self._cut[hash(prompt)] = length
             if self._example:
                 return
-            self._example = f"{prompt[:_SHOWN]!r}..."
+            self._example = f"{prompt[:40]!r}..."
         logging.warning(
             "a prompt of %d ids is cut to the %d of the text budget: %s",
             length, self.budget, self._example,

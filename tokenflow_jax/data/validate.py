@@ -24,13 +24,13 @@ from typing import Any, BinaryIO, NamedTuple
 from tokenflow_jax import log
 from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, insertion, templates
-from tokenflow_jax.data.chat.conversations import BrokenSample, Sample
 from tokenflow_jax.data.chat.templates import IMAGE, Template
+from tokenflow_jax.data.examples import Broken
 
 _LINES_AT_A_TIME = 512
 _LARGE = 20 * 10**6  # bytes of a file that several processes are worth starting for
 _TELL_EVERY = 10.0  # seconds
-_kept: Any = None  # the checker, in a process that shares the work
+_kept: Any = None  # the checker of this process
 
 
 class Fault(NamedTuple):
@@ -61,19 +61,12 @@ class Checker:
         """Yield the faults of one line."""
         try:
             sample = conversations.parse_line(line)
-        except BrokenSample as error:
-            yield Fault(number, error.reason, error.detail)
-            return
-        if sample.image and (error := self._image_fault(sample.image)) is not None:
-            yield Fault(number, error.reason, error.detail)
-        yield from self._text(number, sample)
-
-    def _text(self, number: int, sample: Sample) -> Iterator[Fault]:
-        try:
+            if sample.image and (broken := self._image_fault(sample.image)) is not None:
+                yield Fault(number, broken.reason, broken.detail)
             row = conversations.prepare(
                 sample, self.template, self.text_tokenizer, self.vectors, self.max_length
             )
-        except BrokenSample as error:
+        except Broken as error:
             yield Fault(number, error.reason, error.detail)
             return
         first = sample.turns[0][0]
@@ -96,17 +89,17 @@ class Checker:
             yield Fault(number, "over length", detail, False)
 
     @functools.cache  # noqa: B019 - each picture is decoded once; a checker lives to the end
-    def _image_fault(self, image: str) -> BrokenSample | None:
+    def _image_fault(self, image: str) -> Broken | None:
         path = self.folder / image
         try:
             if not path.is_file():
-                return BrokenSample("missing image", f"there is no {path}")
+                return Broken("missing image", f"there is no {path}")
             if self.decode:
                 conversations.load_image(conversations.read_image(self.folder, image), 8, "square")
-        except BrokenSample as error:
-            return BrokenSample(error.reason, f"{path}: {error.detail}")
+        except Broken as error:
+            return Broken(error.reason, f"{path}: {error.detail}")
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-            return BrokenSample("missing image", f"{image!r}: {error}")
+            return Broken("missing image", f"{image!r}: {error}")
         return None
 
 
@@ -142,27 +135,22 @@ def _parts(file: BinaryIO) -> Iterator[_Numbered]:
         yield [(number, line) for number, line in part if line.strip()]
 
 
-def _check(lines: _Numbered, checker: Checker | None = None) -> _Result:
-    checker = checker or _kept
-    return len(lines), [fault for number, line in lines for fault in checker.faults(number, line)]
+def _check(lines: _Numbered) -> _Result:
+    return len(lines), [fault for number, line in lines for fault in _kept.faults(number, line)]
 
 
 def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Result]:
     """Yield the parts' results in order; several processes are never far ahead of the reader."""
     if processes == 1:
-        yield from (_check(part, checker) for part in parts)
+        _keep_checker(checker)
+        yield from map(_check, parts)
         return
     context = multiprocessing.get_context("spawn")  # threads of a tokenizer do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(
         processes, context, initializer=_keep_checker, initargs=(checker,)
     ) as pool:
-        waiting: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
-        for part in parts:
-            waiting.append(pool.submit(_check, part))
-            if len(waiting) > 4 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        while some := list(itertools.islice(parts, 16 * processes)):
+            yield from pool.map(_check, some)
 
 
 def _keep_checker(checker: Checker) -> None:
@@ -182,11 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--image_folder {folder} is not a folder")
         template = templates.get_template(arguments.template, arguments.system)
         text_tokenizer = text.load_text_tokenizer(arguments.text_tokenizer)
-        vectors, max_length = arguments.vectors, arguments.max_length
-        decode = arguments.decode_images
-        checker = Checker(template, text_tokenizer, folder, vectors, max_length, decode)
-        processes = arguments.processes
-        if processes < 1:
+        checker = Checker(
+            template, text_tokenizer, folder, arguments.vectors, arguments.max_length,
+            arguments.decode_images,
+        )  # fmt: skip
+        if (processes := arguments.processes) < 1:
             processes = (os.cpu_count() or 1) if path.stat().st_size > _LARGE else 1
         count, faults = check_file(path, checker, processes)
     except (ValueError, OSError) as error:

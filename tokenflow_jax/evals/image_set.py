@@ -44,7 +44,7 @@ def short_side(path: str, split: str) -> int:
     decoded = pipeline.opened(config)
     first = next((example for i in range(len(decoded)) if (example := decoded[i])), None)
     if first is None:
-        raise ValueError(decoded.nothing_usable())
+        raise ValueError(decoded.skipped.nothing_usable("picture"))
     return min(first["image"].shape[:2])
 
 

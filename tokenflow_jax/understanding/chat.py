@@ -10,6 +10,7 @@ from PIL import Image
 
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
+from tokenflow_jax.data.examples import Broken
 
 if TYPE_CHECKING:
     from tokenflow_jax.understanding.api import Assistant
@@ -75,7 +76,7 @@ def read_picture(picture: Picture) -> np.ndarray:
     if isinstance(picture, str | os.PathLike):
         try:
             return images.decode(pathlib.Path(picture).read_bytes())
-        except (OSError, images.BrokenImage) as error:
+        except (OSError, Broken) as error:
             raise ValueError(f"picture {os.fspath(picture)}: {error}") from error
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))

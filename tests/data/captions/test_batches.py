@@ -9,7 +9,7 @@ from picture_files import encode, plain
 from tokenflow_jax.data import pipeline, prepare, sources
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.batches import CaptionConfig, Pictures
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
 
 PROMPTS = PromptEncoder(ByteTokenizer(), 48)
@@ -63,7 +63,7 @@ def test_templates_make_several_captions_of_a_picture():
     assert {captions.draw_caption(rest, VARIED, rng) for _ in range(30)} == {"thing"}
     several = {"name": "c", "caption": "x", "captions": ["x", "y"]}
     assert {captions.draw_caption(several, PLAIN, rng) for _ in range(30)} == {"x", "y"}
-    with pytest.raises(BrokenImage, match="no caption"):
+    with pytest.raises(Broken, match="no caption"):
         captions.draw_caption({"name": "d", "tags": []}, VARIED, rng)
 
 

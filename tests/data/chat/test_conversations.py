@@ -14,9 +14,10 @@ from tokenflow_jax.data import sources, validate
 from tokenflow_jax.data.chat import batches as conversation_batches
 from tokenflow_jax.data.chat import conversations
 from tokenflow_jax.data.chat.batches import ConversationConfig, Conversations
-from tokenflow_jax.data.chat.conversations import BrokenSample, fit_image
+from tokenflow_jax.data.chat.conversations import fit_image
 from tokenflow_jax.data.chat.emoji import KIND_QUESTION, KINDS, EmojiConversations
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE
+from tokenflow_jax.data.examples import Broken
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "i2t_images.npz"
 # Ten faults by the reason that the validator gives; training skips all of them.
@@ -347,5 +348,5 @@ def test_length_is_cut_like_the_reference(folder):
     sample = conversations.parse_line(line(LONG))
     row = conversations.prepare(sample, data.template, data.text_tokenizer, 4, 64)
     assert len(row["ids"]) == 64 and (row["labels"] != IGNORE).any()
-    with pytest.raises(BrokenSample, match="begin after the 8"):
+    with pytest.raises(Broken, match="begin after the 8"):
         conversations.prepare(sample, data.template, data.text_tokenizer, 4, 8)

@@ -21,8 +21,7 @@ import numpy as np
 
 from tokenflow_jax.data import images, pipeline, sources
 from tokenflow_jax.data.dealing import DealtBatches
-from tokenflow_jax.data.examples import Guard, Skipped, notes_on
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
 from tokenflow_jax.data.text import PromptEncoder
 
 FIELDS = ("caption", "tags", "group")
@@ -66,13 +65,13 @@ def main_caption(example: Mapping[str, Any]) -> str:
 def draw_caption(
     example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
 ) -> str:
-    """Return a caption drawn from those an example allows, "" if dropped, or raise BrokenImage."""
+    """Return a caption drawn from those an example allows, "" where dropped, or Broken."""
     captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
     tags, group = example.get("tags") or [], example.get("group", -1)
     known = {"caption": bool(captions), "tags": bool(tags), "group": group >= 0}
     usable = [t for t in config.templates if all(known[field] for field in _fields(t))]
     if not usable:
-        raise BrokenImage("no caption", f"{example.get('name', '')} for {config.templates}")
+        raise Broken("no caption", f"{example.get('name', '')} for {config.templates}")
     if rng.random() < config.drop_rate:
         return ""
     texts = {}
@@ -116,8 +115,7 @@ class Pictures:
         return len(self._decoded)
 
     def __getitem__(self, index: int) -> Mapping[str, Any] | None:
-        example = self._decoded[index]
-        if example is None:
+        if (example := self._decoded[index]) is None:
             return None
         image = images.center_crop(example["image"], self.config.image_size)
         return {**example, "image": np.ascontiguousarray(image)}
@@ -131,7 +129,7 @@ def train_batches(
     A batch has "prefix", int32 (B, P), and "image", uint8 (B, size, size, 3), or "codes", int32
     (B, L).
     """
-    guard = Guard(examples.skipped, len(examples), "pair of picture and caption")
+    guard = Guard(examples.skipped, "pair of picture and caption")
 
     def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         row = _pair(examples, prompts, index, lambda example: draw_caption(example, captions, rng))
@@ -151,7 +149,7 @@ def eval_batches(
 
     def caption_of(example: Mapping[str, Any]) -> str:
         if not (caption := main_caption(example)):
-            raise BrokenImage("no caption", str(example.get("name", "")))
+            raise Broken("no caption", str(example.get("name", "")))
         return caption
 
     return pipeline.masked_batches(
@@ -166,12 +164,11 @@ def _pair(
     examples: Examples, prompts: PromptEncoder, index: int, caption_of: Callable[..., str]
 ) -> dict[str, np.ndarray] | None:
     """Return the arrays of an example with its caption; None where either is broken."""
-    example = examples[index]
-    if example is None:
+    if (example := examples[index]) is None:
         return None
     try:
         caption = caption_of(example)
-    except BrokenImage as error:
+    except Broken as error:
         examples.skipped.add(str(example.get("name", index)), error)
         return None
     return {"prefix": prompts.encode(caption), examples.array: example[examples.array]}

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax.data import records, sources
-from tokenflow_jax.data.examples import Skipped
-from tokenflow_jax.data.images import BrokenImage
+from tokenflow_jax.data.examples import Broken, Skipped
 
 PLAN = "encoding.json"
 _ABOUT = ("fingerprint", "codebook_size", "scales")
@@ -54,10 +53,10 @@ class CodeRecords:
             name = example["name"]
             codes = example.get("codes")
             if codes is None or len(codes) != self._length:
-                raise BrokenImage("damaged record", f"not {self._length} codes")
+                raise Broken("damaged record", f"not {self._length} codes")
             if codes.min() < 0 or codes.max() >= self._size:
-                raise BrokenImage("damaged record", f"codes beyond {self._size}")
-        except BrokenImage as error:
+                raise Broken("damaged record", f"codes beyond {self._size}")
+        except Broken as error:
             self.skipped.add(name, error)
             return None
         return example
@@ -167,10 +166,10 @@ class PartWriter:
         """Return the parts of all hosts: split, pictures, file."""
         parts, size = [], self._plan["per_file"]
         for split, count in self._plan["splits"].items():
-            files = -(-count // size)
-            for i in range(files):
-                pictures = range(i * size, min(count, (i + 1) * size))
-                parts.append((split, pictures, self.folder / records.file_name(split, i, files)))
+            starts = range(0, count, size)
+            for i, start in enumerate(starts):
+                file = self.folder / records.file_name(split, i, len(starts))
+                parts.append((split, range(start, min(count, start + size)), file))
         return parts
 
     def mine(self) -> list[tuple[str, range, pathlib.Path]]:

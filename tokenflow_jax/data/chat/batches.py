@@ -22,13 +22,12 @@ import numpy as np
 
 from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, grouping, insertion
-from tokenflow_jax.data.chat.conversations import BrokenSample, JsonlConversations
+from tokenflow_jax.data.chat.conversations import JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
 from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.dealing import NumberedBatches
-from tokenflow_jax.data.examples import Skipped, notes_on
+from tokenflow_jax.data.examples import Broken, Skipped, notes_on
 
-ORDERS = ("random", "grouped")
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
 
 
@@ -57,8 +56,8 @@ class ConversationConfig:
     def __post_init__(self):
         problems = []
         choices = {
-            "name": ("emoji", "jsonl"), "image_mode": conversations.IMAGE_MODES, "order": ORDERS,
-            "template": tuple(TEMPLATES),
+            "name": ("emoji", "jsonl"), "image_mode": conversations.IMAGE_MODES,
+            "order": ("random", "grouped"), "template": tuple(TEMPLATES),
         }  # fmt: skip
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -110,7 +109,7 @@ class Conversations:
                 sample, self.template, self.text_tokenizer, self.config.vectors,
                 self.config.max_length,
             )  # fmt: skip
-        except BrokenSample as error:
+        except Broken as error:
             self.skipped.add(self.source.label(index), error)
             return None
         if len(self) <= _KEPT_ROWS:
@@ -123,7 +122,7 @@ class Conversations:
         try:
             data = self.source.image_bytes(image)
             return conversations.load_image(data, config.image_size, config.image_mode)
-        except BrokenSample as error:
+        except Broken as error:
             self.skipped.add(label or image, error)
             self.broken_images.add(image)
             return None
@@ -133,7 +132,7 @@ class Conversations:
         """The names of all pictures, in order of appearance, with their places in `images`."""
         names: dict[str, None] = {}
         for index in range(len(self)):
-            with contextlib.suppress(BrokenSample):  # counted where the sample is wanted
+            with contextlib.suppress(Broken):  # counted where the sample is wanted
                 names[self.source[index].image] = None
         return {name: place for place, name in enumerate(filter(None, names))}
 
@@ -171,8 +170,8 @@ def collate(
     own = len(members) // shard[1]
     members = members[shard[0] * own : (shard[0] + 1) * own]
     rows: list[dict[str, np.ndarray]] = []
-    images = np.zeros((own, config.pack, size, size, 3) if pixels else (0,), np.uint8)
-    numbers = np.zeros((own, config.pack), np.int32)
+    shape, dtype = ((size, size, 3), np.uint8) if pixels else ((), np.int32)
+    images = np.zeros((own, config.pack, *shape), dtype)
     for r, row in enumerate(members):
         kept = []
         for p, i in enumerate(row):
@@ -181,11 +180,10 @@ def collate(
                 image = data.image(name, data.source.label(places[i]))
                 images[r, p] = 0 if image is None else image
             elif name:
-                numbers[r, p] = data.image_places[name]
+                images[r, p] = data.image_places[name]
             kept.append({} if name in data.broken_images else tokens)
         rows.append(insertion.join_rows(kept, config.vectors))
-    batch = insertion.pad_rows(rows, length)
-    return {**batch, "image": images} if pixels else {**batch, "image_index": numbers}
+    return {**insertion.pad_rows(rows, length), "image" if pixels else "image_index": images}
 
 
 def _share_rows(lengths: list[int], pack: int) -> list[list[int]]:

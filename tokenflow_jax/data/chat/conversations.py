@@ -1,6 +1,6 @@
 """Conversations about pictures: their sources, and one of them as arrays.
 
-A source has `len`, gives a `Sample` for an index (or raises BrokenSample), the bytes of a sample's
+A source has `len`, gives a `Sample` for an index (or raises Broken), the bytes of a sample's
 picture, and `lengths()` for grouped sampling. `prepare` turns a sample into a row of tokens.
 """
 
@@ -23,10 +23,6 @@ _NO_IMAGE = ("", "None", "none", "nan")
 _PAD_COLOR = (127, 127, 127)
 
 
-class BrokenSample(Broken):
-    """A conversation that cannot be used."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """A conversation as it stands in the data."""
@@ -42,41 +38,35 @@ class Sample:
 
 
 def parse_line(line: bytes) -> Sample:
-    """Parse a LLaVA-style line, or raise BrokenSample.
+    """Parse a LLaVA-style line, or raise Broken.
 
     {"image": "path", "conversations": [{"from": "human", "value": "..."}, ...]}
     """
-    try:
-        row = parse_object(line)
-    except Broken as error:
-        raise BrokenSample(error.reason, error.detail) from error
+    row = parse_object(line)
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise BrokenSample("no conversations", "the key must hold a list of turns")
+        raise Broken("no conversations", "the key must hold a list of turns")
     image = row.get("image")
     if image is None or (isinstance(image, float) and image != image):
         image = ""  # NaN and null, as tables write them
     if not isinstance(image, str):
-        raise BrokenSample("bad image", f"must be the path of one picture, not {image!r:.80}")
+        raise Broken("bad image", f"must be the path of one picture, not {image!r:.80}")
     image = "" if image in _NO_IMAGE else image
     return Sample(tuple(map(_turn, turns)), image, "image" in row)
 
 
 def _turn(turn: Any) -> Turn:
     if not isinstance(turn, dict) or turn.get("from") not in (HUMAN, GPT):
-        raise BrokenSample("bad role", f"a turn must be from {HUMAN!r} or {GPT!r}: {turn!r:.80}")
+        raise Broken("bad role", f"a turn must be from {HUMAN!r} or {GPT!r}: {turn!r:.80}")
     if not isinstance(turn.get("value"), str):
-        raise BrokenSample("bad text", f"a turn's value must be text: {turn!r:.80}")
+        raise Broken("bad text", f"a turn's value must be text: {turn!r:.80}")
     return turn["from"], turn["value"]
 
 
 def _describe(line: bytes) -> Described:
-    try:
-        sample = parse_line(line)
-        # Without a picture, the line itself decides on the split.
-        return Described(sample.length(), sample.image or line.decode("utf-8-sig"))
-    except BrokenSample:  # counted and named where the sample is wanted
-        return Described()
+    sample = parse_line(line)
+    # Without a picture, the line itself decides on the split.
+    return Described(sample.length(), sample.image or line.decode("utf-8-sig"))
 
 
 class JsonlConversations(LineSource):
@@ -86,7 +76,7 @@ class JsonlConversations(LineSource):
         if split not in SPLITS:
             raise ValueError(f"a file of conversations has no split {split!r}: {SPLITS}")
         file = pathlib.Path(path)
-        if not os.fspath(path) or not file.is_file():
+        if not file.is_file():
             raise ValueError(f"data.path {os.fspath(path)!r} is not a file of conversations")
         self.name = file.name
         super().__init__(file, "conversations", _describe, split, image_folder)
@@ -111,41 +101,41 @@ class JsonlConversations(LineSource):
 
 
 def read_image(folder: pathlib.Path, image: str) -> bytes:
-    """Return the bytes of a picture file, or raise BrokenSample."""
+    """Read a picture's file, or raise Broken."""
     try:
         return images.read_file(folder, image)
-    except images.BrokenImage as error:
-        raise BrokenSample("missing image", error.detail) from error
+    except Broken as error:
+        raise Broken("missing image", error.detail) from error
 
 
 def prepare(
     sample: Sample, template: Template, text_tokenizer: Any, vectors: int, max_length: int
 ) -> dict[str, np.ndarray]:
-    """Return a sample's `insertion.merge_row`, cut to `max_length`, or raise BrokenSample."""
+    """Turn a sample into a row of `insertion.merge_row`, cut to `max_length`, or raise Broken."""
     marked = [IMAGE in text for _, text in sample.turns]
     if any(marked) and not sample.image:
-        raise BrokenSample("marker without image", f"the text has an {IMAGE} and no picture")
+        raise Broken("marker without image", f"the text has an {IMAGE} and no picture")
     turns = templates.prepare_turns(sample.turns, bool(sample.image))
     try:
         templates.check_roles(turns)
     except ValueError as error:
         left_out = len(sample.turns) - len(turns)
         more = f" (before them {GPT}'s first turn is left out)" if left_out else ""
-        raise BrokenSample("bad order of turns", f"{error}{more}") from error
+        raise Broken("bad order of turns", f"{error}{more}") from error
     count = sum(IMAGE in text for _, text in turns)
     if sample.image and not count:
-        raise BrokenSample("image without marker", f"no turn has an {IMAGE}")
+        raise Broken("image without marker", f"no turn has an {IMAGE}")
     if count > 1:
-        raise BrokenSample("several markers", f"{count} turns have an {IMAGE}, of one picture")
+        raise Broken("several markers", f"{count} turns have an {IMAGE}, of one picture")
     try:
         tokens = template.tokenize(text_tokenizer, turns)
     except ValueError as error:
-        raise BrokenSample("not for this template", str(error)) from error
+        raise Broken("not for this template", str(error)) from error
     row = insertion.merge_row(tokens.ids_L, tokens.labels_L, vectors, max_length)
     if (row["labels"] == IGNORE).all():
         if (tokens.labels_L == IGNORE).all():
-            raise BrokenSample("no labels", "the template finds no answer in this conversation")
-        raise BrokenSample("no labels", f"the answers begin after the {max_length} that fit")
+            raise Broken("no labels", "the template finds no answer in this conversation")
+        raise Broken("no labels", f"the answers begin after the {max_length} that fit")
     return row
 
 
@@ -170,5 +160,5 @@ def load_image(data: bytes, size: int, mode: str) -> np.ndarray:
     """Decode an untrusted picture file and fit it; see `fit_image`."""
     try:
         return fit_image(images.decode(data), size, mode)
-    except images.BrokenImage as error:
-        raise BrokenSample(f"image {error.reason}", error.detail) from error
+    except Broken as error:
+        raise Broken(f"image {error.reason}", error.detail) from error

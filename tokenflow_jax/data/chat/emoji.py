@@ -36,8 +36,7 @@ class EmojiConversations:
         if unknown:
             raise ValueError(f"questions {sorted(unknown)} are not among {list(QUESTIONS)}")
         self.name = "emoji"
-        emoji = sources.EmojiSource(split)
-        self._examples = [emoji[i] for i in range(len(emoji))]
+        self._examples = sources.EmojiSource(split)
         self._bytes = {e["name"]: e["bytes"] for e in self._examples}
         chosen = questions or tuple(QUESTIONS)
         self._samples = [

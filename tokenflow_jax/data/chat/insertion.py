@@ -20,7 +20,6 @@ import numpy as np
 
 from tokenflow_jax.data.chat.templates import IGNORE, IMAGE_ID
 
-SIDES = ("right", "left")
 TEXT = -1  # the place of a position without an image vector
 
 
@@ -50,19 +49,17 @@ def merge_row(
 
 def join_rows(rows: Sequence[Mapping[str, np.ndarray]], vectors: int) -> dict[str, np.ndarray]:
     """Join rows of one image each; an empty row is left out but its image still counts."""
-    parts: dict[str, list[np.ndarray]] = {"ids": [], "labels": [], "places": [], "segments": []}
+    parts = []
     for number, row in enumerate(rows):
         if not row:
             continue
         labels_L = row["labels"].copy()
         labels_L[:1] = IGNORE  # the token before belongs to another conversation
-        parts["ids"].append(row["ids"])
-        parts["labels"].append(labels_L)
-        parts["places"].append(np.where(row["places"] >= 0, row["places"] + number * vectors, TEXT))
-        parts["segments"].append(np.full(len(labels_L), number + 1))
-    if not parts["ids"]:
-        return {}
-    return {name: np.concatenate(part).astype(np.int32) for name, part in parts.items()}
+        places_L = np.where(row["places"] >= 0, row["places"] + number * vectors, TEXT)
+        segments_L = np.full(len(labels_L), number + 1)
+        parts.append({**row, "labels": labels_L, "places": places_L, "segments": segments_L})
+    names = parts[0] if parts else ()
+    return {n: np.concatenate([part[n] for part in parts]).astype(np.int32) for n in names}
 
 
 def merged_length(ids_T: np.ndarray, vectors: int) -> int:
@@ -74,8 +71,8 @@ def pad_rows(
     rows: Sequence[Mapping[str, np.ndarray]], length: int, side: str = "right"
 ) -> dict[str, np.ndarray]:
     """Stack rows, padded to one length: on the right for training, on the left for generation."""
-    if side not in SIDES:
-        raise ValueError(f"padding side {side!r} is not one of {SIDES}")
+    if side not in ("right", "left"):
+        raise ValueError(f"padding side {side!r} is not one of ('right', 'left')")
     longest = max((len(row["ids"]) for row in rows if row), default=0)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}")

@@ -1,5 +1,6 @@
 """Questions as rows that a model answers, and its ids as text."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -7,8 +8,8 @@ import numpy as np
 
 from tokenflow_jax.data.chat import insertion, templates
 from tokenflow_jax.data.chat.batches import Conversations
-from tokenflow_jax.data.chat.conversations import BrokenSample
 from tokenflow_jax.data.chat.templates import GPT, IMAGE, Template, Turn
+from tokenflow_jax.data.examples import Broken
 
 
 class Question(NamedTuple):
@@ -42,9 +43,8 @@ def question_row(
 
 def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int]) -> str:
     """Return the text of an answer's ids, up to its first stop id."""
-    ids = np.asarray(ids_N).tolist()
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    return text_tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    ids = itertools.takewhile(lambda token: token not in stop_ids, np.asarray(ids_N).tolist())
+    return text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 def first_questions(data: Conversations) -> Iterator[Question]:
@@ -52,7 +52,7 @@ def first_questions(data: Conversations) -> Iterator[Question]:
     for index in range(len(data)):
         try:
             sample = data.source[index]
-        except BrokenSample:
+        except Broken:
             continue
         if data.row(index) is None:  # skipped in training, and counted there
             continue
