@@ -15,7 +15,6 @@ import pytest
 from read_weights import load_for_inference
 
 from tokenflow_jax.train import checkpoint, metrics
-from tokenflow_jax.train.lock import WorkdirLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_stage
@@ -236,7 +235,7 @@ def test_bad_options_are_reported_together(tmp_path):
 
 def test_two_runs_cannot_share_a_workdir(tmp_path):
     with (
-        WorkdirLock(tmp_path),
+        checkpoint.lock(tmp_path),
         pytest.raises(checkpoint.CheckpointError, match="another run is writing"),
     ):
         toy_stage.run(tmp_path)

@@ -68,6 +68,15 @@ def test_frozen_parts_get_no_gradient_and_no_update():
         optim.matching(PARAMS, ("decodr",))
 
 
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"name": "sgd"}, "'sgd' is not one of"),
+        ({"schedule": "step"}, "'step' is not one of"),
+        ({"weight_decay": 0.1}, "needs name='adamw'"),
+        ({"learning_rate": -1.0}, "must not be negative"),
+    ],
+)
 def test_bad_values(fields, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**fields)

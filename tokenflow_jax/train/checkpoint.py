@@ -12,8 +12,10 @@ Nothing in a checkpoint depends on how many devices or processes wrote it: it is
 mesh and into any number of processes.
 """
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax
@@ -39,10 +41,10 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: str | epath.Path, keep: int = 2, asynchronous: bool | None = None):
+    def __init__(self, workdir: str | epath.Path, keep: int = 2):
         """Open (or create) `<workdir>/checkpoints` and remove what a killed save left behind.
 
-        The latest `keep` checkpoints stay. On accelerators writing is asynchronous by default.
+        The latest `keep` checkpoints stay. On accelerators writing is asynchronous.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1")
@@ -51,13 +53,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             # Orbax's own cleaning overlooks a directory that it was killed right after making.
             _remove_unfinished(self.directory)
-        if asynchronous is None:  # on CPU the host copy is the buffer that the next step overwrites
-            asynchronous = jax.default_backend() != "cpu"
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([LatestN(keep)]),
-                enable_async_checkpointing=asynchronous,
+                # On CPU the host copy is the buffer that the next step overwrites.
+                enable_async_checkpointing=jax.default_backend() != "cpu",
                 cleanup_tmp_directories=True,
             ),
         )
@@ -67,7 +68,6 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def path(self, step: int) -> epath.Path:
-        """Return the directory of a checkpoint."""
         return self.directory / str(step)
 
     def save(self, step: int, state: Any, data: Any, config: Mapping[str, Any]) -> None:
@@ -84,30 +84,19 @@ class Checkpoints:
             "data": _of_all_processes(data.get_state()),
             "arrays": describe_arrays(state, with_sums=True),
         }
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)
-                ),
-                force=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            self._raise_write_error(step, error)
+        items = {"state": ocp.args.StandardSave(state), "info": ocp.args.JsonSave(info)}
+        with self._explained_write_errors(step):
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Wait until a save in the background is complete; raise as `save` does."""
-        try:
+        with self._explained_write_errors():
             self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
-            self._raise_write_error(None, error)
 
     def close(self) -> None:
         """Wait for pending work and release the manager's threads; raise as `save` does."""
-        try:
+        with self._explained_write_errors():
             self._manager.close()
-        except (OSError, ValueError, RuntimeError) as error:
-            self._raise_write_error(None, error)
 
     def reached_preemption(self, step: int) -> bool:
         """Tell whether any process of the run was told to end (needs jax.distributed)."""
@@ -132,12 +121,9 @@ class Checkpoints:
                 + _bullets(problems)
                 + "\nUse the config of the checkpoint, or another --workdir."
             )
-        template = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
         try:
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
             )
         except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -152,28 +138,45 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {self.path(step)}: {error}") from error
         return restored.state
 
-    def _raise_write_error(self, step: int | None, error: Exception) -> None:
-        """Raise an I/O failure as a CheckpointError, and any other error as it is."""
-        full = files.full_disk(error)
-        if full is None and not isinstance(error, OSError):
-            raise error
-        name = "a checkpoint" if step is None else f"checkpoint {self.path(step)}"
-        last = self._last_complete(step)
-        intact = f"; the last complete one is {last}" if last else ""
-        reason = full or " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{name} could not be written ({reason}){intact}. Free some space (or correct the "
-            f"permissions), or lower --config.keep_checkpoints, then run the same command again."
-        ) from error
+    @contextlib.contextmanager
+    def _explained_write_errors(self, step: int | None = None) -> Iterator[None]:
+        """Raise I/O failures in the block as CheckpointErrors, and any other error as it is."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            full = files.full_disk(error)
+            if full is None and not isinstance(error, OSError):
+                raise
+            name = "a checkpoint" if step is None else f"checkpoint {self.path(step)}"
+            # The manager also lists the one that failed.
+            complete = [other for other in _complete_steps(self.directory) if other != step]
+            intact = f"; the last complete one is {self.path(complete[-1])}" if complete else ""
+            reason = full or " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{name} could not be written ({reason}){intact}. Free some space (or correct "
+                "the permissions), or lower --config.keep_checkpoints, then run the same command "
+                "again."
+            ) from error
 
-    def _last_complete(self, failed: int | None) -> epath.Path | None:
-        """Find the newest finished checkpoint: the manager also lists the one that failed."""
-        steps = [
-            int(p.name)
-            for p in self.directory.iterdir()
-            if p.name.isdigit() and int(p.name) != failed and (p / "info").exists()
-        ]
-        return self.path(max(steps)) if steps else None
+
+@contextlib.contextmanager
+def lock(workdir: str | epath.Path) -> Iterator[None]:
+    """Keep two runs from writing to one workdir; the kernel drops the lock of a killed process."""
+    # Object stores have no locks; of several processes of one run the first one locks.
+    if "://" in str(workdir) or jax.process_index() != 0:
+        yield
+        return
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another run is writing to {workdir}; wait for it to end, or give "
+                f"another --workdir"
+            ) from error
+        yield
 
 
 def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> None:
@@ -202,18 +205,20 @@ def _remove_unfinished(directory: epath.Path) -> None:
 
 def _before(path: epath.Path) -> str:
     """Say what to do about a damaged checkpoint."""
-    steps = [
-        int(p.name)
-        for p in path.parent.iterdir()
-        if p.name.isdigit() and p.name != path.name and (p / "info").exists()
-    ]
-    earlier = [step for step in steps if path.name.isdigit() and step < int(path.name)]
+    steps = _complete_steps(path.parent) if path.name.isdigit() else []
+    earlier = [step for step in steps if step < int(path.name)]
     if not earlier:
         return "\nThere is no earlier checkpoint beside it; use a copy, or begin another --workdir."
     return (
-        f"\nThe checkpoint before it is {path.parent / str(max(earlier))}: remove {path} and run "
+        f"\nThe checkpoint before it is {path.parent / str(earlier[-1])}: remove {path} and run "
         "the same command again to continue from there."
     )
+
+
+def _complete_steps(root: epath.Path) -> list[int]:
+    """Return the steps of the finished checkpoints in a directory, the newest last."""
+    # The item directories tell a finished checkpoint from any other folder with digits.
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "info").exists())
 
 
 def _of_all_processes(value: Any) -> list[Any]:
@@ -238,12 +243,7 @@ def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Pa
             raise CheckpointError(f"{path} is the checkpoint of one step, but step={step} is asked")
         return path
     root = path / "checkpoints" if (path / "checkpoints").exists() else path
-    steps = []
-    if root.exists():
-        # The item directories tell a finished checkpoint from any other folder with digits.
-        steps = sorted(
-            int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / "info").exists()
-        )
+    steps = _complete_steps(root) if root.exists() else []
     if not steps or (step is not None and step not in steps):
         have = f"has the steps {steps}" if steps else "holds no checkpoint"
         asked = "" if step is None else f" (step {step} was asked for)"

@@ -2,7 +2,7 @@
 
     sum32 = sum over i of mix(word_i + i * golden)    mod 2^32
 
-with the array's 32-bit words (narrower elements: one word each) in C order and murmur3's finaliser
+with the array's 32-bit words (narrower elements: one word each) in C order and murmur3's finalizer
 as `mix`. A sum takes no order, so every device adds up what it holds; the position is hashed in, so
 that exchanged elements show. mix is one to one: a change of one element is always found, any other
 with a chance of 1 - 2^-32.
@@ -32,13 +32,18 @@ def sum32(array: np.ndarray) -> int:
             hashed = words[start : start + _CHUNK].astype(np.uint32)
             hashed += position[: hashed.size]
             hashed += np.uint32(start % 2**32) * _GOLDEN
-            hashed ^= hashed >> np.uint32(16)
-            hashed *= np.uint32(0x85EBCA6B)
-            hashed ^= hashed >> np.uint32(13)
-            hashed *= np.uint32(0xC2B2AE35)
-            hashed ^= hashed >> np.uint32(16)
-            total += hashed.sum(dtype=np.uint32)
+            total += _mix(hashed).sum(dtype=np.uint32)
     return int(total)
+
+
+def _mix(hashed: Any) -> Any:
+    """Return murmur3's finalizer of uint32 words, in place where they are NumPy's."""
+    hashed ^= hashed >> np.uint32(16)
+    hashed *= np.uint32(0x85EBCA6B)
+    hashed ^= hashed >> np.uint32(13)
+    hashed *= np.uint32(0xC2B2AE35)
+    hashed ^= hashed >> np.uint32(16)
+    return hashed
 
 
 def sums_of(leaves: list[Any]) -> list[int]:
@@ -46,12 +51,11 @@ def sums_of(leaves: list[Any]) -> list[int]:
 
     In a run of several processes all of them must call this with the same arrays.
     """
-    remote = [i for i, leaf in enumerate(leaves) if not _in_host_memory(leaf)]
-    sums = {i: sum32(np.asarray(leaves[i])) for i in range(len(leaves)) if i not in set(remote)}
     # Small programs, one for each kind of array, compile in a fraction of the time of a large one.
-    pending = {i: _device_sum(leaves[i]) for i in remote}
-    sums |= {i: int(value) for i, value in jax.device_get(pending).items()}
-    return [sums[i] for i in range(len(leaves))]
+    sums = [
+        sum32(np.asarray(leaf)) if _in_host_memory(leaf) else _device_sum(leaf) for leaf in leaves
+    ]
+    return [int(value) for value in jax.device_get(sums)]
 
 
 def _in_host_memory(leaf: Any) -> bool:
@@ -87,13 +91,7 @@ def _sum32(x: jax.Array) -> jax.Array:
     for axis in range(words.ndim):
         stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    hashed = words + position * _GOLDEN
-    hashed ^= hashed >> 16
-    hashed *= np.uint32(0x85EBCA6B)
-    hashed ^= hashed >> 13
-    hashed *= np.uint32(0xC2B2AE35)
-    hashed ^= hashed >> 16
-    return hashed.sum(dtype=jnp.uint32)
+    return _mix(words + position * _GOLDEN).sum(dtype=jnp.uint32)
 
 
 def describe_arrays(tree: Any, with_sums: bool = False) -> dict[str, dict[str, Any]]:
@@ -101,17 +99,15 @@ def describe_arrays(tree: Any, with_sums: bool = False) -> dict[str, dict[str, A
 
     With `with_sums` the arrays are read; all processes must call this together.
     """
-    named = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
     described = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-        }
-        for path, leaf in named
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in named.items()
     }
     if with_sums:
-        sums = sums_of([leaf for _, leaf in named])
-        for entry, value in zip(described.values(), sums, strict=True):
+        for entry, value in zip(described.values(), sums_of(list(named.values())), strict=True):
             entry["sum32"] = value
     return described
 

@@ -10,7 +10,6 @@ from etils import epath
 
 from tokenflow_jax.log import log
 from tokenflow_jax.train import checkpoint, metrics
-from tokenflow_jax.train.lock import WorkdirLock
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.recorder import Recorder, log_parameters
 from tokenflow_jax.train.run_config import config_differences, config_to_dict
@@ -49,7 +48,7 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
     options = LoopOptions.from_config(config)
     workdir = epath.Path(workdir)
     saved_config = config_to_dict(config)
-    with WorkdirLock(workdir), StopSignals() as stop:
+    with checkpoint.lock(workdir), StopSignals() as stop:
         checkpoints = checkpoint.Checkpoints(workdir, options.keep_checkpoints)
         data = DevicePrefetcher(stage.data(), stage.batch_sharding)
         state, origin = restore_or_initialize(saved_config, stage, checkpoints, data)
@@ -104,11 +103,8 @@ def restore_or_initialize(
     step = checkpoints.latest_step()
     if step is not None:
         check_config_change(checkpoints.read_info(step)["config"], config, checkpoints.path(step))
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
         del state  # before its successor takes the memory
-        state = checkpoints.restore(step, like, data)
+        state = checkpoints.restore(step, stage.state_shapes, data)
         return state, f"continued from checkpoint {checkpoints.path(step)} (step {step})"
     if config.get("init_from"):
         state, text = stage.warm_start(state)

@@ -1,5 +1,6 @@
 """Measurements of a run: the finite check, averages, throughput, and the writers of curves."""
 
+import collections
 import json
 import math
 import time
@@ -17,28 +18,27 @@ class NonFiniteError(RuntimeError):
     """A loss or a part of the training state is NaN or infinite."""
 
 
-def non_finite(scalars: Mapping[str, float], prefix: str = "loss/") -> dict[str, float]:
-    """Return the entries under `prefix` that are NaN or infinite."""
-    return {k: v for k, v in scalars.items() if k.startswith(prefix) and not math.isfinite(v)}
+def non_finite(scalars: Mapping[str, float]) -> list[str]:
+    """Return the names of the losses that are NaN or infinite."""
+    return [k for k, v in scalars.items() if k.startswith("loss/") and not math.isfinite(v)]
 
 
 class Averages:
     """Means of scalars over the steps since the last `pop`."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._sums, self._counts = collections.Counter(), collections.Counter()
 
     def add(self, scalars: Mapping[str, float]) -> None:
         """Add one step's scalars; a key may be absent from some steps."""
-        for key, value in scalars.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-            self._counts[key] = self._counts.get(key, 0) + 1
+        self._sums.update(scalars)
+        self._counts.update(scalars.keys())
 
     def pop(self) -> dict[str, float]:
         """Return the means and start over."""
-        means = {key: self._sums[key] / self._counts[key] for key in self._sums}
-        self._sums, self._counts = {}, {}
+        means = {key: total / self._counts[key] for key, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
         return means
 
 
@@ -50,14 +50,11 @@ class Stopwatch:
     """
 
     def __init__(self, total_steps: int, images_per_step: int) -> None:
-        self._total_steps = total_steps
-        self._images_per_step = images_per_step
+        self._total_steps, self._images_per_step = total_steps, images_per_step
         self._running_since: float | None = None
-        self._interval = self._interval_wait = 0.0
-        self._interval_steps = 0
-        self._all = self._all_wait = 0.0
-        self._all_steps = 0
         self._wall_since: float | None = None
+        # Seconds of training, seconds of data wait, and steps: since the last `pop`, and before it.
+        self._interval, self._earlier = np.zeros(3), np.zeros(3)
 
     def start(self) -> None:
         """Start (or go on) counting training time."""
@@ -67,57 +64,51 @@ class Stopwatch:
 
     def pause(self) -> None:
         """Stop counting training time, for compilation, evaluation, images or saving."""
-        if self._running_since is not None:
-            self._interval += time.perf_counter() - self._running_since
-            self._running_since = None
+        self._count_running_time()
+        self._running_since = None
 
     def waited(self, seconds: float) -> None:
         """Count time that was spent blocked on the next batch."""
         if self._running_since is not None:
-            self._interval_wait += seconds
+            self._interval[1] += seconds
 
     def step(self) -> None:
-        """Count one finished step."""
-        self._interval_steps += 1
+        self._interval[2] += 1
 
     def pop(self, step: int) -> dict[str, float]:
         """Return the figures since the last `pop` and start a new interval; {} without a step.
 
         perf/data_wait_fraction is of the training time, from 0 to 1.
         """
-        if not self._interval_steps:
+        if not self._interval[2]:
             return {}
-        was_running = self._running_since is not None
-        self.pause()
-        seconds = max(self._interval, 1e-9)
-        self._all += self._interval
-        self._all_wait += self._interval_wait
-        self._all_steps += self._interval_steps
-        rate = self._interval_steps / seconds
-        wall_per_step = (time.perf_counter() - self._wall_since) / self._all_steps
-        figures = {
-            "perf/steps_per_second": rate,
-            "perf/images_per_second": rate * self._images_per_step,
-            "perf/data_wait_fraction": self._interval_wait / seconds,
-            "perf/eta_seconds": wall_per_step * (self._total_steps - step),
-        }
-        self._interval = self._interval_wait = 0.0
-        self._interval_steps = 0
-        if was_running:
-            self.start()
-        return figures
+        self._count_running_time()
+        figures = self._rates(self._interval)
+        self._earlier += self._interval
+        self._interval = np.zeros(3)
+        wall_per_step = (time.perf_counter() - self._wall_since) / self._earlier[2]
+        return figures | {"perf/eta_seconds": wall_per_step * (self._total_steps - step)}
 
     def summary(self) -> dict[str, float]:
         """Return throughput and data wait since this start of the run."""
-        steps = self._all_steps + self._interval_steps
-        running = time.perf_counter() - self._running_since if self._running_since else 0.0
-        seconds = self._all + self._interval + running
-        if not steps or seconds <= 0:
+        self._count_running_time()
+        return self._rates(self._earlier + self._interval)
+
+    def _count_running_time(self) -> None:
+        if self._running_since is not None:
+            now = time.perf_counter()
+            self._interval[0] += now - self._running_since
+            self._running_since = now
+
+    def _rates(self, counted: np.ndarray) -> dict[str, float]:
+        seconds, wait, steps = counted.tolist()
+        if not steps:
             return {}
+        seconds = max(seconds, 1e-9)
         return {
             "perf/steps_per_second": steps / seconds,
             "perf/images_per_second": steps / seconds * self._images_per_step,
-            "perf/data_wait_fraction": (self._all_wait + self._interval_wait) / seconds,
+            "perf/data_wait_fraction": wait / seconds,
         }
 
 
@@ -142,12 +133,6 @@ def progress_line(
     return "  ".join(parts)
 
 
-def evaluation_line(step: int, figures: Mapping[str, float]) -> str:
-    """Format held-out figures: `step 200  held-out: psnr 21.3  codes_used 0.71`."""
-    texts = [f"{name.removeprefix('eval/')} {value:.4g}" for name, value in figures.items()]
-    return f"step {step}  held-out: " + "  ".join(texts)
-
-
 def is_remote(path: str | epath.Path) -> bool:
     """Tell whether a path is in an object store (gs://...), where files cannot grow."""
     return "://" in str(path)
@@ -163,13 +148,12 @@ def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().splitlines()
     history = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, 1):
         try:
             history.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines) - 1:
-                break
-            raise ValueError(f"{path}, line {number + 1} is not JSON: {line[:80]!r}") from error
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
     return history
 
 
@@ -182,30 +166,29 @@ class Writer:
         With resume_step 0 the files start empty. Only one process is `enabled`.
         """
         self._enabled = enabled
-        self._workdir = epath.Path(workdir)
-        self._history_path = self._workdir / "metrics.jsonl"
+        workdir = epath.Path(workdir)
+        self._history_path, self._images = workdir / "metrics.jsonl", workdir / "images"
         self.history: list[dict[str, Any]] = []
         if not enabled:
             return
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        (self._workdir / "images").mkdir(exist_ok=True)
+        self._images.mkdir(parents=True, exist_ok=True)
         old = read_history(self._history_path)
         self.history = [line for line in old if 0 < line["step"] <= resume_step]
         self._rewrite()
-        for path in (self._workdir / "images").glob("*_[0-9]*.png"):
+        for path in self._images.glob("*_[0-9]*.png"):
             if int(path.stem.rsplit("_", 1)[1]) > resume_step:
                 path.unlink()
         # Object stores cannot append: there each flush rewrites the file. A run
         # continues from a checkpoint, so a kill loses no line that is not computed again.
-        self._file = None if is_remote(self._workdir) else self._history_path.open("a")
-        self._events = _Events(self._workdir / "tensorboard", resume_step)
+        self._file = None if is_remote(workdir) else self._history_path.open("a")
+        self._events = _Events(workdir / "tensorboard", resume_step)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one line of scalars; a non-finite value is written as null."""
         if not self._enabled or not scalars:
             return
         finite = {k: float(v) if math.isfinite(v) else None for k, v in scalars.items()}
-        line = {"step": int(step), **finite}
+        line = {"step": step, **finite}
         self.history.append(line)
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
@@ -224,7 +207,7 @@ class Writer:
                     f"grid {name!r} is {grid_HWC.dtype}{list(grid_HWC.shape)}; a grid must be "
                     f"uint8 (height, width, 3)"
                 )
-            path = self._workdir / "images" / f"{name.replace('/', '-')}_{step:07d}.png"
+            path = self._images / f"{name.replace('/', '-')}_{step:07d}.png"
             with path.open("wb") as file:
                 Image.fromarray(grid_HWC).save(file, format="PNG", optimize=True)
             self._events.image(step, name, grid_HWC)
@@ -238,7 +221,6 @@ class Writer:
         self._events.flush()
 
     def close(self) -> None:
-        """Flush and close the files."""
         if not self._enabled:
             return
         self.flush()
@@ -248,7 +230,7 @@ class Writer:
 
     def _rewrite(self) -> None:
         """Write the whole history beside and rename: a kill in between must not lose it."""
-        rewritten = self._workdir / "metrics.jsonl.new"
+        rewritten = self._history_path.with_name("metrics.jsonl.new")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         rewritten.replace(self._history_path)
 

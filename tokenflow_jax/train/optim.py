@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +11,11 @@ import optax.contrib
 
 PyTree = Any
 
-SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adam", "adamw", "muon")
-DECAYED = ("kernels", "all")
-_ADAMW_RMS = 0.2  # root mean square of AdamW's updates, which Muon's are given, too
+_CHOICES = {
+    "name": ("adam", "adamw", "muon"),
+    "schedule": ("constant", "cosine", "linear"),
+    "decayed": ("kernels", "all"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +37,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down; 0: never
 
     def __post_init__(self):
-        problems = []
-        if self.name not in OPTIMIZERS:
-            problems.append(f"name {self.name!r} is not one of {OPTIMIZERS}")
-        if self.schedule not in SCHEDULES:
-            problems.append(f"schedule {self.schedule!r} is not one of {SCHEDULES}")
-        if self.decayed not in DECAYED:
-            problems.append(f"decayed {self.decayed!r} is not one of {DECAYED}")
+        problems = [
+            f"{field} {getattr(self, field)!r} is not one of {choices}"
+            for field, choices in _CHOICES.items()
+            if getattr(self, field) not in choices
+        ]
         if self.learning_rate < 0 or self.warmup_steps < 0 or self.clip_norm < 0:
             problems.append("learning_rate, warmup_steps and clip_norm must not be negative")
         if self.weight_decay and self.name == "adam":
@@ -75,8 +75,8 @@ def make_optimizer(
     Args:
       config: hyper-parameters.
       total_steps: length of the run, where a decaying schedule ends.
-      trainable: pytree of bools shaped like the parameters; those marked False never move and
-        have no optimizer state. None when all of them train.
+      trainable: pytree of bools shaped like the parameters; those marked False never move and have
+        no optimizer state. None when all of them train.
     """
     parts = []
     if config.clip_norm:
@@ -93,7 +93,7 @@ def make_optimizer(
                 adam_b2=config.b2,
                 adam_weight_decay=config.weight_decay,
                 muon_weight_dimension_numbers=_hidden_matrices,
-                consistent_rms=_ADAMW_RMS,
+                consistent_rms=0.2,  # root mean square of AdamW's updates
             )
         )
     else:
@@ -111,35 +111,34 @@ def make_optimizer(
 def _hidden_matrices(params: PyTree) -> PyTree:
     """Mark the kernels of hidden layers as matrices, per layer of a scan; None for the rest."""
 
-    def matrix(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def matrix(name, leaf):
         if not re.search(r"blocks/.*kernel$", name) or leaf.ndim not in (2, 3):
             return None
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    return _map_with_name(matrix, params)
 
 
 def _is_matrix(params: PyTree) -> PyTree:
     """Mark kernels; norms, biases and position embeddings are not decayed."""
-
-    def decays(path, _):
-        return jax.tree_util.keystr(path, simple=True, separator="/").endswith("kernel")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return _map_with_name(lambda name, _: name.endswith("kernel"), params)
 
 
 def _is_no_bias_or_norm(params: PyTree) -> PyTree:
     """Mark everything but biases and the scales of norms."""
-
-    def decays(path, _):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return not name.endswith(("bias", "scale"))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return _map_with_name(lambda name, _: not name.endswith(("bias", "scale")), params)
 
 
 _MASKS = {"kernels": _is_matrix, "all": _is_no_bias_or_norm}
+
+
+def _map_with_name(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
+    """Map (name, parameter), where the name is a path such as "pixel_decoder/conv_in/kernel"."""
+
+    def call(path, leaf):
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
+    return jax.tree.map_with_path(call, params)
 
 
 def update(
@@ -153,24 +152,16 @@ def update(
 def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
     """Mark the parameters whose path matches a pattern.
 
-    Args:
-      params: any pytree.
-      patterns: regular expressions, matched from the start of paths such as
-        "pixel_decoder/conv_in/kernel".
-
-    Raises:
-      ValueError: patterns that match nothing; names the top-level parts.
+    The patterns are regular expressions, matched from the start of paths such as
+    "pixel_decoder/conv_in/kernel". Those that match nothing are a ValueError.
     """
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    unused = [p for p in patterns if not any(re.match(p, path) for path in paths)]
+    paths = _map_with_name(lambda name, _: name, params)
+    names = jax.tree.leaves(paths)
+    unused = [p for p in patterns if not any(re.match(p, name) for name in names)]
     if unused:
-        parts = sorted({path.split("/")[0] for path in paths})
+        parts = sorted({name.split("/")[0] for name in names})
         raise ValueError(f"no parameter matches {unused}; the parts are {parts}")
-    marks = [any(re.match(p, path) for p in patterns) for path in paths]
-    return jax.tree.unflatten(jax.tree.structure(params), marks)
+    return jax.tree.map(lambda name: any(re.match(p, name) for p in patterns), paths)
 
 
 def freeze(params: PyTree, trainable: PyTree) -> PyTree:

@@ -47,11 +47,6 @@ class DevicePrefetcher:
             raise ValueError("the position can only be set before the first batch is drawn")
         self._ahead.set_state(positions)
 
-    def start(self) -> None:
-        """Start reading ahead; the first `next` does so too."""
-        self._started = True
-        self._ahead.start_prefetch()
-
     def close(self) -> None:
         """End the thread; batches that wait are dropped."""
         self._ahead.close()

@@ -47,9 +47,8 @@ class Recorder:
         """Keep the scalars of a step just dispatched, and fetch those of the step before."""
         self._step = step
         self._stopwatch.waited(data_wait)
-        previous, self._pending = self._pending, (step, scalars)
-        if previous is not None:
-            self._fetch(*previous)
+        self.drain()
+        self._pending = step, scalars
 
     def drain(self) -> None:
         """Fetch pending scalars, that is, wait for the last step."""
@@ -66,9 +65,9 @@ class Recorder:
 
     def evaluate_if_due(self, step: int, state: State) -> None:
         """Write held-out figures and image grids when they are due."""
-        evaluate = self._options.due(self._options.eval_every, step) and step != self._evaluated_at
-        images = self._options.due(self._options.image_every, step) and step != self._evaluated_at
-        if not evaluate and not images:
+        evaluate = self._options.due(self._options.eval_every, step)
+        images = self._options.due(self._options.image_every, step)
+        if step == self._evaluated_at or not (evaluate or images):
             return
         self.drain()
         self._stopwatch.pause()
@@ -79,17 +78,14 @@ class Recorder:
             }
             self._writer.scalars(step, figures)
             self._evaluated_at = step
-            log.info("%s", metrics.evaluation_line(step, figures))
+            texts = [f"{name.removeprefix('eval/')} {v:.4g}" for name, v in figures.items()]
+            log.info("step %d  held-out: %s", step, "  ".join(texts))
         if images:
             self._writer.images(step, self._stage.visualize(state))
         self._stopwatch.start()
 
     def save(
-        self,
-        checkpoints: checkpoint.Checkpoints,
-        step: int,
-        state: State,
-        data: DevicePrefetcher,
+        self, checkpoints: checkpoint.Checkpoints, step: int, state: State, data: DevicePrefetcher
     ) -> None:
         """Save a checkpoint after checking that the step and the state are finite."""
         self.drain()
@@ -103,9 +99,9 @@ class Recorder:
 
     def finish(self, step: int, stopped_by: str | None, checkpoints: checkpoint.Checkpoints):
         """Write the report and log how the run ended."""
+        self._write_report(step)
         total = self._options.total_steps
-        path = self._write_report(step)
-        where = f"checkpoint {checkpoints.path(step)}, report {path}"
+        where = f"checkpoint {checkpoints.path(step)}, report {self._workdir / 'report.html'}"
         if stopped_by and step < total:
             log.info("stopped by %s at step %d of %d: %s", stopped_by, step, total, where)
             log.info("run the same command again to continue")
@@ -118,78 +114,70 @@ class Recorder:
         """Write the report, and add the last good checkpoint and a remedy to the error."""
         checkpoints.wait()
         self._write_report(self._step)
-        last = checkpoints.latest_step()
-        good = (
-            f"the last good checkpoint is {checkpoints.path(last)}"
-            if last is not None
-            else ("there is no checkpoint yet")
-        )
+        last, good = checkpoints.latest_step(), "there is no checkpoint yet"
+        if last is not None:
+            good = f"the last good checkpoint is {checkpoints.path(last)}"
         return metrics.NonFiniteError(
             f"{error}. Training stopped, nothing of it was saved; {good}. Lower the learning rate "
             f"or tighten the clipping and run again; the same config would end the same way."
         )
 
     def close(self) -> None:
-        """Close the writers."""
         self._writer.close()
 
     def _fetch(self, step: int, scalars: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         bad = metrics.non_finite(values)
         if bad:
-            losses = {name: v for name, v in values.items() if name.startswith("loss/")}
+            losses = [f"{name} = {v:.6g}" for name, v in values.items() if name[:5] == "loss/"]
             raise metrics.NonFiniteError(
-                f"step {step}: {', '.join(bad)} not finite; "
-                + ", ".join(f"{name} = {value:.6g}" for name, value in losses.items())
+                f"step {step}: {', '.join(bad)} not finite; {', '.join(losses)}"
             )
         self._averages.add(values)
         if self._compile_seconds is not None:
             self._stopwatch.step()
-        if step % self._options.log_every == 0 or step == self._options.total_steps:
+        if self._options.due(self._options.log_every, step):
             line = self._averages.pop() | self._stopwatch.pop(step)
-            log.info(
-                "%s",
-                metrics.progress_line(step, self._options.total_steps, line, self._stage.headline),
-            )
+            total, headline = self._options.total_steps, self._stage.headline
+            log.info("%s", metrics.progress_line(step, total, line, headline))
             self._writer.scalars(step, line)
 
-    def _write_report(self, step: int) -> epath.Path:
-        path = self._workdir / "report.html"
-        if jax.process_index() == 0:
-            facts = {"stage": self._stage.name, "step": f"{step} of {self._options.total_steps}"}
-            for name, value in self._stopwatch.summary().items():
-                facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
-            if self._compile_seconds is not None:
-                facts["first step with compilation"] = duration(self._compile_seconds)
-            facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-            facts["start"] = self._origin
-            notes = [*self._stage.notes, *self._stage.final_notes()]
-            self._writer.flush()
-            report.write_report(self._workdir, self._writer.history, facts, self._config, notes)
-        return path
+    def _write_report(self, step: int) -> None:
+        if jax.process_index() != 0:
+            return
+        facts = {"stage": self._stage.name, "step": f"{step} of {self._options.total_steps}"}
+        for name, value in self._stopwatch.summary().items():
+            facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
+        if self._compile_seconds is not None:
+            facts["first step with compilation"] = duration(self._compile_seconds)
+        facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        facts["start"] = self._origin
+        notes = [*self._stage.notes, *self._stage.final_notes()]
+        self._writer.flush()
+        report.write_report(self._workdir, self._writer.history, facts, self._config, notes)
 
 
 def non_finite_arrays(tree: Any) -> list[str]:
     """Return the names of the floating arrays that hold a NaN or an infinity."""
-    named = jax.tree_util.tree_flatten_with_path(tree)[0]
-    floats = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in named
+    floats = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    good = jax.device_get(_all_finite([leaf for _, leaf in floats]))
-    return [name for (name, _), is_good in zip(floats, good, strict=True) if not is_good]
+    }
+    good = jax.device_get(_all_finite(floats))
+    return [name for name in floats if not good[name]]
 
 
 @jax.jit
-def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(array).all() for name, array in arrays.items()}
 
 
-def log_parameters(params: Any, workdir: epath.Path) -> None:
+def log_parameters(params: Mapping[str, Any], workdir: epath.Path) -> None:
     """Log the size of each top-level part; write the table of all arrays to parameters.txt."""
-    parts = params.items() if isinstance(params, Mapping) else [("all", params)]
-    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in parts}
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in params.items()
+    }
     text = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     log.info("parameters: %s; total %s", text, f"{sum(counts.values()):,}")
     if jax.process_index() == 0:

@@ -56,19 +56,13 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple]:
     """Return dotted key -> (old value, new value) of all differences; None where absent."""
-    old_flat, new_flat = _flatten(old), _flatten(new)
+    from flax.traverse_util import flatten_dict  # here, so that --help is quick
+
+    old_flat, new_flat = (
+        flatten_dict(config, is_leaf=lambda _, value: not value, sep=".") for config in (old, new)
+    )
     return {
         key: (old_flat.get(key), new_flat.get(key))
         for key in sorted(old_flat.keys() | new_flat.keys())
         if old_flat.get(key) != new_flat.get(key)
     }
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -121,7 +121,7 @@ class Stage(abc.ABC):
 
     @functools.cached_property
     def trainable(self) -> PyTree | None:
-        """Which parameters train; None when all do."""
+        """Marks of the parameters that train; None when all do."""
         patterns = tuple(self.config.trainable)
         return optim.matching(self.parameters, patterns) if patterns else None
 
@@ -189,7 +189,7 @@ class Stage(abc.ABC):
 
     @property
     def batch_sharding(self) -> jax.sharding.NamedSharding:
-        """How a batch lies on the devices."""
+        """Sharding of a batch, along its rows."""
         return meshes.batch_sharding(self.mesh)
 
     def batch_array(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -12,8 +12,6 @@ from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.lazy import in_memory
 from tokenflow_jax.weights.rules import RuleTable, Tensors, flatten, torch_tensors
 
-_SHARD_BYTES = 5 * 10**9
-
 
 def read_fields(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """Return the fields of the config.json in a folder or beside a file, and its path."""
@@ -38,7 +36,7 @@ def write_folder(
     template: Mapping[str, Any],
     *,
     dtype: str | None = None,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> Written:
     """Write config.json and weights; the folder appears when it is complete.

@@ -120,7 +120,6 @@ def read_config(path: str | os.PathLike) -> LMConfig:
 def load_language_model(
     path: str | os.PathLike,
     *,
-    config: LMConfig | None = None,
     dtype: str | None = None,
     place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> tuple[LMConfig, dict[str, Any]]:
@@ -131,26 +130,23 @@ def load_language_model(
     Args:
       path: a folder in Hugging Face's format (one .safetensors file or shards with an index), one
         weight file beside its config.json, or a .gguf file.
-      config: what to expect instead of what config.json says.
       dtype: of the parameters; None keeps the file's.
       place: (our path, array) -> what to keep of it, called for one array after the other: put
         it on its devices here, and the host never holds the whole model.
     """
-    config, arrays = _open(path, config, dtype)
+    config, arrays = _open(path, dtype)
     place = place or (lambda name, array: array)
     return config, unflatten({name: place(name, t.read()) for name, t in arrays.items()})
 
 
-def _open(
-    path: str | os.PathLike, config: LMConfig | None, dtype: str | None
-) -> tuple[LMConfig, Tensors]:
+def _open(path: str | os.PathLike, dtype: str | None) -> tuple[LMConfig, Tensors]:
     if os.fspath(path).endswith(".gguf"):
         fields, tensors = gguf.read_gguf(path)
         fields = gguf_config_fields(fields, tied="output.weight" not in tensors)
-        config = config or config_from_json(fields, os.fspath(path))
+        config = config_from_json(fields, os.fspath(path))
         state: Mapping[str, Any] = gguf_tensors(tensors, config)
     else:
-        config = config or read_config(path)
+        config = read_config(path)
         state = open_state_dict(path)
     # Each tensor, not the array made of them: memory holds the result and one tensor of the file.
     state = {name: cast(tensor, dtype) for name, tensor in state.items()}
@@ -180,7 +176,7 @@ def gguf_to_folder(
 ) -> LMConfig:
     """Write weights (float32 by default), config and text tokenizer of a GGUF file as a folder."""
     tokenizer = gguf.text_tokenizer(path)
-    config, arrays = _open(path, None, dtype)
+    config, arrays = _open(path, dtype)
     known, _ = gguf.read_gguf(path)
     ids = {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")}
     more = {name: known[key] for name, key in ids.items() if key in known}

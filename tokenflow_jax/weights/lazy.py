@@ -18,15 +18,12 @@ class LazyTensor:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    load: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
+    # Reads the data, anew at every call.
+    read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> np.ndarray:
-        """Return the data, read anew at every call."""
-        return self.load()
 
 
 def in_memory(name: str, array: Any) -> LazyTensor:

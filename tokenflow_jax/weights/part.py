@@ -12,7 +12,7 @@ from tokenflow_jax.weights.rules import CheckpointMismatch, RuleTable
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What the converter is handed of one model; the functions take its config."""
+    """One model as the converter takes it; the functions take the model's config."""
 
     config_class: type  # a frozen dataclass that a checkpoint's `config["model"]` fills
     variants: Mapping[str, Any]  # configs by name

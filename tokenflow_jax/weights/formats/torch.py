@@ -6,6 +6,7 @@ A tensor costs memory only while it is used.
 import glob
 import json
 import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,6 @@ from typing import Any
 from tokenflow_jax.weights.formats.safetensors import read_safetensors
 from tokenflow_jax.weights.formats.torch_zip import read_zip
 from tokenflow_jax.weights.lazy import LazyTensor
-
-# Wrappers of data-parallel and compiled modules put themselves in front of every name.
-_WRAPPERS = ("module.", "_orig_mod.")
-_MAX_HEADER = 100 * 2**20
 
 
 class NoSuchKey(ValueError):
@@ -32,14 +29,10 @@ class StateDict(dict[str, LazyTensor]):
 
     def __init__(self, tensors: Mapping[str, LazyTensor], files: Sequence[str]):
         self.files = tuple(files)
-        self.prefix = ""
-        while tensors:
-            wrapper = next((w for w in _WRAPPERS if all(n.startswith(w) for n in tensors)), "")
-            if not wrapper:
-                break
-            self.prefix += wrapper
-            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-        super().__init__(tensors)
+        # Data-parallel and compiled modules put these in front of every name.
+        shared = os.path.commonprefix(list(tensors))  # noqa: RUF071 - by characters
+        self.prefix = re.match(r"(module\.|_orig_mod\.)*", shared).group()
+        super().__init__({name.removeprefix(self.prefix): t for name, t in tensors.items()})
 
 
 def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDict:
@@ -70,7 +63,7 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
     with open(path, "rb") as file:
         start = file.read(9)
     header = int.from_bytes(start[:8], "little")  # its length in a .safetensors file
-    if path.endswith(".safetensors") or (start[8:] == b"{" and header < _MAX_HEADER):
+    if path.endswith(".safetensors") or (start[8:] == b"{" and header < 100 * 2**20):
         if key is not None:
             raise NoSuchKey(f"{path}: a .safetensors file has no keys; leave out key={key!r}")
         return StateDict(read_safetensors(path), [path])

@@ -16,8 +16,6 @@ from tokenflow_jax.nets.inception import Inception, layer_names
 from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.rules import flatten, unflatten
 
-_EPSILON = 1e-3
-
 
 def _sources(names: list[str]) -> list[dict[str, str]]:
     """Return the names of every layer's tensors in a file with these names."""
@@ -53,7 +51,7 @@ def inception_params(tensors: Mapping[str, Any]) -> dict[str, Any]:
         if kernel.shape != shape or part["mean"].shape != shape[-1:]:
             wrong.append(f"{source['kernel']}: {kernel.shape} for {name}, expected {shape}")
             continue
-        scale = part.get("gamma", 1.0) / np.sqrt(part["var"] + _EPSILON)
+        scale = part.get("gamma", 1.0) / np.sqrt(part["var"] + 1e-3)  # its epsilon
         params[f"{name}/kernel"] = (kernel * scale).astype(np.float32)
         params[f"{name}/bias"] = (part["beta"] - part["mean"] * scale).astype(np.float32)
     if wrong:
