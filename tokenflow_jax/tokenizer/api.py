@@ -12,7 +12,7 @@ import numpy as np
 
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.fingerprint import fingerprint
-from tokenflow_jax.tokenizer.frozen import CODEBOOKS, full_precision, image_codes
+from tokenflow_jax.tokenizer.frozen import full_precision, image_codes
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import Codebooks
@@ -95,7 +95,7 @@ class Tokenizer:
     @functools.cached_property
     def codebooks(self) -> Codebooks:
         """The codebooks, on the default device."""
-        return Codebooks(*(jnp.asarray(self.params[name]) for name in CODEBOOKS))
+        return Codebooks(*map(jnp.asarray, Codebooks.of(self.params)))
 
     @functools.cached_property
     def compiled(self) -> dict[str, Callable[[Any, Any], jax.Array]]:
