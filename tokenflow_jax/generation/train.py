@@ -1,4 +1,4 @@
-"""How the generation model learns: next-scale prediction on the codes of a frozen tokenizer.
+"""The generation model's training step: next-scale prediction on the codes of a frozen tokenizer.
 
 One step, on one batch of captions and pictures (or codes made of them before):
 

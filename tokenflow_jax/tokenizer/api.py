@@ -49,11 +49,11 @@ class Tokenizer:
           path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
             wrote, or a PyTorch file (.pt, .pth, .bin, .safetensors, a folder or index of shards).
             Pickled code is never executed.
-          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file; checkpoints of ours know.
+          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file; our checkpoints record it.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32" or "bfloat16".
-          scales, pixel_weight: override the variant of a PyTorch file, whose weights do not tell.
+          scales, pixel_weight: override the variant of a PyTorch file, which does not record them.
 
         Raises:
           ValueError: no such path or variant, or weights that do not fit (all of them listed).

@@ -1,4 +1,4 @@
-"""What the stages of language models share: a frozen tokenizer that makes codes of the images."""
+"""The base of the language models' stages: a frozen tokenizer turns their images into codes."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""How a TokenFlow tokenizer learns: its losses, and one optimization step of both players.
+"""The tokenizer's training step: its losses, and one update of both players.
 
 One step, on one batch of images x:
 
@@ -115,10 +115,7 @@ class Trainer:
         target_BND = None
         if self.teacher is not None:
             target_BND = self.teacher.features(frozen["teacher"], images_BHWC)
-
-        def reconstruct(params):
-            return self._reconstruct(params, images_BHWC, target_BND, keep_S)
-
+        reconstruct = functools.partial(self._reconstruct, images_BHWC, target_BND, keep_S)
         (rec_BHWC, code_loss), pull_back, (metrics, tokens, hidden) = jax.vjp(
             reconstruct, state.params, has_aux=True
         )
@@ -149,7 +146,7 @@ class Trainer:
         gradients = {"generator": generator_gradients, "discriminator": discriminator_gradients}
         return batch_stats, (gradients, metrics | {"loss/total": total}), tokens
 
-    def _reconstruct(self, params, images_BHWC, target_BND, keep_S):
+    def _reconstruct(self, images_BHWC, target_BND, keep_S, params):
         """Run the tokenizer: ((reconstruction, losses on codes and meaning), the rest)."""
         if self.trainable is not None:
             params = optim.freeze(params, self.trainable)

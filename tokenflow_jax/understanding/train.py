@@ -1,9 +1,9 @@
-"""How the understanding model learns: next-token prediction of answers about pictures.
+"""The understanding model's training step: next-token prediction of answers about pictures.
 
 One step, on one batch of conversations:
 
 1. The frozen tokenizer turns pictures into codes, in float32 at full precision: an argmin decides.
-   For a small data set this was done before, and a table of features is at hand.
+   For a small data set this was done before, and the features come from a table.
 2. Projected features stand where the images are; the language model reads the row.
 3. Loss = mean cross entropy of the ids that carry loss, over the whole batch.
 4. Clip, AdamW; parameters that do not train have no optimizer state.
