@@ -39,7 +39,7 @@ def generator():
     """Random weights, large enough that prompts matter."""
     tokenizer = tfx.Tokenizer(tiny_config.TINY, tiny_config.random_params(tiny_config.TINY, 0))
     trainer = Trainer(Generation(CONFIG), LossConfig(), optax.identity(), 0, (2,), 8)
-    shapes = jax.eval_shape(trainer.init_params, jax.random.key(0))
+    shapes = jax.eval_shape(trainer.model.init_params, jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     prompts = PromptEncoder(ByteTokenizer(), 16)

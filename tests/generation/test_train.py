@@ -38,7 +38,7 @@ TRAINER = Trainer(MODEL, LossConfig(), optax.sgd(0.1), pad_id=19, suffix=(3, 4, 
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(TRAINER.init_params)(jax.random.key(0))
+    return jax.jit(TRAINER.model.init_params)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

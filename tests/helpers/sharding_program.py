@@ -159,7 +159,7 @@ def language(sizes):
 
     def loss(params, *batch):
         losses = model.apply(params, *batch, text=True, tokens=64, method="losses")
-        return losses.image_loss() + losses.text_loss()
+        return losses.image.mean() + losses.text.sum() / batch[1][:, 1:].sum()
 
     device_mesh = make_mesh(sizes)
     placed = place(params, device_mesh)

@@ -10,7 +10,7 @@ from tokenflow_jax.tokenizer import loading, model
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.names import tokenizer_buffers, tokenizer_table
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.formats.torch import write_safetensors
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
 
 @pytest.fixture(scope="module")

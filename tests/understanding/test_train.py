@@ -12,7 +12,7 @@ from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.train import optim
 from tokenflow_jax.understanding.model import Understanding, UnderstandingConfig
-from tokenflow_jax.understanding.train import Trainer, image_features
+from tokenflow_jax.understanding.train import Trainer
 
 CONFIG = UnderstandingConfig(
     LMConfig(vocabulary_size=40, width=16, layers=2, heads=2, kv_heads=2, mlp_width=24), 9
@@ -68,7 +68,7 @@ def test_pictures_are_tokenized_in_the_step_without_gradient():
     one, frozen = trainer(), {"tokenizer": tiny.random_params(tiny.TINY, 0)}
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 1, 16, 16, 3), dtype=np.uint8)
-    read = jax.jit(lambda p, x: image_features(TOKENIZER, p, x, CONFIG.strategy))
+    read = jax.jit(one.image_features)
     table = read(frozen["tokenizer"], images[:, 0])
     assert table.shape == (4, VECTORS, 9)
 
@@ -82,7 +82,7 @@ def test_pictures_are_tokenized_in_the_step_without_gradient():
 
 
 def test_the_first_stage_trains_the_projector_alone(frozen):
-    shapes = jax.eval_shape(trainer().init_params, jax.random.key(0))
+    shapes = jax.eval_shape(trainer().model.init_params, jax.random.key(0))
     trainable = optim.matching(shapes, ("projector",))
     options = optim.OptimizerConfig(learning_rate=1e-2)
     one = trainer(optimizer=optim.make_optimizer(options, 100, trainable), trainable=trainable)

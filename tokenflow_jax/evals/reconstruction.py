@@ -39,8 +39,8 @@ def main(options: flags.FlagValues) -> None:
     from tokenflow_jax.evals import fid_network, image_set, measures, pictures, similarity
     from tokenflow_jax.parallel import hosts
     from tokenflow_jax.tokenizer.api import Tokenizer
+    from tokenflow_jax.tokenizer.evaluate import reconstructor
     from tokenflow_jax.tokenizer.model import TokenFlow
-    from tokenflow_jax.tokenizer.reconstruct import reconstructor
     from tokenflow_jax.weights.names.lpips import find_lpips, load_lpips
 
     known = {name: options[name].value for name in ("ema", "step", "dtype")}

@@ -73,7 +73,7 @@ class Generator:
           path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
             wrote, or a PyTorch checkpoint.
           tokenizer: the image tokenizer that the model was trained with, or its path.
-          text_tokenizer: "bytes", "words" or a folder; training runs know both tokenizers.
+          text_tokenizer: "bytes", "words" or a folder; training runs record both tokenizers.
           variant, tokenizer_variant: the models in a PyTorch checkpoint and a PyTorch tokenizer.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.

@@ -130,15 +130,6 @@ class TokenLosses(NamedTuple):
     image: jax.Array  # float32 (B, N + T), of codes and suffix
     image_right: jax.Array  # bool (B, N + T), True where the label scored highest
     text: jax.Array | None = None  # float32 (B, P - 1), of all but the first id, 0 at padding
-    text_labels: jax.Array | None = None  # bool (B, P - 1), True where there is a label
-
-    def image_loss(self) -> jax.Array:
-        """Return the mean over the batch's codes and suffixes."""
-        return self.image.mean()
-
-    def text_loss(self) -> jax.Array:
-        """Return the mean over the batch's texts and `<img>` marks."""
-        return self.text.sum() / jnp.maximum(self.text_labels.sum(), 1)
 
 
 class Generation(nn.Module):
@@ -232,7 +223,15 @@ class Generation(nn.Module):
             return TokenLosses(image, right)
         labels_Bp = jnp.where(real_BP, prefix_BP, -1)[:, 1:]
         text_Bp, _ = self.lm.token_losses(hidden_BLC[:, :last], labels_Bp, tokens)
-        return TokenLosses(image, right, text_Bp, real_BP[:, 1:])
+        return TokenLosses(image, right, text_Bp)
+
+    @nn.nowrap
+    def init_params(self, key: jax.Array) -> dict:
+        """Return random weights."""
+        ids = jnp.zeros((1, 2), jnp.int32)
+        codes = jnp.zeros((1, self.config.pyramid.tokens), jnp.int32)
+        features = jnp.zeros((1, codes.shape[1] - 1, self.config.code_channels))
+        return self.init(key, ids, ids == 0, codes, features, ids, method="losses")["params"]
 
     def code_logits(self, hidden_BLC: jax.Array) -> jax.Array:
         """Return the scores of codes, float32 (B, L, codebook_size), without computing others."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.weights.names.decoder import decoder_rules
@@ -32,17 +31,7 @@ def generation_table(config: GenerationConfig) -> RuleTable:
 @functools.cache
 def generation_template(config: GenerationConfig) -> Mapping[str, Any]:
     """Return the shapes of the model's parameters, without computing any."""
-    codes = config.pyramid.tokens
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shapes = (
-        ids,
-        jax.ShapeDtypeStruct((1, 2), jnp.bool_),
-        jax.ShapeDtypeStruct((1, codes), jnp.int32),
-        jax.ShapeDtypeStruct((1, codes - 1, config.code_channels), jnp.float32),
-        ids,
-    )
-    init = functools.partial(Generation(config).init, method="losses")
-    return jax.eval_shape(init, jax.random.key(0), *shapes)["params"]
+    return jax.eval_shape(Generation(config).init_params, jax.random.key(0))
 
 
 PART = Part(

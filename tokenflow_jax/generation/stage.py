@@ -22,13 +22,11 @@ from tokenflow_jax.generation.train import LossConfig, Trainer, TrainState
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer import encoding
 from tokenflow_jax.tokenizer.code_stage import CodeStage
-from tokenflow_jax.tokenizer.frozen import CODEBOOKS, encoder_params
+from tokenflow_jax.tokenizer.frozen import encoder_params
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
 from tokenflow_jax.tokenizer.quantizer import Codebooks
-from tokenflow_jax.train import optim
 from tokenflow_jax.train.stage import Program
-from tokenflow_jax.weights import start
 
 PyTree = Any
 
@@ -36,7 +34,7 @@ PyTree = Any
 class GenerationStage(CodeStage):
     """Trains the model that draws pictures; its config is `configs/generation.py`."""
 
-    name = "generation"
+    name, part = "generation", PART
     headline = ("loss/total", "accuracy/codes")
 
     @functools.cached_property
@@ -50,8 +48,8 @@ class GenerationStage(CodeStage):
     @functools.cached_property
     def model_config(self) -> GenerationConfig:
         """The model's hyper-parameters, completed by the tokenizers."""
-        fields = complete_model(self.config.model.to_dict(), self.tokenizer_config, self.prompts)
-        return GenerationConfig(**{**fields, "lm": self.language_model(fields["lm"])})
+        given = self.config.model.to_dict()
+        return self.with_own_choices(complete_model(given, self.tokenizer_config, self.prompts))
 
     @functools.cached_property
     def model(self) -> Generation:
@@ -67,11 +65,10 @@ class GenerationStage(CodeStage):
     def trainer(self) -> Trainer:
         """The training step's modules and options."""
         config, prompts = self.config, self.prompts
-        options = optim.OptimizerConfig(**config.optimizer)
         return Trainer(
             model=self.model,
             losses=LossConfig(**config.losses),
-            optimizer=optim.make_optimizer(options, config.total_steps, self.trainable),
+            optimizer=self.optimizer,
             pad_id=prompts.pad_id,
             suffix=prompts.suffix,
             prefix_length=prompts.prefix_length,
@@ -82,16 +79,11 @@ class GenerationStage(CodeStage):
             loss_tokens=config.loss_tokens,
         )
 
-    @property
-    def parameters(self) -> PyTree:
-        """Shapes of the model's parameters."""
-        return PART.template(self.model_config)
-
     def _frozen(self, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
         """What the step reads of a tokenizer's parameters."""
         if self.encodes:
             return {"tokenizer": encoder_params(tokenizer)}
-        return {"tokenizer": {name: tokenizer[name] for name in CODEBOOKS}}
+        return {"tokenizer": Codebooks.of(tokenizer).params()}
 
     @property
     def frozen_shapes(self) -> PyTree:
@@ -114,8 +106,7 @@ class GenerationStage(CodeStage):
         length, rows = self.prompts.prefix_length, self.batch_sharding
         whole = mesh.replicated(self.mesh)
         held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), self.parameters)
-        tokenizer = TOKENIZER.template(self.tokenizer_config)
-        codebooks = {name: tokenizer[name] for name in CODEBOOKS}
+        codebooks = Codebooks.of(TOKENIZER.template(self.tokenizer_config)).params()
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
         parts = {
             "parameters": mesh.placed(held, self.mesh),
@@ -127,10 +118,9 @@ class GenerationStage(CodeStage):
                 jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
             ),
         }
-        books = Codebooks(*(parts["codebooks"][name] for name in CODEBOOKS))
         passes = tuple(map(tuple, self.config.sampling.passes))
         function = Sampler(self.model, self.prompts.pad_id, passes)
-        arguments = (parts["parameters"], books, *parts["prompts"])
+        arguments = (parts["parameters"], Codebooks.of(parts["codebooks"]), *parts["prompts"])
         return Program(function, jax.jit(function), arguments, parts)
 
     def open(self) -> "GenerationStage":
@@ -140,7 +130,7 @@ class GenerationStage(CodeStage):
         self._captions = captions.CaptionConfig(config.data.captions, config.data.drop_rate)
         self._recipe = Recipe(**config.sampling)
         self._recipe.check(self.model_config)
-        self.open_tokenizer(self.model_config)
+        self.open_tokenizer()
         self.frozen = self.place(self._frozen(self.tokenizer.params))
         self._encode = functools.cache(lambda: encoding.image_encoder(self.tokenizer))
         self._train_set = self._examples(config.data.split)
@@ -160,17 +150,16 @@ class GenerationStage(CodeStage):
                 return CodeRecords(data.path, split, self.tokenizer.identity)
             except CodesError as error:
                 raise CodesError(f"data.path: {error}") from error
-        images = captions.Pictures(
-            pipeline.DataConfig(
-                name=data.name,
-                path=data.path,
-                split=split,
-                image_size=self.tokenizer.config.image_size,
-                augment="center",
-                flip=False,
-                image_folder=data.image_folder,
-            )
+        config = pipeline.DataConfig(
+            name=data.name,
+            path=data.path,
+            split=split,
+            image_size=self.tokenizer.config.image_size,
+            augment="center",
+            flip=False,
+            image_folder=data.image_folder,
         )
+        images = captions.Pictures(config)
         if self.encodes:
             return images
         return encoding.encode_in_memory(self._encode(), images, self.config.eval.batch_size)
@@ -195,9 +184,7 @@ class GenerationStage(CodeStage):
 
     def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
         """Return the weights of config.init_from: a language model or a generation model."""
-        config, places = self.model_config, mesh.shardings(params, self.mesh)
-        path, ids = self.config.init_from, self.model_config.image_start
-        return start.load_model(path, PART, config, params, places, lm_ids=ids)
+        return super().load_parameters(params, self.model_config.image_start)
 
     @functools.cached_property
     def _held_out_sums(self):
@@ -216,12 +203,11 @@ class GenerationStage(CodeStage):
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return the held-out loss; at the end also how often drawn pictures are recognized."""
         weights, sums, options = self.weights(state), np.zeros(3), self.config.eval
-        size = options.batch_size + -options.batch_size % mesh.batch_parts(self.mesh)
-        share, shares = mesh.batch_share(self.mesh, size)
+        share, shares = mesh.batch_share(self.mesh, self.eval_rows)
         batches = captions.eval_batches(
             self._eval_set,
             self.prompts,
-            batch_size=size // shares,
+            batch_size=self.eval_rows // shares,
             limit=options.examples or None,
             shard_index=share,
             shard_count=shares,
@@ -260,27 +246,17 @@ class GenerationStage(CodeStage):
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """Return grids of fixed prompts: the pictures, and how they grow scale by scale."""
-        drawn = self._generator.with_params(self.weights(state))
-        prompts = list(self.config.eval.prompts)
-        seeds = [0] * len(prompts)
-        codes = drawn.codes(prompts, seeds, self._recipe, self.config.eval.sample_batch)
+        drawn, options = self._generator.with_params(self.weights(state)), self.config.eval
+        numbers = [0] * len(options.prompts)
+        codes = drawn.codes(options.prompts, numbers, self._recipe, options.sample_batch)
         growing = list(drawn.previews(codes))
-        return {
-            "samples": pictures.grid([growing[-1]]),
-            "scales": pictures.grid(growing),
-        }
+        return {"samples": pictures.grid([growing[-1]]), "scales": pictures.grid(growing)}
 
 
 def complete_model(
     given: dict[str, Any], tokenizer: TokenizerConfig, prompts: PromptIds
 ) -> dict[str, Any]:
-    """Fill in the hyper-parameters that the tokenizers decide.
-
-    Args:
-      given: of `GenerationConfig`; `scales`, `codebook_size`, `code_channels`, `image_start` and
-        `lm.vocabulary_size` may be empty or 0.
-      tokenizer: of the images.
-      prompts: ids of the text.
+    """Fill in what the tokenizers decide: fields of `GenerationConfig` that are empty or 0.
 
     Raises:
       ValueError: values that differ from what the tokenizers decide, all of them.

@@ -1,4 +1,4 @@
-"""How the generation model learns: next-scale prediction on the codes of a frozen tokenizer.
+"""The generation model's training step: next-scale prediction on the codes of a frozen tokenizer.
 
 One step, on one batch of captions and pictures (or codes made of them before):
 
@@ -20,7 +20,7 @@ import optax
 
 from tokenflow_jax.generation.model import Generation, TokenLosses, next_scale_features
 from tokenflow_jax.parallel.token_losses import token_losses
-from tokenflow_jax.tokenizer.frozen import CODEBOOKS, image_codes
+from tokenflow_jax.tokenizer.frozen import image_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train import optim
@@ -132,19 +132,14 @@ class Trainer:
         frozen: PyTree,
         prefix_BP: jax.Array,
         codes_BN: jax.Array,
-        text_labels: jax.Array | None = None,
+        text_labels: jax.Array,
     ) -> tuple[jax.Array, Metrics]:
-        """Return the loss of a batch, and its metrics.
-
-        `text_labels` divides the caption's loss; None takes the batch's own number of labels.
-        """
+        """Return the loss of a batch, and its metrics; `text_labels` divides the text's loss."""
         losses = self.token_losses(params, frozen, prefix_BP, codes_BN)
         image = total = jnp.mean(losses.image * self._weights(losses.image.shape[1]))
         metrics = {"loss/image": image}
         if losses.text is not None:
-            text = losses.text_loss()
-            if text_labels is not None:
-                text = losses.text.sum() / text_labels
+            text = losses.text.sum() / text_labels
             total += self.losses.text_weight * text
             # Without a weight it is watched, not learned, so it is no loss of the run.
             metrics["loss/text" if self.losses.text_weight else "watched/text"] = text
@@ -166,7 +161,7 @@ class Trainer:
     ) -> TokenLosses:
         """Return the loss of every label."""
         config, options = self.model.config, self.losses
-        codebooks = Codebooks(*(frozen["tokenizer"][name] for name in CODEBOOKS))
+        codebooks = Codebooks.of(frozen["tokenizer"])
         features_BMC = next_scale_features(codes_BN, codebooks, config.pyramid)
         real_BP = prefix_BP != self.pad_id
         variables = {"params": params}
@@ -196,25 +191,9 @@ class Trainer:
         )
         return TokenLosses(*losses)
 
-    def init_params(self, key: jax.Array) -> PyTree:
-        """Return random weights of the model."""
-        config = self.model.config
-        count = config.pyramid.tokens
-        prefix_BP = jnp.zeros((1, 2), jnp.int32)
-        variables = self.model.init(
-            key,
-            prefix_BP,
-            prefix_BP == 0,
-            jnp.zeros((1, count), jnp.int32),
-            jnp.zeros((1, count - 1, config.code_channels)),
-            prefix_BP,
-            method="losses",
-        )
-        return variables["params"]
-
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
-        params = self.init_params(key) if params is None else params
+        params = self.model.init_params(key) if params is None else params
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -12,7 +12,7 @@ import numpy as np
 
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.fingerprint import fingerprint
-from tokenflow_jax.tokenizer.frozen import CODEBOOKS, full_precision, image_codes
+from tokenflow_jax.tokenizer.frozen import full_precision, image_codes
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import Codebooks
@@ -49,11 +49,11 @@ class Tokenizer:
           path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
             wrote, or a PyTorch file (.pt, .pth, .bin, .safetensors, a folder or index of shards).
             Pickled code is never executed.
-          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file; checkpoints of ours know.
+          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file; our checkpoints record it.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32" or "bfloat16".
-          scales, pixel_weight: override the variant of a PyTorch file, whose weights do not tell.
+          scales, pixel_weight: override the variant of a PyTorch file, which does not record them.
 
         Raises:
           ValueError: no such path or variant, or weights that do not fit (all of them listed).
@@ -95,7 +95,7 @@ class Tokenizer:
     @functools.cached_property
     def codebooks(self) -> Codebooks:
         """The codebooks, on the default device."""
-        return Codebooks(*(jnp.asarray(self.params[name]) for name in CODEBOOKS))
+        return Codebooks(*map(jnp.asarray, Codebooks.of(self.params)))
 
     @functools.cached_property
     def compiled(self) -> dict[str, Callable[[Any, Any], jax.Array]]:

@@ -1,10 +1,11 @@
-"""What the stages of language models share: a frozen tokenizer that makes codes of the images."""
+"""The base of the language models' stages: a frozen tokenizer turns their images into codes."""
 
 import dataclasses
 import functools
 from typing import Any
 
 import ml_collections
+import optax
 
 from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.nets.lm import LMConfig
@@ -12,8 +13,12 @@ from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer import frozen
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.model import TokenizerConfig
+from tokenflow_jax.train import optim
 from tokenflow_jax.train.stage import Stage
+from tokenflow_jax.weights import start
+from tokenflow_jax.weights.part import Part
 
+PyTree = Any
 ENCODE = ("once", "step")
 _OF_A_RUN = ("remat", "attention")  # fields of LMConfig that another run of the model may change
 
@@ -22,9 +27,11 @@ class CodeStage(Stage):
     """A stage whose model reads or writes the codes of a frozen tokenizer.
 
     Attributes:
+      part: the model, as the stage's `names` describe it.
       tokenizer: set by `open_tokenizer`.
     """
 
+    part: Part
     tokenizer: Tokenizer
 
     def __init__(self, config: Any, mesh: mesh.Mesh, platform: str | None = None):
@@ -39,10 +46,33 @@ class CodeStage(Stage):
         """The frozen tokenizer's hyper-parameters."""
         return frozen.find_config(self.config.tokenizer)
 
-    def language_model(self, fields: dict[str, Any]) -> LMConfig:
-        """Return the decoder's hyper-parameters, the run's own choices included."""
+    def with_own_choices(self, fields: dict[str, Any]) -> Any:
+        """Return the model's hyper-parameters, the run's own choices for the decoder included."""
         own = {name: self.config[name] for name in _OF_A_RUN}
-        return dataclasses.replace(LMConfig(**fields), **own)
+        return self.part.config_class(**{**fields, "lm": LMConfig(**{**fields["lm"], **own})})
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of the parameters that train."""
+        options = optim.OptimizerConfig(**self.config.optimizer)
+        return optim.make_optimizer(options, self.config.total_steps, self.trainable)
+
+    @property
+    def parameters(self) -> PyTree:
+        """Shapes of the model's parameters."""
+        return self.part.template(self.model_config)
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of a batch of evaluation: the config's, or a few more that the devices can share."""
+        size = self.config.eval.batch_size
+        return size + -size % mesh.batch_parts(self.mesh)
+
+    def load_parameters(self, params: PyTree, lm_ids: int | None = None) -> tuple[PyTree, str]:
+        """Return the weights of config.init_from: a language model or a model of this stage."""
+        places = mesh.shardings(params, self.mesh)
+        path, config = self.config.init_from, self.model_config
+        return start.load_model(path, self.part, config, params, places, lm_ids)
 
     def check_sources(self, text_tokenizers: str) -> None:
         """Raise ValueError that lists everything a run still has to be given."""
@@ -61,7 +91,7 @@ class CodeStage(Stage):
         if problems:
             raise ValueError("; ".join(problems))
 
-    def open_tokenizer(self, model_config: Any) -> None:
+    def open_tokenizer(self) -> None:
         """Load the tokenizer; fill in what a checkpoint must know of it and of the model.
 
         Raises:
@@ -73,7 +103,7 @@ class CodeStage(Stage):
         if config.tokenizer.fingerprint:
             known = {"fingerprint": config.tokenizer.fingerprint}
             check_tokenizer("config.tokenizer.fingerprint", known, identity)
-        model = dataclasses.asdict(model_config)
+        model = dataclasses.asdict(self.model_config)
         for name in _OF_A_RUN:
             model["lm"].pop(name)
         with config.unlocked():

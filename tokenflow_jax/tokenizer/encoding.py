@@ -37,17 +37,12 @@ def encode_pictures(
     """Yield each picture's example with int32 "codes" (L,) for "image", None for a broken one."""
     indices = iter(indices)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
-        waiting: collections.deque = collections.deque()
-
-        def submit() -> None:
-            if batch := list(itertools.islice(indices, batch_size)):
-                waiting.append([pool.submit(pictures.__getitem__, index) for index in batch])
-
-        for _ in range(_BATCHES_AHEAD):
-            submit()
+        batches = iter(lambda: list(itertools.islice(indices, batch_size)), [])
+        started = ([pool.submit(pictures.__getitem__, i) for i in batch] for batch in batches)
+        waiting = collections.deque(itertools.islice(started, _BATCHES_AHEAD))
         while waiting:
             examples = [future.result() for future in waiting.popleft()]
-            submit()
+            waiting.extend(itertools.islice(started, 1))
             images = [e["image"] if e else pictures.blank for e in examples]
             images += [pictures.blank] * (batch_size - len(images))
             codes_BL = np.asarray(encode(np.stack(images)), np.int32)

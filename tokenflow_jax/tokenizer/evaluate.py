@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,11 +12,21 @@ from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import fid_network, knn, measures
 from tokenflow_jax.evals.image_set import ImageSet
 from tokenflow_jax.evals.pictures import grid
-from tokenflow_jax.nets.pixels import to_uint8
+from tokenflow_jax.nets.pixels import to_float, to_uint8
+from tokenflow_jax.parallel import hosts
 from tokenflow_jax.tokenizer.model import TokenFlow
-from tokenflow_jax.tokenizer.reconstruct import reconstructor
 
 PyTree = Any
+
+
+def reconstructor(model: TokenFlow) -> Callable:
+    """Compile (params, uint8 images) -> (codes (B, L), uint8 reconstructions, quantized map)."""
+
+    def reconstruct(params, images_BHWC):
+        pyramid, decoded = model.apply({"params": params}, to_float(images_BHWC))
+        return pyramid.codes_BL, to_uint8(decoded.images_BHWC), pyramid.quantized_BHWC
+
+    return hosts.over_local_devices(reconstruct)
 
 
 class Evaluation:
@@ -25,21 +35,18 @@ class Evaluation:
     def __init__(
         self,
         model: TokenFlow,
-        options: Any,
-        train_set: pipeline.DataConfig,
-        eval_set: pipeline.DataConfig,
-        lpips: PyTree | None,
+        options: Any,  # `config.eval`
+        train_set: pipeline.DataConfig,  # the bank of the k-NN figures
+        eval_set: pipeline.DataConfig,  # the held-out pictures
+        lpips: PyTree | None,  # LPIPS weights; None leaves that figure out
     ):
-        """Open the held-out pictures.
-
-        Args:
-          model: the tokenizer.
-          options: `config.eval`.
-          train_set: the bank of the k-NN figures.
-          eval_set: the held-out pictures.
-          lpips: LPIPS weights, or None to leave that figure out.
-        """
-        self._model, self._options = model, options
+        self._config, self._options = model.config, options
+        self._reconstruct = reconstructor(model)
+        # Apart, so that the decoder is compiled once for all numbers of scales.
+        apply = model.apply
+        self._features = jax.jit(lambda p, codes: apply({"params": p}, codes, method="features"))
+        pixels = functools.partial(apply, method="decode_pixels")
+        self._decode = jax.jit(lambda p, maps: to_uint8(pixels({"params": p}, maps)[0]))
         self._bank = dataclasses.replace(train_set, augment="center", flip=False)
         self._eval_set = eval_set
         self._held_out = ImageSet(eval_set, options.batch_size, options.examples or None)
@@ -56,19 +63,13 @@ class Evaluation:
         """The held-out pictures have the label of the k-NN figures."""
         return self._options.knn_label in pipeline.opened(self._eval_set).source.numbers
 
-    @functools.cached_property
-    def _reconstruct(self):
-        """Compiled (params, uint8 images) -> (codes, pixels, quantized map)."""
-        return reconstructor(self._model)
-
     def figures(self, params: PyTree) -> dict[str, float]:
         """Return PSNR, SSIM, LPIPS and rFID where there are weights, and the codes in use."""
-        config = self._model.config
         found = measures.evaluate(
             lambda images: self._reconstruct(params, images)[:2],
             self._held_out,
-            config.codebook_size,
-            config.pyramid,
+            self._config.codebook_size,
+            self._config.pyramid,
             measures=self._measures,
             reference=self._reference,
         )
@@ -91,24 +92,11 @@ class Evaluation:
         rows = {"semantic": [], "pixel": [], "label": []}
         for batch in pipeline.eval_batches(data, batch_size=self._options.batch_size):
             maps_BHWC = np.asarray(self._reconstruct(params, batch["image"])[2])[batch["mask"]]
-            halves = [self._model.config.semantic_channels]
-            semantic, pixel = np.split(maps_BHWC.mean(axis=(1, 2)), halves, axis=-1)
-            rows["semantic"].append(semantic)
-            rows["pixel"].append(pixel)
+            means_BC, half = maps_BHWC.mean(axis=(1, 2)), self._config.semantic_channels
+            rows["semantic"].append(means_BC[:, :half])
+            rows["pixel"].append(means_BC[:, half:])
             rows["label"].append(batch[self._options.knn_label][batch["mask"]])
         return {name: np.concatenate(parts) for name, parts in rows.items()}
-
-    @functools.cached_property
-    def _features(self):
-        """Compiled (params, codes) -> quantized map, once per number of scales."""
-        apply = self._model.apply
-        return jax.jit(lambda params, codes: apply({"params": params}, codes, method="features"))
-
-    @functools.cached_property
-    def _decode(self):
-        """Compiled (params, quantized map) -> uint8 pixels, once for all numbers of scales."""
-        decode = functools.partial(self._model.apply, method="decode_pixels")
-        return jax.jit(lambda params, maps: to_uint8(decode({"params": params}, maps)[0]))
 
     @functools.cached_property
     def _shown(self) -> Mapping[str, np.ndarray]:
@@ -118,7 +106,7 @@ class Evaluation:
 
     def grids(self, params: PyTree) -> dict[str, np.ndarray]:
         """Return originals above reconstructions, and pictures growing scale by scale."""
-        real, scales = self._shown["mask"], self._model.config.pyramid
+        real, scales = self._shown["mask"], self._config.pyramid
         codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
         images = self._shown["image"][real]
         grids = {"reconstruction": grid([images, pixels[real]])}

@@ -13,7 +13,6 @@ from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.train import checkpoint
 from tokenflow_jax.weights.conversion import is_torch
 
-CODEBOOKS = ("semantic_codebook", "pixel_codebook")
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
 

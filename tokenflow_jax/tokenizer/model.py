@@ -179,6 +179,12 @@ class TokenFlow(nn.Module):
             cfg.decoder_channels, cfg.multipliers, cfg.decoder_blocks, cfg.norm_groups, *common
         )
 
+    @nn.nowrap
+    def init_params(self, key: jax.Array) -> dict:
+        """Return random weights."""
+        size = self.config.image_size
+        return self.init(key, jnp.zeros((1, size, size, 3)))["params"]
+
     def _codebook(self, name: str, channels: int) -> jax.Array:
         def init(key, shape):  # uniform in a cube, then normalized, as in the reference
             return l2_normalize(jax.random.uniform(key, shape, minval=-1, maxval=1))

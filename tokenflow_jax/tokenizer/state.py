@@ -8,7 +8,6 @@ import jax
 
 from tokenflow_jax.tokenizer import losses as adversarial
 from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage
-from tokenflow_jax.tokenizer.quantizer import Codebooks
 
 PyTree = Any
 
@@ -80,16 +79,3 @@ class TrainState(flax.struct.PyTreeNode):
     discriminator: Discriminator | None
     usage: Usage
     codebook: EMACodebook | None  # running sums, for codebook.update="ema"
-
-
-def codebooks_of(params: PyTree) -> Codebooks:
-    """Return the codebooks among the tokenizer's parameters."""
-    return Codebooks(params["semantic_codebook"], params["pixel_codebook"])
-
-
-def with_codebooks(params: PyTree, codebooks: Codebooks) -> PyTree:
-    """Return the parameters with other codebooks."""
-    return params | {
-        "semantic_codebook": codebooks.semantic_KC,
-        "pixel_codebook": codebooks.pixel_KC,
-    }

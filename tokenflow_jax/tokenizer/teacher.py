@@ -41,12 +41,12 @@ class Teacher(NamedTuple):
     @property
     def parameters(self) -> PyTree:
         """Shapes of its parameters."""
-        return jax.eval_shape(self.module.init, jax.random.key(0), self._image)["params"]
+        return jax.eval_shape(self.random_params, jax.random.key(0))
 
-    @property
-    def _image(self) -> jax.Array:
+    def random_params(self, key: jax.Array) -> PyTree:
+        """Return random weights."""
         size = self.module.config.image_size
-        return jnp.zeros((1, size, size, 3))
+        return self.module.init(key, jnp.zeros((1, size, size, 3)))["params"]
 
     def features(self, params: PyTree, images_BHWC: jax.Array) -> jax.Array:
         """Return the patch features (B, N, D) of images in [-1, 1], float32, without gradient."""
@@ -60,13 +60,8 @@ def make_teacher(
 ) -> Teacher | None:
     """Return the teacher that `config.teacher` names, without weights, or None.
 
-    Args:
-      config: `source`, one of SOURCES; `vit`, hyper-parameters of a source that is an encoder.
-      semantic_encoder: the tokenizer's kind of encoder, which a random teacher has too.
-      dtype: computation dtype.
-
-    Raises:
-      ValueError: unknown source.
+    The config's `vit` has the hyper-parameters of a source that is an encoder; a random teacher is
+    of the tokenizer's own kind, `semantic_encoder`.
     """
     source = config.source
     if source not in SOURCES:
@@ -75,23 +70,18 @@ def make_teacher(
         return None
     if source == "shipped":
         about, _ = load_shipped()
-        return Teacher(
-            ViT(ViTConfig(**about["vit"]), dtype), tuple(about["mean"]), tuple(about["std"])
-        )
+        vit = ViT(ViTConfig(**about["vit"]), dtype)
+        return Teacher(vit, tuple(about["mean"]), tuple(about["std"]))
     kind = encoder_kind(semantic_encoder if source == "random" else source)
     return Teacher(kind.module(kind.config(**config.vit), dtype), kind.mean, kind.std)
 
 
 def load_teacher(config: ml_collections.ConfigDict, teacher: Teacher) -> PyTree:
-    """Return the weights of a teacher made from the same `config.teacher`.
-
-    Raises:
-      ValueError: missing or unfitting weights.
-    """
+    """Return the weights of a teacher made from the same `config.teacher`."""
     if config.source == "shipped":
         return load_shipped()[1]
     if config.source == "random":
-        return jax.jit(teacher.module.init)(jax.random.key(0), teacher._image)["params"]
+        return jax.jit(teacher.random_params)(jax.random.key(0))
     if not config.weights:
         raise ValueError(
             f"this variant distils from {config.source}: say where its weights are with "
@@ -101,21 +91,12 @@ def load_teacher(config: ml_collections.ConfigDict, teacher: Teacher) -> PyTree:
 
 
 def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the small ViT that teaches the quickstart.
-
-    Its input is an image in [-1, 1]; the meaning is in the patch tokens after the final norm and in
-    their mean.
-
-    Args:
-      path: a file that `save_shipped` wrote; the package's own when None.
+    """Read the small ViT that teaches the quickstart, or another file of `save_shipped`.
 
     Returns:
       (about, params): `about["vit"]` are the arguments of `nets.vit.ViTConfig`, `about["mean"]` and
       `about["std"]` the normalization of pictures in 0..1, `about["knn"]` its measured k-NN
       accuracy; params are nested float32 arrays for `nets.vit.ViT`.
-
-    Raises:
-      ValueError: the file is missing or was not written by `save_shipped`.
     """
     path = pathlib.Path(path or ASSET)
     if not path.is_file():

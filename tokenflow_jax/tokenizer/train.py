@@ -1,4 +1,4 @@
-"""How a TokenFlow tokenizer learns: its losses, and one optimization step of both players.
+"""The tokenizer's training step: its losses, and one update of both players.
 
 One step, on one batch of images x:
 
@@ -16,6 +16,7 @@ at the last convolution) then costs two small weight gradients instead of two mo
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -30,14 +31,8 @@ from tokenflow_jax.tokenizer import quantizer
 from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage, revive_dead_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.pyramid import draw_kept_scales, token_weights
-from tokenflow_jax.tokenizer.state import (
-    CodebookConfig,
-    Discriminator,
-    LossConfig,
-    TrainState,
-    codebooks_of,
-    with_codebooks,
-)
+from tokenflow_jax.tokenizer.quantizer import Codebooks, l2_normalize
+from tokenflow_jax.tokenizer.state import CodebookConfig, Discriminator, LossConfig, TrainState
 from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
@@ -78,10 +73,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         keep_key, dropout_key, revive_key = jax.random.split(key, 3)
         keep_S = draw_kept_scales(keep_key, scales, self.losses.scale_drop)
-
-        def microbatch(batch_stats, images_BHWC, key):
-            return self._gradients(state, batch_stats, frozen, images_BHWC, keep_S, key)
-
+        microbatch = functools.partial(self._gradients, state, frozen, keep_S)
         batch_stats = state.discriminator.batch_stats if state.discriminator else {}
         batch_stats, sums, tokens = accumulate(
             microbatch, batch["image"], self.accumulate, batch_stats, dropout_key
@@ -95,20 +87,18 @@ class Trainer:
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
         config = self.model.config
-        image = jnp.zeros((1, config.image_size, config.image_size, 3))
         if params is None:
-            params = self.model.init(key, image)["params"]
+            params = self.model.init_params(key)
         discriminator = None
         if self.discriminator is not None:
+            image = jnp.zeros((1, config.image_size, config.image_size, 3))
             variables = self.discriminator.init(jax.random.fold_in(key, 1), image, train=False)
             discriminator = Discriminator(
                 params=variables["params"],
                 batch_stats=variables.get("batch_stats", {}),
                 opt_state=self.discriminator_optimizer.init(variables["params"]),
             )
-        codebook = None
-        if self.codebook.update == "ema":
-            codebook = EMACodebook.start(codebooks_of(params))
+        moving = self.codebook.update == "ema"
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -116,19 +106,16 @@ class Trainer:
             ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
             discriminator=discriminator,
             usage=Usage.empty(self.codebook.usage_window, config.pyramid, config.codebook_size),
-            codebook=codebook,
+            codebook=EMACodebook.start(Codebooks.of(params)) if moving else None,
         )
 
-    def _gradients(self, state, batch_stats, frozen, images_uint8, keep_S, key):
+    def _gradients(self, state, frozen, keep_S, batch_stats, images_uint8, key):
         """Return batch statistics, (gradients, metrics) of both players, and the tokens."""
         images_BHWC = to_float(images_uint8)
         target_BND = None
         if self.teacher is not None:
             target_BND = self.teacher.features(frozen["teacher"], images_BHWC)
-
-        def reconstruct(params):
-            return self._reconstruct(params, images_BHWC, target_BND, keep_S)
-
+        reconstruct = functools.partial(self._reconstruct, images_BHWC, target_BND, keep_S)
         (rec_BHWC, code_loss), pull_back, (metrics, tokens, hidden) = jax.vjp(
             reconstruct, state.params, has_aux=True
         )
@@ -159,7 +146,7 @@ class Trainer:
         gradients = {"generator": generator_gradients, "discriminator": discriminator_gradients}
         return batch_stats, (gradients, metrics | {"loss/total": total}), tokens
 
-    def _reconstruct(self, params, images_BHWC, target_BND, keep_S):
+    def _reconstruct(self, images_BHWC, target_BND, keep_S, params):
         """Run the tokenizer: ((reconstruction, losses on codes and meaning), the rest)."""
         if self.trainable is not None:
             params = optim.freeze(params, self.trainable)
@@ -168,7 +155,7 @@ class Trainer:
         pyramid = self.model.apply(variables, features, keep_S, method="quantize")
         decoded = self.model.apply(variables, pyramid.quantized_BHWC, method="decode")
 
-        codebooks = codebooks_of(params)
+        codebooks = Codebooks.of(params)
         if self.codebook.update == "ema":
             codebooks = jax.lax.stop_gradient(codebooks)
         weights_L = token_weights(config.pyramid, keep_S)
@@ -178,7 +165,8 @@ class Trainer:
         entropy = self._entropy(pyramid.z_BLC, codebooks, keep_S)
         semantic = jnp.float32(0)
         if target_BND is not None:
-            semantic = jnp.mean(1 - _cosine(decoded.semantic_BND, target_BND))
+            products_BND = l2_normalize(decoded.semantic_BND) * l2_normalize(target_BND)
+            semantic = jnp.mean(1 - products_BND.sum(axis=-1))  # 1 - cosine
         semantic *= self.losses.distillation_weight
         metrics = {
             "loss/codebook": codebook,
@@ -314,7 +302,7 @@ class Trainer:
         if "z" not in tokens:
             return state
         config = self.model.config
-        codebooks = codebooks_of(state.params)
+        codebooks = Codebooks.of(state.params)
         z_NC = tokens["z"].reshape(-1, config.code_channels)
         if self.codebook.update == "ema":
             kept_L = config.pyramid.per_token(keep_S)
@@ -332,9 +320,4 @@ class Trainer:
             codebooks = jax.lax.cond(
                 due, lambda c: revive_dead_codes(key, c, z_NC, count_K), lambda c: c, codebooks
             )
-        return state.replace(params=with_codebooks(state.params, codebooks))
-
-
-def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return the cosine similarity along the last axis."""
-    return jnp.sum(quantizer.l2_normalize(x) * quantizer.l2_normalize(y), axis=-1)
+        return state.replace(params=state.params | codebooks.params())

@@ -92,13 +92,13 @@ class Assistant:
           variant: one of `understanding.model.VARIANTS`, for PyTorch weights without a config.json.
           tokenizer, tokenizer_variant: the image tokenizer or its path; the model in a PyTorch one.
           text_tokenizer: a folder or "bytes"; a folder in the released layout holds its own.
-          template, system, image_mode: as in training; training runs know these and the tokenizers.
+          template, system, image_mode: as in training; runs record these and the tokenizers.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
 
         Raises:
           CodesError: the tokenizer is not the one that the model was trained with.
-          ValueError: weights that do not fit, or a setting that nothing tells.
+          ValueError: weights that do not fit, or a setting that is known from nowhere.
         """
         path = os.fspath(path)
         config, known = _torch_config(path, variant)

@@ -62,9 +62,9 @@ def save_understanding_model(
     return write_folder(path, fields, arrays, PART.table(config), PART.template(config), **options)
 
 
-# What a checkpoint of ours notes besides the model: which tokenizers it goes with.
+# What a checkpoint of ours notes besides the model: the tokenizers it goes with.
 _KEPT = ("tokenizer", "text_tokenizer", "data")
-# Files by which one knows that a folder holds a text tokenizer, too.
+# Any of these files shows that a folder holds a text tokenizer, too.
 _TEXT_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

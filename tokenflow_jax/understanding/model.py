@@ -132,6 +132,13 @@ class Understanding(nn.Module):
         self.projector = Projector(cfg.projector, cfg.lm.width, self.dtype)
         self.lm = Decoder(cfg.lm, self.dtype)
 
+    @nn.nowrap
+    def init_params(self, key: jax.Array) -> dict:
+        """Return random weights."""
+        ids = jnp.zeros((1, 2), jnp.int32)
+        features = jnp.zeros((1, 1, 1, self.config.vision_channels))
+        return self.init(key, ids, ids, ids, ids + 1, features, method="loss")["params"]
+
     def embed(
         self,
         ids_BL: jax.Array,

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tokenflow_jax.understanding.model import VARIANTS, Understanding, UnderstandingConfig
 from tokenflow_jax.weights.names.decoder import decoder_rules
@@ -34,10 +33,7 @@ def understanding_table(config: UnderstandingConfig) -> RuleTable:
 @functools.cache
 def understanding_template(config: UnderstandingConfig) -> Mapping[str, Any]:
     """Return the shapes of the model's parameters, without computing any."""
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    features = jax.ShapeDtypeStruct((1, 1, 1, config.vision_channels), jnp.float32)
-    init = functools.partial(Understanding(config).init, method="loss")
-    return jax.eval_shape(init, jax.random.key(0), ids, ids, ids, ids, features)["params"]
+    return jax.eval_shape(Understanding(config).init_params, jax.random.key(0))
 
 
 PART = Part(

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from tokenflow_jax.tokenizer.code_stage import CodeStage
 from tokenflow_jax.tokenizer.frozen import encoder_params
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
-from tokenflow_jax.train import optim
 from tokenflow_jax.understanding.answer import Decoding, answer
 from tokenflow_jax.understanding.answer_pictures import answer_grid
 from tokenflow_jax.understanding.model import (
@@ -29,7 +28,6 @@ from tokenflow_jax.understanding.model import (
 )
 from tokenflow_jax.understanding.names import PART
 from tokenflow_jax.understanding.train import Trainer, TrainState
-from tokenflow_jax.weights import start
 
 PyTree = Any
 _ROUND = 32  # prompts are padded to a multiple of this, so that few programs are compiled
@@ -42,17 +40,15 @@ class UnderstandingStage(CodeStage):
       images: rows of the table of features; 0 when pictures are tokenized in the step.
     """
 
-    name = "understanding"
+    name, part = "understanding", PART
     headline = ("loss/total", "accuracy/answers")
     images = 0  # known when `open` has made the table; preflight compiles the tokenizer in the step
 
     @functools.cached_property
     def model_config(self) -> UnderstandingConfig:
         """The model's hyper-parameters, completed by the tokenizers."""
-        fields = complete_model(
-            self.config.model.to_dict(), self.tokenizer_config, self.config.text_tokenizer
-        )
-        return UnderstandingConfig(**{**fields, "lm": self.language_model(fields["lm"])})
+        given, text_tokenizer = self.config.model.to_dict(), self.config.text_tokenizer
+        return self.with_own_choices(complete_model(given, self.tokenizer_config, text_tokenizer))
 
     @property
     def vectors(self) -> int:
@@ -67,21 +63,14 @@ class UnderstandingStage(CodeStage):
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The training step's modules and options."""
-        config = self.config
-        options = optim.OptimizerConfig(**config.optimizer)
         return Trainer(
-            self.model,
-            TokenFlow(self.tokenizer_config),
-            optim.make_optimizer(options, config.total_steps, self.trainable),
-            self.trainable,
-            config.accumulate,
-            config.loss_tokens,
+            model=self.model,
+            tokenizer=TokenFlow(self.tokenizer_config),
+            optimizer=self.optimizer,
+            trainable=self.trainable,
+            accumulate=self.config.accumulate,
+            loss_tokens=self.config.loss_tokens,
         )
-
-    @property
-    def parameters(self) -> PyTree:
-        """Shapes of the model's parameters."""
-        return PART.template(self.model_config)
 
     @property
     def frozen_shapes(self) -> PyTree:
@@ -105,7 +94,7 @@ class UnderstandingStage(CodeStage):
         """Load the tokenizer, open the conversations, make the tables of features."""
         config = self.config
         self.check_sources("FOLDER of the language model, or 'bytes'")
-        self.open_tokenizer(self.model_config)
+        self.open_tokenizer()
         self._train_set = Conversations(self._data_config(config.data.split))
         self._eval_set = Conversations(
             self._data_config(config.data.eval_split, held_out=True), config.eval.examples or None
@@ -152,6 +141,11 @@ class UnderstandingStage(CodeStage):
             order=data.order,
         )
 
+    def _compiled(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """Jit a function whose results every device gets whole."""
+        jitted = jax.jit(function, out_shardings=mesh.replicated(self.mesh))
+        return mesh.bind(self.mesh, jitted)
+
     def _global(self, tree: PyTree) -> PyTree:
         """Split NumPy arrays that are the same in all processes over the devices."""
         return jax.tree.map(
@@ -159,17 +153,10 @@ class UnderstandingStage(CodeStage):
             tree,
         )
 
-    def _rows_of_batch(self) -> int:
-        """Return a number of rows that the devices can share, at least the config's."""
-        parts = mesh.batch_parts(self.mesh)
-        return -(-self.config.eval.batch_size // parts) * parts
-
     def _table(self, encoder: PyTree, data: Conversations) -> np.ndarray:
         """Return the features of all pictures of a data set, float32 (images, N, C)."""
-        whole = mesh.replicated(self.mesh)
-        features = jax.jit(self.trainer.image_features, out_shardings=whole)
-        encode = mesh.bind(self.mesh, features)
-        size, rows = self.tokenizer_config.image_size, self._rows_of_batch()
+        encode = self._compiled(self.trainer.image_features)
+        size, rows = self.tokenizer_config.image_size, self.eval_rows
         names, parts = data.images or [""], []
         for first in range(0, len(names), rows):
             batch = np.zeros((rows, size, size, 3), np.uint8)
@@ -199,11 +186,6 @@ class UnderstandingStage(CodeStage):
             pixels=not self.images,
         )
 
-    def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
-        """Return the weights of config.init_from: a language model or an understanding model."""
-        places = mesh.shardings(params, self.mesh)
-        return start.load_model(self.config.init_from, PART, self.model_config, params, places)
-
     @functools.cached_property
     def _loss(self):
         """Compiled (params, batch with features) -> sums."""
@@ -215,15 +197,12 @@ class UnderstandingStage(CodeStage):
             index = jnp.arange(batch["features"].shape[0])[:, None]
             return trainer.loss(params, own, {**batch, "image_index": index})
 
-        return mesh.bind(self.mesh, jax.jit(loss, out_shardings=mesh.replicated(self.mesh)))
+        return self._compiled(loss)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return the held-out loss, and how often the first answer is that of the data."""
         sums = Counter()
-        held_out = batches.eval_batches(
-            self._eval_set, batch_size=self._rows_of_batch(), pixels=False
-        )
-        for batch in held_out:
+        for batch in batches.eval_batches(self._eval_set, batch_size=self.eval_rows, pixels=False):
             batch["features"] = self._eval_table[batch.pop("image_index")[:, 0]]
             sums.update(jax.tree.map(float, self._loss(state.params, self._global(batch))))
         labels = max(sums["labels"], 1.0)
@@ -250,28 +229,23 @@ class UnderstandingStage(CodeStage):
     def _greedy(self):
         """Compiled (params, prompt) -> ids."""
         model, decoding, key = self.model, self._decoding, jax.random.key(0)
-        run = jax.jit(
-            lambda params, prompt: answer(model, params, prompt, key, decoding),
-            out_shardings=mesh.replicated(self.mesh),
-        )
-        return mesh.bind(self.mesh, run)
+        return self._compiled(lambda params, prompt: answer(model, params, prompt, key, decoding))
 
     def _answer(self, params: PyTree, other: int = 0) -> Iterator[str]:
         """Answer the held-out questions; `other` > 0 shows each another question's picture."""
-        asked, places, rows = self._asked, self._eval_set.image_places, self._rows_of_batch()
+        asked, places, rows = self._asked, self._eval_set.image_places, self.eval_rows
         shown = np.arange(len(asked))
         if other:
             shown = np.random.default_rng(other).permutation(len(asked))
         longest = max(len(a.row["ids"]) for a in asked)
         length = -(-longest // _ROUND) * _ROUND
         for first in range(0, len(asked), rows):
-            part = list(range(first, min(first + rows, len(asked))))
-            prompt = insertion.pad_rows(
-                [asked[i].row for i in part] + [{}] * (rows - len(part)), length, "left"
-            )
+            part = asked[first : first + rows]
+            padding = rows - len(part)
+            prompt = insertion.pad_rows([a.row for a in part] + [{}] * padding, length, "left")
             del prompt["labels"]
-            index = [places.get(asked[shown[i]].image, 0) for i in part]
-            index += [0] * (rows - len(part))
+            index = [places.get(asked[i].image, 0) for i in shown[first : first + rows]]
+            index += [0] * padding
             prompt["features"] = self._eval_table[index][:, None]
             ids_BN = np.asarray(self._greedy(params, self._global(prompt)))
             for ids_N in ids_BN[: len(part)]:
@@ -300,12 +274,9 @@ class UnderstandingStage(CodeStage):
 def complete_model(
     given: dict[str, Any], tokenizer: TokenizerConfig, text_tokenizer: str
 ) -> dict[str, Any]:
-    """Fill in the hyper-parameters that the tokenizers decide.
+    """Fill in what the tokenizers decide: `vision_channels` and `lm.vocabulary_size` may be 0.
 
-    Args:
-      given: of `UnderstandingConfig`; `vision_channels` and `lm.vocabulary_size` may be 0.
-      tokenizer: of the images.
-      text_tokenizer: its name, or "" where the vocabulary's size is given.
+    Without the name of a text tokenizer the vocabulary's size must be given.
 
     Raises:
       ValueError: values that do not go with the tokenizers, all of them.

@@ -1,9 +1,9 @@
-"""How the understanding model learns: next-token prediction of answers about pictures.
+"""The understanding model's training step: next-token prediction of answers about pictures.
 
 One step, on one batch of conversations:
 
 1. The frozen tokenizer turns pictures into codes, in float32 at full precision: an argmin decides.
-   For a small data set this was done before, and a table of features is at hand.
+   For a small data set this was done before, and the features come from a table.
 2. Projected features stand where the images are; the language model reads the row.
 3. Loss = mean cross entropy of the ids that carry loss, over the whole batch.
 4. Clip, AdamW; parameters that do not train have no optimizer state.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenflow_jax.tokenizer.frozen import CODEBOOKS, image_codes
+from tokenflow_jax.tokenizer.frozen import image_codes
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train import optim
@@ -91,18 +91,17 @@ class Trainer:
         """
         if "image_index" in batch:
             return frozen["features"][batch["image_index"]]
-        images = batch["image"]
-        features_BNC = self.image_features(
-            frozen["tokenizer"], images.reshape(-1, *images.shape[2:])
-        )
-        return features_BNC.reshape(*images.shape[:2], *features_BNC.shape[1:])
+        images_BMHWC = batch["image"]
+        flat_BHWC = images_BMHWC.reshape(-1, *images_BMHWC.shape[2:])
+        features_BNC = self.image_features(frozen["tokenizer"], flat_BHWC)
+        return features_BNC.reshape(*images_BMHWC.shape[:2], *features_BNC.shape[1:])
 
     def image_features(self, params: PyTree, images_BHWC: jax.Array) -> jax.Array:
         """Return what the language model reads of uint8 images: float32 (B, N, C)."""
         codes_BL = image_codes(self.tokenizer, params, images_BHWC)
-        codebooks = Codebooks(*(params[name] for name in CODEBOOKS))
         scales, strategy = self.tokenizer.config.pyramid, self.model.config.strategy
-        return jax.lax.stop_gradient(visual_features(codes_BL, codebooks, scales, strategy))
+        features_BNC = visual_features(codes_BL, Codebooks.of(params), scales, strategy)
+        return jax.lax.stop_gradient(features_BNC)
 
     def loss(self, params: PyTree, frozen: PyTree, batch: PyTree) -> Metrics:
         """Return sums over a batch; see `Understanding.loss`."""
@@ -117,13 +116,7 @@ class Trainer:
             method="loss",
         )
 
-    def init_params(self, key: jax.Array) -> PyTree:
-        """Return random weights of the model."""
-        ids = jnp.zeros((1, 2), jnp.int32)
-        features = jnp.zeros((1, 1, 1, self.model.config.vision_channels))
-        return self.model.init(key, ids, ids, ids, ids + 1, features, method="loss")["params"]
-
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
-        params = self.init_params(key) if params is None else params
+        params = self.model.init_params(key) if params is None else params
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
