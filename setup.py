@@ -29,9 +29,10 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     # Reading TFDS data sets by name; needs no TensorFlow for data prepared as ArrayRecord.
-    "tfds": ["tensorflow-datasets>=4.9.10"],
+    # etils 1.15 imports importlib_resources for it without requiring it.
+    "tfds": ["tensorflow-datasets>=4.9.10", "importlib_resources"],
     # Preparing data sets with TFDS needs TensorFlow itself (1.6 GB).
-    "tensorflow": ["tensorflow-datasets>=4.9.10", "tensorflow"],
+    "tensorflow": ["tensorflow-datasets>=4.9.10", "importlib_resources", "tensorflow"],
     # Text tokenizers of the language models.
     "text": ["transformers>=5", "jinja2>=3.1"],
     "tpu": ["jax[tpu]>=0.10.2"],
@@ -61,13 +62,13 @@ COMMANDS = {
     "sample": "sample:run",
     "answer": "answer:run",
     "encode": "encode:run",
-    "convert": "convert:run",
+    "convert": "convert:run_alone",
     "preflight": "preflight:run",
     "evaluate-reconstruction": "evals.reconstruction:run",
     "evaluate-fid": "evals.fid:run",
     "evaluate-understanding": "evals.understanding:run",
-    "prepare": "data.prepare:main",
-    "validate": "data.validate:main",
+    "prepare": "data.prepare:run",
+    "validate": "data.validate:run",
 }
 
 setup(

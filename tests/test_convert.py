@@ -17,7 +17,7 @@ from golden import weights
 from golden.loading import manifest
 from torch_states import random_state, tiny_part
 
-from tokenflow_jax.convert import main
+from tokenflow_jax.convert import run
 from tokenflow_jax.tokenizer import names
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.formats.torch import open_state_dict
@@ -41,15 +41,15 @@ def here(tmp_path, monkeypatch):
 
 def refused(capsys, *flags):
     """Run the command, which must fail without a traceback; return its message."""
-    assert main(flags) == 2
+    assert run(flags) == 2
     out, text = capsys.readouterr()
     assert not out and text.startswith("convert: ") and text.endswith("\n")
     return text[:-1]
 
 
 def test_there_and_back(here, capsys):
-    assert main(["--src=there.pt", "--dst=ours", "--to=orbax", "--variant=clip"]) == 0
-    assert main(["--src=ours", "--dst=back.safetensors", "--to=torch"]) == 0
+    assert run(["--src=there.pt", "--dst=ours", "--to=orbax", "--variant=clip"]) == 0
+    assert run(["--src=ours", "--dst=back.safetensors", "--to=torch"]) == 0
     assert capsys.readouterr().out.count("raw weights") == 2
     there, back = open_state_dict("there.pt"), open_state_dict("back.safetensors")
     assert set(there) == set(back)
@@ -131,7 +131,7 @@ def test_damaged_files_are_one_line(here, capsys, damage):
 def test_a_full_disk_leaves_what_was_there(here, capsys, target, kind):
     """A limit on file size stands in for the full disk: the kernel refuses the write alike."""
     flags = ["--src=there.pt", f"--dst={target}", f"--to={kind}", "--variant=clip", "--overwrite"]
-    assert main(flags) == 0
+    assert run(flags) == 0
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     capsys.readouterr()
     previous = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -150,7 +150,7 @@ MEASURE = """
     import dataclasses, resource, sys
     sys.path.insert(0, "tests")
     import numpy as np, tiny
-    from tokenflow_jax.convert import main, prepare_process
+    from tokenflow_jax.convert import prepare_process, run
     from tokenflow_jax.nets.vit import ViTConfig
     from tokenflow_jax.tokenizer.names import PART
     from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
@@ -179,7 +179,7 @@ MEASURE = """
         before = peak()
         for target in sys.argv[4:]:
             flags = [f"--src={folder}/{sys.argv[2]}", f"--to={sys.argv[3]}", "--variant=deep"]
-            assert main([*flags, f"--dst={folder}/{target}"]) == 0
+            assert run([*flags, f"--dst={folder}/{target}"]) == 0
         print(peak() - before, max(sizes), sum(sizes))
 """
 
@@ -220,8 +220,8 @@ def test_released_sizes_come_back_bit_for_bit(tmp_path, monkeypatch, variant, ca
     state = weights.state_dict(manifest(f"tokenizer_{case}"), 0)
     write_safetensors(tmp_path / "there.safetensors", state)
     flags = [f"--src={tmp_path}/there.safetensors", "--to=orbax", f"--variant={variant}"]
-    assert main([*flags, f"--dst={tmp_path}/ours"]) == 0
-    assert main([f"--src={tmp_path}/ours", "--to=torch", f"--dst={tmp_path}/back.pt"]) == 0
+    assert run([*flags, f"--dst={tmp_path}/ours"]) == 0
+    assert run([f"--src={tmp_path}/ours", "--to=torch", f"--dst={tmp_path}/back.pt"]) == 0
     back = open_state_dict(tmp_path / "back.pt")
     assert set(back) == set(state)
     assert all(back[name].read().tobytes() == array.tobytes() for name, array in state.items())

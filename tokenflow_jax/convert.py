@@ -1,4 +1,4 @@
-"""Converts weights: `python -m tokenflow_jax.convert --src=PATH --dst=PATH --to=orbax|torch`.
+"""Convert weights: `python -m tokenflow_jax.convert --src=PATH --dst=PATH --to=orbax|torch`.
 
     --src=tokenflow.pt --dst=weights/b --to=orbax --variant=b     PyTorch to JAX
     --src=weights/b --dst=tokenflow.safetensors --to=torch        and back, bit for bit
@@ -18,7 +18,6 @@ weights. torch is not needed, and nothing that is pickled in a file is ever exec
 one array at a time, and nothing appears under its final name before it is complete.
 """
 
-import argparse
 import ctypes
 import logging
 import os
@@ -27,47 +26,40 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import log as runlog
-from tokenflow_jax import stages
+from tokenflow_jax import cli, log, stages
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenflow_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add, dtypes = parser.add_argument, ("float32", "bfloat16", "float16")
-    add("--src", required=True, help="weights to read")
-    add("--dst", required=True, help="file or directory to write")
-    add("--to", required=True, choices=("orbax", "torch"), help="kind of target")
-    add("--variant", help="which model; a PyTorch file does not know, ours does")
-    add("--part", default="tokenizer", help=f"which model: {', '.join(stages.STAGES)}")
-    add("--tokenizer", help="of --part=understanding: the image tokenizer that it reads")
-    add("--tokenizer_variant", help="which model a PyTorch tokenizer is")
-    add("--weights", choices=("ema", "raw"), help="default: EMA when there is one")
-    add("--dtype", choices=dtypes, help="of the parameters; default: as in the source")
-    add("--step", type=int, help="which checkpoint of a workdir; default: newest")
-    add("--overwrite", action="store_true", help="replace what is at --dst")
-    options = parser.parse_args(argv)
-    runlog.hush_tensorstore()
+def main(options: flags.FlagValues) -> None:
+    cli.require(options, "src", "dst", "to")
+    # Orbax logs tracebacks of errors that one line already reports.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    log.hush_tensorstore()
     start = time.monotonic()
-    try:
-        written = _convert(options)
-    except (OSError, ValueError) as error:
-        print(f"convert: {error}", file=sys.stderr, flush=True)
-        return 2
+    written = _convert(options)
     print(
         f"wrote {options.dst}: {written.weights} weights, {written.tensors} arrays, "
         f"{written.nbytes / 1e9:.2f} GB, {time.monotonic() - start:.0f} s"
     )
-    return 0
 
 
-def _convert(options: argparse.Namespace) -> Any:
+def define_flags(define: cli.Define) -> None:
+    define.string("src", None, "Weights to read.")
+    define.string("dst", None, "File or directory to write.")
+    define.enum("to", None, ["orbax", "torch"], "Kind of target.")
+    define.string("variant", None, "Which model; a PyTorch file does not know, ours does.")
+    define.string("part", "tokenizer", f"Which model: {', '.join(stages.STAGES)}.")
+    define.string("tokenizer", None, "understanding: the image tokenizer that it reads.")
+    define.string("tokenizer_variant", None, "Which model a PyTorch tokenizer is.")
+    define.enum("weights", None, ["ema", "raw"], "EMA by default when there is one.")
+    define.enum("dtype", None, ["float32", "bfloat16", "float16"], "By default the source's.")
+    define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
+    define.bool("overwrite", False, "Replace what is at --dst.")
+
+
+def _convert(options: flags.FlagValues) -> Any:
     """Check the flags and convert."""
     from tokenflow_jax.weights import conversion  # here, so that --help is quick
 
@@ -90,7 +82,7 @@ def _convert(options: argparse.Namespace) -> Any:
             f"--part={options.part} and --dst={options.dst}: nothing there can note it"
         )
     config = variants[options.variant] if options.variant else None
-    flags = {name: getattr(options, name) for name in ("weights", "dtype", "step", "overwrite")}
+    how = {name: options[name].value for name in ("weights", "dtype", "step", "overwrite")}
     if understanding:
         from tokenflow_jax.understanding import folder
 
@@ -100,14 +92,14 @@ def _convert(options: argparse.Namespace) -> Any:
             config,
             folder=options.to == "torch" and not is_file,
             tokenizer=_identify(options.tokenizer, options.tokenizer_variant),
-            **flags,
+            **how,
         )
     if config is None and conversion.is_torch(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
             f"--variant=one of {', '.join(variants)}"
         )
-    return conversion.convert(options.src, options.dst, part, config, **flags)
+    return conversion.convert(options.src, options.dst, part, config, **how)
 
 
 def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
@@ -132,8 +124,6 @@ def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
 
 def prepare_process() -> None:
     """Set up a process that does nothing but convert."""
-    # Orbax logs tracebacks of errors that one line already reports.
-    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: an accelerator stays free
     libc = ctypes.CDLL(None)
@@ -143,11 +133,16 @@ def prepare_process() -> None:
         libc.mallopt(m_mmap_threshold, 256 * 1024)
 
 
-def run() -> int:
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command in this process."""
+    return cli.run("convert", main, define_flags, argv, runtime=False)
+
+
+def run_alone() -> int:
     """Run the command in a process of its own."""
     prepare_process()
-    return main()
+    return run()
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_alone())

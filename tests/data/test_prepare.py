@@ -36,7 +36,7 @@ def tarball(path, leave_out=(), **replace):
 
 
 def run(*arguments):
-    return prepare.main([str(a) for a in arguments])
+    return prepare.run([str(a) for a in arguments])
 
 
 def test_cifar10(tmp_path, capsys):
@@ -71,7 +71,7 @@ def test_cifar10(tmp_path, capsys):
 )
 def test_cifar10_errors_leave_nothing(tmp_path, capsys, make, message):
     src, dst = make(tmp_path / "c.tgz"), tmp_path / "out"
-    assert run("cifar10", f"--src={src}", f"--dst={dst}") == 1
+    assert run("cifar10", f"--src={src}", f"--dst={dst}") == 2
     assert message in capsys.readouterr().err
     assert not list(dst.glob("**/*"))
 
@@ -79,7 +79,7 @@ def test_cifar10_errors_leave_nothing(tmp_path, capsys, make, message):
 def test_truncated_tarball(tmp_path, capsys):
     src = tarball(tmp_path / "c.tgz")
     src.write_bytes(src.read_bytes()[:20_000])
-    assert run("cifar10", f"--src={src}", f"--dst={tmp_path / 'out'}") == 1
+    assert run("cifar10", f"--src={src}", f"--dst={tmp_path / 'out'}") == 2
     assert "get it again" in capsys.readouterr().err
 
 
@@ -87,7 +87,7 @@ def test_existing_data_set_needs_overwrite(tmp_path, capsys):
     src, dst = tarball(tmp_path / "c.tgz"), tmp_path / "out"
     assert run("cifar10", f"--src={src}", f"--dst={dst}") == 0
     before = (dst / "dataset.json").read_bytes()
-    assert run("cifar10", f"--src={src}", f"--dst={dst}") == 1
+    assert run("cifar10", f"--src={src}", f"--dst={dst}") == 2
     assert "pass --overwrite" in capsys.readouterr().err
     # Replaced by a data set with other splits: no file of the old one remains.
     (tmp_path / "pictures").mkdir()
@@ -125,9 +125,9 @@ def test_folder(tmp_path, write_broken, capsys):
 def test_folder_without_usable_images(tmp_path, write_broken, capsys):
     (tmp_path / "src").mkdir()
     write_broken(tmp_path / "src")
-    assert run("folder", f"--src={tmp_path / 'src'}", f"--dst={tmp_path / 'dst'}") == 1
+    assert run("folder", f"--src={tmp_path / 'src'}", f"--dst={tmp_path / 'dst'}") == 2
     assert "has no usable image" in capsys.readouterr().err
-    assert run("folder", f"--src={tmp_path / 'dst'}", f"--dst={tmp_path / 'dst2'}") == 1
+    assert run("folder", f"--src={tmp_path / 'dst'}", f"--dst={tmp_path / 'dst2'}") == 2
     assert "holds no images" in capsys.readouterr().err
 
 
@@ -146,9 +146,9 @@ def test_emoji(tmp_path, capsys, monkeypatch):
     example = sources.EmojiSource("all")[0]
     assert example["bytes"] == (src / "x.webp").read_bytes()
     assert (example["name"], example["caption"], example["group"]) == ("x", "thing", 6)
-    assert run("emoji", f"--src={emoji_folder(tmp_path / 'b', 'toys')}", f"--dst={dst}") == 1
+    assert run("emoji", f"--src={emoji_folder(tmp_path / 'b', 'toys')}", f"--dst={dst}") == 2
     assert "unknown groups ['toys']" in capsys.readouterr().err
-    assert run("emoji", f"--src={tmp_path}", f"--dst={dst}") == 1
+    assert run("emoji", f"--src={tmp_path}", f"--dst={dst}") == 2
     assert "captions.jsonl is missing" in capsys.readouterr().err
 
 
@@ -188,5 +188,5 @@ def test_full_disk_is_named(tmp_path, monkeypatch, side):
 def test_unwritable_destination(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     src = tarball(tmp_path / "c.tgz")
-    assert run("cifar10", f"--src={src}", f"--dst={tmp_path / 'file' / 'out'}") == 1
+    assert run("cifar10", f"--src={src}", f"--dst={tmp_path / 'file' / 'out'}") == 2
     assert "file" in capsys.readouterr().err

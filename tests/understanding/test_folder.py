@@ -55,12 +55,12 @@ def test_a_folder_survives_the_round_trip(tmp_path, projector):
         else {f"model.mm_projector.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")}
     )  # fmt: skip
     run = ["--part=understanding", f"--src={folder}", f"--dst={ours}", "--to=orbax"]
-    assert command.main(run) == 0
+    assert command.run(run) == 0
     source = conversion.open_source(ours, PART)
     assert source.config == config
     same(rules.unflatten({n: t.read() for n, t in source.arrays.items()}), params)
     run = ["--part=understanding", f"--src={ours}", f"--dst={again}", "--to=torch"]
-    assert command.main(run) == 0
+    assert command.run(run) == 0
     config_again, fields = read_understanding_config(again)
     assert config_again == config and fields["tokenflow_fingerprint"] == "abc"
     source = conversion.open_source(again, PART, config)
@@ -74,20 +74,20 @@ def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
     (folder / "tokenizer.json").write_text("{}")
     tokenizer = tiny.write_tokenizer(tmp_path / "tokenizer")
     run = ["--part=understanding", f"--src={folder}", f"--dst={ours}", "--to=orbax"]
-    assert command.main([*run, "--tokenizer=b.pt"]) == 2
+    assert command.run([*run, "--tokenizer=b.pt"]) == 2
     assert "--tokenizer_variant=one of" in capsys.readouterr().err
-    assert command.main([*run, f"--tokenizer={tokenizer}"]) == 0
+    assert command.run([*run, f"--tokenizer={tokenizer}"]) == 0
     saved = conversion.open_source(ours, PART).saved
     assert saved["tokenizer"] == {
         "path": str(tokenizer), "variant": "",
         "fingerprint": api.Tokenizer.load(tokenizer).fingerprint,
     }  # fmt: skip
-    assert saved["data"] == {"text_tokenizer": str(folder)}
+    assert saved["text_tokenizer"] == str(folder) and "data" not in saved
     wrong = ["--part=tokenizer", f"--src={tokenizer}", f"--dst={tmp_path / 'x'}", "--to=orbax"]
     file = ["--part=understanding", f"--src={ours}", f"--dst={tmp_path / 'x.pt'}", "--to=torch"]
     for run in (wrong, file):
         capsys.readouterr()
-        assert command.main([*run, f"--tokenizer={tokenizer}"]) == 2
+        assert command.run([*run, f"--tokenizer={tokenizer}"]) == 2
         assert "nothing there can note it" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_a_missing_tensor_is_named(tmp_path, capsys):
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 4}))
     run = ["--part=understanding", f"--src={folder}", f"--dst={tmp_path / 'x'}", "--to=orbax"]
-    assert command.main(run) == 2
+    assert command.run(run) == 2
     assert "model.layers.3" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="projector/fc2/bias"):

@@ -316,7 +316,7 @@ def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer,
 
     folder = tmp_path / "released"
     run = ["--part=understanding", f"--src={trained[0]}", f"--dst={folder}", "--to=torch"]
-    assert command.main(run) == 0
+    assert command.run(run) == 0
     with pytest.raises(ValueError, match="where the image tokenizer is"):
         tfx.Assistant.load(folder)
     other = tfx.Assistant.load(
@@ -330,9 +330,9 @@ def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer,
     ours, foreign = tmp_path / "ours", tiny_config.write_tokenizer(tmp_path / "foreign", seed=1)
     back = ["--part=understanding", f"--src={folder}", f"--dst={ours}", "--to=orbax"]
     capsys.readouterr()
-    assert command.main([*back, f"--tokenizer={foreign}"]) == 2
+    assert command.run([*back, f"--tokenizer={foreign}"]) == 2
     assert "its codes mean something else" in capsys.readouterr().err and not ours.exists()
-    assert command.main([*back, f"--tokenizer={tokenizer}"]) == 0
+    assert command.run([*back, f"--tokenizer={tokenizer}"]) == 0
     known = {"template": "vicuna_v1", "system": "", "image_mode": "square"}
     other = tfx.Assistant.load(ours, text_tokenizer="bytes", **known)
     assert other.answer("What?", picture, max_new=8) == wanted

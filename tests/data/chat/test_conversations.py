@@ -129,7 +129,7 @@ def test_training_skips_the_faults(folder):
 
 def test_the_validator_finds_ten_faults(folder, capsys):
     arguments = [str(folder / "chat.jsonl"), "--template=vicuna_v1", "--vectors=4"]
-    assert validate.main(arguments) == 1
+    assert validate.run(arguments) == 1
     out = capsys.readouterr().out.splitlines()
     for i, reason in enumerate(FAULTS):
         assert out[i].startswith(f"line {3 * i + 2}: {reason}"), out[i]
@@ -143,7 +143,7 @@ def test_the_validator_in_several_processes(folder, capsys, monkeypatch):
     arguments = [str(folder / "chat.jsonl"), "--template=vicuna_v1", "--vectors=4"]
     results = []
     for count in (1, 2):
-        assert validate.main([*arguments, f"--processes={count}"]) == 1
+        assert validate.run([*arguments, f"--processes={count}"]) == 1
         results.append(capsys.readouterr())
     assert results[0].out == results[1].out and len(results[0].out.splitlines()) == 11
     assert "100% of the file" in results[1].err and "10 faults so far" in results[1].err
@@ -155,15 +155,13 @@ def test_the_validator_names_faults_that_training_tolerates(folder, capsys):
     short = ["--template=vicuna_v1", "--vectors=4", "--max_length=100"]
     first = [(GPT, "Hello."), (HUMAN, "Hi."), (GPT, "Yes?")]
     file.write_bytes(b"\n\n".join(map(line, (LONG, doubled, first))))
-    assert (
-        validate.main([str(file), "--template=vicuna_v1", "--vectors=4", "--max_length=300"]) == 1
-    )
+    assert validate.run([str(file), "--template=vicuna_v1", "--vectors=4", "--max_length=300"]) == 1
     out = capsys.readouterr().out
     for text in ("line 1: over length", "line 3: several markers", "line 3: empty answer",
                  "line 5: first turn", "0 of them are skipped"):  # fmt: skip
         assert text in out
     for system, skipped in (([], 3), (["--system="], 0)):  # the template's own has no room
-        assert validate.main([str(file), *short, *system]) == 1
+        assert validate.run([str(file), *short, *system]) == 1
         assert f"{skipped} of them are skipped" in capsys.readouterr().out
 
 
@@ -173,7 +171,7 @@ def test_the_validator_names_swapped_roles_and_lost_answers(folder, capsys):
     swapped = ("a.png", [(GPT, "<image>\nWhat?"), (HUMAN, "A cat.")])
     buried = ("a.png", [(HUMAN, "<image>\n" + "What? " * 100), (GPT, "A cat.")])
     file.write_bytes(b"\n".join(map(line, (swapped, buried))))
-    assert validate.main([str(file), "--vectors=4", "--max_length=300"]) == 1
+    assert validate.run([str(file), "--vectors=4", "--max_length=300"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("line 1: bad order of turns") and "left out" in out[0]
     assert "where the first answer has not begun" in out[1] and len(out) == 3
