@@ -13,7 +13,7 @@ Step = Callable[[PyTree, PyTree, jax.Array | None], tuple[PyTree, PyTree, PyTree
 def accumulate(
     function: Step, batch: PyTree, count: int, carry: PyTree = None, key: jax.Array | None = None
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Call a function on `count` microbatches and add up what it returns.
+    """Call a function on `count` microbatches; return the last carry, the sums and the rows.
 
     Args:
       function: (carry, microbatch, key) -> (carry, sums, rows). `sums` are added up; `rows` have
@@ -22,9 +22,6 @@ def accumulate(
       count: number of microbatches; with 1 the function is called as it is.
       carry: passed from one microbatch to the next.
       key: split into one key per microbatch.
-
-    Returns:
-      The last carry, the sums, the rows.
 
     Raises:
       ValueError: the batch does not split evenly.

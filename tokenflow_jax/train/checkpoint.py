@@ -121,10 +121,9 @@ class Checkpoints:
                 + _bullets(problems)
                 + "\nUse the config of the checkpoint, or another --workdir."
             )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            )
+            restored = self._manager.restore(step, args=items)
         except (ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -257,8 +256,7 @@ def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Pa
 def read_info(path: epath.Path) -> dict[str, Any]:
     """Return the info item of a checkpoint directory, its config under today's keys.
 
-    Raises:
-      CheckpointError: it is not a checkpoint of this project, or one of a newer format.
+    Raises CheckpointError for another project's checkpoint or another format.
     """
     file = path / "info" / "metadata"
     if not file.exists():
@@ -276,7 +274,5 @@ def read_info(path: epath.Path) -> dict[str, Any]:
 
 
 def _bullets(lines: list[str]) -> str:
-    shown = [f"  - {line}" for line in lines[:_MAX_LINES]]
-    if len(lines) > _MAX_LINES:
-        shown.append(f"  - and {len(lines) - _MAX_LINES} more")
-    return "\n".join(shown)
+    more = [f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+    return "\n".join(f"  - {line}" for line in lines[:_MAX_LINES] + more)

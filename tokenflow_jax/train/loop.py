@@ -53,7 +53,7 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
         data = DevicePrefetcher(stage.data(), stage.batch_sharding)
         state, origin = restore_or_initialize(saved_config, stage, checkpoints, data)
         step = first_step = int(state.step)
-        recorder = Recorder(stage, options, workdir, saved_config, origin, step)
+        recorder = Recorder(stage, options, workdir, checkpoints, saved_config, origin, step)
         try:
             while step < options.total_steps and not stop.requested(checkpoints, step):
                 batch = next(data)  # already on the device, unless the data is too slow
@@ -65,15 +65,15 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
                     recorder.finish_compilation()
                 recorder.evaluate_if_due(step, state)
                 if options.due(options.checkpoint_every, step):
-                    recorder.save(checkpoints, step, state, data)
+                    recorder.save(step, state, data)
             if step == options.total_steps:  # a finished run may not have been evaluated yet
                 recorder.evaluate_if_due(step, state)
             if step != checkpoints.latest_step():
-                recorder.save(checkpoints, step, state, data)
+                recorder.save(step, state, data)
             checkpoints.wait()
-            recorder.finish(step, stop.name, checkpoints)
+            recorder.finish(step, stop.name)
         except metrics.NonFiniteError as error:
-            raise recorder.explain_non_finite(error, checkpoints) from error
+            raise recorder.explain_non_finite(error) from error
         finally:
             recorder.close()
             data.close()
@@ -167,8 +167,7 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
-        del frame
+    def _handle(self, number: int, _frame: Any) -> None:
         self.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
         log.warning("%s: finishing the running step, then saving", self.name)

@@ -242,8 +242,6 @@ class _Events:
     a traceback, and the training then blocks forever on its queue.
     """
 
-    _FLUSH_SECONDS = 60.0
-
     def __init__(self, folder: epath.Path, resume_step: int):
         # Here, so that importing this module stays fast.
         from tensorboardX import event_file_writer, record_writer, summary
@@ -272,5 +270,5 @@ class _Events:
 
     def _write(self, step: int, **content: Any) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
-        if time.monotonic() - self._flushed > self._FLUSH_SECONDS:
+        if time.monotonic() - self._flushed > 60.0:
             self.flush()

@@ -70,13 +70,10 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, trainable: PyTree | None = None
 ) -> optax.GradientTransformation:
-    """Return clipping, then Adam, AdamW or Muon, with the schedule.
+    """Return clipping, then Adam, AdamW or Muon, with a schedule that ends at `total_steps`.
 
-    Args:
-      config: hyper-parameters.
-      total_steps: length of the run, where a decaying schedule ends.
-      trainable: pytree of bools shaped like the parameters; those marked False never move and have
-        no optimizer state. None when all of them train.
+    `trainable` is a pytree of bools shaped like the parameters, or None when all of them train;
+    those marked False never move and have no optimizer state.
     """
     parts = []
     if config.clip_norm:

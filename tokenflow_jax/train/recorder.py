@@ -23,13 +23,14 @@ class Recorder:
         stage: Stage,
         options: LoopOptions,
         workdir: epath.Path,
+        checkpoints: checkpoint.Checkpoints,
         config: Mapping[str, Any],
         origin: str,
         step: int,
     ):
         """Open the writers and log how the run starts."""
         self._stage, self._options, self._workdir = stage, options, workdir
-        self._config, self._origin = config, origin
+        self._checkpoints, self._config, self._origin = checkpoints, config, origin
         self._writer = metrics.Writer(workdir, step, enabled=jax.process_index() == 0)
         self._averages = metrics.Averages()
         self._stopwatch = metrics.Stopwatch(options.total_steps, stage.config.batch_size)
@@ -84,9 +85,7 @@ class Recorder:
             self._writer.images(step, self._stage.visualize(state))
         self._stopwatch.start()
 
-    def save(
-        self, checkpoints: checkpoint.Checkpoints, step: int, state: State, data: DevicePrefetcher
-    ) -> None:
+    def save(self, step: int, state: State, data: DevicePrefetcher) -> None:
         """Save a checkpoint after checking that the step and the state are finite."""
         self.drain()
         self._stopwatch.pause()
@@ -94,29 +93,27 @@ class Recorder:
         if bad:
             raise metrics.NonFiniteError(f"step {step}: not finite in the state: {', '.join(bad)}")
         self._writer.flush()  # the curves must reach at least as far as the checkpoint
-        checkpoints.save(step, state, data, self._config)
+        self._checkpoints.save(step, state, data, self._config)
         self._stopwatch.start()
 
-    def finish(self, step: int, stopped_by: str | None, checkpoints: checkpoint.Checkpoints):
+    def finish(self, step: int, stopped_by: str | None) -> None:
         """Write the report and log how the run ended."""
         self._write_report(step)
-        total = self._options.total_steps
-        where = f"checkpoint {checkpoints.path(step)}, report {self._workdir / 'report.html'}"
+        total, page = self._options.total_steps, self._workdir / "report.html"
+        where = f"checkpoint {self._checkpoints.path(step)}, report {page}"
         if stopped_by and step < total:
             log.info("stopped by %s at step %d of %d: %s", stopped_by, step, total, where)
             log.info("run the same command again to continue")
         else:
             log.info("done at step %d: %s", step, where)
 
-    def explain_non_finite(
-        self, error: metrics.NonFiniteError, checkpoints: checkpoint.Checkpoints
-    ) -> metrics.NonFiniteError:
+    def explain_non_finite(self, error: metrics.NonFiniteError) -> metrics.NonFiniteError:
         """Write the report, and add the last good checkpoint and a remedy to the error."""
-        checkpoints.wait()
+        self._checkpoints.wait()
         self._write_report(self._step)
-        last, good = checkpoints.latest_step(), "there is no checkpoint yet"
+        last, good = self._checkpoints.latest_step(), "there is no checkpoint yet"
         if last is not None:
-            good = f"the last good checkpoint is {checkpoints.path(last)}"
+            good = f"the last good checkpoint is {self._checkpoints.path(last)}"
         return metrics.NonFiniteError(
             f"{error}. Training stopped, nothing of it was saved; {good}. Lower the learning rate "
             f"or tighten the clipping and run again; the same config would end the same way."

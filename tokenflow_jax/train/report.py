@@ -69,11 +69,9 @@ def write_report(
 ) -> epath.Path:
     """Write `<workdir>/report.html` and return its path.
 
-    Args:
-      workdir: the run's directory; grids are taken from its `images/<name>_<step>.png`.
-      history: lines of metrics.jsonl: dicts with `step` and scalars (None where not finite).
-      facts: short name -> text, about the run as a whole (throughput, start, devices).
-      notes: sentences the reader must know (a term left out, pictures that were skipped).
+    Grids are taken from `images/<name>_<step>.png` in the workdir, and curves from `history`, the
+    lines of metrics.jsonl. `facts` are short texts by name about the run as a whole; `notes` are
+    sentences that the reader must know (a term left out, pictures that were skipped).
     """
     workdir, curves = epath.Path(workdir), collect_curves(history)
     sections = _sections(curves)

@@ -211,11 +211,11 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         lowest = {"total_steps": 1, "log_every": 1, "keep_checkpoints": 1}
-        problems = []
-        for field in dataclasses.fields(self):
-            value, low = getattr(self, field.name), lowest.get(field.name, 0)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                problems.append(f"{field.name}={value!r} must be an integer of at least {low}")
+        problems = [
+            f"{name}={value!r} must be an integer of at least {lowest.get(name, 0)}"
+            for name, value in dataclasses.asdict(self).items()
+            if type(value) is not int or value < lowest.get(name, 0)
+        ]
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -41,11 +41,8 @@ def write_folder(
 ) -> Written:
     """Write config.json and weights; the folder appears when it is complete.
 
-    Args:
-      fields: of config.json.
-      params: nested or by path, lazy or not; with the shapes of `template`, else ValueError.
-      dtype: of the files; None keeps that of the parameters.
-      shard_bytes: weights beyond this are split over several files.
+    `params` are nested or by path, lazy or not; ValueError unless `template` has their shapes.
+    A `dtype` of None keeps theirs. Weights beyond `shard_bytes` are split over several files.
     """
     arrays = {name: in_memory(name, array) for name, array in flatten(params).items()}
     wrong = different_shapes(arrays, template)

@@ -58,10 +58,9 @@ def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> L
         problems.append(f"model_type {kind!r}: one of llama, qwen2")
     # transformers 5 keeps both in one entry.
     rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     wanted = {
         "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
-        "rope_type": (rope_type, "default"),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "attention_bias": (fields.get("attention_bias", False) and kind == "llama", False),
         "mlp_bias": (fields.get("mlp_bias", False), False),
         "use_sliding_window": (fields.get("use_sliding_window", False), False),

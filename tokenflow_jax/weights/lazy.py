@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-_PIECE = 4 * 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
@@ -52,6 +50,6 @@ def read_block(path: str | os.PathLike, start: int, size: int) -> np.ndarray:
 def pieces(array: np.ndarray) -> Iterator[memoryview]:
     """Yield the bytes of an array in C order, a few megabytes at a time whatever its strides."""
     rows = array.reshape(1) if array.ndim == 0 else array
-    step = max(1, _PIECE // max(1, rows[:1].nbytes))
+    step = max(1, 4 * 2**20 // max(1, rows[:1].nbytes))
     for start in range(0, len(rows), step):
         yield np.ascontiguousarray(rows[start : start + step]).reshape(-1).view(np.uint8).data

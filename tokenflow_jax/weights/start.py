@@ -15,6 +15,7 @@ from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.language_model import load_language_model, read_config
 from tokenflow_jax.weights.lazy import data
+from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 PyTree = Any
@@ -66,20 +67,13 @@ def check_fit(
 
 
 def load_model(
-    path: str, part: Any, config: Any, params: PyTree, shardings: PyTree, lm_ids: int | None = None
+    path: str, part: Part, config: Any, params: PyTree, shardings: PyTree, lm_ids: int | None = None
 ) -> tuple[PyTree, str]:
-    """Load the weights of a language model, or of a whole model of the same stage.
+    """Load a language model, or a whole model of the same stage; return also what was taken.
 
-    Args:
-      path: a Hugging Face folder or .gguf file; or a model of `part`: a workdir or checkpoint of
-        ours, or a PyTorch checkpoint with the released names.
-      part: the `weights.part.Part` of the stage.
-      config: the model's hyper-parameters, with `lm`.
-      params, shardings: as for `take`.
-      lm_ids: see `take_language_model`.
-
-    Returns:
-      The parameters, and what was taken.
+    `path` is a Hugging Face folder or .gguf file; or it holds a model of `part`: a workdir or a
+    checkpoint of ours, or a PyTorch checkpoint with the released names. `params` and `shardings`
+    are as for `take`, `lm_ids` as `ids` for `take_language_model`.
     """
     if is_language_model(path):
         return take_language_model(path, config.lm, params, shardings, lm_ids)

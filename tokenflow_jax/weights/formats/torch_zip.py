@@ -90,7 +90,8 @@ def _rebuild_from_type(function, _type, arguments, _state) -> Any:  # a tensor w
 def _torch_names() -> dict[str, Any]:
     """Return stand-ins for what the pickle of a torch file may call or name."""
     first = Rebuilder(lambda value, *_: value)
-    known = {
+    kinds = ("intlist", "doublelist", "boollist", "tensorlist")
+    return {
         "torch._utils._rebuild_tensor": Rebuilder(_rebuild_tensor),
         "torch._utils._rebuild_tensor_v2": Rebuilder(_rebuild_tensor),
         "torch._utils._rebuild_tensor_v3": Rebuilder(_rebuild_tensor_v3),
@@ -101,14 +102,10 @@ def _torch_names() -> dict[str, Any]:
         "torch.storage.UntypedStorage": _Element(None),
         "torch.UntypedStorage": _Element(None),
         "torch.jit._pickle.restore_type_tag": first,
+        **{f"torch.jit._pickle.build_{kind}": first for kind in kinds},
+        **{f"torch.{name}": _Element(dtype) for name, dtype in TORCH_DTYPES.items()},
+        **{f"torch.{kind}Storage": _Element(TORCH_DTYPES[n]) for kind, n in STORAGE_DTYPES.items()},
     }
-    for kind in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist"):
-        known[f"torch.jit._pickle.{kind}"] = first
-    for name, dtype in TORCH_DTYPES.items():
-        known[f"torch.{name}"] = _Element(dtype)
-    for name, dtype in STORAGE_DTYPES.items():
-        known[f"torch.{name}Storage"] = _Element(TORCH_DTYPES[dtype])
-    return known
 
 
 def read_zip(path: str) -> Any:

@@ -30,18 +30,15 @@ def decoder_rules(path: str = "") -> list[Rule]:
     `path` is what our paths start with, "" or ending in "/".
     """
     block, torch_block = f"{path}blocks", "model.layers.{layer}"
-    attention = [
-        rule
-        for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
-        for rule in layer(f"{block}/attention/{ours}", f"{torch_block}.self_attn.{theirs}_proj")
-    ]
+    ours, theirs = f"{block}/attention", f"{torch_block}.self_attn"
     return [
         Rule(f"{path}embed/embedding", "model.embed_tokens.weight"),
-        *attention,
-        Rule(
-            f"{block}/attention/q_norm/scale", f"{torch_block}.self_attn.qknorm.query_norm.weight"
-        ),
-        Rule(f"{block}/attention/k_norm/scale", f"{torch_block}.self_attn.qknorm.key_norm.weight"),
+        *layer(f"{ours}/q", f"{theirs}.q_proj"),
+        *layer(f"{ours}/k", f"{theirs}.k_proj"),
+        *layer(f"{ours}/v", f"{theirs}.v_proj"),
+        *layer(f"{ours}/out", f"{theirs}.o_proj"),
+        Rule(f"{ours}/q_norm/scale", f"{theirs}.qknorm.query_norm.weight"),
+        Rule(f"{ours}/k_norm/scale", f"{theirs}.qknorm.key_norm.weight"),
         *(
             Rule(f"{block}/mlp/{part}/kernel", f"{torch_block}.mlp.{part}_proj.weight", DENSE)
             for part in ("gate", "up", "down")

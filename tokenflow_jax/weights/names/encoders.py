@@ -168,9 +168,7 @@ def _table(kind: str, names: Mapping[str, Any]) -> RuleTable:
 def load_encoder(kind: str, path: str | os.PathLike, template: Mapping[str, Any]) -> dict[str, Any]:
     """Load an encoder's weights, of a `kind` of `nets.encoders.ENCODERS`, as nested NumPy arrays.
 
-    Args:
-      path: OpenAI's ViT-B-16.pt, a file of open_clip, timm or Hugging Face, sharded or not.
-      template: shapes of the encoder's parameters.
+    `path` is OpenAI's ViT-B-16.pt, or a file of open_clip, timm or Hugging Face, sharded or not.
     """
     state = open_state_dict(path)
     return to_flax(state, _table(kind, state), template)
