@@ -19,15 +19,14 @@ from absl import flags
 
 from tokenflow_jax import cli
 
-_DECODING = ("max_new", "temperature", "top_k", "top_p", "seed")
-
 
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint")
     if not options.question and not options.chat:
         raise ValueError("say what to ask with --question, or --chat to ask from the terminal")
     assistant = load_assistant(options)
-    chosen = {name: options[name].value for name in _DECODING}
+    names = ("max_new", "temperature", "top_k", "top_p", "seed")
+    chosen = {name: options[name].value for name in names}
     if options.chat:
         _chat(assistant, options.question, options.image, chosen)
     else:

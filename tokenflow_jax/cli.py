@@ -43,7 +43,6 @@ def run(
     Args:
       program: its name in front of errors; its help begins with the docstring of main's module.
       main: does the work; a ValueError or OSError of it is the user's mistake.
-      define_flags: defines the program's own flags.
       argv: arguments to use instead of the process's own.
       config: adds --config and its overrides; main finds a ConfigDict in `options.config`.
       positional: the flag that an argument without dashes sets; none by default.
@@ -107,7 +106,7 @@ def _help(
         rows.insert(0, ("--config=NAME:VARIANT", text))
     if runtime:
         text = "Join other processes, with --coordinator, --num_processes and --process_id where"
-        rows.append(("--distributed", f"{text} nothing else tells; found out by default."))
+        rows.append(("--distributed", f"{text} needed; detected by default."))
     lines = [doc.strip(), "", "Flags [default]:", *_table(rows)]
     if config:
         title, rows = config_flag.describe(argv)

@@ -5,11 +5,10 @@ ml_collections parses the overrides; it would report mistakes as tracebacks.
 
 import ast
 import difflib
-import importlib.util
 import itertools
 import re
+import runpy
 from collections.abc import Callable, Sequence
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +121,9 @@ def _find(name: str) -> Path:
 def _load(file: str) -> Any:
     name, _, variant = file.partition(":")
     path = _find(name)
-    loader = SourceFileLoader("_tokenflow_config", str(path))  # with any suffix
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    get_config = runpy.run_path(str(path))["get_config"]  # a file with any suffix
     try:
-        config = module.get_config(variant) if variant else module.get_config()
+        config = get_config(variant) if variant else get_config()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     config.lock()  # so that no stage adds a key by mistake

@@ -47,11 +47,9 @@ def remove(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yield a partial name that becomes `path` when the block ends without an error.
+    """Yield a partial name that becomes `path`, a local file or directory, if the block succeeds.
 
-    Args:
-      path: a local file or directory to write.
-      overwrite: replace what exists, once the new one is complete.
+    `overwrite` replaces what exists, once the new one is complete.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is false.

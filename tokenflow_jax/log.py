@@ -34,11 +34,7 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 
 def set_up(verbose: bool = True) -> None:
-    """Send the log of this project to the terminal; may be repeated.
-
-    Args:
-      verbose: also info lines; False on all processes but the first.
-    """
+    """Send this project's log to the terminal, info lines if `verbose`; may be repeated."""
     out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
@@ -52,16 +48,10 @@ def set_up(verbose: bool = True) -> None:
 
 
 class Progress:
-    """Log the rate and the remaining time of long work every few seconds.
+    """Log the rate and the remaining time of work on images every few seconds."""
 
-    Args:
-      task: what is done, for the line.
-      total: how many items there are; None when unknown.
-      unit: plural noun of an item.
-    """
-
-    def __init__(self, task: str, total: int | None, unit: str = "images"):
-        self._task, self._total, self._unit = task, total, unit
+    def __init__(self, task: str, total: int):
+        self._task, self._total = task, total
         self._start = self._last = time.monotonic()
         self._offset = 0
 
@@ -76,15 +66,13 @@ class Progress:
             return
         self._last = now
         rate = (done - self._offset) / (now - self._start)
-        of = left = ""
-        if self._total is not None:
-            of, left = f" of {self._total}", f", eta {duration((self._total - done) / rate)}"
-        log.info("%s: %d%s, %.1f %s/s%s", self._task, done, of, rate, self._unit, left)
+        eta = duration((self._total - done) / rate)
+        log.info("%s: %d of %d, %.1f images/s, eta %s", self._task, done, self._total, rate, eta)
 
 
-def progress(items: Iterable[Item], total: int, task: str, unit: str = "images") -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int, task: str) -> Iterator[Item]:
     """Yield the items and log how many have passed."""
-    line = Progress(task, total, unit)
+    line = Progress(task, total)
     for done, item in enumerate(items, 1):
         yield item
         line.update(done)

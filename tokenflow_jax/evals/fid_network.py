@@ -23,8 +23,6 @@ from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.parallel import hosts
 from tokenflow_jax.weights.names.inception import load_inception
 
-Batch = Mapping[str, np.ndarray]
-
 # With fewer images the covariance is singular, and FID is mostly bias.
 ENOUGH_IMAGES = POOL_FEATURES + 1
 _CPU_BATCH = 8  # small enough for the caches: twice as fast as 100 on two CPU cores
@@ -67,7 +65,6 @@ class Fingerprint:
         self._count = 0
 
     def update(self, images_BHWC: np.ndarray) -> None:
-        """Add uint8 images."""
         for image in images_BHWC:
             digest = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=8)
             self._sum += int.from_bytes(digest.digest(), "little")
@@ -84,7 +81,6 @@ class Reference:
     """Statistics of the original images, computed once and kept, in memory and in a folder.
 
     Args:
-      network: computes the features.
       batches: the images; iterated over once per set of images that is not known yet.
       folder: keeps the statistics, a file of 34 MB for each set; None: in memory alone.
       description: of the images, for people who look into the file.
@@ -97,7 +93,7 @@ class Reference:
     def __init__(
         self,
         network: Network,
-        batches: Iterable[Batch],
+        batches: Iterable[Mapping[str, np.ndarray]],
         folder: str | os.PathLike | None = None,
         description: str = "",
         change: Callable[[np.ndarray], np.ndarray] = lambda images_BHWC: images_BHWC,

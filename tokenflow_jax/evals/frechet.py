@@ -24,7 +24,6 @@ class Statistics:
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     def update(self, features_BD: np.ndarray) -> None:
-        """Add a batch of features."""
         features = np.asarray(features_BD, np.float64)
         self.count += len(features)
         self.sum_D += features.sum(axis=0)
@@ -32,14 +31,11 @@ class Statistics:
 
     def over_processes(self) -> "Statistics":
         """Return the statistics over all processes; each must call this."""
-        sums = hosts.sum_over_processes(
-            {"count": np.array(self.count), "sum": self.sum_D, "outer": self.outer_DD}
-        )
-        return Statistics(int(sums["count"]), sums["sum"], sums["outer"])
+        sums = hosts.sum_over_processes(vars(self))
+        return Statistics(**sums | {"count": int(sums["count"])})
 
     @property
     def mean(self) -> np.ndarray:
-        """The mean (D,)."""
         self._check(1)
         return self.sum_D / self.count
 

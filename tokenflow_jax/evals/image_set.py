@@ -12,7 +12,6 @@ from tokenflow_jax.data import pipeline, records
 from tokenflow_jax.log import Progress
 
 CROP = "short side to the resolution (halved by averaging, then bicubic), center crop"
-_HELDOUT = ("heldout", "validation", "val", "test")
 
 
 def kind_of_data(path: str) -> str:
@@ -32,7 +31,7 @@ def heldout_split(name: str, path: str) -> str:
     if name != "array_record" or not manifest.is_file():
         return "heldout"
     splits = list(json.loads(manifest.read_text(encoding="utf-8"))["splits"])
-    for split in _HELDOUT:
+    for split in ("heldout", "validation", "val", "test"):
         if split in splits:
             return split
     raise ValueError(f"{path} has only the splits {splits}, none held out: choose with --split")
@@ -50,19 +49,12 @@ def short_side(path: str, split: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """This process's share of the images of an evaluation.
-
-    Attributes:
-      config: where they come from and their resolution.
-      batch_size: per process.
-      limit: number of evenly spaced images to use; None all.
-      task: what is done to them, for the progress line.
-    """
+    """This process's share of the images of an evaluation."""
 
     config: pipeline.DataConfig
-    batch_size: int
-    limit: int | None = None
-    task: str = "held-out images"
+    batch_size: int  # per process
+    limit: int | None = None  # number of evenly spaced images to use; None: all
+    task: str = "held-out images"  # for the progress line
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield batches of `pipeline.eval_batches` and log the progress over all processes."""

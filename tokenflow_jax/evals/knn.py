@@ -44,8 +44,6 @@ def knn_predict(
 
     Args:
       bank_ND, bank_labels_N: features and their classes, 0 or more.
-      queries_QD: features to classify.
-      k: neighbors that vote.
       temperature: votes weigh exp(cosine / temperature); None gives every neighbor one vote.
       center: subtract the bank's mean from both before normalizing.
       chunk: queries handled at once; memory grows with chunk * N.

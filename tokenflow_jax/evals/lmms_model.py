@@ -16,8 +16,6 @@ from lmms_eval.api.model import lmms
 
 from tokenflow_jax.understanding.api import Assistant
 
-_DEFAULT_NEW = 128
-
 
 class TokenFlow(lmms):
     """Answers lmms-eval's requests."""
@@ -31,9 +29,9 @@ class TokenFlow(lmms):
         self.assistant = Assistant.load(pretrained, **options)
         self.batch_size = int(batch_size)
 
-    def _pictures(self, get: Any, number: int, task: str, split: str) -> list[Any]:
+    def _pictures(self, get: Any, number: int, task: str, split: str) -> list[Any] | None:
         found = get(self.task_dict[task][split][number])
-        return [picture for picture in found or [] if picture is not None]
+        return [picture for picture in found or [] if picture is not None] or None
 
     def _batches(self, requests: list[Any]) -> Iterator[list[tuple]]:
         for start in range(0, len(requests), self.batch_size):
@@ -47,11 +45,12 @@ class TokenFlow(lmms):
             same = all(row[1] == batch[0][1] for row in batch)
             for rows in [batch] if same else [[row] for row in batch]:
                 options = rows[0][1]
+                sampled = options.get("do_sample", True)
                 found = self.assistant.answer(
                     [row[0] for row in rows],
-                    [self._pictures(*row[2:6]) or None for row in rows],
-                    max_new=int(options.get("max_new_tokens", _DEFAULT_NEW)),
-                    temperature=_temperature(options),
+                    [self._pictures(*row[2:6]) for row in rows],
+                    max_new=int(options.get("max_new_tokens", 128)),
+                    temperature=float(options.get("temperature") or 0.0) if sampled else 0.0,
                     top_p=float(options.get("top_p") or 0.0),
                 )
                 stops = options.get("until") or []
@@ -67,18 +66,13 @@ class TokenFlow(lmms):
             for row in batch:
                 document = self.task_dict[row[4]][row[5]][row[3]]
                 texts.append(row[1] if isinstance(row[1], str) else row[1](document))
-            pictures = [self._pictures(*row[2:6]) or None for row in batch]
+            pictures = [self._pictures(*row[2:6]) for row in batch]
             found += self.assistant.likelihood([row[0] for row in batch], pictures, texts)
         return found
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Refuse tasks of several rounds, which the paper's benchmarks do not have."""
         raise NotImplementedError("tokenflow_jax answers single-round tasks only")
-
-
-def _temperature(options: dict[str, Any]) -> float:
-    sampled = options.get("do_sample", True)
-    return float(options.get("temperature") or 0.0) if sampled else 0.0
 
 
 def _until(text: str, stops: list[str]) -> str:

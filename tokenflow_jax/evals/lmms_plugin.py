@@ -1,4 +1,4 @@
-"""The entry point by which lmms-eval finds `lmms_model`, without loading it."""
+"""The entry point that lets lmms-eval find `lmms_model` without loading it."""
 
 from typing import Any
 

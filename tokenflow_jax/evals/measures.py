@@ -45,7 +45,6 @@ def evaluate(
     Args:
       reconstruct: uint8 images (B, H, W, 3) to (codes (B, L), uint8 reconstructions).
       batches: this process's {"image": uint8, "mask": bool, True for real images}.
-      codebook_size: number of codes.
       scales: the `tokenizer.pyramid.Scales` that the codes fill.
       measures: name -> one number per image of (images, reconstructions).
       reference: of the originals; adds "rfid".

@@ -10,17 +10,9 @@ from tokenflow_jax import files
 
 
 def grid(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
-    """Lay out images in rows on white.
-
-    Args:
-      rows: uint8 (N, H, W, 3) each, the same N everywhere.
-      gap: pixels between images.
-
-    Returns:
-      uint8 (height, width, 3).
-    """
-    images_RNHWC = np.stack(rows)
-    padded = np.pad(images_RNHWC, ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0)), constant_values=255)
+    """Lay out rows of uint8 images (N, H, W, 3) on white, `gap` pixels apart, as one image."""
+    widths = ((0, 0), (0, 0), (gap, 0), (gap, 0), (0, 0))
+    padded = np.pad(np.stack(rows), widths, constant_values=255)
     count, columns, height, width, _ = padded.shape
     flat = padded.transpose(0, 2, 1, 3, 4).reshape(count * height, columns * width, 3)
     return np.pad(flat, ((0, gap), (0, gap), (0, 0)), constant_values=255)

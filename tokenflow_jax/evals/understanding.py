@@ -28,19 +28,13 @@ from tokenflow_jax.log import log
 
 def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     """Read questions, at most `limit` evenly spaced ones; the line number is the default id."""
-    rows, bad = [], []
-    for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if row is None:
-            bad.append(number)
-        else:
-            rows.append({"question_id": number} | row)
-    if bad or not rows:
-        raise ValueError(
-            f"{path}: lines {bad[:10]} are no JSON objects" if bad else f"{path} has no questions"
-        )
+    lines = enumerate(pathlib.Path(path).read_bytes().splitlines(), 1)
+    parsed = {number: _parse(line) for number, line in lines if line.strip()}
+    if bad := [number for number, row in parsed.items() if row is None]:
+        raise ValueError(f"{path}: lines {bad[:10]} are no JSON objects")
+    if not parsed:
+        raise ValueError(f"{path} has no questions")
+    rows = [{"question_id": number} | row for number, row in parsed.items()]
     count = min(limit or len(rows), len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 

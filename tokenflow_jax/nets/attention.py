@@ -67,11 +67,8 @@ class Mask:
 
         `first` is the index of the first query among the keys.
         """
-        if isinstance(first, int):
-            last_Q = jnp.asarray(self.blocks.last_key(first + queries)[first:])
-        else:
-            last_K = jnp.asarray(self.blocks.last_key(keys))
-            last_Q = last_K[jnp.minimum(first + jnp.arange(queries), keys - 1)]
+        last_K = jnp.asarray(self.blocks.last_key(keys))
+        last_Q = last_K[jnp.minimum(first + jnp.arange(queries), keys - 1)]
         allowed_BQK = (jnp.arange(keys) <= last_Q[:, None])[None]
         if self.segments_BK is not None:
             if not queries == keys == self.segments_BK.shape[1]:
@@ -95,7 +92,6 @@ def choose(
     "auto" is splash attention where it can be used, else XLA; cuDNN has to be asked for.
 
     Args:
-      kind: one of KINDS.
       dtype, shape: of the queries, (B, Q, heads, head width).
       cached: the keys come from a cache.
     """
@@ -103,29 +99,7 @@ def choose(
         raise ValueError(f"attention {kind!r}: one of {', '.join(KINDS)}")
     if kind == "xla":
         return kind
-    obstacles = _obstacles(kind, mask, dtype, shape[-1], cached)
-    if kind == "auto":
-        return "xla" if obstacles else "splash"
-    if obstacles:
-        raise ValueError(
-            f"attention={kind!r} cannot be used: {'; '.join(obstacles)}. Use 'xla', or 'auto', "
-            "which picks the best kernel available"
-        )
-    return kind
-
-
-def _platform() -> str:
-    # The program may be for another machine (preflight): then the mesh in use knows its devices.
-    kind = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = getattr(kind, "device_kind", "") or ""
-    return "tpu" if "TPU" in kind else jax.default_backend()
-
-
-def _obstacles(
-    kind: str, mask: Mask | jax.Array, dtype: Any, width: int, cached: bool
-) -> list[str]:
-    """Return all reasons why a kernel cannot be used here."""
-    device, name = _platform(), jnp.dtype(dtype).name
+    device, name, width = _platform(), jnp.dtype(dtype).name, shape[-1]
     if kind == "cudnn":
         checks = (
             (cached, "it does not read a cache"),
@@ -141,7 +115,22 @@ def _obstacles(
             (not isinstance(mask, Mask), "the mask is an array, not a `Mask`"),
             (width % 64, f"head width {width} is not a multiple of 64"),
         )
-    return [obstacle for found, obstacle in checks if found]
+    obstacles = [obstacle for found, obstacle in checks if found]
+    if kind == "auto":
+        return "xla" if obstacles else "splash"
+    if obstacles:
+        raise ValueError(
+            f"attention={kind!r} cannot be used: {'; '.join(obstacles)}. Use 'xla', or 'auto', "
+            "which picks the best kernel available"
+        )
+    return kind
+
+
+def _platform() -> str:
+    # The program may be for another machine (preflight): then the mesh in use knows its devices.
+    kind = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = getattr(kind, "device_kind", "") or ""
+    return "tpu" if "TPU" in kind else jax.default_backend()
 
 
 def attention(
@@ -183,9 +172,6 @@ def _cudnn(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: jax.Ar
     return out_BLHD[:, :length]
 
 
-_TILE = 128
-
-
 def _splash(
     q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask, interpret: bool = False
 ) -> jax.Array:
@@ -193,7 +179,7 @@ def _splash(
 
     # Padding reads only padding here: its rows differ from XLA's and mean nothing.
     batch, length, _, width = q_BLHD.shape
-    extra = -length % _TILE
+    extra = -length % 128  # up to whole tiles
     segments_BL = mask.real_BK if mask.segments_BK is None else mask.segments_BK
     if segments_BL is None:
         segments_BL = jnp.ones((batch, length), jnp.int32)

@@ -16,14 +16,14 @@ def _scale_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.f
     return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
 
 
-def _torch_init(fan_in: int) -> nn.initializers.Initializer:
+def _torch_inits(fan_in: int) -> dict[str, nn.initializers.Initializer]:
     """PyTorch's default for kernels and biases of dense and convolutional layers."""
     bound = fan_in**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return init
+    return {"kernel_init": init, "bias_init": init}
 
 
 class BatchNorm(nn.Module):
@@ -93,24 +93,16 @@ class PatchGAN(nn.Module):
 
     def _conv(self, x: jax.Array, features: int, stride: int, bias: bool, name: str) -> jax.Array:
         # The reference resets the kernels only; biases keep PyTorch's default.
-        inits = {
-            "kernel_init": nn.initializers.normal(0.02),
-            "bias_init": _torch_init(16 * x.shape[-1]),
-        }
+        inits = _torch_inits(16 * x.shape[-1]) | {"kernel_init": nn.initializers.normal(0.02)}
         fields = inits | {"use_bias": bias, "dtype": self.dtype, "name": name}
         return on_batch(nn.Conv(features, (4, 4), stride, 1, **fields)(x))
 
 
 def blur(x_BHWC: jax.Array) -> jax.Array:
     """Smooth with (1, 2, 1) / 4 along both axes, edges reflected."""
-    for axis in (1, 2):
-        pad = [(int(a == axis), int(a == axis)) for a in range(4)]
-        padded, size = jnp.pad(x_BHWC, pad, mode="reflect"), x_BHWC.shape[axis]
-        before, here, after = (
-            jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(3)
-        )
-        x_BHWC = (before + 2 * here + after) / 4
-    return x_BHWC
+    x = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    x = (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
+    return (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4
 
 
 class StyleGAN(nn.Module):
@@ -152,12 +144,12 @@ class StyleGAN(nn.Module):
         return min(self.max_channels, 64 * 256 // side)
 
     def _conv(self, x: jax.Array, features: int, kernel: int, stride: int, name: str) -> jax.Array:
-        inits = dict.fromkeys(("kernel_init", "bias_init"), _torch_init(kernel**2 * x.shape[-1]))
         size, padding = (kernel, kernel), kernel // 2
+        inits = _torch_inits(kernel**2 * x.shape[-1])
         return nn.Conv(features, size, stride, padding, dtype=self.dtype, name=name, **inits)(x)
 
     def _dense(self, x: jax.Array, features: int, name: str) -> jax.Array:
-        inits = dict.fromkeys(("kernel_init", "bias_init"), _torch_init(x.shape[-1]))
+        inits = _torch_inits(x.shape[-1])
         return nn.Dense(features, dtype=self.dtype, name=name, **inits)(x)
 
 

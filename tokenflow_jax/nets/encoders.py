@@ -37,7 +37,6 @@ ENCODERS: dict[str, EncoderKind] = {
 
 
 def encoder_kind(name: str) -> EncoderKind:
-    """Return the kind of that name."""
     if name not in ENCODERS:
         raise ValueError(f"semantic encoder {name!r} is not one of {sorted(ENCODERS)}")
     return ENCODERS[name]

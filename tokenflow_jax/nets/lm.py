@@ -71,7 +71,6 @@ class LMConfig:
 
     @property
     def head_channels(self) -> int:
-        """Channels of a head."""
         return self.head_width or self.width // self.heads
 
 

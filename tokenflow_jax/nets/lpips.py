@@ -43,8 +43,7 @@ class LPIPS(nn.Module):
 
     def setup(self):
         widths = [channels for channels, count in STAGES for _ in range(count)]
-        for i, channels in enumerate(widths):  # attributes, because they name the parameters
-            setattr(self, f"conv_{i}", nn.Conv(channels, (3, 3), padding=1, dtype=self.dtype))
+        self.conv = [nn.Conv(width, (3, 3), padding=1, dtype=self.dtype) for width in widths]
         self.heads = [
             self.param(f"head_{stage}", nn.initializers.uniform(1.0), (channels,))
             for stage, (channels, _) in enumerate(STAGES)
@@ -60,12 +59,11 @@ class LPIPS(nn.Module):
             )
         x = (images_BHWC.astype(jnp.float32) - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)
         x = x.astype(self.dtype)
-        outputs, i = [], 0
+        outputs, convolutions = [], iter(self.conv)
         for stage, (_, count) in enumerate(STAGES):
             x = nn.max_pool(x, (2, 2), strides=(2, 2)) if stage else x
             for _ in range(count):
-                x = on_batch(nn.relu(getattr(self, f"conv_{i}")(x)))
-                i += 1
+                x = on_batch(nn.relu(next(convolutions)(x)))
             outputs.append(x)
         return outputs
 

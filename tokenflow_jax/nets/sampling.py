@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Survivors(NamedTuple):
-    """What the filters leave of each row of V logits; of equal values across a cut, the first ones.
+    """The entries of each row of V logits that pass the filters; at a cut, the first of equal ones.
 
     The counts are int32 (..., 1).
     """
@@ -26,14 +26,13 @@ def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivor
     probabilities is at most 1 - p, equality included; the largest value always stays. Zero switches
     a filter off.
     """
-    problems = [f"top_k={top_k} is negative; 0 turns it off"] if top_k < 0 else []
-    if not top_p >= 0:
-        problems.append(f"top_p={top_p} is negative; 0 turns it off")
-    if problems:
-        raise ValueError("; ".join(problems))
+    if not (top_k >= 0 and top_p >= 0):
+        raise ValueError(f"top_k={top_k}, top_p={top_p}: a filter is negative; 0 turns it off")
     size = logits.shape[-1]
     count = min(top_k, size) or size
-    values_k, indices_k = _largest(logits, count)
+    # Without barriers XLA turns this into a sort of whole rows on a CPU, twenty times as slow. (One
+    # barrier for both results crashes it where a mesh is in use.)
+    values_k, indices_k = map(jax.lax.optimization_barrier, jax.lax.top_k(logits, count))
     beyond_1 = jnp.sum(logits >= values_k[..., -1:], axis=-1, keepdims=True) - count
     if not top_p:
         kept_1 = jnp.full_like(beyond_1, count)
@@ -48,13 +47,6 @@ def survivors(logits: jax.Array, top_k: int = 0, top_p: float = 0.0) -> Survivor
     removed = jnp.floor((1 - top_p) * total_1 / jnp.maximum(least_1, jnp.finfo(jnp.float32).tiny))
     left_1 = jnp.maximum(beyond_1 - jnp.minimum(removed, size).astype(jnp.int32), 0)
     return Survivors(values_k, indices_k, kept_1, jnp.where(kept_1 == count, left_1, 0))
-
-
-def _largest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    # Without barriers XLA turns this into a sort of whole rows on a CPU, twenty times as slow. (One
-    # barrier for both results crashes it where a mesh is in use.)
-    values_k, indices_k = jax.lax.top_k(logits, count)
-    return jax.lax.optimization_barrier(values_k), jax.lax.optimization_barrier(indices_k)
 
 
 def draw(keys_B: jax.Array, logits_BLV: jax.Array, top_k: int = 0, top_p: float = 0.0) -> jax.Array:

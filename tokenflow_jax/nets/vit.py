@@ -107,9 +107,8 @@ class ViT(nn.Module):
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
         """Encode images as tokens (B, (H // patch)**2, width or projection), row by row.
 
-        Args:
-          images_BHWC: (B, H, H, 3), normalized as the weights expect. H is the configured size or
-            a multiple of the patch; a grid other than the trained one resizes the positions.
+        The images are (B, H, H, 3), normalized as the weights expect; a grid other than the trained
+        one resizes the positions.
         """
         cfg = self.config
         batch, height, width, _ = images_BHWC.shape

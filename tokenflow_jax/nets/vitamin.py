@@ -96,11 +96,7 @@ class ViTamin(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Encode images as tokens (B, (H / patch)**2, width), row by row.
-
-        Args:
-          images_BHWC: (B, H, H, 3) with CLIP's normalization; H a multiple of config.patch_size.
-        """
+        """Encode images (B, H, H, 3), CLIP-normalized, as tokens (B, (H / patch)**2, width)."""
         cfg = self.config
         batch, height, width, _ = images_BHWC.shape
         if height != width or height % cfg.patch_size:

@@ -47,7 +47,6 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Number of chips."""
         return math.prod(self.shape) * self.slices
 
     @property

@@ -28,7 +28,7 @@ def flops(jaxpr: jex_core.Jaxpr) -> float:
             depth = math.prod(shape[axis] for axis in contracted)
             total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
         elif name == "conv_general_dilated":
-            # Each output cell is a product with the kernel; zeros put between inputs are no work.
+            # Each output cell is a product with the kernel; zeros put between inputs cost nothing.
             kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
             depth = kernel[spec[1]] * math.prod(kernel[axis] for axis in spec[2:])
             work = 2 * math.prod(equation.outvars[0].aval.shape) * depth

@@ -83,8 +83,7 @@ def over_batch(function: Callable, arrays: tuple[jax.Array, ...], heads: tuple[i
         PartitionSpec(batch, *(split if i == axis else None for i in range(1, x.ndim)))
         for x, axis in pairs
     )
-    mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
-    return mapped(*arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
 def over_codes(function: Callable, tokens: int, size: int, always: bool = False) -> Callable:
