@@ -64,7 +64,7 @@ def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
             if draft_side:
                 image.draft("RGB", (draft_side, draft_side))
             image.load()
-            return _to_rgb(image)
+            return to_rgb(image)
     except (Broken, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
@@ -76,7 +76,8 @@ def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
         raise Broken("damaged", f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return a picture of any mode as uint8 (H, W, 3), or raise Broken; see `decode`."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.array(image)
     if image.mode.startswith("I"):  # 16-bit gray arrives as I;16 or, from some files, as I

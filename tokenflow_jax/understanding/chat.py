@@ -73,13 +73,14 @@ def human_turn(question: str, pictures: int) -> Turn:
 
 def read_picture(picture: Picture) -> np.ndarray:
     """Read a path, PIL image or array as uint8 (H, W, 3)."""
-    if isinstance(picture, str | os.PathLike):
-        try:
+    try:
+        if isinstance(picture, str | os.PathLike):
             return images.decode(pathlib.Path(picture).read_bytes())
-        except (OSError, Broken) as error:
-            raise ValueError(f"picture {os.fspath(picture)}: {error}") from error
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
+        if isinstance(picture, Image.Image):
+            return images.to_rgb(picture)
+    except (OSError, Broken) as error:
+        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else repr(picture)
+        raise ValueError(f"picture {name}: {error}") from error
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(

@@ -1,0 +1,30 @@
+"""Pictures for the model: the same pixels from a path, a PIL image and an array."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenflow_jax.understanding.chat import read_picture
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "RGBA", "P", "CMYK"])
+def test_an_open_image_has_the_pixels_of_its_file(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(rng.integers(0, 2**16, (8, 8)).astype(np.uint16))
+    else:
+        image = Image.fromarray(rng.integers(0, 256, (8, 8, 4), np.uint8), "RGBA")
+        image = image if mode == "RGBA" else image.convert("RGB").convert(mode)
+    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+    image.save(path)
+    from_path = read_picture(path)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(read_picture(opened), from_path)
+    np.testing.assert_array_equal(read_picture(from_path), from_path)
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing.png"):
+        read_picture(tmp_path / "nothing.png")
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        read_picture(Image.new("F", (4, 4)))
