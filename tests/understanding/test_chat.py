@@ -24,7 +24,7 @@ def test_an_open_image_has_the_pixels_of_its_file(tmp_path, mode):
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.png"):
+    with pytest.raises(ValueError, match=r"nothing\.png"):
         read_picture(tmp_path / "nothing.png")
     with pytest.raises(ValueError, match="floating-point pixels"):
         read_picture(Image.new("F", (4, 4)))
