@@ -19,7 +19,7 @@ def test_every_stage_has_a_part(stage):
 
 
 def test_an_unknown_stage_lists_the_stages():
-    with pytest.raises(ValueError, match="'lm': one of tokenizer, generation, understanding"):
+    with pytest.raises(ValueError, match="'lm'; the stages available are: generation, tokenizer, understanding"):
         stages.part("lm")
 
 
