@@ -20,7 +20,7 @@ class Decoding:
     stop_ids: tuple[int, ...] = ()  # an answer ends with the first of these
     pad_id: int = 0  # fills a row after its end
     temperature: float = 0.0  # divides the logits; 0 takes the most likely token
-    top_k: int = 0  # filters of the draw, 0 is off; see `sampling.keep_likely`
+    top_k: int = 0  # filters of the draw, 0 is off; see `sampling.survivors`
     top_p: float = 0.0
 
     def __post_init__(self):
