@@ -84,7 +84,6 @@ def encode(
     """Write this host's missing parts; return True if the parts of all hosts are complete.
 
     Args:
-      data_sets: split -> pictures.
       source: names the pictures; continuing with others is refused.
       records_per_file: pictures per part.
 
@@ -116,7 +115,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("checkpoint", None, "A workdir, one of its checkpoints, or a PyTorch file.")
     define.string("variant", None, "Which model a PyTorch file holds.")
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
-    define.enum("data", "", kinds, "Kind of data set; found out from --path by default.")
+    define.enum("data", "", kinds, "Kind of data set; detected from --path by default.")
     define.string("path", "", "Where the pictures are; the emoji by default.")
     define.string("image_folder", "", "jsonl: where paths of images begin.")
     define.list("splits", ["train", "heldout"], "Which parts of the data set.")

