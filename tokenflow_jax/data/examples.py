@@ -1,4 +1,4 @@
-"""What all data sets share: which examples never train, and which are left out and why."""
+"""Shared by all data sets: the split by name, and the record of skipped examples."""
 
 import threading
 import zlib

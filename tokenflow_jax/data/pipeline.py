@@ -19,7 +19,6 @@ from tokenflow_jax.data.dealing import DealtBatches, Example, check_share, read_
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, evenly_spaced, notes_on
 
 AUGMENTATIONS = ("random_crop", "center")
-_MISSING = np.int32(-1)  # the label of a picture that has none, and of padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +91,8 @@ class Decoded:
             self._guard.check(False)
             return None
         self._guard.check(True)
-        if "bytes" in example:  # raw pictures are as quick to read again
-            example = {key: value for key, value in example.items() if key != "bytes"}
-            example["image"] = image_HWC
+        example = {**example, "image": image_HWC}
+        if example.pop("bytes", None) is not None:  # raw pictures are as quick to read again
             self._keep(index, example)
         return example
 
@@ -125,8 +123,8 @@ class Decoded:
                 self._cache[index] = example
 
     def arrays(self, example: dict[str, Any], image_HWC: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the arrays of an example; all examples of a data set have the same."""
-        numbers = {key: np.int32(example.get(key, _MISSING)) for key in self.source.numbers}
+        """Return the arrays, the same in all examples of a data set; -1 for a missing number."""
+        numbers = {key: np.int32(example.get(key, -1)) for key in self.source.numbers}
         return {"image": np.ascontiguousarray(image_HWC), **numbers}
 
 
@@ -180,7 +178,7 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
 
 
 def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str, np.ndarray]]:
-    """Give every picture once, in order, center-cropped; see `masked_batches`.
+    """Yield every picture once, in order, center-cropped; see `masked_batches`.
 
     Broken pictures and padding are black, their numbers -1.
     """
@@ -216,7 +214,7 @@ def masked_batches(
     buffer: int = 256,  # examples kept ready
     skipped: Skipped | None = None,  # makes it an error that all items of the share are broken
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every item once, in order, in equally many batches per host so that hosts stay in step.
+    """Yield every item once, in order, in equally many batches per host so that hosts stay in step.
 
     A batch has the arrays stacked, "mask", False at blanks, and "index", the item or -1.
     """

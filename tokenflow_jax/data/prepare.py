@@ -106,32 +106,32 @@ def _splits(open_split: Callable[[str], Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    commands = {
+        "cifar10": prepare_cifar10,
+        "folder": prepare_folder,
+        "jsonl": prepare_jsonl,
+        "emoji": prepare_emoji,
+    }
     parser = argparse.ArgumentParser(
         prog="python -m tokenflow_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("kind", choices=("cifar10", "folder", "jsonl", "emoji"))
+    parser.add_argument("kind", choices=commands)
     parser.add_argument("--src", required=True, help="tarball or folder to read")
     parser.add_argument("--dst", required=True, help="folder (emoji: file) to write")
     parser.add_argument("--image_folder", default="", help="jsonl: folder of the images")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set in --dst")
     options = parser.parse_args(argv)
-    src, dst, again = options.src, options.dst, options.overwrite
-    commands = {
-        "cifar10": lambda: prepare_cifar10(src, dst, overwrite=again),
-        "folder": lambda: prepare_folder(src, dst, overwrite=again),
-        "jsonl": lambda: prepare_jsonl(
-            src, dst, image_folder=options.image_folder, overwrite=again
-        ),
-        "emoji": lambda: prepare_emoji(src, dst),
-    }
+    more = {} if options.kind == "emoji" else {"overwrite": options.overwrite}
+    if options.kind == "jsonl":
+        more["image_folder"] = options.image_folder
     try:
-        written = commands[options.kind]()
+        written = commands[options.kind](options.src, options.dst, **more)
     except (ValueError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {dst}: {written}")
+    print(f"wrote {options.dst}: {written}")
     return 0
 
 

@@ -58,7 +58,7 @@ class Checker:
     decode: bool  # every picture; else it is enough that the file is there
 
     def faults(self, number: int, line: bytes) -> Iterator[Fault]:
-        """Give the faults of one line."""
+        """Yield the faults of one line."""
         try:
             sample = conversations.parse_line(line)
             if sample.image and (broken := self._image_fault(sample.image)) is not None:
@@ -95,10 +95,10 @@ class Checker:
             if not path.is_file():
                 return Broken("missing image", f"there is no {path}")
             if self.decode:
-                conversations.load_image(conversations.read_image(self.folder, image), 8, "square")
+                conversations.load_image(path.read_bytes(), 8, "square")
         except Broken as error:
             return Broken(error.reason, f"{path}: {error.detail}")
-        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             return Broken("missing image", f"{image!r}: {error}")
         return None
 
@@ -140,7 +140,7 @@ def _check(lines: _Numbered) -> _Result:
 
 
 def _checked(parts: Iterator[_Numbered], checker: Checker, processes: int) -> Iterator[_Result]:
-    """Give the parts' results in order; several processes are never far ahead of the reader."""
+    """Yield the parts' results in order; several processes are never far ahead of the reader."""
     if processes == 1:
         _keep_checker(checker)
         yield from map(_check, parts)

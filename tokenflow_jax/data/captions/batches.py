@@ -142,7 +142,7 @@ def train_batches(
 def eval_batches(
     examples: Examples, prompts: PromptEncoder, **options: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every pair once, in order, with its main caption; see `pipeline.masked_batches`.
+    """Yield every pair once, in order, with its main caption; see `pipeline.masked_batches`.
 
     Broken pairs and padding have a blank array and an empty prompt.
     """

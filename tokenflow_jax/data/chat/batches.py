@@ -253,7 +253,7 @@ def check_usable(data: Conversations) -> None:
 def eval_batches(
     data: Conversations, *, batch_size: int, pixels: bool = True
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Give every conversation once, in order; the last batch is filled up with empty rows."""
+    """Yield every conversation once, in order; the last batch is filled up with empty rows."""
     for start in range(0, len(data), batch_size):
         places = list(range(start, min(start + batch_size, len(data))))
         yield collate(data, places + [-1] * (batch_size - len(places)), pixels=pixels)
