@@ -19,7 +19,9 @@ def test_every_stage_has_a_part(stage):
 
 
 def test_an_unknown_stage_lists_the_stages():
-    with pytest.raises(ValueError, match="'lm'; the stages available are: generation, tokenizer, understanding"):
+    with pytest.raises(
+        ValueError, match="'lm'; the stages available are: generation, tokenizer, understanding"
+    ):
         stages.part("lm")
 
 

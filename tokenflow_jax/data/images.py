@@ -28,7 +28,7 @@ def read_file(folder: pathlib.Path, name: str | os.PathLike) -> bytes:
     """Return the bytes of a picture file, or raise Broken."""
     try:
         return (folder / name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise Broken("cannot be read", f"{name}: {error}") from error
 
 

@@ -19,7 +19,6 @@ from tokenflow_jax.data.dealing import DealtBatches, Example, check_share, read_
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, evenly_spaced, notes_on
 
 AUGMENTATIONS = ("random_crop", "center")
-_MISSING = np.int32(-1)  # the label of a picture that has none, and of padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +91,8 @@ class Decoded:
             self._guard.check(False)
             return None
         self._guard.check(True)
-        if "bytes" in example:  # raw pictures are as quick to read again
-            example = {key: value for key, value in example.items() if key != "bytes"}
-            example["image"] = image_HWC
+        example = {**example, "image": image_HWC}
+        if example.pop("bytes", None) is not None:  # raw pictures are as quick to read again
             self._keep(index, example)
         return example
 
@@ -125,8 +123,8 @@ class Decoded:
                 self._cache[index] = example
 
     def arrays(self, example: dict[str, Any], image_HWC: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the arrays of an example; all examples of a data set have the same."""
-        numbers = {key: np.int32(example.get(key, _MISSING)) for key in self.source.numbers}
+        """Return the arrays, the same in all examples of a data set; -1 for a missing number."""
+        numbers = {key: np.int32(example.get(key, -1)) for key in self.source.numbers}
         return {"image": np.ascontiguousarray(image_HWC), **numbers}
 
 

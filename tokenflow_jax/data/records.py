@@ -92,7 +92,6 @@ def unpack(record: bytes) -> dict[str, Any]:
 
 
 def count_records(path: pathlib.Path) -> int:
-    """Return the number of entries of an ArrayRecord file."""
     reader = array_record_module.ArrayRecordReader(str(path))
     count = reader.num_records()
     reader.close()
@@ -104,12 +103,10 @@ class RecordWriter:
 
     def __init__(self, path: pathlib.Path, compressed_payload: bool = True):
         self.path, self.count = path, 0
-        compression = "uncompressed" if compressed_payload else "zstd:3"
+        # One picture per chunk: random access reads exactly one.
+        options = "group_size:1," + ("uncompressed" if compressed_payload else "zstd:3")
         with self._named_errors():
-            # One picture per chunk: random access reads exactly one.
-            self._writer = array_record_module.ArrayRecordWriter(
-                str(path), f"group_size:1,{compression}"
-            )
+            self._writer = array_record_module.ArrayRecordWriter(str(path), options)
 
     def write(self, example: Mapping[str, Any]) -> None:
         record = pack(example)
@@ -161,7 +158,6 @@ def file_name(split: str, number: int, count: int) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a JSON file in one step."""
     # Not `files.write_atomically`: several hosts may do so at once and would share its partial.
     partial = path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

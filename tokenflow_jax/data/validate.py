@@ -96,10 +96,10 @@ class Checker:
             if not path.is_file():
                 return Broken("missing image", f"there is no {path}")
             if self.decode:
-                conversations.load_image(conversations.read_image(self.folder, image), 8, "square")
+                conversations.load_image(path.read_bytes(), 8, "square")
         except Broken as error:
             return Broken(error.reason, f"{path}: {error.detail}")
-        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             return Broken("missing image", f"{image!r}: {error}")
         return None
 

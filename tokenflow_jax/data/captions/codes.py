@@ -1,4 +1,4 @@
-"""Data sets of codes: what a frozen tokenizer made of pictures, with their captions.
+"""Data sets of image codes, written by a frozen tokenizer, with their captions.
 
 A data set of codes is an ArrayRecord data set (`data.records`) whose `dataset.json` also has the
 fingerprint of the tokenizer that wrote it. Reading checks it: codes of another tokenizer look like
@@ -21,7 +21,6 @@ from tokenflow_jax.data import records, sources
 from tokenflow_jax.data.examples import Broken, Skipped
 
 PLAN = "encoding.json"
-_ABOUT = ("fingerprint", "codebook_size", "scales")
 
 
 class CodesError(ValueError):
@@ -62,7 +61,7 @@ class CodeRecords:
         return example
 
 
-class CodesInMemory:
+class CodesInMemory(list):
     """Codes of a small data set, computed once: examples with "codes", None for a broken one."""
 
     array = "codes"
@@ -71,14 +70,9 @@ class CodesInMemory:
         usable = next((row for row in rows if row is not None), None)
         if usable is None:
             raise ValueError(f"no usable picture among the {len(rows)} of {name}")
-        self.name, self.skipped, self._rows = name, skipped, rows
+        super().__init__(rows)
+        self.name, self.skipped = name, skipped
         self.blank = np.zeros_like(usable["codes"])
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any] | None:
-        return self._rows[index]
 
 
 def read_about(path: str | os.PathLike) -> dict[str, Any]:
@@ -93,7 +87,10 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(path)!r} is not a {'finished ' if plan else ''}data set of codes; {remedy}"
         )
     about = manifest.get("tokenizer")
-    if not isinstance(about, dict) or any(key not in about for key in _ABOUT):
+    if (
+        not isinstance(about, dict)
+        or not {"fingerprint", "codebook_size", "scales"} <= about.keys()
+    ):
         raise CodesError(
             f"{os.fspath(path)!r} holds pictures, not codes; encode it with "
             "python -m tokenflow_jax.encode"
@@ -191,8 +188,7 @@ class PartWriter:
             return False
         splits: dict[str, dict[str, Any]] = {}
         for split, _, file in parts:
-            count = records.count_records(file)
-            if count:  # else all of its pictures were broken
+            if count := records.count_records(file):  # else all of its pictures were broken
                 entry = splits.setdefault(split, {"records": 0, "files": []})
                 entry["records"] += count
                 entry["files"].append(file.name)

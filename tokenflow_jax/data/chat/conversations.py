@@ -19,7 +19,6 @@ from tokenflow_jax.data.examples import SPLITS, Broken, evenly_spaced
 from tokenflow_jax.data.jsonl import Described, LineSource, parse_object
 
 IMAGE_MODES = ("pad", "square")
-_NO_IMAGE = ("", "None", "none", "nan")
 _PAD_COLOR = (127, 127, 127)
 
 
@@ -47,11 +46,10 @@ def parse_line(line: bytes) -> Sample:
     if not isinstance(turns, list) or not turns:
         raise Broken("no conversations", "the key must hold a list of turns")
     image = row.get("image")
-    if image is None or (isinstance(image, float) and image != image):
-        image = ""  # NaN and null, as tables write them
+    if str(image) in ("", "None", "none", "nan"):  # also null and NaN, as tables write them
+        image = ""
     if not isinstance(image, str):
         raise Broken("bad image", f"must be the path of one picture, not {image!r:.80}")
-    image = "" if image in _NO_IMAGE else image
     return Sample(tuple(map(_turn, turns)), image, "image" in row)
 
 
@@ -93,19 +91,14 @@ class JsonlConversations(LineSource):
         return parse_line(self._lines.read(self._places[index]))
 
     def image_bytes(self, image: str) -> bytes:
-        return read_image(self._root, image)
+        try:
+            return images.read_file(self._root, image)
+        except Broken as error:
+            raise Broken("missing image", error.detail) from error
 
     def limit(self, count: int) -> None:
         """Keep only so many samples, evenly spaced."""
         self._places = self._places[evenly_spaced(len(self), count)]
-
-
-def read_image(folder: pathlib.Path, image: str) -> bytes:
-    """Read a picture's file, or raise Broken."""
-    try:
-        return images.read_file(folder, image)
-    except Broken as error:
-        raise Broken("missing image", error.detail) from error
 
 
 def prepare(

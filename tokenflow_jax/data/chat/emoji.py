@@ -39,14 +39,13 @@ class EmojiConversations:
         self._examples = sources.EmojiSource(split)
         self._bytes = {e["name"]: e["bytes"] for e in self._examples}
         chosen = questions or tuple(QUESTIONS)
-        self._samples = [
-            self._sample(example, names)
-            for example in self._examples
-            for names in ([_shuffled(example, chosen)] if together else [(n,) for n in chosen])
-        ]
+        rounds = [chosen] if together else [(name,) for name in chosen]
+        self._samples = [self._sample(e, names) for e in self._examples for names in rounds]
 
     def _sample(self, example: Any, names: Sequence[str]) -> tuple[str, Sample]:
         """Return the questions' names and their conversation, the picture with the first one."""
+        # In an order that depends on the picture alone.
+        names = sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
         turns = []
         for i, name in enumerate(names):
             question, answer = QUESTIONS[name](example, self._examples)
@@ -74,16 +73,10 @@ class EmojiConversations:
         self._samples = [self._samples[i] for i in evenly_spaced(len(self), count)]
 
 
-def _shuffled(example: Any, names: Sequence[str]) -> list[str]:
-    """Return the names in an order that depends on the picture alone."""
-    return sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
-
-
 def _check(example: Any, examples: Any) -> tuple[str, str]:
-    """Half of the questions name another emoji; which one depends on the name alone."""
+    """Ask about this emoji or, half of the time, another one; the name alone decides."""
     draw = zlib.crc32(f"check {example['name']}".encode())
-    other = examples[draw // 2 % len(examples)]
-    shown = example if draw % 2 else other
+    shown = example if draw % 2 else examples[draw // 2 % len(examples)]
     same = shown["caption"] == example["caption"]
     return f"Is this {shown['caption']}?", "yes" if same else "no"
 

@@ -9,7 +9,6 @@ import numpy as np
 from tokenflow_jax.data.chat import insertion, templates
 from tokenflow_jax.data.chat.batches import Conversations
 from tokenflow_jax.data.chat.templates import GPT, IMAGE, Template, Turn
-from tokenflow_jax.data.examples import Broken
 
 
 class Question(NamedTuple):
@@ -50,12 +49,9 @@ def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int])
 def first_questions(data: Conversations) -> Iterator[Question]:
     """Yield the first question of each usable conversation of an opened data set."""
     for index in range(len(data)):
-        try:
-            sample = data.source[index]
-        except Broken:
+        if data.row(index) is None:  # skipped, and counted there
             continue
-        if data.row(index) is None:  # skipped in training, and counted there
-            continue
+        sample = data.source[index]
         turns = templates.prepare_turns(sample.turns, bool(sample.image))
         answer = next(text for role, text in turns if role == GPT)
         row = question_row(data.template, data.text_tokenizer, turns[:1], data.config.vectors)

@@ -86,9 +86,8 @@ class Template:
         return tuple(sorted(ids - {None}))
 
     def _plain_pieces(self, turns: Sequence[Turn]) -> list[str]:
-        if len(turns) == 1:  # a question that waits for its answer
-            return [turns[0][1] + "\n"]
-        return [IMAGE, turns[1][1] + "\n"]
+        # A single turn is a question that waits for its answer.
+        return [turns[0][1] + "\n"] if len(turns) == 1 else [IMAGE, turns[1][1] + "\n"]
 
     def _vicuna_pieces(self, turns: Sequence[Turn]) -> list[str]:
         pieces = [f"{self.system} "] if self.system else []
@@ -210,20 +209,16 @@ def _encode(text_tokenizer: Any, text: str, start: bool = True) -> list[int]:
 
 def _encode_piece(text_tokenizer: Any, text: str, start: bool) -> list[int]:
     """Encode text in which the templates' marks are single ids, where they exist."""
-    marks = {_START: text_tokenizer.bos_token_id, _END: text_tokenizer.eos_token_id}
-    foreign = {
-        mark: i for mark, i in marks.items() if i is not None and mark in text
-        and list(text_tokenizer.encode(mark, add_special_tokens=False)) != [i]
-    }  # fmt: skip
-    if not foreign:
-        return list(text_tokenizer.encode(text, add_special_tokens=start))
-    # A tokenizer that does not read them in text (bytes), or whose own are spelled differently.
-    mark, own = next(iter(foreign.items()))
-    ids: list[int] = []
-    for i, piece in enumerate(text.split(mark)):
-        ids += [own] * bool(i)
-        ids += _encode_piece(text_tokenizer, piece, start and i == 0)
-    return ids
+    for mark, own in ((_START, text_tokenizer.bos_token_id), (_END, text_tokenizer.eos_token_id)):
+        if own is None or mark not in text or _single(text_tokenizer, mark) == own:
+            continue
+        # A tokenizer that does not read it in text (bytes), or whose own is spelled differently.
+        ids: list[int] = []
+        for i, piece in enumerate(text.split(mark)):
+            ids += [own] * bool(i)
+            ids += _encode_piece(text_tokenizer, piece, start and i == 0)
+        return ids
+    return list(text_tokenizer.encode(text, add_special_tokens=start))
 
 
 def _start_length(text_tokenizer: Any, ids: Sequence[int]) -> int:
