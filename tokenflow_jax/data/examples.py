@@ -13,6 +13,7 @@ SPLITS = ("train", "heldout", "all")
 HELDOUT_NAMES = ("heldout", "validation", "val", "test")
 # A tenth of fewer examples than this is too few to measure anything.
 MIN_TO_SPLIT = 100
+_MOST_THREADS = 32  # that read a data set at the same time
 _LOGGED = 20  # skipped examples that the log names one by one
 
 
@@ -99,6 +100,8 @@ class Guard:
         with self._lock:
             self._any_usable |= usable
             self._failures += not usable
-            hopeless = not self._any_usable and self._failures >= self._skipped.total
+            # Threads of the next pass may fail before the last of this one succeeds.
+            enough = self._skipped.total + _MOST_THREADS
+            hopeless = not self._any_usable and self._failures >= enough
         if hopeless:
             raise ValueError(self._skipped.nothing_usable(self._wanted))

@@ -188,7 +188,7 @@ def test_captions_survive_preparation(tmp_path):
     with (tmp_path / "d" / "captions.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n".join(lines))
     arguments = ("jsonl", f"--src={tmp_path / 'd'}", f"--dst={tmp_path / 'out'}")
-    assert prepare.main(arguments) == 0
+    assert prepare.run(arguments) == 0
     read = {}
     for split in ("train", "heldout"):
         source = sources.open_source("array_record", str(tmp_path / "out"), split)
