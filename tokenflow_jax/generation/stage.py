@@ -80,7 +80,7 @@ class GenerationStage(CodeStage):
         )
 
     def _frozen(self, tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-        """What the step reads of a tokenizer's parameters."""
+        """Return the part of a tokenizer's parameters that the step reads."""
         if self.encodes:
             return {"tokenizer": encoder_params(tokenizer)}
         return {"tokenizer": Codebooks.of(tokenizer).params()}

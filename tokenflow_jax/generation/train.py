@@ -33,7 +33,7 @@ VOCABULARIES = ("all", "codes")
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which losses train, and their weights."""
+    """The losses that train, and their weights."""
 
     text_weight: float = 0.0  # of the caption's loss; 0, as the reference, trains on images alone
     log_text: bool = False  # compute the caption's loss for the curves, whatever its weight

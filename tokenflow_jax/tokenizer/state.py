@@ -14,7 +14,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which losses train, and their weights; a weight of 0 leaves its loss out of the program."""
+    """The losses that train, and their weights; 0 leaves a loss out of the program."""
 
     pixel: str = "l2"  # or l1, between images
     perceptual_weight: float = 1.0  # of LPIPS, which is left out where its weights are missing
@@ -47,7 +47,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodebookConfig:
-    """How the codebooks start and learn; the defaults are the paper's."""
+    """Initialization and learning of the codebooks; the defaults are the paper's."""
 
     init: str = "uniform"  # or kmeans of the first batches' tokens
     update: str = "gradient"  # or ema: a moving average of the tokens, no gradient

@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Which weights were written ("ema" or "raw"), how many tensors, their size in bytes."""
+    """The weights that were written ("ema" or "raw"), the number of tensors, their bytes."""
 
     weights: str
     tensors: int
