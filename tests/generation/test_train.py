@@ -94,8 +94,8 @@ def test_losses_are_the_reference_s(name):
         }
     }
     prefix = ids[:, : ids.shape[1] - codes.shape[1] - 4]
-    loss = jax.jit(trainer.loss)
-    total, metrics = loss(case.params["params"], frozen, prefix, codes)
+    loss, labels = jax.jit(trainer.loss), (prefix[:, 1:] != case.pad_id).sum()
+    total, metrics = loss(case.params["params"], frozen, prefix, codes, labels)
     np.testing.assert_allclose(metrics["loss/image"], data["loss_vision"], atol=1e-5)
     np.testing.assert_allclose(metrics["loss/text"], data["loss_text"], atol=1e-5)
     np.testing.assert_allclose(total, data["loss_sum"], atol=1e-5)
@@ -159,7 +159,7 @@ def test_text_without_a_weight_is_watched_not_learnt(params, frozen, batch, plai
 
 def test_scale_power_weighs_coarse_scales_more(params, frozen, batch, of_codes):
     trainer = with_losses(vocabulary="codes", scale_power=2.0)
-    _, metrics = jax.jit(trainer.loss)(params, frozen, batch["prefix"], batch["codes"])
+    _, metrics = jax.jit(trainer.loss)(params, frozen, batch["prefix"], batch["codes"], 1)
     # side ** 2 codes of weight side ** -2: every scale counts the same.
     scales = [float(metrics[f"scale/loss_{side}"]) for side in TOKENIZER.scales]
     np.testing.assert_allclose(metrics["loss/image"], np.mean(scales), rtol=1e-5)

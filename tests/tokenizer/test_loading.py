@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
+import torch_states
 from tiny import TINY
 
 import tokenflow_jax as tfx
 from tokenflow_jax.tokenizer import loading, model
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.names import tokenizer_buffers, tokenizer_table
-from tokenflow_jax.weights import rules
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
 
@@ -25,7 +25,7 @@ def test_finding_the_image_tokenizer(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(model.VARIANTS, "tiny", TINY)
     path = str(tmp_path / "tiny.safetensors")
     buffers = tokenizer_buffers(TINY)
-    write_safetensors(path, rules.to_torch(tiny.params, tokenizer_table(TINY), buffers))
+    write_safetensors(path, torch_states.to_torch(tiny.params, tokenizer_table(TINY), buffers))
     known = {"path": path, "variant": "tiny", "fingerprint": tiny.fingerprint}
     assert loading.find_tokenizer("runs/m", known).fingerprint == tiny.fingerprint
     moved = {**known, "path": str(tmp_path / "gone")}
