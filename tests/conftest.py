@@ -6,7 +6,7 @@ import pathlib
 
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Half of the suite's time would be LLVM optimising programs that run once. Tests that start
+# Half of the suite's time would be LLVM optimizing programs that run once. Tests that start
 # processes pass this on.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

@@ -139,7 +139,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def run_alone() -> int:
-    """Run the command in a process of its own."""
+    """Run the command in its own process."""
     prepare_process()
     return run()
 

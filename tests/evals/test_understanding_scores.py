@@ -23,7 +23,7 @@ from tokenflow_jax.evals.vqa_text import normalize, vqa_accuracy
         ("an apple\n", "apple"),
     ],
 )
-def test_normalisation(text, want):
+def test_normalization(text, want):
     assert normalize(text) == want
 
 

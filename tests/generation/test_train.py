@@ -150,7 +150,7 @@ def test_softmax_over_the_codes_leaves_the_rest_of_the_head_alone(params, plain,
     assert float(metrics["loss/image"]) < float(plain[1]["loss/image"]) - 0.2
 
 
-def test_text_without_a_weight_is_watched_not_learnt(params, frozen, batch, plain):
+def test_text_without_a_weight_is_watched_not_learned(params, frozen, batch, plain):
     logged, metrics = one_step(with_losses(log_text=True), params, frozen, batch)
     assert "watched/text" in metrics and "loss/text" not in metrics
     for one, other in zip(*map(jax.tree.leaves, (logged.params, plain[0].params)), strict=True):

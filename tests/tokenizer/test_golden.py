@@ -29,8 +29,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 PATCHGAN = patchgan_rules()
 TOKENIZER = tokenizer_table(TokenizerConfig())
 TEACHER = ViTConfig(projection=512)
-# At the published size optimised programs are worth compiling (conftest.py turns that off).
-OPTIMISED = {
+# At the published size optimized programs are worth compiling (conftest.py turns that off).
+OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }
@@ -102,7 +102,7 @@ def _gradients_of(trainer):
         )
         return stats, (gradients, metrics, tokens)
 
-    return jax.jit(compute, compiler_options=OPTIMISED)
+    return jax.jit(compute, compiler_options=OPTIMIZED)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_three_steps(run, name):
     small = name.endswith("small_lr")
     trainer, state = make(learning_rate=golden["settings"]["lr"])
     start = jax.device_get((state.params, state.discriminator.params))
-    step = jax.jit(trainer.step, donate_argnums=0, compiler_options=OPTIMISED)
+    step = jax.jit(trainer.step, donate_argnums=0, compiler_options=OPTIMIZED)
     for number, expected in enumerate(golden["steps"]):
         state, metrics = step(state, frozen, {"image": images})
         metrics = {key: float(value) for key, value in metrics.items()}

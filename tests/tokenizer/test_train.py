@@ -42,7 +42,7 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Smooth colour gradients: learnable in a few steps."""
+    """Smooth color gradients: learnable in a few steps."""
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 255, (8, 2, 2, 3))
     return {"image": np.asarray(jax.image.resize(corners, (8, 16, 16, 3), "linear"), np.uint8)}

@@ -65,7 +65,7 @@ def wait_for_checkpoint(workdir, step, processes, limit=240):
 
 
 def assert_same_run(workdir, reference):
-    """The same parameters, optimiser and codes used, and the same curve."""
+    """The same parameters, optimizer and codes used, and the same curve."""
     fields = ("step", "params", "opt_state", "usage")
     ours, theirs = (
         orbax_files.open_checkpoint(w, subtrees=fields)[1] for w in (workdir, reference)

@@ -64,7 +64,7 @@ def test_microbatches_weigh_every_label_alike(frozen):
 
 @pytest.mark.slow
 def test_pictures_are_tokenized_in_the_step_without_gradient():
-    """The features equal those made before, and nothing is learnt by the tokenizer."""
+    """The features equal those made before, and nothing is learned by the tokenizer."""
     one, frozen = trainer(), {"tokenizer": tiny.random_params(tiny.TINY, 0)}
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4, 1, 16, 16, 3), dtype=np.uint8)

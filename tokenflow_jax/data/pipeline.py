@@ -243,7 +243,7 @@ def masked_batches(
                     **{key: np.stack([(row or blank)[key] for row in batch]) for key in blank},
                     "mask": np.array([bool(row) for row in batch]),
                 }
-        finally:  # also when nobody asks for the rest
+        finally:  # also when the rest is never asked for
             reader.close()
         if skipped and not any_usable:
             raise ValueError(skipped.nothing_usable("picture"))

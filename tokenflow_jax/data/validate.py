@@ -86,7 +86,7 @@ class Checker:
             detail = f"{length} tokens, cut to {self.max_length}"
             question_T = self.template.prompt_ids(self.text_tokenizer, turns[:1])
             if insertion.merged_length(question_T, self.vectors) >= self.max_length:
-                detail += ", where the first answer has not begun"
+                detail += ", before the first answer starts"
             yield Fault(number, "over length", detail, False)
 
     @functools.cache  # noqa: B019 - each picture is decoded once; a checker lives to the end

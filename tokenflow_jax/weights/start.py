@@ -38,7 +38,7 @@ def take(
 ) -> PyTree:
     """Replace parameters by arrays (lazy or not) of the same paths and shapes, one at a time.
 
-    `params` gives up those that are replaced; those that match a pattern of `fresh` stay. `path`
+    The replaced `params` are freed; those that match a pattern of `fresh` stay. `path`
     and `remedy` go into the error, which lists all arrays that are missing or of another shape.
     """
     ours, places = flatten(params), flatten(shardings)

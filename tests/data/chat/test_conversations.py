@@ -107,8 +107,8 @@ def test_training_skips_the_faults(folder):
     data = Conversations(config(folder))
     batches = conversation_batches.train_batches(data, batch_size=6, seed=3)
     rows = [next(batches) for _ in range(5)]
-    learnt = sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in rows)
-    assert learnt == 20
+    learned = sum(int((batch["labels"] != IGNORE).any(1).sum()) for batch in rows)
+    assert learned == 20
     for batch in rows:
         assert batch["ids"].shape in {(6, 64), (6, 128)} and batch["image"].shape == (
             6,

@@ -35,10 +35,10 @@ def test_training(case):
             continue
         tokens = template.tokenize(golden_tokenizer(name, case["template"]), turns)
         assert tokens.ids_L.tolist() == want["input_ids"]
-        learnt = np.zeros(len(tokens.ids_L), bool)
+        learned = np.zeros(len(tokens.ids_L), bool)
         for start, stop in want["loss_token_spans"]:
-            learnt[start:stop] = True
-        assert tokens.labels_L.tolist() == np.where(learnt, tokens.ids_L, IGNORE).tolist()
+            learned[start:stop] = True
+        assert tokens.labels_L.tolist() == np.where(learned, tokens.ids_L, IGNORE).tolist()
         tried += 1
     assert tried
 
@@ -77,9 +77,9 @@ def test_the_byte_tokenizer_learns_answers_and_their_end(name):
     turns = [(HUMAN, "<image>\nWhat?"), (GPT, "A cät."), (HUMAN, "Sure?"), (GPT, "Yes.")]
     tokens = templates.get_template(name, system="").tokenize(tokenizer, turns)
     assert (tokens.ids_L == IMAGE_ID).sum() == 1
-    learnt = tokens.ids_L[tokens.labels_L != IGNORE]
-    assert learnt.tolist().count(tokenizer.eos_token_id) == 2
-    assert tokenizer.decode(learnt, skip_special_tokens=True).split() == ["A", "cät.", "Yes."]
+    learned = tokens.ids_L[tokens.labels_L != IGNORE]
+    assert learned.tolist().count(tokenizer.eos_token_id) == 2
+    assert tokenizer.decode(learned, skip_special_tokens=True).split() == ["A", "cät.", "Yes."]
     assert templates.get_template(name).stop_ids(tokenizer) == (tokenizer.eos_token_id,)
 
 

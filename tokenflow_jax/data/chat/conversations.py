@@ -97,7 +97,7 @@ class JsonlConversations(LineSource):
             raise Broken("missing image", error.detail) from error
 
     def limit(self, count: int) -> None:
-        """Keep only so many samples, evenly spaced."""
+        """Keep at most this many samples, evenly spaced."""
         self._places = self._places[evenly_spaced(len(self), count)]
 
 

@@ -69,7 +69,7 @@ class EmojiConversations:
         return self._bytes[image]
 
     def limit(self, count: int) -> None:
-        """Keep only so many samples, evenly spaced."""
+        """Keep at most this many samples, evenly spaced."""
         self._samples = [self._samples[i] for i in evenly_spaced(len(self), count)]
 
 

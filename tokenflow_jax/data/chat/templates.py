@@ -184,7 +184,7 @@ def check_roles(turns: Sequence[Turn]) -> None:
     roles = [role for role, _ in turns]
     if not roles or len(roles) % 2 or roles != [HUMAN, GPT] * (len(roles) // 2):
         raise ValueError(
-            f"the turns are by {', '.join(roles) or 'nobody'}; they must alternate, {HUMAN} first, "
+            f"the turns are by {', '.join(roles) or 'no one'}; they must alternate, {HUMAN} first, "
             f"and end with {GPT}"
         )
 
