@@ -174,7 +174,7 @@ def test_the_validator_names_swapped_roles_and_lost_answers(folder, capsys):
     assert validate.run([str(file), "--vectors=4", "--max_length=300"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("line 1: bad order of turns") and "left out" in out[0]
-    assert "where the first answer has not begun" in out[1] and len(out) == 3
+    assert "before the first answer starts" in out[1] and len(out) == 3
 
 
 def test_the_validator_as_a_program(folder):
