@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,16 +12,13 @@ from tokenflow_jax.data import images
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.examples import Broken
 
-if TYPE_CHECKING:
-    from tokenflow_jax.understanding.api import Assistant
-
 Picture = Any  # a path, a PIL image, or uint8 (H, W, 3)
 
 
 class Chat:
     """A conversation, in which a question may bring a picture: `turns` and `pictures` so far."""
 
-    def __init__(self, assistant: "Assistant"):
+    def __init__(self, assistant: Any):  # an `Assistant`, whose `chat` makes this
         self.assistant = assistant
         self.turns: list[Turn] = []
         self.pictures: list[Picture] = []
