@@ -79,3 +79,43 @@ def test_the_command_scores_any_answers(tmp_path):
     assert "accuracy: 0.6667" in done.stdout + done.stderr
     wrong = subprocess.run([*run, "--task=pope"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "checkpoint (or predictions)" in wrong.stderr
+
+
+TWINS = [
+    {"question_id": "p.png", "image": "p.png", "category": "existence", "text": t, "answer": a}
+    for t, a in (("Is there a cat?", "Yes"), ("Is there a dog?", "No"))
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_questions_that_share_an_id_have_answers_of_their_own(tmp_path):
+    questions = understanding.read_questions(write(tmp_path / "q.jsonl", TWINS))
+    rows = [{"question_id": "p.png", "answer": a} for a in ("yes", "no")]
+    answers = understanding.read_answers(write(tmp_path / "a.jsonl", rows))
+    assert understanding.score("mme", questions, answers)["perception"] == 200
+    swapped = understanding.read_answers(write(tmp_path / "a.jsonl", rows[::-1]))
+    assert understanding.score("mme", questions, swapped)["perception"] == 0
+    one = understanding.read_answers(write(tmp_path / "a.jsonl", rows[:1]))
+    with pytest.raises(ValueError, match="1 questions have no answer"):
+        understanding.score("mme", questions, one)
+    many = understanding.read_answers(write(tmp_path / "a.jsonl", [*rows, rows[0]]))
+    with pytest.raises(ValueError, match=r"more answers than questions have the ids \['p.png'\]"):
+        understanding.score("mme", questions, many)
+
+
+def test_the_second_question_of_an_id_is_asked_after_a_kill(tmp_path):
+    class Assistant:
+        def answer(self, texts, pictures, **options):
+            return ["yes" if "cat" in text else "no" for text in texts]
+
+    questions = understanding.read_questions(write(tmp_path / "q.jsonl", TWINS))
+    out = write(tmp_path / "a.jsonl", [{"question_id": "p.png", "answer": "yes"}])
+    task = understanding.TASKS["mme"]
+    understanding.answers_to(out, questions, Assistant(), task, tmp_path)
+    answers = understanding.read_answers(out)
+    assert list(answers.values()) == ["yes", "no"]
+    assert understanding.score("mme", questions, answers)["perception"] == 200

@@ -115,3 +115,26 @@ def test_choice_in_the_published_forms():
     prompt = scores.TASKS["choice"].prompt(questions[2])
     assert prompt.splitlines()[:-1] == ["h", "q", "A. u", "B. v"]
     assert scores.TASKS["pope"].prompt({"text": "<image>\nA cat?"}, "") == "A cat?"
+
+
+@pytest.mark.parametrize(
+    ("options", "truth", "answer", "right"),
+    [
+        (["1", "2", "3", "4"], "3", "3", True),
+        (["1", "2", "3", "4"], "3", "D", False),
+        (["135", "140", "145", "150"], "140", "B", True),
+        (["135", "140", "145", "150"], "140", "140", True),
+        (["cat", "dog", "cow"], 1, "dog", True),  # a place, as in ScienceQA
+        (["one", "1", "2"], "1", "1", True),  # one option after normalization, two before
+        ({"1+": "cat", "2(": "dog"}, "2(", "2(", True),  # keys that mean something in patterns
+    ],
+)
+def test_numbers_among_the_options(options, truth, answer, right):
+    question = {"question": "?", "options": options, "answer": truth}
+    assert scores.score_choice([question], [answer])["accuracy"] == right
+
+
+def test_a_right_answer_that_is_no_option_is_an_error():
+    question = {"question": "?", "options": ["135", "140"], "answer": "7"}
+    with pytest.raises(ValueError, match="'7' is none of the options"):
+        scores.score_choice([question], ["nothing"])

@@ -8,9 +8,11 @@ r"""Score a trained understanding model, or the answers of any model, on a file 
 The file has one JSON object per line, as the benchmarks publish them: `question` or `text`; `image`
 (a path, optional); `answers`, `answer` or `label`; for MME `category`; for multiple choice
 `options`, `choices`, or keys A, B, ... Answers are saved one per line ({"question_id", "answer"})
-as they come, so that the same command continues a killed one.
+as they come, so that the same command continues a killed one. Where questions share an id, as in
+MME's file, answers belong to them in order; ours also note the "occurrence".
 """
 
+import collections
 import functools
 import json
 import os
@@ -25,6 +27,8 @@ from tokenflow_jax import answer, cli
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
 from tokenflow_jax.log import log
 
+_OCCURRENCE = "occurrence"  # number of earlier questions with the same id
+
 
 def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     """Read questions, at most `limit` evenly spaced ones; the line number is the default id."""
@@ -35,6 +39,11 @@ def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     if not parsed:
         raise ValueError(f"{path} has no questions")
     rows = [{"question_id": number} | row for number, row in parsed.items()]
+    seen: collections.Counter = collections.Counter()
+    for row in rows:
+        if earlier := seen[row["question_id"]]:
+            row[_OCCURRENCE] = earlier
+        seen[row["question_id"]] += 1
     count = min(limit or len(rows), len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
@@ -47,23 +56,39 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
+def key_of(question: Question) -> Any:
+    """Return the id of a question, or (id, occurrence) where others before it have the same id."""
+    identity, occurrence = question["question_id"], question.get(_OCCURRENCE, 0)
+    return (identity, occurrence) if occurrence else identity
+
+
 def read_answers(path: str | os.PathLike) -> dict[Any, str]:
-    """Read answers by question id: `answer`, or `text` or `prediction` as others call it."""
-    answers = {}
+    """Read answers by `key_of`: `answer`, or `text` or `prediction` as others call it."""
+    answers: dict[Any, str] = {}
+    seen: collections.Counter = collections.Counter()
     for line in pathlib.Path(path).read_bytes().splitlines():
         row = _parse(line) or {}  # a killed run may leave half a line
         found = next((row[k] for k in ("answer", "text", "prediction") if k in row), None)
         if "question_id" in row and isinstance(found, str):
-            answers[row["question_id"]] = found
+            identity = row["question_id"]
+            if _OCCURRENCE not in row:
+                row[_OCCURRENCE] = seen[identity]
+                seen[identity] += 1
+            answers[key_of(row)] = found
     return answers
 
 
 def score(task: str, questions: Sequence[Question], answers: Mapping[Any, str]) -> dict[str, float]:
-    """Return the figures of a task, a key of TASKS, for answers by question id."""
-    missing = [q["question_id"] for q in questions if q["question_id"] not in answers]
+    """Return the figures of a task, a key of TASKS, for answers by `key_of`."""
+    keys = [key_of(q) for q in questions]
+    missing = [key for key in keys if key not in answers]
     if missing:
         raise ValueError(f"{len(missing)} questions have no answer, for example {missing[:5]}")
-    figures = TASKS[task].score(questions, [answers[q["question_id"]] for q in questions])
+    ids = {q["question_id"] for q in questions}
+    double = [k[0] for k in answers if isinstance(k, tuple) and k[0] in ids and k not in keys]
+    if double:
+        raise ValueError(f"more answers than questions have the ids {double[:5]}: keep one of each")
+    figures = TASKS[task].score(questions, [answers[key] for key in keys])
     return {**figures, "questions": float(len(questions))}
 
 
@@ -77,7 +102,7 @@ def ask(
     batch_size: int = 16,
     max_new: int = 32,
 ) -> Iterator[tuple[Any, str]]:
-    """Ask an `Assistant` the questions, greedily, and yield (question id, answer)."""
+    """Ask an `Assistant` the questions, greedily, and yield (`key_of`, answer)."""
     # Questions with and without a picture have different shapes.
     for has_image in (True, False):
         part = [q for q in questions if bool(q.get("image")) == has_image]
@@ -86,7 +111,7 @@ def ask(
             texts = [task.prompt(q, instruction) for q in rows]
             shown = [folder / q["image"] if has_image else None for q in rows]
             found = assistant.answer(texts, shown, max_new=max_new)
-            yield from zip((q["question_id"] for q in rows), found, strict=True)
+            yield from zip(map(key_of, rows), found, strict=True)
 
 
 def answers_to(
@@ -99,12 +124,14 @@ def answers_to(
 ) -> None:
     """Ask what the file `out` has no answer to, and append every answer; see `ask`."""
     known = read_answers(out) if out.exists() else {}
-    left = [q for q in questions if q["question_id"] not in known]
+    left = [q for q in questions if key_of(q) not in known]
     with out.open("a", encoding="utf-8") as file:
         if known:
             file.write("\n")  # a killed run may have left half a line
-        for identity, text in ask(assistant, task, left, folder, **options):
+        for key, text in ask(assistant, task, left, folder, **options):
+            identity, occurrence = key if isinstance(key, tuple) else (key, 0)
             row = {"question_id": identity, "answer": text}
+            row |= {_OCCURRENCE: occurrence} if occurrence else {}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
 

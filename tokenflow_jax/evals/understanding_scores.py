@@ -135,17 +135,30 @@ def options_of(question: Question) -> dict[str, str]:
 def choice_of(answer: str, options: Mapping[str, str]) -> str | None:
     """Return the letter of an answer: an option's text, a letter in front, or a text inside."""
     answer = answer.strip()
-    letters, own = "".join(options), normalize(answer)
-    equal = [letter for letter, text in options.items() if normalize(text) == own]
-    if len(equal) == 1:
-        return equal[0]
-    found = re.match(rf"(?:answer:?\s*)?\(?([{letters}])([).:,\s]|$)", answer, re.IGNORECASE)
+    own, letters = normalize(answer), {letter.upper(): letter for letter in options}
+    for same in (str.strip, normalize):  # "1" is not "one" where both are options
+        equal = [letter for letter, text in options.items() if same(text) == same(answer)]
+        if len(equal) == 1:
+            return equal[0]
+    keys = "|".join(map(re.escape, sorted(letters, key=len, reverse=True)))
+    found = re.match(rf"(?:answer:?\s*)?\(?({keys})([).:,\s]|$)", answer, re.IGNORECASE)
     # "A dog" is not A: a capital A before a word is taken for the article.
-    alone = len(answer.strip("().:,")) == 1
+    alone = answer.upper() in letters or answer.strip("().:,").upper() in letters
     if found and (alone or (found[1].isupper() and found[1] + found[2] != "A ")):
-        return found[1].upper()
+        return letters[found[1].upper()]
     inside = [letter for letter, text in options.items() if own and normalize(text) in own]
     return inside[0] if len(inside) == 1 else None
+
+
+def right_choice(question: Question, options: Mapping[str, str]) -> str:
+    """Return the letter of the right option, given as its text, its letter or its place from 0."""
+    truth = references_of(question)[0].strip()
+    choice = choice_of(truth, options)
+    if choice is None and truth.isdecimal() and int(truth) < len(options):  # as ScienceQA
+        choice = list(options)[int(truth)]
+    if choice is None:
+        raise ValueError(f"the right answer {truth!r:.80} is none of the options {dict(options)}")
+    return choice
 
 
 def score_choice(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
@@ -153,11 +166,8 @@ def score_choice(questions: Sequence[Question], answers: Sequence[str]) -> dict[
     right, unclear = [], []
     for question, answer in zip(questions, answers, strict=True):
         options = options_of(question)
-        truth = references_of(question)[0].strip()
-        if truth.isdigit() and truth not in options:  # ScienceQA counts from 0
-            truth = list(options)[int(truth)]
         choice = choice_of(answer, options)
-        right.append(choice == choice_of(truth, options))
+        right.append(choice == right_choice(question, options))
         unclear.append(choice is None)
     return {"accuracy": _mean(right), "unclear": _mean(unclear)}
 
