@@ -80,6 +80,17 @@ def test_uint8_and_float_are_the_same_picture(tiny, pictures):
     np.testing.assert_array_equal(tiny.encode(pictures), tiny.encode(as_float))
 
 
+def test_floats_have_the_range_that_is_named(tiny, pictures):
+    codes, unit = tiny.encode(pictures), pictures.astype(np.float32) / 255
+    agree = np.asarray(tiny.encode(unit, value_range=(0, 1)) == codes).mean()
+    assert agree > 0.99  # 2 * (x / 255) - 1 rounds differently from x / 127.5 - 1
+    assert np.asarray(tiny.encode(unit, value_range=(-1, 1)) == codes).mean() < 0.9
+    with pytest.raises(ValueError, match=r"not \[0, 1\]"):
+        tiny.encode(2 * unit - 1, value_range=(0, 1))
+    with pytest.raises(ValueError, match="value_range"):
+        tiny.encode(unit, value_range=(0, 255))
+
+
 def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
     tiny.encode(pictures)
     size = tiny.compiled["encode"]._cache_size()
@@ -92,9 +103,10 @@ def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
     [
         (np.zeros((1, 20, 20, 3), np.uint8), r"\(batch, 16, 16, 3\)"),
         (np.zeros((16, 16, 3), np.uint8), "16, 16, 3"),
-        (np.full((1, 16, 16, 3), 200.0), r"span 0 to 200.*give uint8"),
+        (np.full((1, 16, 16, 3), 200.0), r"span 200 to 200.*give uint8"),
         (np.full((1, 16, 16, 3), np.nan, np.float32), r"not \[-1, 1\]"),
         (np.zeros((1, 16, 16, 3), np.int64), "dtype int64"),
+        (np.full((1, 16, 16, 3), 0.5, np.float32), r"say value_range=\(0, 1\)"),
     ],
 )
 def test_bad_images(tiny, images, message):

@@ -119,16 +119,20 @@ class Tokenizer:
         with full_precision(self.dtype):
             return self.compiled[name](self.params, array)
 
-    def encode(self, images: np.ndarray | jax.Array) -> jax.Array:
+    def encode(
+        self, images: np.ndarray | jax.Array, value_range: tuple[int, int] | None = None
+    ) -> jax.Array:
         """Turn images into int32 codes (B, L), coarse to fine, row by row within a scale.
 
         Args:
-          images: uint8 (B, H, H, 3), or float (B, H, H, 3) in [-1, 1]; H = config.image_size.
+          images: uint8 or float (B, H, H, 3); H = config.image_size.
+          value_range: of floats, (-1, 1) or (0, 1). None takes [-1, 1], but refuses a batch without
+            a negative value, which is far more likely to be [0, 1].
 
         Raises:
           ValueError: wrong shape, dtype or range, or values that are not finite.
         """
-        return self._run("encode", self._images(images))
+        return self._run("encode", self._images(images, value_range))
 
     def decode(self, codes_BL: np.ndarray | jax.Array | Sequence) -> jax.Array:
         """Turn codes into float32 images (B, H, H, 3), nominally in [-1, 1], not clamped.
@@ -150,7 +154,7 @@ class Tokenizer:
         """Return the teacher's patch features rebuilt from codes: (B, N, teacher_width)."""
         return self._run("semantics", self._maps(codes_BL))
 
-    def _images(self, images) -> np.ndarray | jax.Array:
+    def _images(self, images, value_range) -> np.ndarray | jax.Array:
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(
@@ -161,13 +165,22 @@ class Tokenizer:
             return to_float(np.asarray(images))
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images of dtype {images.dtype}: give uint8, or floats in [-1, 1]")
-        low, high = float(images.min(initial=0.0)), float(images.max(initial=0.0))
-        if not (low >= -1.001 and high <= 1.001):  # also false for NaN
+        if value_range not in (None, (-1, 1), (0, 1)):
+            raise ValueError(f"value_range {value_range!r}: one of (-1, 1), (0, 1)")
+        low, high = float(images.min(initial=np.inf)), float(images.max(initial=-np.inf))
+        least = 0 if value_range == (0, 1) else -1
+        if images.size and not (low >= least - 1e-3 and high <= 1.001):  # also false for NaN
             raise ValueError(
-                f"float images span {low:g} to {high:g}, not [-1, 1]; for 0..255 give uint8, for "
-                "0..1 give 2 * images - 1"
+                f"float images span {low:g} to {high:g}, not [{least}, 1]; for 0..255 give uint8, "
+                "for 0..1 value_range=(0, 1)"
             )
-        return images.astype(np.float32)
+        if value_range is None and low >= 0 and images.size:
+            raise ValueError(
+                f"float images span {low:g} to {high:g}: say value_range=(0, 1), as ToTensor gives "
+                "them, or (-1, 1)"
+            )
+        images = images.astype(np.float32)
+        return 2 * images - 1 if least == 0 else images
 
     def _maps(self, codes_BL) -> jax.Array:
         codes_BL = np.asarray(codes_BL)
