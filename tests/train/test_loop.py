@@ -244,3 +244,17 @@ def test_two_runs_cannot_share_a_workdir(tmp_path):
 def test_metrics_file_is_json_lines(uninterrupted):
     for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line)["step"], int)
+
+
+def test_a_failing_last_evaluation_loses_no_step(tmp_path, monkeypatch):
+    def fail(stage, state):
+        raise RuntimeError("no such label")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(toy_stage.ToyStage, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="no such label"):
+            toy_stage.run(tmp_path, eval_every=0)
+    assert (tmp_path / "checkpoints" / "40").exists()
+    toy_stage.run(tmp_path, eval_every=0)  # only evaluates
+    history = metrics.read_history(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in history if "eval/l2" in line] == [40]

@@ -55,6 +55,8 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
         step = first_step = int(state.step)
         recorder = Recorder(stage, options, workdir, checkpoints, saved_config, origin, step)
         try:
+            if step:  # killed after the save and before the evaluation of this step
+                recorder.evaluate_if_due(step, state)
             while step < options.total_steps and not stop.requested(checkpoints, step):
                 batch = next(data)  # already on the device, unless the data is too slow
                 state, scalars = stage.step(state, batch)
@@ -63,10 +65,8 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
                 recorder.after_dispatch(step, scalars, data.last_wait)
                 if step == first_step + 1:
                     recorder.finish_compilation()
-                recorder.evaluate_if_due(step, state)
                 if options.due(options.checkpoint_every, step):
-                    recorder.save(step, state, data)
-            if step == options.total_steps:  # a finished run may not have been evaluated yet
+                    recorder.save(step, state, data)  # first: an evaluation may fail, or be stopped
                 recorder.evaluate_if_due(step, state)
             if step != checkpoints.latest_step():
                 recorder.save(step, state, data)
