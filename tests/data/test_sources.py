@@ -104,6 +104,22 @@ def test_folder_of_split_folders(tmp_path):
     assert len(sources.FolderSource(tmp_path, "train")) == 4
 
 
+def test_folders_without_pictures_beside_splits_do_not_count(tmp_path):
+    write_folder(tmp_path, ["train/cat/1.png", "val/cat/2.png"])
+    for beside in ("__MACOSX/val/._2.png", "annotations/train.json", "empty/deep/notes.txt"):
+        (tmp_path / beside).parent.mkdir(parents=True)
+        (tmp_path / beside).write_text("not a picture")
+    train = sources.FolderSource(tmp_path, "train")
+    assert (names_of(train), train.classes) == (["cat/1.png"], ["cat"])
+    assert names_of(sources.FolderSource(tmp_path, "heldout")) == ["cat/2.png"]
+
+
+def test_splits_taken_as_classes_are_a_warning(tmp_path, caplog):
+    write_folder(tmp_path, ["train/1.png", "val/2.png", "bus/3.png"])
+    assert sources.FolderSource(tmp_path, "train").classes == ["bus", "train", "val"]
+    assert f"{tmp_path}: ['train', 'val'] are taken as classes, not as splits" in caplog.text
+
+
 def test_folder_with_only_a_train_part_has_no_heldout(tmp_path):
     write_folder(tmp_path, ["train/1.png"])
     with pytest.raises(ValueError, match=r"\['train'\], none of which is split 'heldout'"):

@@ -1,5 +1,6 @@
 """Prompts as ids: the reference's prefixes, the built-in tokenizers, hostile prompts."""
 
+import io
 import json
 import logging
 
@@ -137,6 +138,31 @@ def test_loading(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="holds no text tokenizer"):
         text.load_text_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "BertTokenizer"])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path, kind):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*(vocabulary is missing|holds no text)"):
+        text.load_text_tokenizer(tmp_path)
+
+
+def test_code_of_a_tokenizer_folder_never_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizer\n"
+        "class Own(PreTrainedTokenizer): pass\n"
+    )
+    automatic = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(automatic))
+    (tmp_path / "config.json").write_text('{"model_type": "own"}')
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ValueError, match="without running code"):
+        text.load_text_tokenizer(tmp_path)
+    assert not ran.exists()
 
 
 def test_a_folder_of_hugging_face(tmp_path):

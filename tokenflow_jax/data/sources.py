@@ -10,6 +10,7 @@ import contextlib
 import glob
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
@@ -46,7 +47,7 @@ class EmojiSource(list):
 class FolderSource:
     """All images below a folder, sorted by path; the first sub-folder is the class.
 
-    When the folder holds only sub-folders named train, heldout, validation, val or test, these are
+    When pictures lie only in sub-folders named train, heldout, validation, val or test, these are
     the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100 pictures
     both are everything, and the log says so. Validation, val and test mean heldout.
     """
@@ -55,22 +56,24 @@ class FolderSource:
         root = pathlib.Path(folder)
         if not os.fspath(folder) or not root.is_dir():
             raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
-        root, divide = _split_folder(root, split)
+        if split not in (*SPLITS, *HELDOUT_NAMES):
+            raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
         names = _image_names(root)
         if not names:
             raise ValueError(
                 f"{root} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
             )
-        all_names = names
-        if root != pathlib.Path(folder):
-            # The sub-folders are splits: a class must have the same number in all of them.
-            splits = [path for path in root.parent.iterdir() if path.is_dir()]
-            all_names = [name for path in splits for name in _image_names(path)]
-        self.classes = sorted({name.split("/")[0] for name in all_names if "/" in name})
+        divided = split != "all" and _are_splits(root, names)
+        # Of all splits: a class must have the same number in each.
+        paths = [name.split("/")[divided:] for name in names]
+        self.classes = sorted({path[0] for path in paths if len(path) > 1})
         self.numbers = ("label",) if self.classes else ()
-        if divide and len(names) >= MIN_TO_SPLIT:
+        if divided:
+            root /= (part := _split_folder(root, names, split))
+            names = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        elif split != "all" and len(names) >= MIN_TO_SPLIT:
             names = [name for name in names if is_heldout(name) == (split != "train")]
-        elif divide and split != "train":
+        elif split not in ("all", "train"):
             logging.warning(
                 "%s has %d pictures, fewer than %d: none are held out, so the figures of split %r "
                 "are on training pictures", root, len(names), MIN_TO_SPLIT, split,
@@ -86,19 +89,24 @@ class FolderSource:
         return {"name": name, **label, "bytes": images.read_file(self._root, name)}
 
 
-def _split_folder(root: pathlib.Path, split: str) -> tuple[pathlib.Path, bool]:
-    """Return the folder of a split's pictures, and True if they must be divided by name."""
-    if split not in (*SPLITS, *HELDOUT_NAMES):
-        raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
-    if split == "all":
-        return root, False
-    subfolders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+def _are_splits(root: pathlib.Path, names: Sequence[str]) -> bool:
+    """Return whether the sub-folders that hold pictures are splits; others do not count."""
+    subfolders = {name.split("/")[0] for name in names if "/" in name}
+    named = subfolders & {"train", *HELDOUT_NAMES}
     # All of them, because "train" may well be a class of vehicles among other classes.
-    if not subfolders or not subfolders <= {"train", *HELDOUT_NAMES}:
-        return root, True
+    if "train" in named and len(named) > 1 and named != subfolders:
+        logging.warning(
+            "%s: %s are taken as classes, not as splits, because %s hold pictures too; if they are "
+            "splits, move the others away", root, sorted(named), sorted(subfolders - named),
+        )  # fmt: skip
+    return bool(named) and named == subfolders
+
+
+def _split_folder(root: pathlib.Path, names: Sequence[str], split: str) -> str:
+    subfolders = {name.split("/")[0] for name in names if "/" in name}
     for name in [split] if split == "train" else [split, *HELDOUT_NAMES]:
         if name in subfolders:
-            return root / name, False
+            return name
     raise ValueError(
         f"{root} is divided into {sorted(subfolders)}, none of which is split {split!r}; add that "
         "sub-folder, or name one of these as data.path"

@@ -24,6 +24,7 @@ from absl import logging
 OPEN, CLOSE = "<img>", "</img>"
 BYTES, WORDS = "bytes", "words"  # the built-in tokenizers
 _SHORTEST = 8  # prefixes for sampling are at least this long
+_PROBE = "a red apple"  # comes back from every usable text tokenizer
 
 
 class _BuiltIn:
@@ -105,11 +106,21 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
             "pip install 'tokenflow_jax[text]'"
         ) from error
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
+        probe = tokenizer.decode(tokenizer.encode(_PROBE), skip_special_tokens=True)
+    except Exception as error:  # a broken file can raise anything
         raise ValueError(
-            f"{name} holds no text tokenizer that transformers can open: {str(error)[:300]}"
+            f"{name} holds no text tokenizer that transformers can open without running code of "
+            f"that folder: {str(error)[:300]}"
         ) from error
+    if probe.lower().split() != _PROBE.split():
+        raise ValueError(
+            f"the text tokenizer in {name} turns {_PROBE!r} into {probe[:80]!r}: its vocabulary is "
+            "missing; add tokenizer.json or tokenizer.model"
+        )
+    return tokenizer
 
 
 @dataclasses.dataclass
