@@ -102,7 +102,7 @@ def fails(error):
         (["word"], None, "unexpected argument 'word'; options begin with --"),
         ([], fails(ValueError("k is 3, at most 2")), "k is 3, at most 2"),
         ([], fails(PermissionError(13, "Permission denied", "x")), "Permission denied: 'x'"),
-        ([], lambda options: cli.require(options, "count", "kind"), "say --kind"),
+        ([], lambda options: cli.require(options, "count", "kind"), "missing --kind"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(capsys, arguments, main, message):

@@ -190,7 +190,7 @@ def test_codes_in_memory(tokenizer, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "say --checkpoint and --out"),
+        ((), "missing --checkpoint and --out"),
         (("--checkpoint=x", "--out=y", "--shard_index=0"), "go together"),
     ],
 )

@@ -23,7 +23,7 @@ from tokenflow_jax import cli
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint")
     if not options.question and not options.chat:
-        raise ValueError("say what to ask with --question, or --chat to ask from the terminal")
+        raise ValueError("nothing to ask: give --question, or --chat to ask from the terminal")
     assistant = load_assistant(options)
     names = ("max_new", "temperature", "top_k", "top_p", "seed")
     chosen = {name: options[name].value for name in names}

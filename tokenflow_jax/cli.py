@@ -79,7 +79,7 @@ def run(
 def require(options: flags.FlagValues, *names: str) -> None:
     """Raise ValueError that lists every named flag without a value."""
     if missing := [f"--{name}" for name in names if not options[name].value]:
-        raise ValueError(f"say {' and '.join(missing)}")
+        raise ValueError(f"missing {' and '.join(missing)}")
 
 
 def _parse(options: flags.FlagValues, argv: Sequence[str], positional: str) -> None:

@@ -142,7 +142,7 @@ def main(options: flags.FlagValues) -> None:
     if asks and not options.checkpoint:
         missing.append("--checkpoint (or predictions)")
     if missing:
-        raise ValueError(f"say {' and '.join(missing)}")
+        raise ValueError(f"missing {' and '.join(missing)}")
     questions = read_questions(options.file, options.limit)
     out = pathlib.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
     if asks:
