@@ -98,7 +98,7 @@ def _gradients_of(trainer):
         batch_stats = state.discriminator.batch_stats
         key = jax.random.key(0)
         stats, (gradients, metrics), tokens = trainer._gradients(
-            state, batch_stats, frozen, images, keep_S, key
+            state, frozen, keep_S, batch_stats, images, key
         )
         return stats, (gradients, metrics, tokens)
 
