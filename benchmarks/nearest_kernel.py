@@ -18,17 +18,9 @@ import subprocess
 import sys
 import tempfile
 
+from tokenflow_jax.parallel.chips import COMPILER_ONLY
+
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-_QUIET = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 
 def scheduled_bundles(folder: pathlib.Path) -> dict[str, int]:
@@ -103,7 +95,8 @@ def main() -> None:
                 command += [f"--topology={topology}", f"--folder={folder}"]
                 command += [f"--tokens={options.tokens}", f"--codes={options.codes}"]
                 dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-                environment = os.environ | _QUIET | {"LIBTPU_INIT_ARGS": dump}
+                environment = os.environ | COMPILER_ONLY
+                environment |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump}
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 result = done.stdout.strip() if done.returncode == 0 else done.stderr[-2000:]
                 print(f"{topology:<12} {form:<7} {result}", flush=True)

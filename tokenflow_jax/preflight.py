@@ -23,19 +23,9 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from tokenflow_jax import cli, stages
-from tokenflow_jax.parallel.chips import Topology, parse_topology
+from tokenflow_jax.parallel.chips import COMPILER_ONLY, Topology, parse_topology
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
-_QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 
 class Compiled(NamedTuple):
@@ -254,7 +244,7 @@ def define_flags(define: cli.Define) -> None:
 def run(argv: Sequence[str] | None = None) -> int:
     # Tracing and compiling need no device; a TPU of this machine must stay free.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in _QUIET.items():
+    for name, value in COMPILER_ONLY.items():
         os.environ.setdefault(name, value)
     return cli.run("preflight", main, define_flags, argv, config=True, runtime=False)
 

@@ -12,23 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenflow_jax.parallel import nearest_kernel
+from tokenflow_jax.parallel import chips, nearest_kernel
 from tokenflow_jax.tokenizer import quantizer
 
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 # 32 images of 2 x 2 + 8 x 8 tokens by 131,072 codes would be 1.1 GB.
 MOST_TEMPORARIES = 384 * 2**20
-# libtpu as a compiler only: ask no metadata server, lock no device, log errors only.
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "none",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 
 def run(*arguments, **environment):
@@ -138,7 +128,7 @@ def check(topology, *programs):
     assert importlib.util.find_spec("libtpu"), (
         "this test compiles for TPUs with libtpu: pip install libtpu (no TPU is needed)"
     )
-    for result in run(topology, *programs, **QUIET):
+    for result in run(topology, *programs, **chips.COMPILER_ONLY):
         assert result["kernel"], result
         assert result["temporaries"] < MOST_TEMPORARIES, result
         assert not result.get("gathers"), result

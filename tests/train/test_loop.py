@@ -258,3 +258,10 @@ def test_a_failing_last_evaluation_loses_no_step(tmp_path, monkeypatch):
     toy_stage.run(tmp_path, eval_every=0)  # only evaluates
     history = metrics.read_history(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in history if "eval/l2" in line] == [40]
+
+
+def test_a_resumed_run_computes_no_first_state(tmp_path, monkeypatch):
+    """It can cost a k-means of the data, and memory for a second state."""
+    toy_stage.run(tmp_path, total_steps=2)
+    monkeypatch.setattr(toy_stage.ToyStage, "init", None)
+    assert int(toy_stage.run(tmp_path, total_steps=4).state.step) == 4

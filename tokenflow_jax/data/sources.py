@@ -10,7 +10,7 @@ import contextlib
 import glob
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Set
 from typing import Any
 
 from absl import logging
@@ -63,13 +63,14 @@ class FolderSource:
             raise ValueError(
                 f"{root} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
             )
-        divided = split != "all" and _are_splits(root, names)
+        subfolders = {name.split("/")[0] for name in names if "/" in name}  # those with pictures
+        divided = split != "all" and _are_splits(root, subfolders)
         # Of all splits: a class must have the same number in each.
         paths = [name.split("/")[divided:] for name in names]
         self.classes = sorted({path[0] for path in paths if len(path) > 1})
         self.numbers = ("label",) if self.classes else ()
         if divided:
-            root /= (part := _split_folder(root, names, split))
+            root /= (part := _split_folder(root, subfolders, split))
             names = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         elif split != "all" and len(names) >= MIN_TO_SPLIT:
             names = [name for name in names if is_heldout(name) == (split != "train")]
@@ -89,9 +90,7 @@ class FolderSource:
         return {"name": name, **label, "bytes": images.read_file(self._root, name)}
 
 
-def _are_splits(root: pathlib.Path, names: Sequence[str]) -> bool:
-    """Return whether the sub-folders that hold pictures are splits; others do not count."""
-    subfolders = {name.split("/")[0] for name in names if "/" in name}
+def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
     named = subfolders & {"train", *HELDOUT_NAMES}
     # All of them, because "train" may well be a class of vehicles among other classes.
     if "train" in named and len(named) > 1 and named != subfolders:
@@ -102,8 +101,7 @@ def _are_splits(root: pathlib.Path, names: Sequence[str]) -> bool:
     return bool(named) and named == subfolders
 
 
-def _split_folder(root: pathlib.Path, names: Sequence[str], split: str) -> str:
-    subfolders = {name.split("/")[0] for name in names if "/" in name}
+def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
     for name in [split] if split == "train" else [split, *HELDOUT_NAMES]:
         if name in subfolders:
             return name

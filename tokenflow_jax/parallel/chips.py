@@ -4,6 +4,17 @@ import math
 import re
 from typing import NamedTuple
 
+# Environment of libtpu as a mere compiler: ask no metadata server, lock no device, log errors only.
+COMPILER_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "none",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
 
 class Chip(NamedTuple):
     """One kind of accelerator; figures are per chip."""

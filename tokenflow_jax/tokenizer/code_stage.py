@@ -33,6 +33,7 @@ class CodeStage(Stage):
 
     part: Part
     tokenizer: Tokenizer
+    frozen_name = "frozen tokenizer"
 
     def __init__(self, config: Any, mesh: mesh.Mesh, platform: str | None = None):
         super().__init__(config, mesh, platform)

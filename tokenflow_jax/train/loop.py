@@ -98,14 +98,13 @@ def restore_or_initialize(
     data: DevicePrefetcher,
 ) -> tuple[State, str]:
     """Return the state by the order of `train_and_evaluate`, and a line about its origin."""
-    state = stage.init()
-    log_parameters(state.params, checkpoints.directory.parent)
+    log_parameters(stage.state_shapes.params, checkpoints.directory.parent)
     step = checkpoints.latest_step()
     if step is not None:
         check_config_change(checkpoints.read_info(step)["config"], config, checkpoints.path(step))
-        del state  # before its successor takes the memory
         state = checkpoints.restore(step, stage.state_shapes, data)
         return state, f"continued from checkpoint {checkpoints.path(step)} (step {step})"
+    state = stage.init()
     if config.get("init_from"):
         state, text = stage.warm_start(state)
         return state, f"warm start: {text}"

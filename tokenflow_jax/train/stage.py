@@ -38,6 +38,7 @@ class Stage(abc.ABC):
     Attributes:
       name: for logs and the report.
       headline: metrics of the progress line, in order; all losses when empty.
+      frozen_name: what `frozen` is, for reports.
       config: ConfigDict; a stage may fill in what a checkpoint must know about itself.
       mesh: from `meshes.make_mesh`, or an abstract one.
       platform: "tpu", "gpu" or "cpu": where it will run.
@@ -47,6 +48,7 @@ class Stage(abc.ABC):
 
     name: str
     headline: tuple[str, ...] = ()
+    frozen_name: str = "frozen networks"
 
     def __init__(self, config: Any, mesh: meshes.Mesh, platform: str | None = None):
         """Check the config; no weights and no data are read."""
@@ -152,8 +154,7 @@ class Stage(abc.ABC):
             out_shardings=(shardings[0], meshes.replicated(self.mesh)),
         )
         arguments = (self.state_shapes, frozen, self.batch_shapes)
-        frozen_name = "frozen networks" if self.name == "tokenizer" else "frozen tokenizer"
-        parts = self.parts | {frozen_name: frozen, "batch": self.batch_shapes}
+        parts = self.parts | {self.frozen_name: frozen, "batch": self.batch_shapes}
         return Program(self.trainer.step, compiled, arguments, parts)
 
     def step(self, state: State, batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
