@@ -21,7 +21,8 @@ import pytest  # noqa: E402 - after the environment is set
 
 
 @pytest.fixture(autouse=True)
-def run_log(caplog):
-    """Lets pytest capture the progress lines of a run."""
+def run_log(caplog, monkeypatch):
+    """Lets pytest capture the progress lines of a run, also after a program took the log over."""
+    monkeypatch.setattr(logging.getLogger("tokenflow_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="tokenflow_jax"):
         yield

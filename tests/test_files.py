@@ -57,3 +57,41 @@ def test_a_full_disk_is_recognized(error):
 
 def test_another_error_is_not_a_full_disk():
     assert files.full_disk(ValueError("shape (2, 3) does not fit (3, 2)")) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"[" * 100_000, "too deep"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": ', "not JSON"),
+        (b"1" * 5000, "not JSON"),
+        (b'["a"]', r"holds \['a'\], not a JSON object"),
+        (b'{"b": 1}', "lacks 'a'"),
+        (b'"' + b"x" * 10**6 + b'"', "not a JSON object"),
+        (b" " * (files._MOST_JSON + 1), "the limit is"),
+    ],
+)
+def test_a_json_file_is_read_or_named_in_a_short_error(tmp_path, content, error):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=error) as raised:
+        files.read_json(tmp_path / "config.json", keys=("a",), remedy="; fetch it again")
+    assert str(tmp_path / "config.json") in str(raised.value)
+    assert str(raised.value).endswith("; fetch it again") and len(str(raised.value)) < 500
+
+
+def test_a_json_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": [1]}')
+    assert files.read_json(tmp_path / "a.json") == {"a": [1]}
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises((ValueError, OSError), match=r"not a regular file|Is a directory"):
+            files.read_bytes(path, 10)
+    (tmp_path / "large").write_bytes(b"x" * 11)
+    with pytest.raises(ValueError, match="11 bytes, the limit is 10"):
+        files.read_bytes(tmp_path / "large", 10)
+    with pytest.raises(ValueError, match=r"missing.json cannot be read \(.*No such file"):
+        files.read_json(tmp_path / "missing.json")

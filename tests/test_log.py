@@ -20,3 +20,9 @@ def test_only_tensorstore_is_hushed(monkeypatch):
     runlog.sys.unraisablehook(unraisable(RuntimeError("Event loop is closed")))
     runlog.sys.unraisablehook(other)
     assert seen == [other]
+
+
+def test_no_control_character_of_a_file_reaches_the_terminal(capsys):
+    runlog.set_up()
+    runlog.log.warning("skipped %s", "a\x1b]0;title\x07.png")
+    assert capsys.readouterr().err.endswith("WARNING skipped a\\x1b]0;title\\x07.png\n")

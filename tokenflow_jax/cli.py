@@ -15,6 +15,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from tokenflow_jax import config_flag, log
+from tokenflow_jax.messages import printable
 from tokenflow_jax.parallel import distributed
 
 
@@ -72,7 +73,7 @@ def run(
     except (ValueError, OSError) as error:
         if absl_logging.level_debug():
             raise
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{program}: {error}"), file=sys.stderr, flush=True)
         return 2
 
 

@@ -1,18 +1,91 @@
-"""Files: atomic writing, and removing directories that are still being written."""
+"""Files: reading untrusted ones, atomic writing, removing directories still being written."""
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 from etils import epath
+
+from tokenflow_jax.messages import one_line, shown
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 _STILL_WRITTEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY)
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.2
+# Bytes of JSON read at once: as Python objects they take up to 25 times as many.
+_MOST_JSON = 32 * 2**20
+
+
+def read_bytes(path: str | os.PathLike, most: int) -> bytes:
+    """Return the content of a regular file of at most `most` bytes.
+
+    Raises:
+      ValueError: it is larger, or a device, a pipe or a folder; nothing was read.
+      OSError: it is missing or cannot be read.
+    """
+    if "://" in os.fspath(path):
+        return epath.Path(path).read_bytes()
+    # Without waiting: a pipe that nobody writes to would block.
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(number, "rb") as file:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{os.fspath(path)!r} is not a regular file")
+        if status.st_size > most:
+            raise ValueError(
+                f"{os.fspath(path)!r} has {status.st_size:,} bytes, the limit is {most:,}"
+            )
+        return file.read(most)
+
+
+def read_json(
+    path: str | os.PathLike, kind: type = dict, keys: Collection[str] = (), remedy: str = ""
+) -> Any:
+    """Return the JSON value of a file; see `parse_json`. A missing file is a ValueError, too."""
+    try:
+        data = read_bytes(path, _MOST_JSON)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read ({error}){remedy}") from None
+    return parse_json(data, os.fspath(path), kind, keys, remedy)
+
+
+def parse_json(
+    data: bytes, where: str, kind: type = dict, keys: Collection[str] = (), remedy: str = ""
+) -> Any:
+    """Return the JSON value of bytes in UTF-8.
+
+    Args:
+      where: what the data are, for errors.
+      kind: the type that the value must have.
+      keys: of an object, those that it must have.
+      remedy: ends every error, such as "; fetch it again".
+
+    Raises:
+      ValueError: the data are no JSON, too large or too deep, or not as `kind` and `keys` say.
+    """
+    if len(data) > _MOST_JSON:
+        raise ValueError(
+            f"{where}: JSON of {len(data):,} bytes, the limit is {_MOST_JSON:,}{remedy}"
+        )
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({one_line(error)}){remedy}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # ValueError: also too many digits
+        reason = "too deep" if isinstance(error, RecursionError) else one_line(error)
+        raise ValueError(f"{where} is not JSON ({reason}){remedy}") from None
+    if not isinstance(value, kind):
+        wanted = {dict: "object", list: "array"}.get(kind, kind.__name__)
+        raise ValueError(f"{where} holds {shown(value)}, not a JSON {wanted}{remedy}")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}{remedy}")
+    return value
 
 
 def full_disk(error: Exception) -> str | None:

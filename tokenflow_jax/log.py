@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from tokenflow_jax.messages import printable
+
 log = logging.getLogger("tokenflow_jax")
 Item = TypeVar("Item")
 _PROGRESS_S = 5.0  # between progress lines
@@ -33,13 +35,18 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def set_up(verbose: bool = True) -> None:
     """Send this project's log to the terminal, info lines if `verbose`; may be repeated."""
     out, err = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
-    out.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    err.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    out.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    err.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     log.handlers[:] = [out, err]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     log.propagate = False

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
-from absl import logging
+
+from tokenflow_jax.log import log
 
 SPLITS = ("train", "heldout", "all")
 # Other names of the split that never trains.
@@ -52,9 +53,9 @@ class Skipped:
             self._reasons[name] = error.reason
             count = len(self._reasons)
         if count <= _LOGGED:
-            logging.warning("%s: skipped %s: %s", self._data, name, error)
+            log.warning("%s: skipped %s: %s", self._data, name, error)
         elif count.bit_count() == 1:  # 32, 64, 128, ...
-            logging.warning("%s: skipped %d so far: %s", self._data, count, self.counts())
+            log.warning("%s: skipped %d so far: %s", self._data, count, self.counts())
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples left out, by reason."""

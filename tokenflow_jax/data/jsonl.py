@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
+from tokenflow_jax.log import log
 
 _KEEP_FROM = 100_000  # lines; smaller files are indexed at every start
 _VERSION = 1  # of the index file; one of another version is replaced
@@ -87,7 +87,7 @@ class Lines:
         """Return the indices of "all", "train" or "heldout" lines; of a small file always all."""
         if name == "all" or len(self) < MIN_TO_SPLIT:
             if name == "heldout":
-                logging.warning(
+                log.warning(
                     "%s has %d lines, fewer than %d: none are held out, so the figures are on "
                     "training data", self.file, len(self), MIN_TO_SPLIT,
                 )  # fmt: skip
@@ -117,7 +117,7 @@ class Lines:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            logging.warning("%s cannot be used (%s): indexing the lines again", self._kept, error)
+            log.warning("%s cannot be used (%s): indexing the lines again", self._kept, error)
             return None
 
     def _keep(self, columns: dict[str, np.ndarray]) -> None:
@@ -129,7 +129,7 @@ class Lines:
             partial.replace(self._kept)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            logging.warning(
+            log.warning(
                 "%s cannot be written (%s): every start goes through the %d lines of %s again",
                 self._kept, error, len(columns["offsets"]), self.file.name,
             )  # fmt: skip

@@ -13,12 +13,12 @@ import pathlib
 from collections.abc import Set
 from typing import Any
 
-from absl import logging
 from array_record.python import array_record_data_source
 
 from tokenflow_jax.data import images, records
 from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
 from tokenflow_jax.data.jsonl import JsonlSource
+from tokenflow_jax.log import log
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
 GROUPS = (
@@ -75,7 +75,7 @@ class FolderSource:
         elif split != "all" and len(names) >= MIN_TO_SPLIT:
             names = [name for name in names if is_heldout(name) == (split != "train")]
         elif split not in ("all", "train"):
-            logging.warning(
+            log.warning(
                 "%s has %d pictures, fewer than %d: none are held out, so the figures of split %r "
                 "are on training pictures", root, len(names), MIN_TO_SPLIT, split,
             )  # fmt: skip
@@ -94,7 +94,7 @@ def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
     named = subfolders & {"train", *HELDOUT_NAMES}
     # All of them, because "train" may well be a class of vehicles among other classes.
     if "train" in named and len(named) > 1 and named != subfolders:
-        logging.warning(
+        log.warning(
             "%s: %s are taken as classes, not as splits, because %s hold pictures too; if they are "
             "splits, move the others away", root, sorted(named), sorted(subfolders - named),
         )  # fmt: skip

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
+
+from tokenflow_jax.log import log
 
 OPEN, CLOSE = "<img>", "</img>"
 BYTES, WORDS = "bytes", "words"  # the built-in tokenizers
@@ -205,7 +206,7 @@ class PromptEncoder(PromptIds):
             if self._example:
                 return
             self._example = f"{prompt[:40]!r}..."
-        logging.warning(
+        log.warning(
             "a prompt of %d ids is cut to the %d of the text budget: %s",
             length, self.budget, self._example,
         )  # fmt: skip
