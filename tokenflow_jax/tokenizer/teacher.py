@@ -1,5 +1,6 @@
 """The frozen teacher whose patch features the semantic half learns to reconstruct."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,19 +12,21 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from tokenflow_jax import files
+from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalize
 from tokenflow_jax.nets.vit import ViT, ViTConfig
+from tokenflow_jax.weights.conversion import different_shapes
+from tokenflow_jax.weights.formats.safetensors import read_metadata, read_safetensors
 from tokenflow_jax.weights.names.encoders import load_encoder
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 PyTree = Any
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "teacher.safetensors"
 SOURCES = (*ENCODERS, "shipped", "random", "none")  # random: for benchmarks
-_KEY = "teacher"
+_KEY, _ABOUT = "teacher", ("vit", "mean", "std")
 
 
 class Teacher(NamedTuple):
@@ -69,9 +72,7 @@ def make_teacher(
     if source == "none":
         return None
     if source == "shipped":
-        about, _ = load_shipped()
-        vit = ViT(ViTConfig(**about["vit"]), dtype)
-        return Teacher(vit, tuple(about["mean"]), tuple(about["std"]))
+        return _shipped(load_shipped()[0], dtype)
     kind = encoder_kind(semantic_encoder if source == "random" else source)
     return Teacher(kind.module(kind.config(**config.vit), dtype), kind.mean, kind.std)
 
@@ -98,18 +99,34 @@ def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
       `about["std"]` the normalization of pictures in 0..1, `about["knn"]` its measured k-NN
       accuracy; params are nested float32 arrays for `nets.vit.ViT`.
     """
-    path = pathlib.Path(path or ASSET)
-    if not path.is_file():
+    path = os.fspath(path or ASSET)
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: no teacher weights there; make them with tools/teacher/train.py")
+    tensors = read_safetensors(path)
+    text, remedy = read_metadata(path).get(_KEY, ""), ": not a file of tools/teacher/train.py"
+    about = files.parse_json(text.encode(), f"{path}, its {_KEY!r}", dict, _ABOUT, remedy)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} has no {_KEY!r} metadata: not a file of tools/teacher/train.py")
-    return about, unflatten({name: array.astype(np.float32) for name, array in arrays.items()})
+        teacher = _shipped(about)
+        wrong = different_shapes(tensors, teacher.parameters)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no teacher ({one_line(error)}){remedy}") from None
+    if wrong:
+        raise ValueError(f"{path} does not fit its own metadata{remedy}:\n{bullets(wrong)}")
+    return about, unflatten({name: t.read().astype(np.float32) for name, t in tensors.items()})
+
+
+def _shipped(about: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> Teacher:
+    """Return a shipped teacher without weights; values of wrong types or sizes are a ValueError."""
+    usual = dataclasses.asdict(ViTConfig())
+    for name, value in about["vit"].items():
+        if type(value) is not type(usual.get(name)) or not (
+            isinstance(value, str) or value < 2**16
+        ):
+            raise ValueError(f"vit.{name} is {shown(value)}")
+    mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"mean and std are {shown(mean)} and {shown(std)}, not three numbers")
+    return Teacher(ViT(ViTConfig(**about["vit"]), dtype), mean, std)
 
 
 def save_shipped(
