@@ -15,18 +15,18 @@ import numpy as np
 import safetensors.numpy
 
 from tokenflow_jax import files
-from tokenflow_jax.messages import bullets, one_line, shown
+from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalize
 from tokenflow_jax.nets.vit import ViT, ViTConfig
-from tokenflow_jax.weights.conversion import different_shapes
 from tokenflow_jax.weights.formats.safetensors import read_metadata, read_safetensors
 from tokenflow_jax.weights.names.encoders import load_encoder
 from tokenflow_jax.weights.rules import flatten, unflatten
+from tokenflow_jax.weights.start import check_fit
 
 PyTree = Any
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "teacher.safetensors"
 SOURCES = (*ENCODERS, "shipped", "random", "none")  # random: for benchmarks
-_KEY, _ABOUT = "teacher", ("vit", "mean", "std")
+_KEY = "teacher"
 
 
 class Teacher(NamedTuple):
@@ -80,7 +80,9 @@ def make_teacher(
 def load_teacher(config: ml_collections.ConfigDict, teacher: Teacher) -> PyTree:
     """Return the weights of a teacher made from the same `config.teacher`."""
     if config.source == "shipped":
-        return load_shipped()[1]
+        params = load_shipped()[1]
+        check_fit(flatten(params), str(ASSET), flatten(teacher.parameters))
+        return params
     if config.source == "random":
         return jax.jit(teacher.random_params)(jax.random.key(0))
     if not config.weights:
@@ -102,31 +104,24 @@ def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
     path = os.fspath(path or ASSET)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no teacher weights there; make them with tools/teacher/train.py")
+    text, remedy = read_metadata(path).get(_KEY, ""), "; it is no file of tools/teacher/train.py"
+    about = files.parse_json(text.encode(), f"{path}: its {_KEY!r}", remedy=remedy)
     tensors = read_safetensors(path)
-    text, remedy = read_metadata(path).get(_KEY, ""), ": not a file of tools/teacher/train.py"
-    about = files.parse_json(text.encode(), f"{path}, its {_KEY!r}", dict, _ABOUT, remedy)
-    try:
-        teacher = _shipped(about)
-        wrong = different_shapes(tensors, teacher.parameters)
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: no teacher ({one_line(error)}){remedy}") from None
-    if wrong:
-        raise ValueError(f"{path} does not fit its own metadata{remedy}:\n{bullets(wrong)}")
     return about, unflatten({name: t.read().astype(np.float32) for name, t in tensors.items()})
 
 
-def _shipped(about: Mapping[str, Any], dtype: jnp.dtype = jnp.float32) -> Teacher:
-    """Return a shipped teacher without weights; values of wrong types or sizes are a ValueError."""
+def _shipped(about: Mapping[str, Any], dtype: jnp.dtype) -> Teacher:
+    """Return the shipped teacher without weights; a wrong type or size is a ValueError."""
     usual = dataclasses.asdict(ViTConfig())
-    for name, value in about["vit"].items():
-        if type(value) is not type(usual.get(name)) or not (
-            isinstance(value, str) or value < 2**16
-        ):
-            raise ValueError(f"vit.{name} is {shown(value)}")
-    mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"mean and std are {shown(mean)} and {shown(std)}, not three numbers")
-    return Teacher(ViT(ViTConfig(**about["vit"]), dtype), mean, std)
+    try:
+        for name, value in about["vit"].items():
+            right = type(value) is type(usual.get(name))
+            if not right or (not isinstance(value, str) and value > 2**16):
+                raise ValueError(f"vit.{name} is {shown(value)}")
+        mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
+        return Teacher(ViT(ViTConfig(**about["vit"]), dtype), mean, std)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{ASSET}: its {_KEY!r} is damaged ({one_line(error)})") from None
 
 
 def save_shipped(

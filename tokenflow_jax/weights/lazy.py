@@ -28,10 +28,13 @@ class LazyTensor:
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
     def __post_init__(self):
+        right = len(self.shape) <= _MOST_AXES and all(isinstance(n, int) for n in self.shape)
         # Also of an empty array NumPy multiplies the other axes.
-        sizes = (max(1, size) for size in self.shape[: _MOST_AXES + 1])
-        if len(self.shape) > _MOST_AXES or math.prod(sizes) * self.dtype.itemsize > _MOST_BYTES:
+        if not right or min(self.shape, default=0) < 0 or self._extent() > _MOST_BYTES:
             raise ValueError(f"{shown(self.name)} of the impossible shape {shown(self.shape)}")
+
+    def _extent(self) -> int:
+        return math.prod(max(1, size) for size in self.shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
