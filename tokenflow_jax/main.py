@@ -49,7 +49,7 @@ def main(options: flags.FlagValues) -> int:
             return _leave("its workdir cannot be written")
         traceback.print_exc()
         return _leave("it failed as above; if a collective failed, another process was lost")
-    if result.stopped_by == "SIGTERM" and int(result.state.step) < config.total_steps:
+    if result.stopped_by == "SIGTERM" and not result.complete:
         return int(os.environ.get("TOKENFLOW_SIGTERM_CODE", "0"))
     return 130 if result.stopped_by == "SIGINT" else 0
 
