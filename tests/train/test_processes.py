@@ -102,6 +102,9 @@ def test_two_processes_are_the_same_run(uninterrupted, tmp_path):
     assert_same_run(tmp_path, uninterrupted)
     assert "done at step 12" in outputs[0]
     assert "step" not in outputs[1]  # one of them keeps the log
+    assert all("evaluates" in output for output in outputs)
+    # Started again, only one of them has the curves that say that nothing is left to do.
+    assert not any("evaluates" in o for o in finish(start("toy", tmp_path, processes=2)))
 
 
 @pytest.mark.slow
