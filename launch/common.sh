@@ -4,7 +4,8 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DRY_RUN=0
 ARGS=()     # the arguments without --dry-run
-PROBLEMS=() # missing settings, which check_needs reports together
+PROBLEMS=() # missing or wrong settings, which check_needs reports together
+QUIET=0     # not of the environment
 
 # Exit code of a run that SIGTERM stopped after it saved: 128 + 15, as a shell reports it. The train
 # command exits with 0 by default, like a finished run; with this code schedulers restart it.
@@ -49,14 +50,24 @@ call() {
   if ((DRY_RUN)); then
     quoted "$@"
   else
-    ((${QUIET:-0})) || note "+ $(quoted "$@")"
+    ((QUIET)) || note "+ $(quoted "$@")"
     "$@"
   fi
 }
 
-# need NAME REMEDY: requires an environment variable.
+# Settings come from the environment, and Bash runs what it finds in a number that it calculates
+# with: every one is checked before its first use.
+
+# need NAME REMEDY: requires an environment variable that holds a name.
 need() {
-  [[ -n "${!1:-}" ]] || PROBLEMS+=("$1 is not set: $2")
+  if [[ -n "${!1:-}" ]]; then check_name "$1"; else PROBLEMS+=("$1 is not set: $2"); fi
+}
+
+# check_name NAME [MORE]: allows letters, digits, ".", "_", ":", "-" and MORE in a variable, if set.
+check_name() {
+  local pattern="^[A-Za-z0-9][A-Za-z0-9._:${2:-}-]*$"
+  [[ -z "${!1:-}" || "${!1}" =~ $pattern ]] ||
+    PROBLEMS+=("$1 is $(quoted "${!1}"): give a name of letters, digits and . _ : ${2:-}-")
 }
 
 # need_program NAME REMEDY: requires a program, except in a dry run.
@@ -64,9 +75,10 @@ need_program() {
   ((DRY_RUN)) || command -v "$1" >/dev/null || PROBLEMS+=("$1 is not installed: $2")
 }
 
-# need_number NAME: requires a positive whole number.
+# need_number NAME [LEAST]: requires a whole number, LEAST (1) or more.
 need_number() {
-  [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || PROBLEMS+=("$1 is ${!1}: give a whole number, 1 or more")
+  [[ "${!1}" =~ ^(0|[1-9][0-9]{0,8})$ ]] && ((${!1} >= ${2:-1})) ||
+    PROBLEMS+=("$1 is $(quoted "${!1}"): give a whole number, ${2:-1} or more")
 }
 
 # need_shared_workdir ARGUMENT...: requires a workdir that outlives the machines.
@@ -90,6 +102,15 @@ check_needs() {
   ((${#PROBLEMS[@]})) || return 0
   for problem in "${PROBLEMS[@]}"; do note "$problem"; done
   exit 2
+}
+
+# make_scratch: sets SCRATCH to a new folder, which is removed at the end.
+make_scratch() {
+  SCRATCH="${TMPDIR:-/tmp}"
+  SCRATCH="${SCRATCH%/}/tokenflow.XXXXXX"
+  ((DRY_RUN)) && return
+  SCRATCH="$(mktemp -d "$SCRATCH")"
+  trap 'rm -rf "$SCRATCH"' EXIT
 }
 
 # pack FILE: writes the last commit of this checkout, without its tests, as a tar.gz.

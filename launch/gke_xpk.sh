@@ -24,6 +24,8 @@ parse "$@"
 set -- ${ARGS[@]+"${ARGS[@]}"}
 
 SLICES="${SLICES:-1}"
+MAX_RESTARTS="${MAX_RESTARTS:-100}"
+SAVE_SECONDS="${SAVE_SECONDS:-120}"
 read -r -a xpk_flags <<<"${XPK_FLAGS:-}"
 
 run() {
@@ -33,9 +35,8 @@ run() {
   if [[ -n ${IMAGE:-} ]]; then
     image=("--docker-image=$IMAGE")
   else
-    folder="${TMPDIR:-/tmp}"
-    folder="${folder%/}/tokenflow-$WORKLOAD"
-    call rm -rf "$folder"
+    make_scratch
+    folder="$SCRATCH/tokenflow"
     call mkdir "$folder"
     pack "$folder.tar.gz"
     call tar -xzf "$folder.tar.gz" -C "$folder"
@@ -43,8 +44,8 @@ run() {
     train="pip install -q -e '.[tpu]' 'etils[epath-gcs]' && $train"
   fi
   call xpk workload create "--workload=$WORKLOAD" "--tpu-type=$TPU_TYPE" "--num-slices=$SLICES" \
-    "${where[@]}" "${image[@]}" "--max-restarts=${MAX_RESTARTS:-100}" \
-    "--termination-grace-period-seconds=${SAVE_SECONDS:-120}" \
+    "${where[@]}" "${image[@]}" "--max-restarts=$MAX_RESTARTS" \
+    "--termination-grace-period-seconds=$SAVE_SECONDS" \
     ${xpk_flags[@]+"${xpk_flags[@]}"} "--command=$train"
 }
 
@@ -56,6 +57,10 @@ case "$verb" in
     need WORKLOAD "a name for the run, such as tokenflow-b"
     need TPU_TYPE "such as v5p-128, v6e-256, tpu7x-128"
     need_number SLICES
+    need_number MAX_RESTARTS 0
+    need_number SAVE_SECONDS
+    check_name IMAGE /@
+    check_name BASE_IMAGE /@
     ;;
   status | delete)
     (($# == 0)) || wrong_use "$verb takes no arguments, not $1"

@@ -18,14 +18,20 @@ set -euo pipefail
 parse "$@"
 set -- ${ARGS[@]+"${ARGS[@]}"}
 
+JOB_NAME="${JOB_NAME:-tokenflow}"
+SAVE_SECONDS="${SAVE_SECONDS:-300}"
+SETTLE_SECONDS="${SETTLE_SECONDS:-60}"
 cpus=()
-[[ -z ${CPUS_PER_TASK:-} ]] || cpus=("--cpus-per-task=$CPUS_PER_TASK")
+if [[ -n ${CPUS_PER_TASK:-} ]]; then
+  need_number CPUS_PER_TASK
+  cpus=("--cpus-per-task=$CPUS_PER_TASK")
+fi
 
 submit() {
   # --wrap, because sbatch would copy this script away from common.sh.
-  call sbatch "--job-name=${JOB_NAME:-tokenflow}" "--nodes=$NODES" "--gpus-per-node=$GPUS" \
+  call sbatch "--job-name=$JOB_NAME" "--nodes=$NODES" "--gpus-per-node=$GPUS" \
     "--ntasks-per-node=$GPUS" ${cpus[@]+"${cpus[@]}"} --requeue \
-    "--signal=TERM@${SAVE_SECONDS:-300}" --open-mode=append "--output=%x-%j.log" \
+    "--signal=TERM@$SAVE_SECONDS" --open-mode=append "--output=%x-%j.log" \
     "--wrap=exec env TOKENFLOW_BATCH=1 bash $(quoted "$ROOT/launch/slurm.sh" "$@")"
   if ((DRY_RUN)); then
     echo "# in the job:"
@@ -42,19 +48,24 @@ run() {
   if ((code == SIGTERM_CODE)) && [[ -n ${TOKENFLOW_BATCH:-} ]]; then
     # SLURM told the run to save. After scancel or a preemption this script is killed too, usually
     # within a minute; if it is still alive then, the job neared its time limit.
-    sleep "${SETTLE_SECONDS:-60}"
+    sleep "$SETTLE_SECONDS"
     call scontrol requeue "$SLURM_JOB_ID"
   fi
   return "$code"
 }
 
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
+  need_number SETTLE_SECONDS 0
   need_program srun "run this on a SLURM cluster"
   check_needs
   run "$@"
 else
+  for name in NODES GPUS SAVE_SECONDS; do
+    if [[ -n ${!name:-} ]]; then need_number "$name"; fi
+  done
   need NODES "the number of nodes"
   need GPUS "the number of GPUs per node"
+  check_name JOB_NAME
   need_program sbatch "run this on a login node of a SLURM cluster"
   check_needs
   submit "$@"

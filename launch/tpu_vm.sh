@@ -88,11 +88,9 @@ wait_for_pod() {
 }
 
 install() {
-  local folder="${TMPDIR:-/tmp}" archive
-  archive="${folder%/}/tokenflow-$TPU_NAME.tar.gz"
-  if ((!packed)); then pack "$archive" || return; fi
+  if ((!packed)); then make_scratch && pack "$SCRATCH/tokenflow.tar.gz" || return; fi
   packed=1 # `keep` installs the same code on later pods
-  qr scp "$archive" "$TPU_NAME:tokenflow.tar.gz" --node=all --worker=all \
+  qr scp "$SCRATCH/tokenflow.tar.gz" "$TPU_NAME:tokenflow.tar.gz" --node=all --worker=all \
     ${ssh_flags[@]+"${ssh_flags[@]}"} || return
   everywhere "test ! -e tokenflow || bash tokenflow/launch/worker.sh idle && rm -rf tokenflow \
 && mkdir tokenflow && tar -xzf tokenflow.tar.gz -C tokenflow \
@@ -201,6 +199,8 @@ need ZONE "such as us-east5-a; see: gcloud compute tpus accelerator-types list -
 need PROJECT "the Google Cloud project; see: gcloud config get project"
 need_program gcloud "see https://cloud.google.com/sdk/docs/install"
 need_number SLICES
+need_number POLL 0
+need_number MAX_RESTARTS 0
 if [[ $verb == create || $verb == keep ]]; then
   need TPU_TYPE "the accelerator type, such as v5p-128 or v6e-16"
   if [[ -n ${TPU_TYPE:-} ]]; then

@@ -102,7 +102,7 @@ def define_flags(define: cli.Define) -> None:
     define.integer("seed", 0, "Seed of the draws.")
 
 
-run = functools.partial(cli.run, "answer", main, define_flags, runtime=False)
+run = functools.partial(cli.run, "answer", main, define_flags, runtime=False, verbose=False)
 
 if __name__ == "__main__":
     sys.exit(run())

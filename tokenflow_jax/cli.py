@@ -38,8 +38,9 @@ def run(
     config: bool = False,
     positional: str = "",
     runtime: bool = True,
+    verbose: bool = True,
 ) -> int:
-    """Run a program and return its exit code: main's, or 2 after a one-line error.
+    """Run a program and return its exit code: main's, 2 after a one-line error, 130 after Ctrl-C.
 
     Args:
       program: its name in front of errors; its help begins with the docstring of main's module.
@@ -47,7 +48,8 @@ def run(
       argv: arguments to use instead of the process's own.
       config: adds --config and its overrides; main finds a ConfigDict in `options.config`.
       positional: the flag that an argument without dashes sets; none by default.
-      runtime: join the other processes and set up the log before main; loads jax.
+      runtime: join the other processes before main; loads jax.
+      verbose: log info lines, not only warnings; of several processes only the first one does.
     """
     argv = [program, *(sys.argv[1:] if argv is None else argv)]
     options = flags.FlagValues()
@@ -68,13 +70,17 @@ def run(
             distributed.start(options)
             import jax  # here, so that a wrong flag is reported at once
 
-            log.set_up(verbose=jax.process_index() == 0)
+            verbose = verbose and jax.process_index() == 0
+        log.set_up(verbose)
         return main(options) or 0
     except (ValueError, OSError) as error:
         if absl_logging.level_debug():
             raise
         print(printable(f"{program}: {error}"), file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 def require(options: flags.FlagValues, *names: str) -> None:

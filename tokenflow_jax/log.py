@@ -46,7 +46,10 @@ def set_up(verbose: bool = True) -> None:
     out.addFilter(lambda record: record.levelno < logging.WARNING)
     err.setLevel(logging.WARNING)
     out.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    err.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    err.setFormatter(named := _Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    for handler in logging.getLogger().handlers:
+        if type(handler).__module__.startswith("absl"):  # where libraries' warnings go
+            handler.setFormatter(named)
     log.handlers[:] = [out, err]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     log.propagate = False

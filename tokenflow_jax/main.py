@@ -43,13 +43,14 @@ def main(options: flags.FlagValues) -> int:
     except checkpoint.CheckpointError as error:
         log.error("%s", error)
         return _leave("checkpoint error")
+    except OSError as error:
+        log.error("%s", _workdir_problem(error, workdir) or error)
+        return _leave("a file cannot be used")
     except Exception as error:
-        if isinstance(error, OSError) and (problem := _workdir_problem(error, workdir)):
-            log.error("%s", problem)
-            return _leave("its workdir cannot be written")
-        traceback.print_exc()
+        expected = isinstance(error, ValueError) and _is_ours(error)
+        log.error("training failed: %s", error, exc_info=None if expected else error)
         return _leave("it failed as above; if a collective failed, another process was lost")
-    if result.stopped_by == "SIGTERM" and int(result.state.step) < config.total_steps:
+    if result.stopped_by == "SIGTERM" and not result.complete:
         return int(os.environ.get("TOKENFLOW_SIGTERM_CODE", "0"))
     return 130 if result.stopped_by == "SIGINT" else 0
 
@@ -57,6 +58,12 @@ def main(options: flags.FlagValues) -> int:
 def _leave(cause: str) -> int:
     distributed.leave(cause)  # does not return where other processes wait for this one
     return 1
+
+
+def _is_ours(error: Exception) -> bool:
+    """Tell whether this package raised an error: its text is then all that the user needs."""
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(__file__).parent in Path(file).parents
 
 
 def _workdir_problem(error: OSError, workdir: str) -> str | None:

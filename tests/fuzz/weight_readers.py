@@ -15,7 +15,7 @@ from tokenflow_jax.evals import fid_network
 from tokenflow_jax.evals.frechet import Statistics
 from tokenflow_jax.nets import lpips as lpips_net
 from tokenflow_jax.tokenizer.teacher import load_shipped, save_shipped
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.understanding.folder import read_understanding_config
 from tokenflow_jax.weights import language_model
 from tokenflow_jax.weights.conversion import is_torch
@@ -170,7 +170,7 @@ def _checkpoint(folder: pathlib.Path) -> list[Files]:
 
 
 def _read_checkpoint(folder: pathlib.Path) -> None:
-    checkpoint.read_info(checkpoint.find_checkpoint(folder / "c"))
+    checkpoint_info.read_info(checkpoint_info.find_checkpoint(folder / "c"))
     _read_all(orbax.open_checkpoint(folder / "c")[1])
 
 

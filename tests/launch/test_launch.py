@@ -65,15 +65,96 @@ def test_gke_with_an_image(machine):
 def test_gke_with_this_checkout(machine, checkout):
     (machine.bin / "git").unlink()
     launch = checkout / "launch"
+    (machine.bin / "real").mkdir()
+    (machine.bin / "xpk").rename(machine.bin / "real" / "xpk")
+    (machine.bin / "xpk").write_text(KEEP_SCRIPT_DIR)
+    (machine.bin / "xpk").chmod(0o755)
     [call] = machine.check("gke_xpk.sh", "run", *ARGUMENTS, launch=launch, dry_run=False)
     assert "--base-docker-image=python:3.12" in call
-    folder = machine.folder / "tokenflow-workload"
-    assert f"--script-dir={folder}" in call
-    assert (folder / "launch" / "common.sh").exists()
+    assert (machine.folder / "kept" / "launch" / "common.sh").exists()
+    (folder,) = (word for word in call if word.startswith("--script-dir="))
+    folder = Path(folder.removeprefix("--script-dir="))
+    assert folder.parent.parent == machine.folder and not folder.parent.exists()
     assert call[-1].startswith("--command=pip install -q -e '.[tpu]' 'etils[epath-gcs]' && exec ")
     printed = machine.dry_run("gke_xpk.sh", "run", *ARGUMENTS, launch=launch)
-    assert [line[0] for line in printed] == ["rm", "mkdir", "git", "tar", "xpk"]
-    assert printed[-1] == call
+    assert [line[0] for line in printed] == ["mkdir", "git", "tar", "xpk"]
+    name = f"{machine.folder}/tokenflow.XXXXXX"
+    assert printed[-1] == [word.replace(str(folder.parent), name) for word in call]
+
+
+KEEP_SCRIPT_DIR = """#!/bin/sh
+for word; do
+  case "$word" in --script-dir=*) cp -r "${word#--script-dir=}" "$HOME/kept" ;; esac
+done
+exec "$(dirname "$0")/real/xpk" "$@"
+"""
+
+JOB = {"SLURM_JOB_ID": "42"}
+POD, SLURM = ("tpu_vm.sh", "keep"), {"NODES": "1", "GPUS": "1"}
+SETTINGS = [
+    (("gke_xpk.sh", "run"), "MAX_RESTARTS", {}),
+    (("gke_xpk.sh", "run"), "SAVE_SECONDS", {}),
+    (("gke_xpk.sh", "run"), "SLICES", {}),
+    (("gke_xpk.sh", "run"), "WORKLOAD", {}),
+    (("gke_xpk.sh", "delete"), "WORKLOAD", {}),
+    (("gke_xpk.sh", "run"), "IMAGE", {}),
+    (("gke_xpk.sh", "run"), "BASE_IMAGE", {}),
+    (("gke_xpk.sh", "status"), "CLUSTER", {}),
+    (("gke_xpk.sh", "status"), "ZONE", {}),
+    (("gke_xpk.sh", "status"), "PROJECT", {}),
+    (POD, "MAX_RESTARTS", {}),
+    (POD, "POLL", {}),
+    (POD, "SLICES", {}),
+    (POD, "TPU_NAME", {}),
+    (POD, "TPU_TYPE", {}),
+    (POD, "RUNTIME_VERSION", {}),
+    (("slurm.sh",), "NODES", SLURM),
+    (("slurm.sh",), "GPUS", SLURM),
+    (("slurm.sh",), "CPUS_PER_TASK", SLURM),
+    (("slurm.sh",), "SAVE_SECONDS", SLURM),
+    (("slurm.sh",), "JOB_NAME", SLURM),
+    (("slurm.sh",), "SETTLE_SECONDS", JOB),
+    (("slurm.sh",), "CPUS_PER_TASK", JOB),
+]
+
+
+@pytest.mark.parametrize("value", ["PATH[$(touch HACKED)]", "a/../../x", "-x", "1 2", "1\n2"])
+@pytest.mark.parametrize(("script", "name", "others"), SETTINGS)
+def test_a_setting_of_another_form_is_refused_and_never_run(machine, script, name, others, value):
+    if value == "a/../../x" and "IMAGE" in name:
+        value = "a;b"  # an image's name may have slashes
+    arguments = ["--workdir=gs://b/r"] if script[-1] in ("run", "keep", "slurm.sh") else []
+    hacked = machine.folder / "hacked"
+    settings = {**others, name: value.replace("HACKED", str(hacked))}
+    result = machine.run(*script, *arguments, **settings)
+    assert result.returncode == 2 and f"{name} is " in result.stderr, result.stderr
+    assert not hacked.exists() and machine.calls == []
+
+
+def test_the_environment_cannot_reach_what_scripts_calculate_with(machine):
+    hacked = machine.folder / "hacked"
+    bad = f"PATH[$(touch {hacked})]"
+    names = ("QUIET", "DRY_RUN", "packed", "restarts", "failed_before", "SCRATCH", "ARGS")
+    machine.reply(list=ACTIVE)
+    result = machine.run("tpu_vm.sh", "install", **dict.fromkeys(names, bad))
+    assert result.returncode == 0, result.stderr
+    assert not hacked.exists()
+
+
+ACTIVE = [(0, "pod\tACTIVE\n")]
+
+
+def test_a_link_at_the_place_of_a_temporary_file_is_not_followed(machine, checkout):
+    victim = machine.folder / "victim"
+    victim.write_text("kept")
+    for name in ("tokenflow-workload", "tokenflow-workload.tar.gz", "tokenflow-pod.tar.gz"):
+        (machine.folder / name).symlink_to(victim)
+    launch = checkout / "launch"
+    (machine.bin / "git").unlink()
+    machine.check("gke_xpk.sh", "run", *ARGUMENTS, launch=launch, dry_run=False)
+    machine.reply(list=ACTIVE)
+    machine.check("tpu_vm.sh", "install", launch=launch, dry_run=False)
+    assert victim.read_text() == "kept" and (machine.folder / "tokenflow-workload").is_symlink()
 
 
 def test_gke_status_and_delete(machine):

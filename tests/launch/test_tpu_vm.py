@@ -1,5 +1,6 @@
 """Cloud TPU VM pods: every verb of tpu_vm.sh, restarts, and the worker script run for real."""
 
+import pathlib
 import subprocess
 import time
 
@@ -98,8 +99,10 @@ def test_waiting_ends_when_the_pod_cannot_come(machine, verb, reply, text):
 
 def test_install(machine):
     machine.reply(list=ACTIVE)
-    root, archive = str(LAUNCH.parent), f"{machine.folder}/tokenflow-pod.tar.gz"
     calls = machine.check("tpu_vm.sh", "install", dry_run=False)
+    root, archive = str(LAUNCH.parent), next(word for word in calls[3] if word.endswith(".tar.gz"))
+    scratch = pathlib.Path(archive).parent
+    assert scratch.parent == machine.folder and not scratch.exists()
     assert calls == [
         LIST,
         ["git", "-C", root, "diff", "--quiet", "HEAD"],
@@ -110,7 +113,9 @@ def test_install(machine):
             "&& mkdir tokenflow && tar -xzf tokenflow.tar.gz -C tokenflow "
             "&& bash tokenflow/launch/worker.sh install"),
     ]  # fmt: skip
-    assert machine.dry_run("tpu_vm.sh", "install") == [calls[0], *calls[2:]]
+    name = f"{machine.folder}/tokenflow.XXXXXX"
+    printed = [[word.replace(str(scratch), name) for word in call] for call in calls]
+    assert machine.dry_run("tpu_vm.sh", "install") == [printed[0], *printed[2:]]
 
 
 @pytest.mark.parametrize("step", ["archive", "scp", "ssh"])

@@ -1,14 +1,21 @@
 """The stage around the step: starts, fine-tuning, evaluation, grids, on a shrunken quickstart."""
 
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import pytest
 from config_files import tokenizer as configs
+from PIL import Image
 from tiny_runs import TINY
 from tiny_runs import tokenizer_config as tiny_config
 
 import tokenflow_jax as tfx
+from tokenflow_jax.data.pipeline import DataConfig
 from tokenflow_jax.parallel import mesh
+from tokenflow_jax.tokenizer.evaluate import Evaluation
+from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.stage import TokenizerStage
 from tokenflow_jax.train import loop
 
@@ -90,6 +97,47 @@ def test_the_encoder_starts_as_the_shipped_teacher():
     teacher = _flat(stage.frozen["teacher"])
     for name, value in _flat(state.params["semantic_encoder"]).items():
         np.testing.assert_array_equal(value, teacher[name])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stop_request_ends_an_evaluation(trained):
+    stage, calls = make(tiny_config()), []
+
+    def stop():
+        calls.append(1)
+        raise Stopped
+
+    stage.between_batches = stop
+    with pytest.raises(Stopped):
+        stage.evaluate(trained[1])
+    assert len(calls) == 1
+
+
+def test_pictures_without_a_label_are_left_out_of_the_knn_figures(trained, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in [f"{c}/{i}" for c in ("cat", "dog") for i in range(6)] + [
+        f"loose{i}" for i in "abc"
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (72, 72, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    config, folder = tiny_config(**{"eval.knn_label": "label"}), DataConfig("folder", str(tmp_path))
+    assert config.eval.knn_k > 12
+
+    def figures(folder):
+        evaluation = Evaluation(TokenFlow(TINY), config.eval, folder, folder, None, lambda: None)
+        return evaluation.knn_figures(trained[1].params)
+
+    found = figures(folder)
+    assert set(found) == {"knn_semantic", "knn_pixel", "knn_largest_class"}
+    assert found["knn_largest_class"] == 0.5  # of 12, not of 15
+    shutil.rmtree(tmp_path / "cat")
+    for picture in (tmp_path / "dog").iterdir():
+        picture.write_bytes(b"broken")
+    assert figures(dataclasses.replace(folder, min_side=16)) == {}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 
 import flax.struct
@@ -15,7 +16,7 @@ from late_writer import writing
 from read_weights import load_for_inference
 
 from tokenflow_jax import files
-from tokenflow_jax.train import checkpoint, run_config
+from tokenflow_jax.train import checkpoint, checkpoint_info, run_config
 
 
 @flax.struct.dataclass
@@ -185,7 +186,8 @@ def test_numbers_changed_without_a_broken_file_are_found(tmp_path):
     file = tmp_path / "checkpoints" / "7" / "info" / "metadata"
     info = json.loads(file.read_text())
     info["arrays"]["params/encoder/bias"]["sum32"] ^= 1
-    file.write_text(json.dumps(info))
+    del info["crc32"]
+    file.write_text(json.dumps(checkpoint_info.seal(info)))
     with pytest.raises(checkpoint.CheckpointError, match=r"differ from those saved in:\n.*bias"):
         checkpoints.restore(7, state, Position())
     checkpoints.close()
@@ -194,8 +196,11 @@ def test_numbers_changed_without_a_broken_file_are_found(tmp_path):
 def test_a_checkpoint_of_an_older_format_is_explained(tmp_path):
     checkpoints = save(tmp_path, make_state())
     file = tmp_path / "checkpoints" / "7" / "info" / "metadata"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
-    with pytest.raises(checkpoint.CheckpointError, match="has format 1, this version reads 2"):
+    info = json.loads(file.read_text()) | {"format": 1}
+    del info["crc32"]
+    file.write_text(json.dumps(info))
+    reason = r"has format 1, this version reads \(2, 3\)"
+    with pytest.raises(checkpoint.CheckpointError, match=reason):
         checkpoints.restore(7, make_state(), Position())
     checkpoints.close()
 
@@ -281,3 +286,167 @@ def test_config_becomes_plain_and_differences_are_found():
         "model.dim": (4, 5),
         "model.depth": (None, 1),
     }
+
+
+def flips(data):
+    """Returns copies of bytes with one bit changed, all over them."""
+    for at in range(0, len(data), max(1, len(data) // 400)):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        yield bytes(changed)
+
+
+def test_every_changed_bit_of_the_info_item_is_found(tmp_path):
+    """Of config, data position, averages, arrays' names and of the checksum itself."""
+    save(tmp_path, make_state()).close()
+    path = tmp_path / "checkpoints" / "7"
+    file = path / "info" / "metadata"
+    good, silent = file.read_bytes(), []
+    saved = checkpoint_info.read_info(path)
+    for damaged in flips(good):
+        file.write_bytes(damaged)
+        try:
+            if checkpoint_info.read_info(path) != saved:
+                silent.append(damaged)
+        except checkpoint.CheckpointError as error:
+            assert str(path) in str(error) and len(str(error)) < 1500
+    assert not silent
+
+
+def test_a_checkpoint_of_before_the_checksum_is_read(tmp_path):
+    save(tmp_path, make_state()).close()
+    file = tmp_path / "checkpoints" / "7" / "info" / "metadata"
+    info = json.loads(file.read_text())
+    for name in ("crc32", "step", "averages"):
+        del info[name]
+    file.write_text(json.dumps(info | {"format": 2}))
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    assert_same(checkpoints.restore(7, make_state(), Position()), make_state())
+    checkpoints.close()
+    assert load_for_inference(tmp_path)[1]["step"] == 7
+
+
+BAD_NAMES = ["a[1]", "a*", "a?b", "a\\b", "a\nb", "caf\udce9", "gs:"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=map(ascii, BAD_NAMES))
+def test_a_workdir_that_orbax_misreads_is_refused_at_the_start(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be kept in") as caught:
+        checkpoint.Checkpoints(f"{tmp_path}/{name}")
+    str(caught.value).encode()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a[b").mkdir()
+    monkeypatch.chdir(tmp_path / "a[b")  # a relative path counts with all above it
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be kept in"):
+        checkpoint.Checkpoints("run")
+
+
+@pytest.mark.parametrize("name", ["a#b", "a%b", "x%41", "a|b", "a{b}", "a b", "ä&=;$", "a:b", "~"])
+def test_other_workdirs_are_written_and_read_back(tmp_path, name):
+    """Also beside one whose name is this one's, taken for a URL."""
+    other = make_state().replace(params={"w": jnp.full(3, 9.0)})
+    save(tmp_path / "xA", other).close()
+    save(tmp_path / name, make_state()).close()
+    checkpoints = checkpoint.Checkpoints(tmp_path / name)
+    assert_same(checkpoints.restore(7, make_state(), Position()), make_state())
+    checkpoints.close()
+    _, loaded = load_for_inference(tmp_path / name)
+    assert_same(loaded["params"], jax.tree.map(np.asarray, make_state().params))
+
+
+def remove(*parts):
+    def change(path):
+        item = path.joinpath(*parts)
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    return change
+
+
+def write(text, *parts):
+    return lambda path: path.joinpath(*parts).write_text(text)
+
+
+DAMAGE = {
+    "no info": remove("info"),
+    "no metadata": remove("info", "metadata"),
+    "no state": remove("state"),
+    "no manifest": remove("state", "manifest.ocdbt"),
+    "deep metadata": write("[" * 100_000, "state", "_METADATA"),
+    "list for metadata": write("[]", "state", "_METADATA"),
+    "deep info": write("[" * 100_000, "info", "metadata"),
+    "list for info": write("[]", "info", "metadata"),
+    "text for info": write('"text"', "info", "metadata"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_any_damage_offers_the_checkpoint_before(tmp_path, damage):
+    save(tmp_path, make_state(), step=6).close()
+    save(tmp_path, make_state()).close()
+    path = tmp_path / "checkpoints" / "7"
+    damage(path)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoints = checkpoint.Checkpoints(tmp_path)
+        checkpoints.restore(checkpoints.latest_step(), make_state(), Position())
+    assert f"The checkpoint before it is {path.parent / '6'}: remove {path}" in str(caught.value)
+    assert len(str(caught.value)) < 1500
+    shutil.rmtree(path)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    assert_same(checkpoints.restore(6, make_state(), Position()), make_state())
+    checkpoints.close()
+
+
+def test_other_names_beside_the_checkpoints_do_not_matter(tmp_path):
+    save(tmp_path, make_state()).close()
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "7", root / "best")
+    shutil.copytree(root / "7", root / "0009")
+    shutil.copytree(root / "7", root / "٩")  # a digit, to Python
+    (root / "²").mkdir()
+    (root / "99").write_text("a file")
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    assert checkpoints.latest_step() == 7
+    for step in (8, 9):
+        checkpoints.save(step, make_state(), Position(), CONFIG)
+    checkpoints.close()
+    left = sorted(path.name for path in root.iterdir())
+    assert left == sorted(["8", "9", "best", "0009", "٩", "²", "99"])
+    assert load_for_inference(root / "best")[1]["step"] == 7
+    assert load_for_inference(tmp_path)[1]["step"] == 9
+
+
+def test_an_empty_or_copied_newer_folder_is_named(tmp_path):
+    save(tmp_path, make_state()).close()
+    root = tmp_path / "checkpoints"
+    (root / "99").mkdir()
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"99 is no complete checkpoint\n.*/7: rem"
+    ):
+        checkpoint.Checkpoints(tmp_path)
+    (root / "99").rmdir()
+    shutil.copytree(root / "7", root / "99")
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    with pytest.raises(
+        checkpoint.CheckpointError, match="99 is a copy of the checkpoint of step 7"
+    ):
+        checkpoints.restore(99, make_state(), Position())
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [
+        ([2**20, 2**20], "declares 4,398,046,511,.* bytes of arrays in"),
+        ([3, 5], "kernel cannot be"),
+    ],
+)
+def test_declared_shapes_are_compared_with_the_files(tmp_path, shape, error):
+    save(tmp_path, make_state()).close()
+    file = tmp_path / "checkpoints" / "7" / "info" / "metadata"
+    info = json.loads(file.read_text())
+    del info["crc32"]
+    info["arrays"]["params/encoder/kernel"]["shape"] = shape
+    file.write_text(json.dumps(checkpoint_info.seal(info)))
+    with pytest.raises(checkpoint.CheckpointError, match=error):
+        load_for_inference(tmp_path)

@@ -197,3 +197,29 @@ def test_a_restart_hides_what_lies_beyond_it(tmp_path):
     events = [event_pb2.Event.FromString(record) for record in records_of(path)]
     starts = [e.step for e in events if e.session_log.status == event_pb2.SessionLog.START]
     assert starts == [21]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, "[1]", '"step"', '{"loss": 1}', '{"step": "3"}', '{"step": 3, "a": "b"}',
+     '{"step": 1' + "0" * 5000 + "}", "\x00\x00", "\x1b[2J"],
+    ids=lambda line: line[:12],
+)  # fmt: skip
+def test_a_damaged_line_is_named_unless_nothing_good_follows(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{line[:5]}')
+    assert metrics.read_history(path) == [{"step": 1}]
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2") as caught:
+        metrics.read_history(path)
+    assert len(str(caught.value)) < 600 and "\x1b" not in str(caught.value)
+
+
+def test_only_grids_of_later_steps_are_removed(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    others = ["mine_2x.png", "mine_99.png", "grid_0000007.png", "_0000099.png", "a_²²²²²²².png"]
+    for name in [*others, "grid_0000099.png", "a_b_12345678.png"]:
+        (images / name).touch()
+    metrics.Writer(tmp_path, 7).close()
+    assert sorted(path.name for path in images.iterdir()) == sorted(others)

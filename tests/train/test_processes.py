@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenflow_jax.train import checkpoint, metrics
+from tokenflow_jax.train import checkpoint_info, metrics
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
@@ -102,6 +102,9 @@ def test_two_processes_are_the_same_run(uninterrupted, tmp_path):
     assert_same_run(tmp_path, uninterrupted)
     assert "done at step 12" in outputs[0]
     assert "step" not in outputs[1]  # one of them keeps the log
+    assert all("evaluates" in output for output in outputs)
+    # Started again, only one of them has the curves that say that nothing is left to do.
+    assert not any("evaluates" in o for o in finish(start("toy", tmp_path, processes=2)))
 
 
 @pytest.mark.slow
@@ -131,7 +134,7 @@ def test_sigterm_saves_everywhere_and_a_process_that_hangs_is_told(uninterrupted
     both[1].send_signal(signal.SIGTERM)  # to one of them only
     outputs = finish(both)
     assert "stopped by SIGTERM" in outputs[0]
-    assert 4 < int(checkpoint.find_checkpoint(tmp_path).name) < 12
+    assert 4 < int(checkpoint_info.find_checkpoint(tmp_path).name) < 12
     both = start("toy", tmp_path, processes=2, delay=0.5)
     wait_for_checkpoint(tmp_path, 8, both)
     both[1].send_signal(signal.SIGSTOP)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -55,6 +55,7 @@ class ImageSet:
     batch_size: int  # per process
     limit: int | None = None  # number of evenly spaced images to use; None: all
     task: str = "held-out images"  # for the progress line
+    between_batches: Callable[[], None] = lambda: None  # see `train.stage.Stage`
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield batches of `pipeline.eval_batches` and log the progress over all processes."""
@@ -71,6 +72,7 @@ class ImageSet:
             report = line.update if done else line.restart  # everything compiles in the first one
             done += int(batch["mask"].sum()) * jax.process_count()
             report(done)
+            self.between_batches()
 
     def doing(self, task: str) -> "ImageSet":
         """Return the same images for another task."""

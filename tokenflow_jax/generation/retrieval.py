@@ -22,6 +22,7 @@ def caption_retrieval(
     *,
     count: int,
     batch_size: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Measure how often a caption's own picture is among the ten nearest to the one drawn for it.
 
@@ -36,7 +37,12 @@ def caption_retrieval(
     # Captions to draw, evenly spaced like the bank.
     chosen = np.unique(np.arange(count) * len(bank_captions) // count)
     texts = [bank_captions[i] for i in chosen]
-    codes = drawn.codes(texts, [0] * len(texts), recipe, batch_size)
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        some = texts[start : start + batch_size]
+        parts.append(drawn.codes(some, [0] * len(some), recipe, batch_size))
+        between_batches()
+    codes = np.concatenate(parts)
     features = make_feature_fn(drawn, batch_size)
     bank_ND, queries_QD = features(bank_codes), features(codes)
     center_D = bank_ND.mean(axis=0)

@@ -218,6 +218,7 @@ class GenerationStage(CodeStage):
                 for name in ("prefix", "mask", self._eval_set.array)
             }
             sums += np.asarray(self._held_out_sums(weights, self.frozen, rows))
+            self.between_batches()
         figures = {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2], "images": sums[2]}
         if int(state.step) == self.config.total_steps and options.retrieval:
             for name, examples in (("trained", self._train_set), ("unseen", self._eval_set)):
@@ -227,6 +228,7 @@ class GenerationStage(CodeStage):
                     examples,
                     count=options.retrieval,
                     batch_size=options.sample_batch,
+                    between_batches=self.between_batches,
                 )
                 figures |= {f"{kind}_{name}": value for kind, value in found.items()}
         return {name: float(value) for name, value in figures.items()}

@@ -45,6 +45,13 @@ def over_local_devices(function: Callable[..., PyTree]) -> Callable[..., PyTree]
     return call
 
 
+def of_first_process(value: int) -> int:
+    """Return the first process's value in all processes; every process must call this."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def sum_over_processes(sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Add the arrays of all processes in their own precision; every process must call this."""
     if jax.process_count() == 1:

@@ -39,8 +39,10 @@ class Evaluation:
         train_set: pipeline.DataConfig,  # the bank of the k-NN figures
         eval_set: pipeline.DataConfig,  # the held-out pictures
         lpips: PyTree | None,  # LPIPS weights; None leaves that figure out
+        between_batches: Callable[[], None],  # see `train.stage.Stage`
     ):
         self._config, self._options = model.config, options
+        self._between_batches = between_batches
         self._reconstruct = reconstructor(model)
         # Apart, so that the decoder is compiled once for all numbers of scales.
         apply = model.apply
@@ -49,7 +51,9 @@ class Evaluation:
         self._decode = jax.jit(lambda p, maps: to_uint8(pixels({"params": p}, maps)[0]))
         self._bank = dataclasses.replace(train_set, augment="center", flip=False)
         self._eval_set = eval_set
-        self._held_out = ImageSet(eval_set, options.batch_size, options.examples or None)
+        self._held_out = ImageSet(
+            eval_set, options.batch_size, options.examples or None, between_batches=between_batches
+        )
         self._reference = None
         if options.fid_weights:
             network = fid_network.Network(options.fid_weights)
@@ -77,11 +81,17 @@ class Evaluation:
         return {name: found[name] for name in shown if name in found}
 
     def knn_figures(self, params: PyTree) -> dict[str, float]:
-        """Return k-NN accuracies of held-out labels from each half's mean quantized features."""
+        """Return k-NN accuracies of held-out labels from each half's mean quantized features.
+
+        Pictures without a label are left out; without any label there is no figure.
+        """
         bank, queries = (self._mean_features(params, d) for d in (self._bank, self._eval_set))
+        if not len(bank["label"]) or not len(queries["label"]):
+            return {}
+        k = min(self._options.knn_k, len(bank["label"]))
         figures = {
             f"knn_{half}": knn.knn_accuracy(
-                bank[half], bank["label"], queries[half], queries["label"], k=self._options.knn_k
+                bank[half], bank["label"], queries[half], queries["label"], k=k
             )
             for half in ("semantic", "pixel")
         }
@@ -91,11 +101,13 @@ class Evaluation:
     def _mean_features(self, params: PyTree, data: pipeline.DataConfig) -> Mapping[str, np.ndarray]:
         rows = {"semantic": [], "pixel": [], "label": []}
         for batch in pipeline.eval_batches(data, batch_size=self._options.batch_size):
-            maps_BHWC = np.asarray(self._reconstruct(params, batch["image"])[2])[batch["mask"]]
+            known_B = batch["mask"] & (batch[self._options.knn_label] >= 0)
+            maps_BHWC = np.asarray(self._reconstruct(params, batch["image"])[2])[known_B]
             means_BC, half = maps_BHWC.mean(axis=(1, 2)), self._config.semantic_channels
             rows["semantic"].append(means_BC[:, :half])
             rows["pixel"].append(means_BC[:, half:])
-            rows["label"].append(batch[self._options.knn_label][batch["mask"]])
+            rows["label"].append(batch[self._options.knn_label][known_B])
+            self._between_batches()
         return {name: np.concatenate(parts) for name, parts in rows.items()}
 
     @functools.cached_property

@@ -10,7 +10,7 @@ import ml_collections
 
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.weights.conversion import is_torch
 
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
@@ -57,8 +57,8 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
             f"of {sorted(VARIANTS)}"
         )
     try:
-        saved = checkpoint.read_info(checkpoint.find_checkpoint(path))["config"]
-    except checkpoint.CheckpointError as error:
+        saved = checkpoint_info.read_info(checkpoint_info.find_checkpoint(path))["config"]
+    except checkpoint_info.CheckpointError as error:
         raise ValueError(
             f"tokenizer.path: {error}; train the quickstart's tokenizer with python -m "
             "tokenflow_jax.main --config=configs/tokenizer.py --workdir=runs/quickstart"

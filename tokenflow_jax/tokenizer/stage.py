@@ -137,7 +137,12 @@ class TokenizerStage(Stage):
             pipeline.opened(data_set)  # a wrong path is an error at once
         lpips_params = self._whole(self.frozen["lpips"]) if lpips else None
         self._evaluation = Evaluation(
-            self.model, options, self._train_set, self._eval_set, lpips_params
+            self.model,
+            options,
+            self._train_set,
+            self._eval_set,
+            lpips_params,
+            lambda: self.between_batches(),
         )
         if options.knn_label and not self._evaluation.has_label:
             self.notes.append(f"no k-NN figures: these data have no label {options.knn_label!r}")

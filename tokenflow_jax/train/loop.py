@@ -1,27 +1,26 @@
 """The one training loop; read `train_and_evaluate` from top to bottom."""
 
-import dataclasses
-import signal
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 
 from tokenflow_jax.log import log
 from tokenflow_jax.train import checkpoint, metrics
 from tokenflow_jax.train.prefetch import DevicePrefetcher
-from tokenflow_jax.train.recorder import Recorder, log_parameters
+from tokenflow_jax.train.recorder import Recorder, Start, log_parameters
 from tokenflow_jax.train.run_config import config_differences, config_to_dict
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
+from tokenflow_jax.train.stopping import StopSignals
+from tokenflow_jax.train.workdir import lock
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The final state of a run, and the name of the signal that stopped it, if one did."""
+class Result(NamedTuple):
+    """The end of a run."""
 
     state: State
-    stopped_by: str | None = None
+    stopped_by: str | None = None  # name of the signal
+    complete: bool = True  # all steps and the last evaluation are done
 
 
 def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> Result:
@@ -46,18 +45,19 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
       ValueError: bad options.
     """
     options = LoopOptions.from_config(config)
-    workdir = epath.Path(workdir)
     saved_config = config_to_dict(config)
-    with checkpoint.lock(workdir), StopSignals() as stop:
+    with lock(workdir) as held, StopSignals() as stop:
         checkpoints = checkpoint.Checkpoints(workdir, options.keep_checkpoints)
         data = DevicePrefetcher(stage.data(), stage.batch_sharding)
-        state, origin = restore_or_initialize(saved_config, stage, checkpoints, data)
-        step = first_step = int(state.step)
-        recorder = Recorder(stage, options, workdir, checkpoints, saved_config, origin, step)
+        start = restore_or_initialize(saved_config, stage, checkpoints, data)
+        state, step = start.state, int(start.state.step)
+        first_step = step
+        recorder = Recorder(stage, options, held, checkpoints, saved_config, start)
+        stage.between_batches = stop.check
         try:
             if step:  # killed after the save and before the evaluation of this step
                 recorder.evaluate_if_due(step, state)
-            while step < options.total_steps and not stop.requested(checkpoints, step):
+            while step < options.total_steps and not stop.requested():
                 batch = next(data)  # already on the device, unless the data is too slow
                 state, scalars = stage.step(state, batch)
                 step += 1
@@ -78,7 +78,7 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
             recorder.close()
             data.close()
             checkpoints.close()
-    return Result(state, stop.name)
+    return Result(state, stop.name, recorder.complete)
 
 
 # A change of these makes another run: the saved position or the weights would be misread.
@@ -96,19 +96,21 @@ def restore_or_initialize(
     stage: Stage,
     checkpoints: checkpoint.Checkpoints,
     data: DevicePrefetcher,
-) -> tuple[State, str]:
-    """Return the state by the order of `train_and_evaluate`, and a line about its origin."""
+) -> Start:
+    """Return the state by the order of `train_and_evaluate`."""
     log_parameters(stage.state_shapes.params, checkpoints.directory.parent)
     step = checkpoints.latest_step()
     if step is not None:
-        check_config_change(checkpoints.read_info(step)["config"], config, checkpoints.path(step))
+        info, path = checkpoints.read_info(step), checkpoints.path(step)
+        check_config_change(info["config"], config, path)
         state = checkpoints.restore(step, stage.state_shapes, data)
-        return state, f"continued from checkpoint {checkpoints.path(step)} (step {step})"
+        origin = f"continued from checkpoint {path} (step {step})"
+        return Start(state, origin, info.get("averages", {}))
     state = stage.init()
     if config.get("init_from"):
         state, text = stage.warm_start(state)
-        return state, f"warm start: {text}"
-    return state, "initialized from scratch"
+        return Start(state, f"warm start: {text}")
+    return Start(state, "initialized from scratch")
 
 
 def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: Any) -> None:
@@ -140,39 +142,3 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
             "changed since the checkpoint, so this run will differ from an uninterrupted one: %s",
             "; ".join(exact),
         )
-
-
-class StopSignals:
-    """Turn SIGTERM and SIGINT into a request to stop after the running step.
-
-    A second signal of the same kind ends the process at once. In a run of several processes JAX's
-    preemption service sees SIGTERM instead and makes all of them stop after the same step.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                try:
-                    self._previous[number] = signal.signal(number, self._handle)
-                except ValueError:  # not the main thread: whoever owns it handles signals
-                    break
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-        log.warning("%s: finishing the running step, then saving", self.name)
-
-    def requested(self, checkpoints: checkpoint.Checkpoints, step: int) -> bool:
-        """Tell whether to stop after `step`; the same answer in all processes."""
-        if jax.process_count() > 1 and checkpoints.reached_preemption(step):
-            self.name = signal.SIGTERM.name
-        return self.name is not None

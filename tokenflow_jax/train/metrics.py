@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from tokenflow_jax import files
 from tokenflow_jax.log import duration
+from tokenflow_jax.messages import shown
+
+_GRID = re.compile(r".+_([0-9]{7,19})\.png", re.DOTALL)
 
 
 class NonFiniteError(RuntimeError):
@@ -26,8 +31,15 @@ def non_finite(scalars: Mapping[str, float]) -> list[str]:
 class Averages:
     """Means of scalars over the steps since the last `pop`."""
 
-    def __init__(self) -> None:
-        self._sums, self._counts = collections.Counter(), collections.Counter()
+    def __init__(
+        self, sums: Mapping[str, float] | None = None, counts: Mapping[str, int] | None = None
+    ):
+        """Start with what `sums` returned."""
+        self._sums, self._counts = collections.Counter(sums), collections.Counter(counts)
+
+    def sums(self) -> dict[str, dict[str, float]]:
+        """Return what was added since the last `pop`, JSON-able."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def add(self, scalars: Mapping[str, float]) -> None:
         """Add one step's scalars; a key may be absent from some steps."""
@@ -141,20 +153,31 @@ def is_remote(path: str | epath.Path) -> bool:
 def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl: one dict with `step` and scalars per line, in order of writing.
 
-    A last line cut short by a kill is dropped; an absent file is an empty history.
+    Last lines that a kill or a loss of power left damaged are dropped; an absent file is an empty
+    history. ValueError names a damaged line before a good one.
     """
     path = epath.Path(path)
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    history = []
-    for number, line in enumerate(lines, 1):
+    history, damaged = [], None
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            history.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
+            history.append(_point(line, f"{path}, line {number}"))
+        except ValueError as error:
+            damaged = damaged or error
+        else:
+            if damaged is not None:
+                raise ValueError(f"{damaged}; correct or remove the line") from damaged
     return history
+
+
+def _point(line: bytes, where: str) -> dict[str, Any]:
+    point = files.parse_json(line, where, keys=("step",))
+    if type(point["step"]) is not int or not all(
+        value is None or type(value) in (int, float) for value in point.values()
+    ):
+        raise ValueError(f"{where} is no step with numbers: {shown(point)}")
+    return point
 
 
 class Writer:
@@ -175,8 +198,9 @@ class Writer:
         old = read_history(self._history_path)
         self.history = [line for line in old if 0 < line["step"] <= resume_step]
         self._rewrite()
-        for path in self._images.glob("*_[0-9]*.png"):
-            if int(path.stem.rsplit("_", 1)[1]) > resume_step:
+        for path in self._images.iterdir():
+            grid = _GRID.fullmatch(path.name)  # others may keep pictures of their own there
+            if grid and int(grid[1]) > resume_step:
                 path.unlink()
         # Object stores cannot append: there each flush rewrites the file. A run
         # continues from a checkpoint, so a kill loses no line that is not computed again.

@@ -1,8 +1,8 @@
 """Run logging and reporting, and the checks that go with it."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,21 @@ from clu import parameter_overview
 from etils import epath
 
 from tokenflow_jax.log import duration, log
+from tokenflow_jax.messages import one_line
+from tokenflow_jax.parallel import hosts
 from tokenflow_jax.train import checkpoint, metrics, report
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
+from tokenflow_jax.train.stopping import StopRequested
+from tokenflow_jax.train.workdir import Lock
+
+
+class Start(NamedTuple):
+    """Where a run starts."""
+
+    state: State
+    origin: str  # for the log and the report
+    averages: Mapping[str, Any] = {}  # that were open when the checkpoint was saved
 
 
 class Recorder:
@@ -22,25 +34,27 @@ class Recorder:
         self,
         stage: Stage,
         options: LoopOptions,
-        workdir: epath.Path,
+        lock: Lock,
         checkpoints: checkpoint.Checkpoints,
         config: Mapping[str, Any],
-        origin: str,
-        step: int,
+        start: Start,
     ):
         """Open the writers and log how the run starts."""
-        self._stage, self._options, self._workdir = stage, options, workdir
-        self._checkpoints, self._config, self._origin = checkpoints, config, origin
-        self._writer = metrics.Writer(workdir, step, enabled=jax.process_index() == 0)
-        self._averages = metrics.Averages()
+        self._stage, self._options, self._lock = stage, options, lock
+        self._checkpoints, self._config, self._origin = checkpoints, config, start.origin
+        step = int(start.state.step)
+        self._writer = metrics.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
+        self._averages = metrics.Averages(**start.averages)
+        self._failures: list[str] = []
         self._stopwatch = metrics.Stopwatch(options.total_steps, stage.config.batch_size)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._step = step
         self._start = time.perf_counter()
         self._compile_seconds: float | None = None
         evals = [line for line in self._writer.history if any(k[:5] == "eval/" for k in line)]
-        self._evaluated_at = evals[-1]["step"] if evals else None
-        log.info("stage %s in %s: %s", stage.name, workdir, origin)
+        # Of the process that has the history: whether to evaluate must be the same in all.
+        self._evaluated_at = hosts.of_first_process(evals[-1]["step"] if evals else -1)
+        log.info("stage %s in %s: %s", stage.name, lock.workdir, start.origin)
         for note in stage.notes:
             log.info("%s", note)
 
@@ -72,36 +86,60 @@ class Recorder:
             return
         self.drain()
         self._stopwatch.pause()
-        if evaluate:
+        if evaluate and (found := self._try(step, "evaluation", self._stage.evaluate, state)):
             figures = {
                 name if name.startswith("eval/") else f"eval/{name}": float(value)
-                for name, value in self._stage.evaluate(state).items()
+                for name, value in found.items()
             }
-            self._writer.scalars(step, figures)
-            self._evaluated_at = step
             texts = [f"{name.removeprefix('eval/')} {v:.4g}" for name, v in figures.items()]
             log.info("step %d  held-out: %s", step, "  ".join(texts))
-        if images:
-            self._writer.images(step, self._stage.visualize(state))
+            self._writer.scalars(step, figures)
+            self._evaluated_at = step
+        if images and (grids := self._try(step, "pictures", self._stage.visualize, state)):
+            self._lock.check()
+            self._writer.images(step, grids)
         self._stopwatch.start()
+
+    def _try(
+        self, step: int, what: str, make: Callable[[State], Mapping], state: State
+    ) -> Mapping[str, Any]:
+        """Return figures or grids, or nothing and a line in log and report where that fails."""
+        try:
+            return make(state)
+        except StopRequested:
+            log.warning("step %d: the %s is left out", step, what)
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise  # the other processes may wait for this one
+            self._failures.append(f"step {step}: the {what} failed: {one_line(error)}")
+            trace = None if isinstance(error, OSError) else error
+            log.error("%s; the run goes on", self._failures[-1], exc_info=trace)
+        return {}
+
+    @property
+    def complete(self) -> bool:
+        """All steps are done, and the last evaluation."""
+        total = self._options.total_steps
+        return self._step == total and (self._evaluated_at == total or bool(self._failures))
 
     def save(self, step: int, state: State, data: DevicePrefetcher) -> None:
         """Save a checkpoint after checking that the step and the state are finite."""
         self.drain()
         self._stopwatch.pause()
+        self._lock.check()
         bad = non_finite_arrays(state)
         if bad:
             raise metrics.NonFiniteError(f"step {step}: not finite in the state: {', '.join(bad)}")
         self._writer.flush()  # the curves must reach at least as far as the checkpoint
-        self._checkpoints.save(step, state, data, self._config)
+        self._checkpoints.save(step, state, data, self._config, self._averages.sums())
         self._stopwatch.start()
 
     def finish(self, step: int, stopped_by: str | None) -> None:
         """Write the report and log how the run ended."""
         self._write_report(step)
-        total, page = self._options.total_steps, self._workdir / "report.html"
+        total, page = self._options.total_steps, self._lock.workdir / "report.html"
         where = f"checkpoint {self._checkpoints.path(step)}, report {page}"
-        if stopped_by and step < total:
+        if stopped_by and not self.complete:
             log.info("stopped by %s at step %d of %d: %s", stopped_by, step, total, where)
             log.info("run the same command again to continue")
         else:
@@ -142,6 +180,7 @@ class Recorder:
     def _write_report(self, step: int) -> None:
         if jax.process_index() != 0:
             return
+        self._lock.check()
         facts = {"stage": self._stage.name, "step": f"{step} of {self._options.total_steps}"}
         for name, value in self._stopwatch.summary().items():
             facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
@@ -149,9 +188,9 @@ class Recorder:
             facts["first step with compilation"] = duration(self._compile_seconds)
         facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts["start"] = self._origin
-        notes = [*self._stage.notes, *self._stage.final_notes()]
+        notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures]
         self._writer.flush()
-        report.write_report(self._workdir, self._writer.history, facts, self._config, notes)
+        report.write_report(self._lock.workdir, self._writer.history, facts, self._config, notes)
 
 
 def non_finite_arrays(tree: Any) -> list[str]:

@@ -44,6 +44,8 @@ class Stage(abc.ABC):
       platform: "tpu", "gpu" or "cpu": where it will run.
       frozen: weights that the step reads and never changes; set by `open`, not checkpointed.
       notes: lines to log at the start and print in the report.
+      between_batches: to be called between the batches of an evaluation, equally often in all
+        processes; ends it by an exception when the run is to stop.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage(abc.ABC):
         self.platform = platform or jax.default_backend()
         self.frozen: PyTree = {}
         self.notes: list[str] = []
+        self.between_batches: Callable[[], None] = lambda: None
         meshes.check_batch_size(config.batch_size, mesh, self.pack)
 
     @abc.abstractmethod

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenflow_jax.messages import one_line, shown
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.understanding.model import UnderstandingConfig
 from tokenflow_jax.understanding.names import PART
 from tokenflow_jax.weights import conversion, language_model
@@ -105,7 +105,7 @@ def convert(
         if any((pathlib.Path(src) / name).is_file() for name in _TEXT_TOKENIZERS):
             known["text_tokenizer"] = os.fspath(src)
     else:
-        saved = checkpoint.read_info(checkpoint.find_checkpoint(src, step))["config"]
+        saved = checkpoint_info.read_info(checkpoint_info.find_checkpoint(src, step))["config"]
         known = {name: saved[name] for name in _KEPT if name in saved}
     own = known.get("tokenizer", {}).get("fingerprint", "")
     if tokenizer is not None:

@@ -205,6 +205,7 @@ class UnderstandingStage(CodeStage):
         for batch in batches.eval_batches(self._eval_set, batch_size=self.eval_rows, pixels=False):
             batch["features"] = self._eval_table[batch.pop("image_index")[:, 0]]
             sums.update(jax.tree.map(float, self._loss(state.params, self._global(batch))))
+            self.between_batches()
         labels = max(sums["labels"], 1.0)
         figures = {"loss": sums["loss"] / labels, "accuracy": sums["right"] / labels}
         if self.config.eval.max_new and self._asked:
@@ -248,6 +249,7 @@ class UnderstandingStage(CodeStage):
             index += [0] * padding
             prompt["features"] = self._eval_table[index][:, None]
             ids_BN = np.asarray(self._greedy(params, self._global(prompt)))
+            self.between_batches()
             for ids_N in ids_BN[: len(part)]:
                 yield questions.answer_text(
                     self._eval_set.text_tokenizer, ids_N, self._decoding.stop_ids

@@ -15,7 +15,7 @@ import numpy as np
 
 from tokenflow_jax import files
 from tokenflow_jax.messages import bullets, one_line, shown
-from tokenflow_jax.train import checkpoint
+from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.formats.torch import (
@@ -59,8 +59,8 @@ def is_torch(path: str | os.PathLike) -> bool:
     path = os.fspath(path)
     if os.path.isdir(path):
         try:
-            checkpoint.find_checkpoint(path)
-        except (checkpoint.CheckpointError, OSError):
+            checkpoint_info.find_checkpoint(path)
+        except (checkpoint_info.CheckpointError, OSError):
             return any(name.lower().endswith(WEIGHT_ENDINGS) for name in os.listdir(path))
         return False
     return os.path.exists(path) or path.lower().endswith(WEIGHT_ENDINGS)

@@ -7,7 +7,9 @@ Converted weights are a directory with two of a checkpoint's items (see `train.c
 
 import dataclasses
 import json
+import math
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +21,17 @@ import tensorstore as ts
 from etils import epath
 
 from tokenflow_jax import files
-from tokenflow_jax.train import checkpoint, checksums
-from tokenflow_jax.train.checkpoint import CheckpointError
+from tokenflow_jax.messages import one_line, shown
+from tokenflow_jax.train import checkpoint, checkpoint_info, checksums, workdir
+from tokenflow_jax.train.checkpoint_info import CheckpointError
 from tokenflow_jax.weights.lazy import LazyTensor
 from tokenflow_jax.weights.rules import unflatten
 
 _CHUNK_BYTES = 4 * 2**20  # read and decompressed at once; more costs memory, less costs time
 _BATCH_BYTES = 16 * 2**20  # written at once, unless one array is larger
+# Arrays that no file holds are zeros: a few bytes may declare terabytes. Real weights take about
+# their size on disk.
+_FREE_BYTES, _MOST_UNFOLDING = 64 * 2**20, 200
 
 
 def open_checkpoint(
@@ -37,17 +43,26 @@ def open_checkpoint(
     (whose step is 0); `subtrees` are the fields of the training state to open, of which one must
     be there. Reading an array checks its bytes.
     """
-    path = checkpoint.find_checkpoint(path, step)
-    info = checkpoint.read_info(path)
-    if "step" not in info:  # a training checkpoint is named after its step
-        info["step"] = int(path.name)
+    path = checkpoint_info.find_checkpoint(path, step)
+    info = checkpoint_info.read_info(path)
+    # The first formats leave it out; those checkpoints are named after it.
+    info.setdefault("step", int(path.name) if path.name.isdecimal() else None)
     names = [name for name in info["arrays"] if name.split("/")[0] in subtrees]
     if not names:
         fields = sorted({name.split("/")[0] for name in info["arrays"]})
         raise CheckpointError(f"{path} has none of {list(subtrees)}; it has {fields}")
 
     state = path / "state"
-    base = str(state) if "://" in str(state) else f"file://{state}"
+    declared = sum(_declared_bytes(info["arrays"][name], path) for name in names)
+    if "://" not in str(state):
+        held = sum(p.stat().st_size for p in pathlib.Path(state).rglob("*"))
+        if declared > _FREE_BYTES + _MOST_UNFOLDING * held:
+            raise CheckpointError(
+                f"{path} declares {declared:,} bytes of arrays in {held:,} bytes of files; it is "
+                "incomplete or damaged, copy it again"
+            )
+    # Not a URL: "#", "%" and the like are part of a local name.
+    base = str(state) if "://" in str(state) else {"driver": "file", "path": f"{state}/"}
     # One thread each, because every thread holds a chunk in memory.
     context = ts.Context({f"{kind}_concurrency": {"limit": 1} for kind in ("data_copy", "file_io")})
 
@@ -56,9 +71,12 @@ def open_checkpoint(
         kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:
             store = ts.open({"driver": "zarr", "kvstore": kvstore}, context=context, open=True)
-            array = store.result().read().result()
-        except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
+            store, entry = store.result(), info["arrays"][name]
+            if list(store.shape) != entry["shape"]:
+                raise ValueError(f"shape {store.shape}, not {entry['shape']}")
+            array = store.read().result()
+        except (ValueError, MemoryError) as error:
+            reason = one_line(error)
             raise CheckpointError(f"{path}: {name} cannot be read ({reason})") from error
         checkpoint.check_checksums(info["arrays"], unflatten({name: array}), path)
         return array
@@ -67,6 +85,13 @@ def open_checkpoint(
         return LazyTensor(name, tuple(shape), jnp.dtype(dtype), lambda: load(name))
 
     return info, {name: lazy(name, **info["arrays"][name]) for name in names}
+
+
+def _declared_bytes(entry: Mapping[str, Any], path: epath.Path) -> int:
+    try:
+        return math.prod(entry["shape"]) * jnp.dtype(entry["dtype"]).itemsize
+    except TypeError:
+        raise CheckpointError(f"{path} has an array of type {shown(entry['dtype'])}") from None
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
@@ -118,6 +143,7 @@ def save_weights(
     handler = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, handler))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    workdir.check_path(path)
     path = epath.Path(path).absolute()
     try:
         tree_handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
@@ -131,11 +157,10 @@ def save_weights(
         raise OSError(reason) from error
     described = checksums.describe_arrays(tree)
     info = {
-        "format": checkpoint.FORMAT,
         "step": 0,
         "config": dict(config),
         "source": dict(source),
         "arrays": {n: {**entry, "sum32": handler.sums[n]} for n, entry in described.items()},
     }
     (path / "info").mkdir()
-    (path / "info" / "metadata").write_text(json.dumps(info))
+    (path / "info" / "metadata").write_text(json.dumps(checkpoint_info.seal(info)))
