@@ -10,6 +10,7 @@ import numpy as np
 
 from tokenflow_jax.messages import shown
 
+MOST_TENSORS = 100_000  # of a file
 _MOST_AXES = 32
 _MOST_BYTES = 2**47  # what a process can address
 

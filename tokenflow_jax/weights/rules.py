@@ -139,8 +139,13 @@ class RuleTable:
         raise ValueError(f"{self.model}: no conversion rule for the parameter {path}; add one")
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+@functools.cache
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(map(fnmatch.translate, patterns)) or "(?!)")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return bool(_pattern(patterns).match(name))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax.messages import bullets, one_line, shown
-from tokenflow_jax.weights.lazy import LazyTensor, read_block
+from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, read_block
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_MOST_VALUES = 10_000_000  # of all arrays, each a Python object
+_MOST_VALUES = 4_000_000  # of all arrays, each a Python object
 _MOST_AXES = 8  # llama.cpp has four
 _DAMAGED = (struct.error, ArithmeticError, MemoryError, RecursionError, TypeError, ValueError)
 
@@ -92,6 +92,8 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, LazyTe
             if version not in (2, 3):
                 raise ValueError(f"version {version}, not 2 or 3")
             count, keys = reader.scalar("Q"), reader.scalar("Q")
+            if count > MOST_TENSORS:
+                raise ValueError(f"{count} tensors")
             fields = {}
             for _ in range(keys):
                 name = reader.string()
@@ -138,6 +140,8 @@ def _tensors(path: str, entries: list, start: int, size: int) -> dict[str, LazyT
             continue
 
         def load(kind=kind, shape=shape, begin=start + offset, rows=rows, width=width):
+            if not rows * width:
+                return np.zeros(shape, np.float32)
             blocks = read_block(path, begin, rows * width).reshape(rows, width)
             return gguf.dequantize(blocks, kind).reshape(shape)
 

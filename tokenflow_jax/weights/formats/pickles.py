@@ -91,10 +91,15 @@ class _Unpickler(pickle._Unpickler):
         self._persistent = persistent
         self._copies_left = 2 * len(data) + 10_000
         self.dispatch = _Opcodes(self.dispatch)
+        self.dispatch[pickle.BYTEARRAY8[0]] = self._read_bytearray
         for code, select in _HASHED.items():
             self.dispatch[code[0]] = functools.partial(self._hash, select, self.dispatch[code[0]])
         for code, select in _COPIED.items():
             self.dispatch[code[0]] = functools.partial(self._copy, select, self.dispatch[code[0]])
+
+    @staticmethod
+    def _read_bytearray(self: "_Unpickler") -> None:  # without taking what is declared first
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     @staticmethod
     def _hash(select: Callable, original: Callable, self: "_Unpickler") -> None:

@@ -15,7 +15,7 @@ import safetensors
 
 from tokenflow_jax import files
 from tokenflow_jax.messages import bullets, one_line
-from tokenflow_jax.weights.lazy import LazyTensor, data, pieces, read_block
+from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, data, pieces, read_block
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -31,6 +31,8 @@ def read_safetensors(path: str) -> dict[str, LazyTensor]:
     """Validate a file and return its tensors, in the file's order."""
     header, start = _read_header(path)
     header.pop("__metadata__", None)
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"{path}: {len(header):,} tensors, the limit is {MOST_TENSORS:,}")
     if unknown := [f"{n}: {e['dtype']}" for n, e in header.items() if e["dtype"] not in _DTYPES]:
         raise ValueError(f"{path}: types that are not read; convert them:\n{bullets(unknown)}")
     try:

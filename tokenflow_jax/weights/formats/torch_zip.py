@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from tokenflow_jax.weights.formats.torch_tensors import (
 )
 from tokenflow_jax.weights.lazy import LazyTensor, data, pieces, read_block
 
+# What the zipfile module raises for damaged files, encrypted and unknown ones.
+_BROKEN_ZIP = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ArithmeticError, LookupError,
+    NotImplementedError, RuntimeError, UnicodeError,
+)  # fmt: skip
 _MOST_DICTS = 1000  # that are looked into for tensors
 _DEEPEST = 5  # of those
 _LONGEST_NAME = 1000
@@ -50,7 +56,7 @@ def read_zip(path: str) -> dict[str, dict[str, LazyTensor]]:
             if f"{prefix}byteorder" in infos:
                 _check_plain(path, [infos[f"{prefix}byteorder"]])
                 order = archive.read(f"{prefix}byteorder").strip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except _BROKEN_ZIP as error:
         raise ValueError(f"{path}: damaged zip file ({one_line(error)}); fetch it again") from None
     used: list[zipfile.ZipInfo] = []
 
