@@ -171,11 +171,11 @@ class CheckpointMismatch(ValueError):
         rest = 10 - min(len(missing), 3) - min(len(unexpected), 3)
         first = [*wrong[:rest], *missing[: max(3, rest - len(wrong))]]
         first += unexpected[: 10 - len(first)]
-        lines = [*first, *[""] * (len(problems) - len(first))]
+        lines = [*first, *[""] * (len(problems) - len(first))]  # those are counted
         default = "choose the variant that the checkpoint was made for, or another checkpoint"
         super().__init__(
-            f"the checkpoint {path} does not fit the {model}, ".replace("  ", " ")
-            + f"{len(problems)} problems:\n{bullets(lines)}\n{remedy or default}"
+            f"the checkpoint{path and ' '}{path} does not fit the {model}, "
+            f"{len(problems)} problems:\n{bullets(lines)}\n{remedy or default}"
         )
 
 

@@ -134,9 +134,8 @@ def _tensors(path: str, entries: list, start: int, size: int) -> dict[str, LazyT
         kind, count, block = known
         columns = shape[-1] if shape else 1
         rows, width = math.prod(shape[:-1]), columns // count * block
-        if columns % count or start + offset + rows * width > size or name in tensors:
-            where = f"at byte {start + offset} of {size}"
-            problems.append(f"{name}: {shape} {where}, or a second time; fetch it again")
+        if columns % count or start + offset + rows * width > size:
+            problems.append(f"{name}: {shape} at byte {start + offset} of {size}; fetch it again")
             continue
 
         def load(kind=kind, shape=shape, begin=start + offset, rows=rows, width=width):
