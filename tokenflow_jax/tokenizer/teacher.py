@@ -116,9 +116,11 @@ def _shipped(about: Mapping[str, Any], dtype: jnp.dtype) -> Teacher:
     try:
         for name, value in about["vit"].items():
             right = type(value) is type(usual.get(name))
-            if not right or (not isinstance(value, str) and value > 2**16):
-                raise ValueError(f"vit.{name} is {shown(value)}")
+            if not right or not (isinstance(value, str) or 0 <= value < 2**16):
+                raise ValueError(f"vit.{one_line(name)} is {shown(value)}")
         mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError("mean and std are not three numbers")
         return Teacher(ViT(ViTConfig(**about["vit"]), dtype), mean, std)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{ASSET}: its {_KEY!r} is damaged ({one_line(error)})") from None

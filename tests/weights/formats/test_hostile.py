@@ -11,7 +11,7 @@ import sys
 import zipfile
 
 import pytest
-from torch_pickles import write_zip
+from pickled_tensors import write_zip
 
 from tokenflow_jax.messages import printable
 
@@ -91,7 +91,7 @@ PICKLES = {
     )
     + b"u.",
     "a text encoded often": b"\x80\2" + text(b"a" * 10**6) + b"q\0c_codecs\nencode\nq\1"
-    + b"h\1h\0" + text(b"latin1") + b"\x86R" + (b"h\1h\0" + text(b"latin1") + b"\x86R") * 5000 + b".",
+    + (b"h\1h\0" + text(b"latin1") + b"\x86R") * 5000 + b".",
     "many operations": b"\x80\2(" + b"}" * 5_000_000 + b"t.",
     "many classes": b"\x80\2(" + b"".join(b"ca\n%d\n" % i for i in range(300_000)) + b"t.",
     "a list that holds itself": b"\x80\2]q\0h\0a.",
