@@ -5,6 +5,11 @@ import pathlib
 from collections.abc import Callable
 
 Files = dict[str, bytes]
+NAMES = (
+    "safetensors", "torch", "jit", "pickle", "gguf", "shards", "config", "checkpoint", "fid",
+    "teacher", "lpips", "dataset", "record", "captions", "conversations", "picture", "questions",
+    "answers", "metrics", "prompts", "cifar10",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,4 +34,5 @@ def collect(folder: pathlib.Path) -> Files:
 def all_readers() -> dict[str, Reader]:
     from tests.fuzz import data_readers, weight_readers
 
-    return {**weight_readers.READERS, **data_readers.READERS}
+    known = {**weight_readers.READERS, **data_readers.READERS}
+    return {name: known[name] for name in NAMES}
