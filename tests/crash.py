@@ -9,6 +9,7 @@ checkpoint with a flipped bit must restore to exactly what was saved, or be refu
 import argparse
 import collections
 import logging
+import os
 import pathlib
 import random
 import shutil
@@ -27,17 +28,17 @@ sys.path[:0] = [str(HELPERS), str(HELPERS.parents[1])]
 import toy_stage  # noqa: E402 - after its folder is known
 
 from tokenflow_jax.log import hush_tensorstore  # noqa: E402
-from tokenflow_jax.train import checkpoint, checkpoint_info, metrics  # noqa: E402
+from tokenflow_jax.train import checkpoint, checkpoint_info, curves  # noqa: E402
 from tokenflow_jax.weights.formats import orbax  # noqa: E402
 
 
 def contents(workdir):
     """Return all that a run leaves: arrays, config and data position, and curves but for speed."""
     info, arrays = orbax.open_checkpoint(workdir, subtrees=("step", "params", "ema", "opt_state"))
-    history = metrics.read_history(pathlib.Path(workdir) / "metrics.jsonl")
-    curves = [{k: v for k, v in line.items() if k[:5] != "perf/"} for line in history]
+    history = curves.read_history(pathlib.Path(workdir) / "metrics.jsonl")
+    lines = [{k: v for k, v in line.items() if k[:5] != "perf/"} for line in history]
     info = {name: info[name] for name in ("config", "data", "averages", "step")}
-    return info, {name: array.read().tobytes() for name, array in arrays.items()}, curves
+    return info, {name: array.read().tobytes() for name, array in arrays.items()}, lines
 
 
 def kill(folder, kills, rng):
@@ -52,7 +53,11 @@ def kill(folder, kills, rng):
         command += [f"{name}={value}" for name, value in changes.items()]
         for _ in range(rng.randint(3, 8)):
             process = subprocess.Popen(
-                list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                list(map(str, command)),
+                env={**os.environ, "PYTHONPATH": str(HELPERS.parents[1])},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             # Python and JAX start for two seconds or so; any moment may be the one.
             time.sleep(rng.uniform(0.5, 6.0))
