@@ -33,9 +33,8 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
     if "://" in os.fspath(path):
         return epath.Path(path).read_bytes()
     # Without waiting: a pipe that nobody writes to would block.
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(number, "rb", buffering=0) as file:
-        status = os.fstat(number)
+    with open(path, "rb", 0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
         if status.st_size > most:

@@ -262,10 +262,8 @@ class JsonlSource(LineSource):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = _parse(self._lines.read(self._places[index]))
-        return {**example, "bytes": self._read(example["name"])}
-
-    def _read(self, name: str) -> bytes:
-        return images.read_file(name, self._root, self._allow_outside)
+        data = images.read_file(example["name"], self._root, self._allow_outside)
+        return {**example, "bytes": data}
 
 
 def _describe(line: bytes) -> Described:

@@ -76,8 +76,9 @@ def unpack(record: bytes) -> dict[str, Any]:
         raise Broken("not a record of this package", f"starts with {record[:4]!r}")
     start = _HEADER.size + _HEADER.unpack_from(record)[1]
     try:
-        example = files.parse_json(record[_HEADER.size : start], "the header")
-        shape, kind = example.pop("shape", None), example.pop("codes", None)
+        header = files.parse_json(record[_HEADER.size : start], "the header")
+        shape, kind = header.get("shape"), header.get("codes")
+        example = {key: header[key] for key in _HEADER_KEYS if key in header}
         if kind is not None:
             if kind not in ("<u2", "<i4"):
                 raise ValueError(f"codes of type {shown(kind)}")
@@ -85,17 +86,13 @@ def unpack(record: bytes) -> dict[str, Any]:
         elif shape is None:
             example["bytes"] = record[start:]
         else:
-            example["image"] = _raw(record, start, shape)
-    except ValueError as error:
+            sides = [side for side in shape if type(side) is int and side > 0]
+            if sides != shape or len(shape) != 3 or shape[2] != 3:
+                raise ValueError(f"a picture of shape {shown(shape)}")
+            example["image"] = np.frombuffer(record, np.uint8, offset=start).reshape(shape)
+    except (ValueError, TypeError) as error:
         raise Broken("damaged record", str(error)) from error
     return check_example(example)
-
-
-def _raw(record: bytes, start: int, shape: Any) -> np.ndarray:
-    right = isinstance(shape, list) and len(shape) == 3 and shape[2] == 3
-    if not right or not all(type(side) is int and side > 0 for side in shape):
-        raise ValueError(f"a picture of shape {shown(shape)}")
-    return np.frombuffer(record, np.uint8, offset=start).reshape(shape)
 
 
 def count_records(path: pathlib.Path) -> int:

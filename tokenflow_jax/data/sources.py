@@ -67,16 +67,17 @@ class FolderSource:
             raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
-        names, left_out = _image_names(root, allow_outside)
-        note = f"{len(left_out)} links lead outside it, such as {', '.join(left_out[:3])}; pass "
-        note = f" ({note}allow_outside if that is intended)" if left_out else ""
+        names, outside = _image_names(root, allow_outside)
+        if outside:
+            log.warning(
+                "%s: %d links to folders outside are left out, such as %s; pass allow_outside if "
+                "they are intended", root, len(outside), plain(outside[0]),
+            )  # fmt: skip
         if not names:
             raise ValueError(
                 f"{root} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
-                + note
+                + (", and links to folders outside need allow_outside" if outside else "")
             )
-        if left_out:
-            log.warning("%s: folders are left out%s", root, note)
         subfolders = {name.split("/")[0] for name in names if "/" in name}  # those with pictures
         divided = split != "all" and _are_splits(root, subfolders)
         # Of all splits: a class must have the same number in each.
@@ -84,7 +85,7 @@ class FolderSource:
         self.classes = sorted({path[0] for path in paths if len(path) > 1})
         self.numbers = ("label",) if self.classes else ()
         if divided:
-            root /= (part := _split_folder(root, subfolders, split))
+            part = _split_folder(root, subfolders, split)
             names = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         elif split != "all" and len(names) >= MIN_TO_SPLIT:
             names = [name for name in names if is_heldout(name) == (split != "train")]
@@ -93,7 +94,7 @@ class FolderSource:
                 "%s has %d pictures, fewer than %d: none are held out, so the figures of split %r "
                 "are on training pictures", root, len(names), MIN_TO_SPLIT, split,
             )  # fmt: skip
-        self._root, self._names = root, names
+        self._root, self._names, self._part = root, names, f"{part}/" if divided else ""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -101,10 +102,8 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self._names[index]
         label = {"label": self.classes.index(name.split("/")[0])} if "/" in name else {}
-        return {"name": name, **label, "bytes": self._read(name)}
-
-    def _read(self, name: str) -> bytes:
-        return images.read_file(name, self._root, self._allow_outside)
+        data = images.read_file(self._part + name, self._root, self._allow_outside)
+        return {"name": name, **label, "bytes": data}
 
 
 def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
@@ -129,11 +128,8 @@ def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
 
 
 def _image_names(root: pathlib.Path, allow_outside: bool) -> tuple[list[str], list[str]]:
-    """Return sorted relative paths of images, and the links to folders outside, left out.
-
-    Other links to folders are followed once each.
-    """
-    names, left_out, seen = [], [], set()
+    """Return sorted relative paths of images, following links once each, and those left out."""
+    names, outside, seen = [], [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up, or a second link to the same place
@@ -142,15 +138,16 @@ def _image_names(root: pathlib.Path, allow_outside: bool) -> tuple[list[str], li
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in list(subfolders):
+            path = os.path.relpath(os.path.join(folder, name), root)
             try:
-                images.locate(pathlib.Path(folder, name).relative_to(root), root, allow_outside)
+                images.locate(path, root, allow_outside)
             except Broken:
                 subfolders.remove(name)
-                left_out.append(plain(name))
+                outside.append(path)
         for name in files:
             if not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS):
                 names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
-    return sorted(names), left_out
+    return sorted(names), outside
 
 
 class RecordSource:
@@ -194,10 +191,7 @@ def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
         wanted = splits if split == "all" else [split]
         files = [os.path.join(path, name) for part in wanted for name in splits[part]["files"]]
         if missing := [file for file in files if not os.path.isfile(file)]:
-            raise ValueError(
-                f"data.path {path!r}: {len(missing)} files are missing or damaged, such as "
-                f"{plain(missing[0])}; write the data set again"
-            )
+            raise ValueError(f"data.path {path!r}: {plain(missing[0])} is missing or damaged")
         return files, list(about.get("classes", ()))
     files = sorted(glob.glob(path)) if path else []
     if not files or not all(os.path.isfile(file) for file in files):

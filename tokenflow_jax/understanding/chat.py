@@ -10,7 +10,7 @@ from PIL import Image
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.examples import Broken
-from tokenflow_jax.messages import plain
+from tokenflow_jax.messages import shown
 
 Picture = Any  # a path, a PIL image, or uint8 (H, W, 3)
 
@@ -76,7 +76,8 @@ def read_picture(picture: Picture) -> np.ndarray:
         if isinstance(picture, Image.Image):
             return images.to_rgb(picture)
     except (OSError, Broken) as error:
-        raise ValueError(f"picture {plain(picture)}: {error}") from error
+        name = picture if isinstance(picture, Image.Image) else os.fspath(picture)
+        raise ValueError(f"picture {shown(name)}: {error}") from error
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(
