@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -32,16 +33,15 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
     if "://" in os.fspath(path):
         return epath.Path(path).read_bytes()
     # Without waiting: a pipe that nobody writes to would block.
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(number, "rb") as file:
-        status = os.fstat(number)
+    with open(path, "rb", 0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
         if status.st_size > most:
             raise ValueError(
                 f"{os.fspath(path)!r} has {status.st_size:,} bytes, the limit is {most:,}"
             )
-        return file.read(most)
+        return file.read()  # read(most) would allocate as much
 
 
 def read_json(
@@ -86,6 +86,24 @@ def parse_json(
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}{remedy}")
     return value
+
+
+def writable_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Create a folder unless it exists, and write a test file there.
+
+    Raises:
+      OSError: one of these fails, as it would after the work whose result goes there.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(
+            f"cannot write into the folder {path} ({error.strerror}): choose another one"
+        ) from error
+    return path
 
 
 def full_disk(error: Exception) -> str | None:
