@@ -72,6 +72,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.data.name = "jsonl"  # jsonl, array_record, codes (of tokenflow_jax.encode) or emoji
     config.data.path = ""  # captions.jsonl, or the folder of a data set
     config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
+    config.data.allow_outside = False  # read pictures outside the folder, by path or link
     config.data.split = "train"  # what trains
     config.data.eval_split = "heldout"  # what is held out
     config.data.encode = "step"  # make codes of images in the step, or once before training

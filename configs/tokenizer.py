@@ -90,6 +90,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "tfds"  # emoji, folder, array_record or tfds
     config.data.path = "imagenet2012"  # folder, ArrayRecord files, or TFDS name[:version]
+    config.data.allow_outside = False  # read pictures outside the folder, by path or link
     config.data.split = "train"  # what trains
     config.data.eval_split = "validation"  # what is held out
     config.data.augment = "random_crop"  # short side drawn from size to size / 0.8; or center

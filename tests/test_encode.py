@@ -200,3 +200,20 @@ def test_wrong_flags_are_one_clear_message(arguments, message):
     options(["encode", *arguments])
     with pytest.raises(ValueError, match=message):
         encode.main(options)
+
+
+def test_a_plan_that_is_no_json_is_named(tmp_path):
+    codes.PartWriter(tmp_path / "c", {}, {"train": 1})
+    (tmp_path / "c" / "encoding.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"encoding\.json is not JSON.*choose another folder"):
+        codes.PartWriter(tmp_path / "c", {}, {"train": 1})
+
+
+def test_the_folder_is_tried_before_the_tokenizer_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfx.Tokenizer, "load", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").write_text("in the way")
+    options = flags.FlagValues()
+    encode.define_flags(cli.Define(options))
+    options(["encode", "--checkpoint=x", f"--out={tmp_path / 'file' / 'out'}"])
+    with pytest.raises(OSError, match="cannot write into the folder"):
+        encode.main(options)

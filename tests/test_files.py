@@ -95,3 +95,28 @@ def test_only_regular_files_are_read(tmp_path):
         files.read_bytes(tmp_path / "large", 10)
     with pytest.raises(ValueError, match=r"missing.json cannot be read \(.*No such file"):
         files.read_json(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize("where", ["file/out", "full", "file"])
+def test_a_folder_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, where):
+    (tmp_path / "file").write_text("in the way")
+    if where == "full":
+        device = lambda dir: open("/dev/full", "wb", 0)  # noqa: E731, SIM115
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", device)
+    with pytest.raises(
+        OSError, match=r"cannot write into the folder .*choose another one"
+    ) as error:
+        files.writable_folder(tmp_path / where)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_to_write_to_is_made_and_left_empty(tmp_path):
+    assert list(files.writable_folder(tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_reading_a_folder_keeps_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="Is a directory"):
+            files.read_bytes(tmp_path, 10)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -9,7 +9,9 @@ from pathlib import Path
 import ml_collections
 import pytest
 
-from tokenflow_jax import cli, main, stages
+from tokenflow_jax import cli, files, main, stages
+from tokenflow_jax.tokenizer.stage import TokenizerStage
+from tokenflow_jax.train import loop
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = """
@@ -212,3 +214,53 @@ def test_signals_save_and_end_with_their_code(tmp_path, monkeypatch, number, sch
     assert process.returncode == code, err
     assert f"stopped by {number.name} at step" in out
     assert "Traceback" not in err
+
+
+def start(arguments):
+    """Run the program in this process, which is of no distributed run."""
+    return cli.run("tokenflow_jax", main.main, main.define_flags, arguments, config=True,
+                   runtime=False)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("workdir", "code", "reason"),
+    [("/dev/null/x", 1, "Not a directory"), ("FILE", 1, "File exists"), ("a[1]", 2, "because of")],
+)
+def test_a_workdir_that_cannot_be_used_is_one_line_before_anything_is_loaded(
+    tmp_path, capsys, monkeypatch, workdir, code, reason
+):
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TokenizerStage, "open", lambda stage: pytest.fail("loads"))
+    assert start([f"--config={REPOSITORY}/configs/tokenizer.py", f"--workdir={workdir}"]) == code
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0 and reason in error and workdir in error
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (PermissionError(13, "Permission denied", "/data/x.jsonl"), 1),
+        (OSError(5, "Input/output error"), 1),
+        (OSError(28, "No space left on device", "x"), 1),
+        (files.parse_json, 1),  # raises a ValueError of the package
+        (ValueError("of a library"), 6),
+        (RuntimeError("a bug"), 6),
+    ],
+)
+def test_errors_while_training_are_one_line_unless_they_may_be_bugs(
+    tmp_path, capsys, monkeypatch, error, lines
+):
+    def train(*unused):
+        if callable(error):
+            error(b"[", "data.jsonl, line 7")
+        raise error
+
+    monkeypatch.setattr(TokenizerStage, "open", lambda stage: stage)
+    monkeypatch.setattr(loop, "train_and_evaluate", train)
+    configuration = f"--config={REPOSITORY}/configs/tokenizer.py"
+    assert start([configuration, f"--workdir={tmp_path}"]) == 1
+    text = capsys.readouterr().err.strip()
+    assert text.count("\n") + 1 >= lines and (text.count("\n") == 0) == (lines == 1)
+    assert text.split(" ", 1)[1].startswith("ERROR ")
+    assert ("Traceback" in text) == (lines > 1)

@@ -42,3 +42,9 @@ def test_control_characters_are_escaped_for_a_terminal(code):
 
 def test_letters_of_all_scripts_stay():
     assert messages.printable("Ångström 林檎 🍎 שלום") == "Ångström 林檎 🍎 שלום"
+
+
+def test_plain_names():
+    assert messages.plain("a/b c.png") == "a/b c.png"
+    assert messages.plain("a\n\x1b[2J\ud83d") == r"a\n\x1b[2J\ud83d"
+    assert len(messages.plain("x" * 10**6)) <= 200

@@ -259,3 +259,56 @@ def test_tokenizers_of_another_model_are_refused(generator):
     config = dataclasses.replace(CONFIG, scales=(1, 2, 3, 4))
     with pytest.raises(ValueError, match=r"scales are \(1, 2, 4\), the model's \(1, 2, 3, 4\)"):
         dataclasses.replace(generator, config=config).check()
+
+
+def test_only_a_line_feed_ends_a_prompt(tmp_path):
+    text = "a sign\u2028hello\x85\x0cthere\r\nb"
+    (tmp_path / "p").write_bytes(text.encode())
+    prompts = [task.prompt for task in sample.read_tasks("plain", (), str(tmp_path / "p"))]
+    assert prompts == ["a sign\u2028hello\x85\x0cthere", "b"]
+    rows = [{"prompt": "a\u2028b\x85"}, {"prompt": "c"}]
+    for content in (
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        json.dumps(rows, indent=2, ensure_ascii=False),
+    ):
+        tasks = tasks_of(tmp_path, "geneval", content)
+        assert [task.prompt for task in tasks] == ["a\u2028b\x85", "c"]
+        assert [json.loads(task.about) for task in tasks] == rows
+        assert not any("\n" in task.about for task in tasks)
+
+
+@pytest.mark.parametrize("row", ['{"prompt": 3}', '{"prompt": ["a"]}', "[" * 10**5, "1" * 5000])
+def test_a_prompt_is_text(tmp_path, row):
+    with pytest.raises(ValueError, match="line 2 is no JSON object with a prompt") as error:
+        tasks_of(tmp_path, "geneval", '{"prompt": "x"}\n' + row)
+    assert len(str(error.value)) < 500
+
+
+def test_hidden_files_are_no_prompts_and_empty_ones_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("a red apple")
+    (tmp_path / "._a.txt").write_bytes(b"\0\5\x16\7\xb0")
+    assert [task.name for task in sample.read_tasks("dpg", (), str(tmp_path))] == ["a"]
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"are empty:\n  - b$"):
+        sample.read_tasks("dpg", (), str(tmp_path))
+    with pytest.raises(ValueError, match="cannot be read as UTF-8"):
+        sample.read_tasks("plain", (), "/dev/zero")
+
+
+def test_a_recipe_that_is_no_json_is_named(generator, tmp_path):
+    tasks = [sample.Task("half \ud83d", "a")]
+    sample.draw(generator, tasks, tmp_path / "out", RECIPE)
+    assert sample.draw(generator, tasks, tmp_path / "out", RECIPE) == 0  # the same recipe
+    (tmp_path / "out" / "recipe.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"recipe\.json is not JSON.*choose another --out"):
+        sample.draw(generator, tasks, tmp_path / "out", RECIPE)
+
+
+def test_the_folder_is_tried_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "load", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").write_text("in the way")
+    options = flags.FlagValues()
+    sample.define_flags(cli.Define(options))
+    options(["sample", "--checkpoint=x", "--prompt=a", f"--out={tmp_path / 'file' / 'out'}"])
+    with pytest.raises(OSError, match="cannot write into the folder"):
+        sample.main(options)

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from tokenflow_jax import cli
+from tokenflow_jax.messages import printable
 
 
 def main(options: flags.FlagValues) -> None:
@@ -36,7 +37,7 @@ def main(options: flags.FlagValues) -> None:
 
 def _print(pieces: Iterator[str]) -> None:
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print(flush=True)
 
 

@@ -19,7 +19,6 @@ one array at a time, and nothing appears under its final name before it is compl
 """
 
 import ctypes
-import logging
 import os
 import sys
 import time
@@ -124,7 +123,6 @@ def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
 
 def prepare_process() -> None:
     """Set up a process that does nothing but convert."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed: an accelerator stays free
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, files
 from tokenflow_jax.log import log, progress
 
 if TYPE_CHECKING:  # loaded in main, so that --help is quick
@@ -28,6 +28,7 @@ def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint", "out")
     if (options.shard_index is None) != (options.shard_count is None):
         raise ValueError("--shard_index and --shard_count go together")
+    files.writable_folder(options.out)
     import jax
 
     from tokenflow_jax.data import pipeline
@@ -50,6 +51,7 @@ def main(options: flags.FlagValues) -> None:
                 flip=False,
                 cache_megabytes=0,  # every picture is seen once
                 image_folder=options.image_folder,
+                allow_outside=options.allow_outside,
             )
         )
         for split in options.splits
@@ -118,6 +120,7 @@ def define_flags(define: cli.Define) -> None:
     define.enum("data", "", kinds, "Kind of data set; detected from --path by default.")
     define.string("path", "", "Where the pictures are; the emoji by default.")
     define.string("image_folder", "", "jsonl: where paths of images begin.")
+    define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     define.list("splits", ["train", "heldout"], "Which parts of the data set.")
     define.string("out", None, "Folder of the new data set.")
     define.integer("batch_size", 64, "Pictures at a time, per process.", 1)

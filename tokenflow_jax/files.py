@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -85,6 +86,24 @@ def parse_json(
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f"{where} lacks {', '.join(map(repr, missing))}{remedy}")
     return value
+
+
+def writable_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Create a folder unless it exists, and write a test file there.
+
+    Raises:
+      OSError: one of these fails, as it would after the work whose result goes there.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(
+            f"cannot write into the folder {path} ({error.strerror}): choose another one"
+        ) from error
+    return path
 
 
 def full_disk(error: Exception) -> str | None:

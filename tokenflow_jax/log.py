@@ -14,11 +14,12 @@ _PROGRESS_S = 5.0  # between progress lines
 
 
 def hush_tensorstore() -> None:
-    """Drop TensorStore's tracebacks about writes that Orbax stopped waiting for; may be repeated.
+    """Drop tracebacks of TensorStore's work that Orbax stopped waiting for; may be repeated.
 
-    The write that failed first is raised as an error; the others would fail unobserved, with a
+    The failure that came first is raised as an error; the others would fail unobserved, with a
     traceback each.
     """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     others = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:

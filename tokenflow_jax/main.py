@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
-from tokenflow_jax import cli, config_flag, stages
+from tokenflow_jax import cli, config_flag, files, stages
 from tokenflow_jax.log import log
 from tokenflow_jax.parallel import distributed
 from tokenflow_jax.train.run_config import refuse_old_keys
@@ -31,10 +31,19 @@ def main(options: flags.FlagValues) -> int:
     workdir = options.workdir or default_workdir(config_flag.name(options))
     from tokenflow_jax.parallel import mesh  # here, so that a wrong flag is reported at once
     from tokenflow_jax.train import checkpoint, loop, metrics
+    from tokenflow_jax.train.workdir import check_path
 
     loop.LoopOptions.from_config(config)
     refuse_old_keys(config)
-    stage = stages.make_stage(config, mesh.make_mesh(config.get("mesh") or {})).open()
+    stage = stages.make_stage(config, mesh.make_mesh(config.get("mesh") or {}))
+    check_path(workdir)
+    try:  # before minutes of loading
+        if "://" not in workdir:
+            files.writable_folder(workdir)
+    except OSError as error:
+        log.error("%s", _workdir_problem(error.__cause__, workdir) or error)
+        return _leave("its workdir cannot be written")
+    stage.open()
     try:
         result = loop.train_and_evaluate(config, workdir, stage)
     except metrics.NonFiniteError as error:  # in all processes alike

@@ -23,6 +23,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
+def plain(name: str) -> str:
+    """Return a name from a file, escaped and cut as `shown` does, without quotes."""
+    return shown(name)[1:-1]
+
+
 def bullets(lines: Iterable[str]) -> str:
     """Return the first ten lines as a list, each printable and short, and a count of the rest."""
     lines = list(lines)

@@ -12,6 +12,7 @@ one 2 x 2 grid per prompt file, as the benchmarks' scorers read them.
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
@@ -23,13 +24,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, files
+from tokenflow_jax.data import jsonl
+from tokenflow_jax.data.examples import Broken, check_text
 from tokenflow_jax.evals import pictures
 from tokenflow_jax.log import log
+from tokenflow_jax.messages import bullets, plain
 
 if TYPE_CHECKING:  # loaded in main, so that --help is quick
     from tokenflow_jax.generation.api import Generator, Recipe
 
+_MOST = 2**28  # bytes of a file of prompts
 LAYOUTS = ("plain", "geneval", "dpg")
 RECIPE = "recipe.json"
 
@@ -51,15 +56,22 @@ def read_tasks(layout: str, prompts: Sequence[str], path: str | None) -> list[Ta
     if layout != "plain" and prompts:
         raise ValueError(f"--layout={layout} takes its prompts from --prompts alone")
     if layout == "dpg":
-        files = sorted(pathlib.Path(path).glob("*.txt"))
-        if not files:
+        found = sorted(f for f in pathlib.Path(path).glob("*.txt") if not f.name.startswith("."))
+        if not found:
             raise ValueError(f"--prompts={path} is no folder with .txt files, one per prompt")
-        return [Task(_read(file).strip(), file.stem) for file in files]
-    lines = _read(pathlib.Path(path)).splitlines() if path else []
-    rows = [line for line in lines if line.strip()]
+        tasks = [Task(_read(file).strip(), file.stem) for file in found]
+        if empty := [plain(task.name) for task in tasks if not task.prompt]:
+            raise ValueError(f"--prompts: files in {path} are empty:\n{bullets(empty)}")
+        return tasks
+    text = _read(pathlib.Path(path)) if path else ""
     if layout == "geneval":
-        tasks = [Task(_prompt_of(row, path, i), f"{i:05d}", row) for i, row in enumerate(rows)]
+        rows = [(number, line) for number, _, line in jsonl.lines_of(io.BytesIO(text.encode()))]
+        tasks = [
+            Task(_prompt_of(line, f"{path}, line {number}"), f"{i:05d}", _joined(line))
+            for i, (number, line) in enumerate(rows)
+        ]
     else:
+        rows = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
         tasks = [Task(p, f"{i:05d}_{_slug(p)}") for i, p in enumerate([*prompts, *rows])]
     if not tasks:
         raise ValueError("nothing to draw: give --prompt or --prompts")
@@ -68,18 +80,20 @@ def read_tasks(layout: str, prompts: Sequence[str], path: str | None) -> list[Ta
 
 def _read(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return files.read_bytes(path, _MOST).decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: UTF-8, a pipe, gigabytes
         raise ValueError(f"--prompts: {path} cannot be read as UTF-8 text ({error})") from error
 
 
-def _prompt_of(row: str, path: str | None, index: int) -> str:
+def _joined(line: bytes) -> str:
+    return line.decode().strip().replace("\n", " ")  # an element of an array may have several
+
+
+def _prompt_of(line: bytes, where: str) -> str:
     try:
-        return str(json.loads(row)["prompt"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line {index + 1} is no JSON object with a prompt: {row[:60]!r}"
-        ) from error
+        return check_text(jsonl.parse_object(line).get("prompt"), "the prompt")
+    except Broken as error:
+        raise ValueError(f"{where} is no JSON object with a prompt: {error}") from error
 
 
 def _slug(prompt: str) -> str:
@@ -177,7 +191,7 @@ def _write_recipe(
     ]
     wanted = json.loads(json.dumps({"recipe": recipe, "layout": layout, "images": images}))
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = files.read_json(path, remedy="; choose another --out")
         changed = [key for key in wanted if there.get(key) != wanted[key]]
         if changed:
             raise ValueError(
@@ -186,7 +200,7 @@ def _write_recipe(
             )
     elif is_first:
         text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8", errors="replace")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def recipe_of_flags(default: "Recipe", options: flags.FlagValues) -> "Recipe":
@@ -205,6 +219,7 @@ def recipe_of_flags(default: "Recipe", options: flags.FlagValues) -> "Recipe":
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint", "out")
     tasks = read_tasks(options.layout, options.prompt, options.prompts)
+    files.writable_folder(options.out)
     from tokenflow_jax.generation.api import Generator
 
     names = ("text_tokenizer", "variant", "tokenizer_variant", "ema", "step", "dtype")

@@ -1,11 +1,12 @@
 """Decoding of good and bad files; crops and flips."""
 
 import io
+import os
 import time
 
 import numpy as np
 import pytest
-from picture_files import encode, picture
+from picture_files import encode, picture, plain
 from PIL import Image
 
 from tokenflow_jax.data import images
@@ -195,3 +196,60 @@ def test_flip_mirrors_half():
         assert mirrored or (result == image).all()
         flipped += mirrored
     assert 160 < flipped < 240
+
+
+def refused(*arguments):
+    with pytest.raises(Broken) as caught:
+        images.read_file(*arguments)
+    return str(caught.value)
+
+
+def test_pictures_named_in_data_lie_below_their_folder(tmp_path):
+    folder, data = tmp_path / "folder", encode(plain(1))
+    (folder / "deep").mkdir(parents=True)
+    for path in (tmp_path / "out.png", folder / "in.png", folder / "deep" / "in.png"):
+        path.write_bytes(data)
+    (folder / "link.png").symlink_to(tmp_path / "out.png")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "own.png").symlink_to(folder / "in.png")
+    for name in ("in.png", "deep/in.png", "deep/../in.png", "./in.png", "own.png"):
+        assert images.read_file(name, folder) == data, name
+    outside = ("../out.png", "link.png", "linked/out.png", str(tmp_path / "out.png"),
+               "deep/../../out.png", "../folder2/out.png")  # fmt: skip
+    for name in outside[:5]:
+        assert "pass allow_outside if that is intended" in refused(name, folder), name
+        assert images.read_file(name, folder, True) == data, name
+    (tmp_path / "folder2").mkdir()
+    assert "outside the folder" in refused(outside[5], folder)
+    # A folder that is a link itself is no reason to refuse what it holds.
+    (tmp_path / "alias").symlink_to(folder)
+    assert images.read_file("deep/../in.png", tmp_path / "alias") == data
+
+
+@pytest.mark.parametrize("allow_outside", [False, True])
+def test_only_regular_files_of_bounded_size_are_read(tmp_path, monkeypatch, allow_outside):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "large.png").write_bytes(b"x" * 101)
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    names = ("pipe.png", "folder.png", "zero.png", "loop.png", "large.png", "/dev/zero", "", "no",
+             "a\0b", "a\ud83d.png", "x" * 5000, "two\nlines")  # fmt: skip
+    for name in names:
+        text = refused(name, tmp_path, allow_outside)
+        assert text.isprintable() and len(text) < 700
+    assert "not a regular file" in refused(tmp_path / "pipe.png")
+    assert "has 101 bytes, the limit is 100" in refused(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("name", [5, None, ["a.png"], {"a": 1}])
+def test_a_name_is_text(tmp_path, name):
+    assert "cannot be read" in refused(name, tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_read(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    with open(path, "wb") as file:
+        file.write(b"data")
+    assert images.read_file(os.fsdecode(b"caf\xe9.png"), tmp_path) == b"data"

@@ -1,5 +1,8 @@
 """Lines of text files: places, splits, the index of large files, JSON objects."""
 
+import json
+import time
+
 import pytest
 
 from tokenflow_jax.data import jsonl
@@ -88,3 +91,50 @@ def test_a_line_must_be_an_object(line, reason):
     with pytest.raises(Broken) as caught:
         jsonl.parse_object(line)
     assert caught.value.reason == reason
+
+
+ROWS = [{"a": 'x"]}', "b": [1, {"c": "\\"}]}, {"a": "Ä, [\u2028\x85"}, {}, {"a": "y" * 300}]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("block", [97, 2**20])
+def test_the_elements_of_an_array_are_its_lines(tmp_path, monkeypatch, indent, block):
+    monkeypatch.setattr(jsonl, "_BLOCK", block)
+    for ascii_only in (True, False):
+        text = json.dumps(ROWS, indent=indent, ensure_ascii=ascii_only)
+        (tmp_path / "array.json").write_bytes(b"\xef\xbb\xbf \n" + text.encode() + b"\n")
+        found = Lines(tmp_path / "array.json", "test", lambda line: Described(len(line)))
+        assert [jsonl.parse_object(found.read(i)) for i in range(len(found))] == ROWS
+        assert (found.numbers.tolist(), found.unit) == ([1, 2, 3, 4], "element")
+
+
+def test_damaged_arrays_are_damaged_lines(tmp_path):
+    cases = {
+        '[{"a": 1}, 2, {"b": ': ['{"a": 1}', "2", ' {"b": '],  # cut
+        '[{"a": 1}]\n[{"b": 2}]\n{"c": 3}\n': ['{"a": 1}', '[{"b": 2}]', '{"c": 3}'],
+        '["a"]\n{"b": 1}\n': ['["a"]', '{"b": 1}'],
+        '[{"a": 1}, , {"b": 2}]': ['{"a": 1}', '{"b": 2}'],
+        "[]": ["[]"],
+    }
+    for text, expected in cases.items():
+        (tmp_path / "x").write_text(text)
+        found = Lines(tmp_path / "x", "test", describe)
+        assert [found.read(i).decode() for i in range(len(found))] == expected, text
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    (tmp_path / "x").write_bytes("a\u2028b\x85c\x1cd\x0ce\rf\r\ng".encode())
+    found = Lines(tmp_path / "x", "test", describe)
+    assert [found.read(i) for i in range(2)] == ["a\u2028b\x85c\x1cd\x0ce\rf\r".encode(), b"g"]
+
+
+def test_long_lines_take_linear_time_and_bounded_memory(tmp_path, monkeypatch):
+    line = json.dumps({"a": "x" * 2**24}).encode()
+    (tmp_path / "long").write_bytes(line + b"\n" + b"[" * 2**26 + b"\n{}")
+    start = time.monotonic()
+    found = Lines(tmp_path / "long", "test", lambda line: Described())
+    assert found.read(0) == line and found.read(2) == b"{}" and found.numbers.tolist() == [1, 2, 3]
+    assert time.monotonic() - start < 3  # it took seven, and the second one endless ones
+    assert len(found.read(1)) < 2**26
+    with pytest.raises(Broken, match="the limit is"):
+        jsonl.parse_object(found.read(1))

@@ -324,3 +324,62 @@ def test_all_bad_config_values_are_named():
 
 def test_groups_are_those_of_the_emoji():
     assert len(sources.GROUPS) == 8
+
+
+def test_pictures_that_vanish_later_end_the_training(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(encode(plain(i)))
+    config = DataConfig("folder", path=str(tmp_path), image_size=8, cache_megabytes=0, threads=5)
+    batches = train(config, batch_size=3)
+    take(batches, 9)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no usable picture among the 6.*cannot be read': 6") as e:
+        take(batches, 400)
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_what_the_cache_holds_counts_as_usable(tmp_path):
+    (tmp_path / "good.png").write_bytes(encode(plain(7)))
+    (tmp_path / "bad.png").write_text("broken")
+    batches = train(DataConfig("folder", path=str(tmp_path), image_size=8), batch_size=2)
+    assert all((batch["image"] == 7).all() for batch in take(batches, 200))
+
+
+def test_bad_records_are_skipped_and_counted(tmp_path, monkeypatch):
+    headers = [
+        {"name": "a", "shape": [-1, 3, 3]}, {"name": "b", "shape": [16, 16, 4]},
+        {"name": "c", "shape": [2**40, 2**40, 3]}, {"name": "d", "shape": "16"},
+        {"name": "e", "shape": [True, 16, 3]}, {"name": "f", "label": "cat"},
+        {"name": "g", "label": 2**40}, {"name": "h", "group": [1]}, {"name": 5}, {},
+        {"name": "i", "label": 1.5}, {"name": "j", "image": [1, 2]}, [], {"name": "k", "tags": [3]},
+    ]  # fmt: skip
+    raw = [json.dumps(header).encode() for header in headers]
+    raw += [b'{"name": "l", "label": ' + b"9" * 5000 + b"}", b"[" * 100_000]
+    with records.DatasetWriter(tmp_path / "d", compressed_payload=False) as writer:
+        writer.write("train", {"name": "good", "label": 3, "image": plain(7)})
+        for header in raw:
+            record = b"TFX1" + len(header).to_bytes(4, "little") + header + plain(1).tobytes()
+            monkeypatch.setattr(records, "pack", lambda example, record=record: record)
+            writer.write("train", {})
+    config = DataConfig("array_record", path=str(tmp_path / "d"), image_size=8)
+    for batch in take(train(config, batch_size=4), 30):
+        assert (batch["image"] == 7).all() and (batch["label"] == 3).all()
+    counts = pipeline.opened(config).skipped.counts()
+    assert sum(counts.values()) == len(raw) and counts["damaged record"] >= 13
+    (note,) = pipeline.skipped_notes(config)
+    assert len(note) < 1000
+
+
+def test_allow_outside_is_an_option_of_the_data(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").mkdir()
+    for i in range(3):
+        (tmp_path / "elsewhere" / f"{i}.png").write_bytes(encode(plain(9)))
+        (tmp_path / "folder" / f"{i}.png").symlink_to(tmp_path / "elsewhere" / f"{i}.png")
+    config = DataConfig("folder", path=str(tmp_path / "folder"), image_size=8)
+    with pytest.raises(ValueError, match=r"outside the folder': 3.*pass allow_outside if that is"):
+        next(train(config))
+    allowed = dataclasses.replace(config, allow_outside=True)
+    assert (next(train(allowed))["image"] == 9).all()
+    assert train(allowed).get_state()["stream"] == train(config).get_state()["stream"]

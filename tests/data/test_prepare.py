@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -190,3 +191,62 @@ def test_unwritable_destination(tmp_path, capsys):
     src = tarball(tmp_path / "c.tgz")
     assert run("cifar10", f"--src={src}", f"--dst={tmp_path / 'file' / 'out'}") == 2
     assert "file" in capsys.readouterr().err
+
+
+def test_only_pictures_below_the_folder_are_packed(tmp_path, capsys):
+    src = tmp_path / "src"
+    (src / "deep").mkdir(parents=True)
+    names = ["in.png", "deep/in.png"]
+    for name in (*names, "../secret.png"):
+        (src / name).write_bytes(encode(plain(1)))
+    (src / "link.png").symlink_to(tmp_path / "secret.png")
+    (src / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(src / "pipe.png")
+    (src / "linked").symlink_to(tmp_path)
+    outside = ["link.png", "zero.png", "../secret.png", str(tmp_path / "secret.png")]
+    rows = [{"image": name, "caption": "x"} for name in (*names, *outside, "pipe.png")]
+    (src / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def written(kind, *more):
+        arguments = (f"--src={src}", f"--dst={tmp_path / 'dst'}", "--overwrite", *more)
+        assert run(kind, *arguments) == 0
+        source = sources.open_source("array_record", str(tmp_path / "dst"), "train")
+        return [source[i]["name"] for i in range(len(source))]
+
+    assert written("jsonl") == names and "'skipped': 5" in capsys.readouterr().out
+    assert written("jsonl", "--allow_outside") == [*names, outside[0], *outside[2:]]
+    assert written("folder") == sorted(names)
+    assert "linked/secret.png" in written("folder", "--allow_outside")
+
+
+def test_a_folder_of_links_says_how_to_read_them(tmp_path, capsys, caplog):
+    (tmp_path / "all" / "cat").mkdir(parents=True)
+    (tmp_path / "all" / "cat" / "1.png").write_bytes(encode(plain(1)))
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "cat").symlink_to(tmp_path / "all" / "cat")
+    arguments = ("folder", f"--src={tmp_path / 'some'}", f"--dst={tmp_path / 'dst'}")
+    assert run(*arguments) == 2
+    assert "links to folders outside need allow_outside" in capsys.readouterr().err
+    assert "1 links to folders outside are left out, such as cat" in caplog.text
+    assert run(*arguments, "--allow_outside") == 0
+
+
+def test_names_that_are_not_utf8_are_packed_and_come_back(tmp_path):
+    src, odd = tmp_path / "src", os.fsdecode(b"caf\xe9")
+    (src / odd).mkdir(parents=True)
+    for i in range(120):
+        (src / odd / f"{i}{odd}.png").write_bytes(encode(plain(i)))
+    assert run("folder", f"--src={src}", f"--dst={tmp_path / 'dst'}") == 0
+    everything = [sources.open_source("array_record", str(tmp_path / "dst"), s) for s in
+                  ("train", "heldout")]  # fmt: skip
+    names = {source[i]["name"] for source in everything for i in range(len(source))}
+    assert names == {f"{odd}/{i}{odd}.png" for i in range(120)}
+    assert everything[0].classes == [odd] and len(everything[1]) > 0
+
+
+@pytest.mark.parametrize("labels", [b"{}", b"[1, 2, ", b"[1, 2.5, 3]", b'[1, "2", 3]', b"[[1], 2]"])
+def test_cifar10_labels_of_a_wrong_type_name_the_file(tmp_path, capsys, labels):
+    src = tarball(tmp_path / "c.tgz", test_lables__json=labels)
+    assert run("cifar10", f"--src={src}", f"--dst={tmp_path / 'out'}") == 2
+    error = capsys.readouterr().err
+    assert str(src) in error and error.count("\n") == 1

@@ -67,7 +67,8 @@ def test_folder_follows_links_once(tmp_path):
     root = write_folder(tmp_path / "root", ["a/0.png"])
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "a" / "loop").symlink_to(root)
-    assert names_of(sources.FolderSource(root)) == ["a/0.png", "linked/1.png"]
+    everything = sources.FolderSource(root, allow_outside=True)
+    assert names_of(everything) == ["a/0.png", "linked/1.png"]
 
 
 def test_folder_holds_out_a_tenth_by_name(tmp_path):
@@ -315,3 +316,46 @@ def test_tfds_imagenet():
     example = source[0]
     assert Image.open(io.BytesIO(example["bytes"])).format == "JPEG"
     assert 0 <= example["label"] < 1000
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        [], {}, {"splits": 3}, {"splits": []}, {"splits": {}}, {"splits": {"train": 1}},
+        {"splits": {"train": {"files": "x"}}}, {"splits": {"train": {"files": [1]}}},
+        {"splits": {"train": {"files": ["../secret-00000"]}}},
+        {"splits": {"train": {"files": ["/dev/zero"]}}}, {"splits": {"train": {"files": [""]}}},
+        {"splits": {"train": {"files": ["train-0\0"]}}}, {"splits": {"train": {"files": ["no"]}}},
+        {"splits": {"train": {"files": []}}}, {"splits": {"train": {"files": []}}, "classes": 1},
+        {"splits": {"train": {"files": []}}, "classes": [1]},
+    ],
+)  # fmt: skip
+def test_a_wrong_dataset_json_is_one_short_error(tmp_path, manifest):
+    write_records(tmp_path / "d", {"train": 2})
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(manifest))
+    (tmp_path / "secret-00000").write_bytes(b"x")
+    with pytest.raises(ValueError, match=str(tmp_path / "d")) as error:
+        sources.RecordSource(str(tmp_path / "d"), "train")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b"1" * 5000])
+def test_a_dataset_json_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"dataset\.json is not"):
+        sources.RecordSource(str(tmp_path), "train")
+
+
+def test_tfds_rows_of_a_wrong_type_are_broken(prepared, monkeypatch):
+    source = sources.TFDSSource(str(prepared), "train")
+    good = {"image": b"x", "label": 1}
+    for wrong in ({"label": "cat"}, {"label": 2**40}, {"label": None}, {"image": "text"}):
+        monkeypatch.setattr(source, "_source", [good | wrong])
+        with pytest.raises(Broken, match="damaged record"):
+            source[0]
+
+
+def test_links_within_the_folder_are_followed_from_its_splits(tmp_path):
+    write_folder(tmp_path, ["train/1.png", "val/2.png", ".store/3.png"])
+    (tmp_path / "train" / "3.png").symlink_to(tmp_path / ".store" / "3.png")
+    assert names_of(sources.FolderSource(tmp_path, "train")) == ["1.png", "3.png"]

@@ -11,12 +11,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from tiny import TINY
 
 import tokenflow_jax as tfx
+from tokenflow_jax import cli
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.evals import fid_network, measures, similarity
+from tokenflow_jax.evals import fid_network, measures, reconstruction, similarity
 from tokenflow_jax.evals.image_set import ImageSet, heldout_split, kind_of_data
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.tokenizer.model import TokenFlow
@@ -200,3 +202,30 @@ def test_data_are_found_by_their_path(tmp_path):
         heldout_split("array_record", str(tmp_path))
     assert heldout_split("tfds", "imagenet2012") == "validation"
     assert heldout_split("folder", str(tmp_path)) == "heldout"
+
+
+def options_of(*arguments):
+    options = flags.FlagValues()
+    reconstruction.define_flags(cli.Define(options))
+    options(["reconstruction", *arguments])
+    return options
+
+
+def test_a_full_disk_does_not_lose_the_figures(workdir, tmp_path, monkeypatch, capsys):
+    def write_text(path, *_, **__):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "write_text", write_text)
+    options = options_of(
+        f"--checkpoint={workdir}", "--images=4", "--batch_size=4", f"--out={tmp_path / 'out'}"
+    )
+    with pytest.raises(OSError, match="No space left"):
+        reconstruction.main(options)
+    assert "PSNR" in capsys.readouterr().out
+
+
+def test_the_folder_is_tried_before_the_tokenizer_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfx.Tokenizer, "load", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write into the folder"):
+        reconstruction.main(options_of("--checkpoint=x", f"--out={tmp_path / 'file' / 'out'}"))

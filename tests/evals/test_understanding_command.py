@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
+from tokenflow_jax import cli
 from tokenflow_jax.evals import understanding
 from tokenflow_jax.evals.understanding_scores import TASKS
 
@@ -119,3 +121,67 @@ def test_the_second_question_of_an_id_is_asked_after_a_kill(tmp_path):
     answers = understanding.read_answers(out)
     assert list(answers.values()) == ["yes", "no"]
     assert understanding.score("mme", questions, answers)["perception"] == 200
+
+
+def test_pictures_outside_the_folder_are_refused_by_name(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link.png").symlink_to("/dev/zero")
+    names = ["../x.png", "/dev/zero", "link.png", ["x.png"], "a.png"]
+    questions = [{"question_id": i, "image": name, "text": "?"} for i, name in enumerate(names)]
+    model = Known({"?": "yes"})
+    with pytest.raises(ValueError, match="pictures that cannot be shown") as error:
+        list(understanding.ask(model, TASKS["pope"], questions, tmp_path / "folder"))
+    assert str(error.value).count("\n") == 4 and not model.asked
+    assert "question 1: outside the folder: '/dev/zero'" in str(error.value)
+    assert "pass allow_outside if that is intended" in str(error.value)
+    allowed = understanding.ask(
+        model, TASKS["pope"], questions[:3], tmp_path / "folder", allow_outside=True
+    )
+    assert len(list(allowed)) == 3
+
+
+def test_questions_and_answers_in_arrays_and_with_separators_in_texts(tmp_path):
+    questions = [q | {"text": q["text"] + "\u2028\x85"} for q in QUESTIONS]
+    answers = [{"question_id": q["question_id"], "answer": "yes\u2029"} for q in QUESTIONS]
+    for indent in (None, 2):
+        (tmp_path / "q.json").write_text(json.dumps(questions, indent=indent, ensure_ascii=False))
+        (tmp_path / "a.json").write_text(json.dumps(answers, indent=indent, ensure_ascii=False))
+        assert understanding.read_questions(tmp_path / "q.json") == questions
+        assert set(understanding.read_answers(tmp_path / "a.json").values()) == {"yes\u2029"}
+    lines = "\n".join(json.dumps(q, ensure_ascii=False) for q in questions)
+    (tmp_path / "q.jsonl").write_text(lines)
+    assert understanding.read_questions(tmp_path / "q.jsonl") == questions
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b"1" * 5000, b'{"question_id": [1]}', b'{"question_id": {}}',
+             b'{"occurrence": "x"}', b'{"text": "\xff"}'],
+)  # fmt: skip
+def test_a_line_that_is_no_question_is_named(tmp_path, line):
+    (tmp_path / "q.jsonl").write_bytes(json.dumps(QUESTIONS[0]).encode() + b"\n" + line)
+    with pytest.raises(ValueError, match=r"q\.jsonl: lines \[2\] are no JSON objects"):
+        understanding.read_questions(tmp_path / "q.jsonl")
+    assert understanding.read_answers(tmp_path / "q.jsonl") == {"a": "Is there a dog?"}
+
+
+def test_ids_that_are_not_unicode_are_saved(tmp_path):
+    questions = [{"question_id": "a\ud83d", "text": "Is ice cold?", "label": "yes"}]
+    out = tmp_path / "answers.jsonl"
+    model = Known({"Is ice cold?": "yes"})
+    understanding.answers_to(out, questions, model, TASKS["pope"], tmp_path)
+    assert understanding.read_answers(out) == {"a\ud83d": "yes"}
+
+
+def test_wrong_paths_are_known_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(understanding.answer, "load_assistant", lambda options: pytest.fail("late"))
+    file = write(tmp_path / "q.jsonl", [QUESTIONS[2] | {"image": "/etc/passwd"}])
+    out = tmp_path / "in_the_way" / "a.jsonl"
+    options = flags.FlagValues()
+    understanding.define_flags(cli.Define(options))
+    options(["run", "--task=pope", "--checkpoint=x", f"--file={file}", f"--out={out}"])
+    with pytest.raises(ValueError, match="outside the folder"):
+        understanding.main(options)
+    write(file, QUESTIONS)
+    (tmp_path / "in_the_way").write_text("")
+    with pytest.raises(OSError, match="cannot write into the folder"):
+        understanding.main(options)

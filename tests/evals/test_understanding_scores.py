@@ -138,3 +138,10 @@ def test_a_right_answer_that_is_no_option_is_an_error():
     question = {"question": "?", "options": ["135", "140"], "answer": "7"}
     with pytest.raises(ValueError, match="'7' is none of the options"):
         scores.score_choice([question], ["nothing"])
+
+
+@pytest.mark.parametrize("options", ["{[]: 1}", "(" * 100_000, "1", {}, []])
+def test_options_that_are_none_are_a_short_error(options):
+    with pytest.raises(ValueError, match="option") as error:
+        scores.options_of({"question": "x" * 10**6, "options": options})
+    assert len(str(error.value)) < 400

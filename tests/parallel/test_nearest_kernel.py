@@ -151,3 +151,70 @@ def test_compiles_for_the_rest(topology):
     check(topology, "gradient:32768:1", "forward:131072:1")
     if topology in ("v5e:2x2", "v6e:2x2"):  # the others: see nearest_program.py
         check(topology, "gradient:131072:4")
+
+
+@pytest.fixture
+def unproved():
+    nearest_kernel.proves_itself.cache_clear()
+    yield
+    nearest_kernel.proves_itself.cache_clear()
+
+
+def wrong_code(*arguments, **options):
+    score_N, code_N = BEST_OF(*arguments, **options)
+    return score_N, code_N.at[17].add(1)
+
+
+def wrong_score(*arguments, **options):
+    score_N, code_N = BEST_OF(*arguments, **options)
+    return score_N.at[17].set(jnp.nan), code_N
+
+
+def no_memory(*arguments, **options):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of\nVMEM")
+
+
+BEST_OF = nearest_kernel.best_of
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [
+        (BEST_OF, None),
+        (wrong_code, "off by"),
+        (wrong_score, "off by nan"),
+        (no_memory, "out of VMEM"),
+    ],
+)
+def test_the_kernel_proves_itself_or_is_not_used(monkeypatch, caplog, unproved, kernel, problem):
+    """Also while a program is traced, where the choice is made."""
+    monkeypatch.setattr(nearest_kernel, "best_of", kernel)
+    found = []
+
+    @jax.jit
+    def traced(x):
+        found.append(nearest_kernel.proves_itself(interpret=True))
+        return x
+
+    traced(1.0)
+    assert found == [problem is None] and nearest_kernel.proves_itself(interpret=True) in found
+    assert caplog.text.count("is not used here") == (problem is not None)
+    assert (problem or "") in caplog.text
+
+
+def test_on_a_tpu_the_kernel_is_chosen_only_if_it_proves_itself(monkeypatch):
+    monkeypatch.delenv(nearest_kernel.VARIABLE, raising=False)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    arrays = (
+        jax.ShapeDtypeStruct((4096, 40), jnp.float32),
+        jax.ShapeDtypeStruct((2048, 40), jnp.float32),
+    )
+    for backend, proved, kernel in (
+        ("tpu", False, False),
+        ("tpu", True, True),
+        ("cpu", False, True),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(nearest_kernel, "proves_itself", lambda proved=proved: proved)
+        chosen = nearest_kernel.where_faster(*arrays, quantizer._best_by_chunks)
+        assert (chosen is not quantizer._best_by_chunks) == kernel  # compiling for others needs it

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from read_weights import load_for_inference
 
-from tokenflow_jax.train import checkpoint, metrics, workdir
+from tokenflow_jax.train import checkpoint, curves, metrics, workdir
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_stage
@@ -39,7 +39,7 @@ def start(workdir, *changes, **popen):
 def wait_for_step(workdir, step, process, limit=240):
     """Waits until metrics.jsonl shows a step."""
     began = time.time()
-    while not any(line["step"] >= step for line in metrics.read_history(workdir / "metrics.jsonl")):
+    while not any(line["step"] >= step for line in curves.read_history(workdir / "metrics.jsonl")):
         assert process.poll() is None, process.communicate()[0]
         assert time.time() - began < limit, "the run does not get on"
         time.sleep(0.02)
@@ -69,7 +69,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_learns_and_leaves_everything_behind(uninterrupted):
-    history = metrics.read_history(uninterrupted / "metrics.jsonl")
+    history = curves.read_history(uninterrupted / "metrics.jsonl")
     losses = [line["loss/total"] for line in history if "loss/total" in line]
     assert len(losses) == 40 // 5
     assert losses[-1] < 0.7 * losses[0]
@@ -115,7 +115,7 @@ def test_kill_9_at_random_moments(uninterrupted, tmp_path, caplog, reached_steps
     toy_stage.run(tmp_path)
     assert "continued from checkpoint" in caplog.text
     assert_same_end(tmp_path, uninterrupted)
-    history = metrics.read_history(tmp_path / "metrics.jsonl")
+    history = curves.read_history(tmp_path / "metrics.jsonl")
     logged = [line["step"] for line in history if "loss/total" in line]
     assert logged == list(range(5, 41, 5))  # neither doubled nor lost
     assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
@@ -169,8 +169,8 @@ def test_the_process_reports_a_nan_with_an_exit_code(tmp_path):
 def test_warm_start_from_another_run(uninterrupted, tmp_path, caplog):
     toy_stage.run(tmp_path, total_steps=5, init_from=str(uninterrupted))
     assert f"warm start: params of {uninterrupted}" in caplog.text
-    history = metrics.read_history(tmp_path / "metrics.jsonl")
-    scratch = metrics.read_history(uninterrupted / "metrics.jsonl")
+    history = curves.read_history(tmp_path / "metrics.jsonl")
+    scratch = curves.read_history(uninterrupted / "metrics.jsonl")
     assert history[0]["loss/total"] < 0.7 * scratch[0]["loss/total"]
     # Its own checkpoint comes before init_from.
     toy_stage.run(tmp_path, total_steps=6, init_from=str(uninterrupted))
@@ -205,21 +205,21 @@ def test_a_finished_run_only_writes_its_report_again(uninterrupted, caplog):
     assert (uninterrupted / "report.html").exists()
     for name, array in arrays_of(uninterrupted).items():
         np.testing.assert_array_equal(array, before[name])
-    history = metrics.read_history(uninterrupted / "metrics.jsonl")
+    history = curves.read_history(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
 
 
 def test_data_is_fetched_while_the_step_runs(tmp_path):
     """A source that takes 16 ms a batch is hidden behind steps of 30 ms."""
     toy_stage.run(tmp_path, data_delay=0.002, step_delay=0.03)
-    lines = metrics.read_history(tmp_path / "metrics.jsonl")
+    lines = curves.read_history(tmp_path / "metrics.jsonl")
     waits = [v for line in lines for k, v in line.items() if k == "perf/data_wait_fraction"]
     assert np.median(waits) < 0.05
 
 
 def test_slow_data_shows_in_the_data_wait(tmp_path):
     toy_stage.run(tmp_path, total_steps=15, data_delay=0.005)
-    lines = metrics.read_history(tmp_path / "metrics.jsonl")
+    lines = curves.read_history(tmp_path / "metrics.jsonl")
     assert lines[-2]["perf/data_wait_fraction"] > 0.5
 
 
@@ -259,7 +259,7 @@ def test_a_failing_last_evaluation_loses_nothing_else(tmp_path, monkeypatch, cap
     assert "step 40: the evaluation failed: no such label" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "images" / "reconstructions_0000040.png").exists()
     toy_stage.run(tmp_path, eval_every=0)  # only evaluates
-    history = metrics.read_history(tmp_path / "metrics.jsonl")
+    history = curves.read_history(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in history if "eval/l2" in line] == [40]
 
 
@@ -272,7 +272,7 @@ def test_a_resumed_run_computes_no_first_state(tmp_path, monkeypatch):
 
 def of_curves(workdir):
     """Returns the curves without what depends on the machine's speed."""
-    history = metrics.read_history(workdir / "metrics.jsonl")
+    history = curves.read_history(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k[:5] != "perf/"} for line in history]
 
 
@@ -321,7 +321,7 @@ def test_a_stop_request_ends_an_evaluation(tmp_path, monkeypatch, caplog, total)
     assert "run the same command again to continue" in caplog.text
     assert (tmp_path / "checkpoints" / "20").exists()
     assert toy_stage.run(tmp_path, total_steps=total).complete
-    history = metrics.read_history(tmp_path / "metrics.jsonl")
+    history = curves.read_history(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in history if "eval/l2" in line] == sorted({20, total})
 
 

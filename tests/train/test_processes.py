@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tokenflow_jax.train import checkpoint_info, metrics
+from tokenflow_jax.train import checkpoint_info, curves
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
@@ -79,10 +79,10 @@ def assert_same_run(workdir, reference):
             np.testing.assert_array_equal(mine, other, err_msg=name)
         else:
             np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
-    curves = [metrics.read_history(w / "metrics.jsonl") for w in (workdir, reference)]
+    histories = [curves.read_history(w / "metrics.jsonl") for w in (workdir, reference)]
     losses = [
         {line["step"]: line["loss/total"] for line in curve if "loss/total" in line}
-        for curve in curves
+        for curve in histories
     ]
     assert losses[0].keys() == losses[1].keys() == set(range(1, 13))
     for step, loss in losses[0].items():

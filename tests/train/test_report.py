@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from tokenflow_jax.train import metrics, report
+from tokenflow_jax.train import curves, report
 
 
 class Outline(html.parser.HTMLParser):
@@ -32,7 +32,7 @@ class Outline(html.parser.HTMLParser):
 
 
 def test_page_is_complete_and_self_contained(tmp_path):
-    writer = metrics.Writer(tmp_path)
+    writer = curves.Writer(tmp_path)
     for step in range(10, 60, 10):
         writer.scalars(step, {"loss/total": 1 / step, "perf/steps_per_second": 4.0, "lr": 1e-4})
         writer.images(step, {"recon": np.full((4, 6, 3), step, np.uint8)})

@@ -1,9 +1,12 @@
 """Pictures for the model: the same pixels from a path, a PIL image and an array."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from tokenflow_jax.data import images
 from tokenflow_jax.understanding.chat import read_picture
 
 
@@ -28,3 +31,16 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
         read_picture(tmp_path / "nothing.png")
     with pytest.raises(ValueError, match="floating-point pixels"):
         read_picture(Image.new("F", (4, 4)))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large"])
+def test_a_picture_is_a_regular_file_of_bounded_size(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "large").write_bytes(b"x" * 101)
+    with pytest.raises(
+        ValueError, match=rf"{kind}.*(not a regular file|Is a directory|the limit is 100)"
+    ):
+        read_picture(str(tmp_path / kind))

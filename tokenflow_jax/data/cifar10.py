@@ -5,7 +5,6 @@ and the labels as two JSON lists (the file names' spelling is theirs). It states
 the pictures, so they are read where the user installed them and never shipped.
 """
 
-import json
 import os
 import pathlib
 import tarfile
@@ -14,6 +13,8 @@ from typing import Any
 
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.files import parse_json
+from tokenflow_jax.messages import shown
 
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -51,13 +52,13 @@ def _read_members(tar: tarfile.TarFile, path: pathlib.Path):
         )
     # Labels come after some of the pictures in the tarball; going back costs one decompression.
     labels = {
-        split: json.load(tar.extractfile(members[name]))
+        split: parse_json(_content(tar, members[name]), f"{path}:{name}", list)
         for split, (_, name) in _SPLIT_FILES.items()
     }
     for split, (files, _) in _SPLIT_FILES.items():
         number = 0
         for name in files:
-            data = tar.extractfile(members[name]).read()
+            data = _content(tar, members[name])
             # A sheet of pictures, not a picture: any number of rows will do.
             sheet_HWC = images.decode(data, min_side=1, max_aspect=_ROW)
             if sheet_HWC.shape[1] != _ROW:
@@ -67,12 +68,20 @@ def _read_members(tar: tarfile.TarFile, path: pathlib.Path):
             if number + len(sheet_HWC) > len(labels[split]):
                 raise ValueError(f"{path}: more pictures than labels in split {split!r}")
             for image_HWC in sheet_HWC.reshape(-1, _SIDE, _SIDE, 3):
-                label = int(labels[split][number])
-                if not 0 <= label < len(CLASSES):
-                    raise ValueError(f"{path}: label {label} of {split} {number} is not in 0..9")
+                label = labels[split][number]
+                if type(label) is not int or not 0 <= label < len(CLASSES):
+                    raise ValueError(
+                        f"{path}: label {shown(label)} of {split} {number} is not in 0..9"
+                    )
                 yield split, {"name": f"{split}/{number:05d}", "label": label, "image": image_HWC}
                 number += 1
         if number != len(labels[split]):
             raise ValueError(
                 f"{path}: {number} pictures but {len(labels[split])} labels in split {split!r}"
             )
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if not member.isreg() or member.size > images.MAX_BYTES:
+        raise Broken("not a file of the package", f"{shown(member.name)}, {member.size:,} bytes")
+    return tar.extractfile(member).read()

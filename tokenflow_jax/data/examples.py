@@ -1,13 +1,15 @@
-"""Shared by all data sets: the split that never trains, and the record of what is left out."""
+"""Shared by all data sets: the check of examples, the held-out split, what is left out."""
 
 import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line, plain, shown
 
 SPLITS = ("train", "heldout", "all")
 # Other names of the split that never trains.
@@ -20,7 +22,8 @@ _LOGGED = 20  # skipped examples that the log names one by one
 
 def is_heldout(name: str) -> bool:
     """Return True for the fixed tenth that never trains; depends on the name alone."""
-    return zlib.crc32(name.encode()) % 10 == 0
+    # Names of files that are not UTF-8 have lone surrogates.
+    return zlib.crc32(name.encode(errors="surrogatepass")) % 10 == 0
 
 
 def evenly_spaced(total: int, limit: int | None) -> np.ndarray:
@@ -37,6 +40,35 @@ class Broken(ValueError):
         self.reason, self.detail = reason, detail
 
 
+def check_text(value: Any, what: str) -> str:
+    """Return a value that is text and can be encoded, or raise Broken."""
+    if not isinstance(value, str):
+        raise Broken("not text", f"{what} is {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # which some text tokenizers refuse
+        raise Broken("not text", f"{what} has half of a surrogate pair: {shown(value)}") from None
+    return value
+
+
+def check_example(example: dict[str, Any]) -> dict[str, Any]:
+    """Return an example of any source if its name, numbers and texts are right, or raise Broken."""
+    if not isinstance(name := example.get("name"), str) or not name:
+        raise Broken("damaged record", f"its name is {shown(name)}")
+    for key in ("label", "group"):
+        number = example.get(key, -1)  # which stands for a missing one
+        if type(number) is not int or not -1 <= number < 2**31:
+            raise Broken("damaged record", f"its {key} is {shown(number)}")
+    if "caption" in example:
+        check_text(example["caption"], "its caption")
+    for key in ("captions", "tags"):
+        if not isinstance(texts := example.get(key, []), list):
+            raise Broken("not text", f"its {key} are {shown(texts)}")
+        for text in texts:
+            check_text(text, f"one of its {key}")
+    return example
+
+
 class Skipped:
     """Thread-safe record of which of a data set's `total` examples are left out, and why."""
 
@@ -44,6 +76,7 @@ class Skipped:
         self._data, self.total, self._unit = data, total, unit
         self._lock = threading.Lock()
         self._reasons: dict[str, str] = {}
+        self._example = ""
 
     def add(self, name: str, error: Broken) -> None:
         """Record an example once; the log names the first ones, then only doublings."""
@@ -51,9 +84,10 @@ class Skipped:
             if name in self._reasons:
                 return
             self._reasons[name] = error.reason
-            count = len(self._reasons)
+            count, text = len(self._reasons), f"{plain(name)}: {one_line(error)}"
+            self._example = self._example or text
         if count <= _LOGGED:
-            log.warning("%s: skipped %s: %s", self._data, name, error)
+            log.warning("%s: skipped %s", self._data, text)
         elif count.bit_count() == 1:  # 32, 64, 128, ...
             log.warning("%s: skipped %d so far: %s", self._data, count, self.counts())
 
@@ -69,7 +103,7 @@ class Skipped:
     def nothing_usable(self, wanted: str) -> str:
         return (
             f"no usable {wanted} among the {self.total} {self._unit} of {self._data}: "
-            f"{self.counts()}, for example {', '.join(self.names()[:3])}"
+            f"{self.counts()}, for example {self._example}"
         )
 
     def note(self) -> str:
@@ -79,7 +113,7 @@ class Skipped:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return (
             f"{self._data}: skipped {len(names)} of {self.total} {self._unit} ({reasons}): "
-            f"{', '.join(names[:5])}{more}"
+            f"{', '.join(map(plain, names[:5]))}{more}"
         )
 
 
@@ -89,20 +123,20 @@ def notes_on(records: Iterable[Skipped]) -> list[str]:
 
 
 class Guard:
-    """An error instead of endless skipping: as many failures as examples, and no success yet."""
+    """An error instead of endless skipping: a whole pass of failures without a success."""
 
     def __init__(self, skipped: Skipped, wanted: str):
         self._skipped, self._wanted = skipped, wanted
         self._lock = threading.Lock()
-        self._failures, self._any_usable = 0, False
+        self._failures = 0  # since the last success
 
-    def check(self, usable: bool) -> None:
-        """Count a success or a failure; raise ValueError when the search is hopeless."""
+    def check(self, usable: bool, count: int = 1) -> None:
+        """Count a success or `count` failures; raise ValueError when the search is hopeless."""
         with self._lock:
-            self._any_usable |= usable
-            self._failures += not usable
-            # Threads of the next pass may fail before the last of this one succeeds.
-            enough = self._skipped.total + _MOST_THREADS
-            hopeless = not self._any_usable and self._failures >= enough
+            self._failures = 0 if usable else self._failures + count
+            # A lone usable example may come first in one shuffled pass and last in the next, and
+            # threads run ahead of it.
+            enough = 2 * self._skipped.total + _MOST_THREADS * count
+            hopeless = self._failures >= enough
         if hopeless:
             raise ValueError(self._skipped.nothing_usable(self._wanted))

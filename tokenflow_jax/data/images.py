@@ -4,6 +4,7 @@ Every function depends on its arguments alone; randomness comes in as a NumPy Ge
 are uint8 RGB arrays (height, width, 3).
 """
 
+import functools
 import io
 import math
 import os
@@ -12,8 +13,11 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from tokenflow_jax import files
 from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.messages import one_line, shown
 
+MAX_BYTES = 2**28  # of a picture file
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
 # A picture this elongated is a banner or an attack: 8 x 8,000,000 pixels pass the area check and
@@ -24,12 +28,54 @@ MAX_ASPECT = 50
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-def read_file(folder: pathlib.Path, name: str | os.PathLike) -> bytes:
-    """Return the bytes of a picture file, or raise Broken."""
+_root_of = functools.lru_cache(maxsize=64)(os.path.realpath)
+
+
+def _may_lead_outside(root: str, name: str) -> bool:
+    """Return True if a path has links or ".." below its root; `realpath` is five times slower."""
+    for part in name.split("/"):
+        root = f"{root}/{part}"
+        if part == ".." or os.path.islink(root):
+            return True
+    return False
+
+
+def locate(name: str | os.PathLike, root: os.PathLike, allow_outside: bool = False) -> pathlib.Path:
+    """Return the path of a picture named in data, or raise Broken unless it is below `root`.
+
+    Links count as what they lead to. `allow_outside` allows any path.
+    """
     try:
-        return (folder / name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise Broken("cannot be read", f"{name}: {error}") from error
+        path = pathlib.Path(root, name)
+        if allow_outside:
+            return path
+        inside = not os.path.isabs(name)
+        if inside and _may_lead_outside(os.fspath(root), os.fspath(name)):
+            real = os.path.join(os.path.realpath(path), "")
+            inside = real.startswith(os.path.join(_root_of(root), ""))
+    except (OSError, ValueError, TypeError) as error:  # a loop of links, a null byte, a number
+        raise Broken("cannot be read", f"{shown(name)} ({one_line(error)})") from None
+    if not inside:
+        raise Broken(
+            "outside the folder",
+            f"{shown(os.fspath(name))} is not a relative path below the folder; pass allow_outside "
+            "if that is intended",
+        )
+    return path
+
+
+def read_file(
+    name: str | os.PathLike, root: os.PathLike | None = None, allow_outside: bool = False
+) -> bytes:
+    """Return the bytes of a picture, a regular file of at most MAX_BYTES, or raise Broken.
+
+    Without a `root` the user names it; else data do, see `locate`.
+    """
+    path = pathlib.Path(name) if root is None else locate(name, root, allow_outside)
+    try:
+        return files.read_bytes(path, MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise Broken("cannot be read", f"{shown(os.fspath(name))} ({one_line(error)})") from None
 
 
 def check_size(

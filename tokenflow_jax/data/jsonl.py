@@ -1,27 +1,46 @@
 """JSON lines: the lines of a large file, and pictures with captions listed in one.
 
+A file may also hold one JSON array, whose elements then count as its lines. Nothing but a line feed
+ends a line.
+
 Only the places and lengths of lines stay in memory. Going through ten million lines takes minutes,
 so the index of a large file is kept beside it (FILE.index.npz) and used as long as the file's size
 and modification time are the same.
 """
 
 import array
-import json
 import os
 import pathlib
+import re
 import zipfile
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from tokenflow_jax.data import images
-from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
+from tokenflow_jax.data.examples import (
+    HELDOUT_NAMES,
+    MIN_TO_SPLIT,
+    SPLITS,
+    Broken,
+    check_example,
+    is_heldout,
+)
+from tokenflow_jax.files import parse_json
 from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line, shown
 
 _KEEP_FROM = 100_000  # lines; smaller files are indexed at every start
-_VERSION = 1  # of the index file; one of another version is replaced
-_COLUMNS = {"offsets": np.int64, "numbers": np.int64, "lengths": np.int32, "held_out": np.bool_}
+_VERSION = 2  # of the index file; one of another version is replaced
+_COLUMNS = {
+    "offsets": np.int64, "sizes": np.int32, "numbers": np.int64, "lengths": np.int32,
+    "held_out": np.bool_,
+}  # fmt: skip
+_LONGEST = 2**25 + 1  # bytes that are read of a line; `files.parse_json` refuses so many
+_BLOCK = 2**20
+_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[(?=[ \t\r]*[\n{])")
+_OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # of a JSON string
 _IMAGE_KEYS = ("image", "file_name")
 _CAPTION_KEYS = ("captions", "caption", "text", "label")
 _USUAL_NAMES = ("captions.jsonl", "metadata.jsonl")
@@ -30,14 +49,69 @@ _USUAL_NAMES = ("captions.jsonl", "metadata.jsonl")
 def parse_object(line: bytes) -> dict[str, Any]:
     """Return the JSON object of a line in UTF-8, or raise Broken."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise Broken("not UTF-8", str(error)) from error
-    except (ValueError, RecursionError) as error:  # ValueError: also too many digits
-        raise Broken("invalid JSON", str(error)) from error
+        row = parse_json(line, "the line", object)
+    except ValueError as error:
+        reason = "not UTF-8" if "is not UTF-8" in str(error) else "invalid JSON"
+        raise Broken(reason, str(error)) from None
     if not isinstance(row, dict):
-        raise Broken("no object", f"the line is a {type(row).__name__}")
+        raise Broken("no object", f"the line is {shown(row)}")
     return row
+
+
+def _array(file: BinaryIO) -> re.Match | None:
+    """Return the match of an array's bracket at the beginning of a file, to which it returns."""
+    head = _ARRAY.match(file.read(_BLOCK))
+    file.seek(0)
+    return head
+
+
+def unit_of(file: BinaryIO) -> str:
+    return "element" if _array(file) else "line"
+
+
+def lines_of(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, offset and text of all lines, or elements of an array, that are not blank.
+
+    Of one that is too long for JSON, only the beginning.
+    """
+    number = offset = 0
+    if head := _array(file):
+        end = file.seek(head.end()) - 1
+        for begin, end in _elements(file):
+            number += 1
+            file.seek(begin)
+            element = file.read(min(end - begin, _LONGEST))
+            if element.strip():
+                yield number, begin + len(element) - len(element.lstrip()), element.strip()
+        offset, number = file.seek(end + 1), max(number - 1, 0)  # the rest of the file, as lines
+    while line := file.readline(_LONGEST):
+        number += 1
+        if line.strip():
+            yield number, offset, line
+        offset += len(line)
+        while len(line) == _LONGEST and line[-1:] != b"\n":
+            line = file.readline(_LONGEST)
+            offset += len(line)
+
+
+def _elements(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the elements of the array whose bracket was just read."""
+    begin = offset = file.tell()
+    depth, inside, at = 1, False, 0
+    while depth and (block := file.read(_BLOCK)):
+        while depth and (found := (_INSIDE if inside else _OUTSIDE).search(block, at)):
+            at, sign = found.end(), found.group()
+            if sign == b"\\":
+                at += 1  # whatever it escapes
+            elif sign == b'"':
+                inside = not inside
+            elif sign != b",":
+                depth += 1 if sign in b"[{" else -1
+            if not depth or (depth == 1 and sign == b","):
+                yield begin, offset + found.start()
+                begin = offset + at
+        at = max(0, at - len(block))
+        offset = file.seek(offset + len(block))  # whoever takes the elements reads them
 
 
 class Described(NamedTuple):
@@ -60,6 +134,7 @@ class Lines:
         """Index a file, or load its index if one of this `kind` of `describe` was kept."""
         self.file = pathlib.Path(file)
         self._open = self.file.open("rb")
+        self.unit = unit_of(self._open)
         status = os.fstat(self._open.fileno())
         self._identity = f"{kind} {_VERSION} {status.st_size} {status.st_mtime_ns}"
         self._kept = self.file.with_name(self.file.name + ".index.npz")
@@ -68,20 +143,18 @@ class Lines:
             columns = self._make_index(describe)
             if len(columns["offsets"]) >= _KEEP_FROM:
                 self._keep(columns)
-        self.offsets, self.numbers, self.lengths, self.held_out = (columns[n] for n in _COLUMNS)
+        self.offsets, self._sizes, self.numbers, self.lengths, self.held_out = (
+            columns[name] for name in _COLUMNS
+        )
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def read(self, index: int) -> bytes:
         """Return a line without its end."""
-        line, size, start = b"", 4096, int(self.offsets[index])
-        while True:  # pread: threads do not share a position
-            piece = os.pread(self._open.fileno(), size, start + len(line))
-            end = piece.find(b"\n")
-            line += piece if end < 0 else piece[:end]
-            if end >= 0 or not piece:
-                return line
+        # pread: threads do not share a position.
+        place = int(self._sizes[index]), int(self.offsets[index])
+        return os.pread(self._open.fileno(), *place).removesuffix(b"\n")
 
     def split(self, name: str) -> np.ndarray:
         """Return the indices of "all", "train" or "heldout" lines; of a small file always all."""
@@ -95,17 +168,15 @@ class Lines:
         return np.flatnonzero(self.held_out == (name == "heldout"))
 
     def _make_index(self, describe: Describe) -> dict[str, np.ndarray]:
-        rows, offset = {name: array.array("q") for name in _COLUMNS}, 0
-        for number, line in enumerate(self._open, 1):
-            if line.strip():
-                try:
-                    length, key = describe(line)
-                except Broken:  # counted and named where the example is wanted
-                    length, key = Described()
-                values = (offset, number, length, bool(key) and is_heldout(key))
-                for name, value in zip(_COLUMNS, values, strict=True):
-                    rows[name].append(value)
-            offset += len(line)
+        rows = {name: array.array("q") for name in _COLUMNS}
+        for number, offset, line in lines_of(self._open):
+            try:
+                length, key = describe(line)
+            except Broken:  # counted and named where the example is wanted
+                length, key = Described()
+            values = (offset, len(line), number, length, bool(key) and is_heldout(key))
+            for name, value in zip(_COLUMNS, values, strict=True):
+                rows[name].append(value)
         return {name: np.array(rows[name], dtype) for name, dtype in _COLUMNS.items()}
 
     def _load_index(self) -> dict[str, np.ndarray] | None:
@@ -138,8 +209,16 @@ class Lines:
 class LineSource:
     """A split of the lines of a file, and the folder that paths of its images are relative to."""
 
-    def __init__(self, file: pathlib.Path, kind: str, describe: Describe, split: str, folder: str):
-        self._root = pathlib.Path(folder or file.parent)
+    def __init__(
+        self,
+        file: pathlib.Path,
+        kind: str,
+        describe: Describe,
+        split: str,
+        folder: str,
+        allow_outside: bool,
+    ):
+        self._root, self._allow_outside = pathlib.Path(folder or file.parent), allow_outside
         if not self._root.is_dir():
             raise ValueError(f"data.image_folder {folder!r} is not a folder")
         self._lines = Lines(file, kind, describe)
@@ -161,7 +240,13 @@ class JsonlSource(LineSource):
     classes: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
 
-    def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "all",
+        image_folder: str = "",
+        allow_outside: bool = False,
+    ):
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a file of captions has no split {split!r}; one of {SPLITS}")
         file = pathlib.Path(path)
@@ -173,11 +258,12 @@ class JsonlSource(LineSource):
                 f"{_USUAL_NAMES}"
             )
         split = "heldout" if split in HELDOUT_NAMES else split
-        super().__init__(file, "captions", _describe, split, image_folder)
+        super().__init__(file, "captions", _describe, split, image_folder, allow_outside)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = _parse(self._lines.read(self._places[index]))
-        return {**example, "bytes": images.read_file(self._root, example["name"])}
+        data = images.read_file(example["name"], self._root, self._allow_outside)
+        return {**example, "bytes": data}
 
 
 def _describe(line: bytes) -> Described:
@@ -189,7 +275,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = parse_object(line)
     except Broken as error:
-        raise Broken("damaged line", f"{line[:60]!r}: {error}") from error
+        raise Broken("damaged line", f"{line[:60]!r}: {one_line(error)}") from error
     name = next((row[key] for key in _IMAGE_KEYS if isinstance(row.get(key), str)), "")
     if not name:
         raise Broken("line without image", f"{line[:60]!r}")
@@ -200,4 +286,4 @@ def _parse(line: bytes) -> dict[str, Any]:
         example |= {"caption": texts[0], "captions": texts}
     if isinstance(row.get("tags"), list):
         example["tags"] = [str(tag) for tag in row["tags"]]
-    return example
+    return check_example(example)

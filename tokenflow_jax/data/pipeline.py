@@ -37,6 +37,7 @@ class DataConfig:
     buffer: int = 256  # cropped pictures kept ready
     cache_megabytes: int = 256  # a data set that fits, decoded, is decoded once
     image_folder: str = ""  # for "jsonl": the folder of its images; the file's own when empty
+    allow_outside: bool = False  # read pictures outside the folder, by path or link
 
     def __post_init__(self):
         problems = []
@@ -63,7 +64,7 @@ class Decoded:
     def __init__(self, config: DataConfig):
         self.config = config
         self.source = sources.open_source(
-            config.name, config.path, config.split, config.image_folder
+            config.name, config.path, config.split, config.image_folder, config.allow_outside
         )
         place = " ".join(filter(None, (config.name, config.path, config.split)))
         self.skipped = Skipped(place, len(self.source))
@@ -80,6 +81,7 @@ class Decoded:
         """Return an example with "image" uint8 (H, W, 3), or None for a broken one."""
         cache = self._cache
         if cache is not None and index in cache:
+            self._guard.check(True)
             return cache[index]
         name = f"{self.config.name} record {index}"
         try:
@@ -212,7 +214,8 @@ def masked_batches(
     shard_count: int = 1,
     threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
     buffer: int = 256,  # examples kept ready
-    skipped: Skipped | None = None,  # makes it an error that all items of the share are broken
+    skipped: Skipped,  # names the data when all items of the share are broken, which is an error
+    wanted: str = "picture",
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield every item once, in order, in equally many batches per host so that hosts stay in step.
 
@@ -245,7 +248,7 @@ def masked_batches(
                 }
         finally:  # also when the rest is never asked for
             reader.close()
-        if skipped and not any_usable:
-            raise ValueError(skipped.nothing_usable("picture"))
+        if not any_usable:
+            raise ValueError(skipped.nothing_usable(wanted))
 
     return batches()

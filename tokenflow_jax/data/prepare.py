@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from tokenflow_jax import cli, log
+from tokenflow_jax import cli, files, log
 from tokenflow_jax.data import cifar10, images, jsonl, records, sources
 from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, Skipped
 
@@ -44,31 +44,39 @@ def prepare_emoji(src: _Path, dst: _Path) -> int:
     captions = folder / "captions.jsonl"
     if not captions.is_file():
         raise ValueError(f"{captions} is missing; --src is the folder that holds it")
-    rows = [jsonl.parse_object(line) for line in captions.read_bytes().splitlines()]
+    with captions.open("rb") as lines:
+        rows = [jsonl.parse_object(line) for _, _, line in jsonl.lines_of(lines)]
     unknown = sorted({row["group"] for row in rows} - set(sources.GROUPS))
     if unknown:
         raise ValueError(f"unknown groups {unknown}; known are {sources.GROUPS}")
     with records.record_file(dst) as file:
         for row in rows:
-            name, data = pathlib.Path(row["image"]).stem, images.read_file(folder, row["image"])
+            name, data = pathlib.Path(row["image"]).stem, images.read_file(row["image"], folder)
             known = {"caption": row["label"], "tags": row["tags"]}
             group = sources.GROUPS.index(row["group"])
             file.write({"name": name, "bytes": data, **known, "group": group})
     return len(rows)
 
 
-def prepare_folder(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
+def prepare_folder(
+    src: _Path, dst: _Path, *, allow_outside: bool = False, overwrite: bool = False
+) -> dict[str, int]:
     """Write a folder of images, with the files as they are; see `sources.FolderSource`."""
-    splits = _splits(lambda split: sources.FolderSource(src, split))
+    splits = _splits(lambda split: sources.FolderSource(src, split, allow_outside))
     about = {"source": "folder of images", "classes": splits["train"].classes}
     return _prepare(src, dst, splits, about, overwrite)
 
 
 def prepare_jsonl(
-    src: _Path, dst: _Path, *, image_folder: str = "", overwrite: bool = False
+    src: _Path,
+    dst: _Path,
+    *,
+    image_folder: str = "",
+    allow_outside: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write pictures with their captions; see `prepare_folder` and `jsonl.JsonlSource`."""
-    splits = _splits(lambda split: jsonl.JsonlSource(src, split, image_folder))
+    splits = _splits(lambda split: jsonl.JsonlSource(src, split, image_folder, allow_outside))
     return _prepare(src, dst, splits, {"source": "captioned images"}, overwrite)
 
 
@@ -93,7 +101,7 @@ def _prepare(
                 writer.write(split, example)
         counts = writer.counts()
         if not counts:
-            raise ValueError(f"{src} has no usable image: {skipped.counts()}")
+            raise ValueError(f"{src} has no usable image: {skipped.nothing_usable('image')}")
     return {**counts, "skipped": len(skipped.names())}
 
 
@@ -108,10 +116,12 @@ def _splits(open_split: Callable[[str], Any]) -> dict[str, Any]:
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "kind", "src", "dst")
     src, dst, again = options.src, options.dst, {"overwrite": options.overwrite}
+    files.writable_folder(pathlib.Path(dst).parent if options.kind == "emoji" else dst)
+    outside = {"allow_outside": options.allow_outside, **again}
     commands = {
         "cifar10": lambda: prepare_cifar10(src, dst, **again),
-        "folder": lambda: prepare_folder(src, dst, **again),
-        "jsonl": lambda: prepare_jsonl(src, dst, image_folder=options.image_folder, **again),
+        "folder": lambda: prepare_folder(src, dst, **outside),
+        "jsonl": lambda: prepare_jsonl(src, dst, image_folder=options.image_folder, **outside),
         "emoji": lambda: prepare_emoji(src, dst),
     }
     print(f"wrote {dst}: {commands[options.kind]()}")
@@ -122,6 +132,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("src", None, "Tarball, folder or file to read.")
     define.string("dst", None, "Folder (emoji: file) to write.")
     define.string("image_folder", "", "jsonl: folder of the images.")
+    define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     define.bool("overwrite", False, "Replace a data set in --dst.")
 
 

@@ -30,7 +30,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from tokenflow_jax import files
-from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.data.examples import Broken, check_example
+from tokenflow_jax.messages import shown
 
 MAGIC = b"TFX1"
 MANIFEST = "dataset.json"
@@ -64,7 +65,8 @@ def pack(example: Mapping[str, Any]) -> bytes:
         payload = codes_L.astype(header["codes"]).tobytes()
     else:
         payload = example["bytes"]
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+    text = text.encode(errors="backslashreplace")  # lone surrogates, as JSON escapes them
     return _HEADER.pack(MAGIC, len(text)) + text + payload
 
 
@@ -74,21 +76,23 @@ def unpack(record: bytes) -> dict[str, Any]:
         raise Broken("not a record of this package", f"starts with {record[:4]!r}")
     start = _HEADER.size + _HEADER.unpack_from(record)[1]
     try:
-        example = json.loads(record[_HEADER.size : start])
-        if not isinstance(example, dict) or "name" not in example:
-            raise ValueError("the header is no object with a name")
-        shape, kind = example.pop("shape", None), example.pop("codes", None)
+        header = files.parse_json(record[_HEADER.size : start], "the header")
+        shape, kind = header.get("shape"), header.get("codes")
+        example = {key: header[key] for key in _HEADER_KEYS if key in header}
         if kind is not None:
             if kind not in ("<u2", "<i4"):
-                raise ValueError(f"codes of type {kind!r}")
+                raise ValueError(f"codes of type {shown(kind)}")
             example["codes"] = np.frombuffer(record, kind, offset=start).astype(np.int32)
         elif shape is None:
             example["bytes"] = record[start:]
         else:
+            sides = [side for side in shape if type(side) is int and side > 0]
+            if sides != shape or len(shape) != 3 or shape[2] != 3:
+                raise ValueError(f"a picture of shape {shown(shape)}")
             example["image"] = np.frombuffer(record, np.uint8, offset=start).reshape(shape)
     except (ValueError, TypeError) as error:
         raise Broken("damaged record", str(error)) from error
-    return example
+    return check_example(example)
 
 
 def count_records(path: pathlib.Path) -> int:
@@ -160,14 +164,34 @@ def file_name(split: str, number: int, count: int) -> str:
 def write_json(path: pathlib.Path, value: Any) -> None:
     # Not `files.write_atomically`: several hosts may do so at once and would share its partial.
     partial = path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the `dataset.json` of a folder; None where there is none."""
+    """Return the `dataset.json` of a folder; None where there is none.
+
+    Raises:
+      ValueError: it is not as `write_manifest` writes it, or names files outside the folder.
+    """
     path = pathlib.Path(folder) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.exists():
+        return None
+    about = files.read_json(path, keys=("splits",))
+    splits, classes = about["splits"], about.get("classes", [])
+    if not isinstance(splits, dict) or not splits:
+        raise ValueError(f"{path}: its splits are {shown(splits)}")
+    for name, split in splits.items():
+        names = split.setdefault("files", []) if isinstance(split, dict) else None
+        if not isinstance(names, list):
+            raise ValueError(f"{path}: split {shown(name)} is {shown(split)}")
+        for file in names:
+            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".."):
+                raise ValueError(f"{path}: {shown(file)} is not the name of a file in its folder")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path}: its classes are {shown(classes)}")
+    return about
 
 
 def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mapping) -> None:

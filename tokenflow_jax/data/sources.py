@@ -16,9 +16,17 @@ from typing import Any
 from array_record.python import array_record_data_source
 
 from tokenflow_jax.data import images, records
-from tokenflow_jax.data.examples import HELDOUT_NAMES, MIN_TO_SPLIT, SPLITS, Broken, is_heldout
+from tokenflow_jax.data.examples import (
+    HELDOUT_NAMES,
+    MIN_TO_SPLIT,
+    SPLITS,
+    Broken,
+    check_example,
+    is_heldout,
+)
 from tokenflow_jax.data.jsonl import JsonlSource
 from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line, plain
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
 GROUPS = (
@@ -49,19 +57,26 @@ class FolderSource:
 
     When pictures lie only in sub-folders named train, heldout, validation, val or test, these are
     the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100 pictures
-    both are everything, and the log says so. Validation, val and test mean heldout.
+    both are everything, and the log says so. Validation, val and test mean heldout. Links that lead
+    outside the folder are followed only with `allow_outside`.
     """
 
-    def __init__(self, folder: str | os.PathLike, split: str = "all"):
-        root = pathlib.Path(folder)
+    def __init__(self, folder: str | os.PathLike, split: str = "all", allow_outside: bool = False):
+        root, self._allow_outside = pathlib.Path(folder), allow_outside
         if not os.fspath(folder) or not root.is_dir():
             raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
-        names = _image_names(root)
+        names, outside = _image_names(root, allow_outside)
+        if outside:
+            log.warning(
+                "%s: %d links to folders outside are left out, such as %s; pass allow_outside if "
+                "they are intended", root, len(outside), plain(outside[0]),
+            )  # fmt: skip
         if not names:
             raise ValueError(
                 f"{root} holds no images: none of its files ends in {', '.join(IMAGE_ENDINGS)}"
+                + (", and links to folders outside need allow_outside" if outside else "")
             )
         subfolders = {name.split("/")[0] for name in names if "/" in name}  # those with pictures
         divided = split != "all" and _are_splits(root, subfolders)
@@ -70,7 +85,7 @@ class FolderSource:
         self.classes = sorted({path[0] for path in paths if len(path) > 1})
         self.numbers = ("label",) if self.classes else ()
         if divided:
-            root /= (part := _split_folder(root, subfolders, split))
+            part = _split_folder(root, subfolders, split)
             names = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         elif split != "all" and len(names) >= MIN_TO_SPLIT:
             names = [name for name in names if is_heldout(name) == (split != "train")]
@@ -79,7 +94,7 @@ class FolderSource:
                 "%s has %d pictures, fewer than %d: none are held out, so the figures of split %r "
                 "are on training pictures", root, len(names), MIN_TO_SPLIT, split,
             )  # fmt: skip
-        self._root, self._names = root, names
+        self._root, self._names, self._part = root, names, f"{part}/" if divided else ""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -87,7 +102,8 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self._names[index]
         label = {"label": self.classes.index(name.split("/")[0])} if "/" in name else {}
-        return {"name": name, **label, "bytes": images.read_file(self._root, name)}
+        data = images.read_file(self._part + name, self._root, self._allow_outside)
+        return {"name": name, **label, "bytes": data}
 
 
 def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
@@ -111,9 +127,9 @@ def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
     )
 
 
-def _image_names(root: pathlib.Path) -> list[str]:
-    """Return sorted relative paths of images; links to folders are followed once each."""
-    names, seen = [], set()
+def _image_names(root: pathlib.Path, allow_outside: bool) -> tuple[list[str], list[str]]:
+    """Return sorted relative paths of images, following links once each, and those left out."""
+    names, outside, seen = [], [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up, or a second link to the same place
@@ -121,10 +137,17 @@ def _image_names(root: pathlib.Path) -> list[str]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in list(subfolders):
+            path = os.path.relpath(os.path.join(folder, name), root)
+            try:
+                images.locate(path, root, allow_outside)
+            except Broken:
+                subfolders.remove(name)
+                outside.append(path)
         for name in files:
             if not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS):
                 names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
-    return sorted(names)
+    return sorted(names), outside
 
 
 class RecordSource:
@@ -137,8 +160,8 @@ class RecordSource:
             self._source = array_record_data_source.ArrayRecordDataSource(files)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"data.path {path!r}: a file is missing or damaged ({error}); write the data set "
-                "again with python -m tokenflow_jax.data.prepare"
+                f"data.path {path!r}: a file is missing or damaged ({one_line(error)}); write the "
+                "data set again with python -m tokenflow_jax.data.prepare"
             ) from error
         self.numbers: tuple[str, ...] = ()
         for index in range(len(self)):
@@ -154,7 +177,7 @@ class RecordSource:
         try:
             record = self._source[index]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise Broken("damaged record", str(error)) from error
+            raise Broken("damaged record", one_line(error)) from error
         return records.unpack(record)
 
 
@@ -167,9 +190,11 @@ def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
             raise ValueError(f"{path} has no split {split!r}; it has {[*splits, 'all']}")
         wanted = splits if split == "all" else [split]
         files = [os.path.join(path, name) for part in wanted for name in splits[part]["files"]]
+        if missing := [file for file in files if not os.path.isfile(file)]:
+            raise ValueError(f"data.path {path!r}: {plain(missing[0])} is missing or damaged")
         return files, list(about.get("classes", ()))
     files = sorted(glob.glob(path)) if path else []
-    if not files or any(os.path.isdir(file) for file in files):
+    if not files or not all(os.path.isfile(file) for file in files):
         raise ValueError(
             f"data.path {path!r} is neither a folder with {records.MANIFEST} (see python -m "
             "tokenflow_jax.data.prepare) nor a pattern of ArrayRecord files"
@@ -194,7 +219,7 @@ class TFDSSource:
             is_folder = (pathlib.Path(name) / "dataset_info.json").is_file()
             builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
-            raise ValueError(f"TFDS data set {name!r}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"TFDS data set {name!r}: {one_line(error)}") from error
         features = builder.info.features
         self._image = _only(features, tfds.features.Image, "image")
         if not self._image:
@@ -212,15 +237,15 @@ class TFDSSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             row = self._source[index]
-        except (RuntimeError, ValueError) as error:
-            raise Broken("damaged record", str(error)) from error
-        file_name = row.get("file_name", str(index))
-        if isinstance(file_name, bytes):
-            file_name = file_name.decode(errors="replace")
-        example = {"name": str(file_name), "bytes": bytes(row[self._image])}
-        if self._label:
-            example["label"] = int(row[self._label])
-        return example
+            file_name = row.get("file_name", str(index))
+            if isinstance(file_name, bytes):
+                file_name = file_name.decode(errors="replace")
+            example = {"name": str(file_name), "bytes": bytes(row[self._image])}
+            if self._label:
+                example["label"] = int(row[self._label])
+        except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+            raise Broken("damaged record", one_line(error)) from error
+        return check_example(example)
 
 
 def _only(features: Any, kind: type, usual: str) -> str | None:
@@ -252,12 +277,14 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
         raise ValueError(f"TFDS data set {name!r}{problem}") from error
 
 
-def open_source(name: str, path: str, split: str, image_folder: str = "") -> Any:
+def open_source(
+    name: str, path: str, split: str, image_folder: str = "", allow_outside: bool = False
+) -> Any:
     """Open a source that is not empty; the arguments are those of `pipeline.DataConfig`."""
     kinds = {
         "emoji": lambda: EmojiSource(split),
-        "folder": lambda: FolderSource(path, split),
-        "jsonl": lambda: JsonlSource(path, split, image_folder),
+        "folder": lambda: FolderSource(path, split, allow_outside),
+        "jsonl": lambda: JsonlSource(path, split, image_folder, allow_outside),
         "array_record": lambda: RecordSource(path, split),
         "tfds": lambda: TFDSSource(path, split),
     }

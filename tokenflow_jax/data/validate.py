@@ -23,10 +23,11 @@ from typing import Any, BinaryIO, NamedTuple
 from absl import flags
 
 from tokenflow_jax import cli, log
-from tokenflow_jax.data import text
+from tokenflow_jax.data import images, jsonl, text
 from tokenflow_jax.data.chat import conversations, insertion, templates
 from tokenflow_jax.data.chat.templates import IMAGE, Template
 from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.messages import one_line, printable, shown
 
 _LINES_AT_A_TIME = 512
 _LARGE = 20 * 10**6  # bytes of a file that several processes are worth starting for
@@ -44,7 +45,7 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         verdict = "" if self.skipped else " (used anyway)"
-        return f"line {self.line}: {self.reason}: {self.detail}{verdict}"
+        return f"line {self.line}: {self.reason}: {one_line(self.detail)}{verdict}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,6 +58,7 @@ class Checker:
     vectors: int  # per image
     max_length: int  # of a conversation, vectors included
     decode: bool  # every picture; else it is enough that the file is there
+    allow_outside: bool = False  # of the folder
 
     def faults(self, number: int, line: bytes) -> Iterator[Fault]:
         """Yield the faults of one line."""
@@ -91,16 +93,15 @@ class Checker:
 
     @functools.cache  # noqa: B019 - each picture is decoded once; a checker lives to the end
     def _image_fault(self, image: str) -> Broken | None:
-        path = self.folder / image
+        where = (image, self.folder, self.allow_outside)
         try:
-            if not path.is_file():
-                return Broken("missing image", f"there is no {path}")
             if self.decode:
-                conversations.load_image(path.read_bytes(), 8, "square")
+                conversations.load_image(conversations.read_image(*where), 8, "square")
+            elif not os.path.isfile(images.locate(*where)):
+                raise Broken("missing image", "there is no such file")
         except Broken as error:
-            return Broken(error.reason, f"{path}: {error.detail}")
-        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-            return Broken("missing image", f"{image!r}: {error}")
+            name = "" if shown(image) in error.detail else f"{shown(image)}: "
+            return Broken(error.reason, name + error.detail)
         return None
 
 
@@ -131,9 +132,9 @@ _Result = tuple[int, list[Fault]]  # conversations, and their faults
 
 
 def _parts(file: BinaryIO) -> Iterator[_Numbered]:
-    numbered = enumerate(file, 1)
+    numbered = ((number, line) for number, _, line in jsonl.lines_of(file))
     while part := list(itertools.islice(numbered, _LINES_AT_A_TIME)):
-        yield [(number, line) for number, line in part if line.strip()]
+        yield part
 
 
 def _check(lines: _Numbered) -> _Result:
@@ -175,12 +176,13 @@ def main(options: flags.FlagValues) -> int:
         options.vectors,
         options.max_length,
         options.decode_images,
+        options.allow_outside,
     )
     if (processes := options.processes) < 1:
         processes = (os.cpu_count() or 1) if path.stat().st_size > _LARGE else 1
     count, faults = check_file(path, checker, processes)
     for fault in faults[: options.show or None]:
-        print(fault)
+        print(printable(str(fault)))
     if options.show and len(faults) > options.show:
         print(f"... and {len(faults) - options.show} more (--show=0 prints all)")
     kinds = collections.Counter(fault.reason for fault in faults)
@@ -200,6 +202,7 @@ def define_flags(define: cli.Define) -> None:
     define.integer("max_length", 2048, "Tokens of a conversation, vectors included.")
     define.integer("show", 100, "Faults to print; 0: all.")
     define.integer("processes", 0, "0: one per core for a large file.")
+    define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     define.bool("decode_images", True, "Decode every picture instead of only finding its file.")
 
 

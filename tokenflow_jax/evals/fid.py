@@ -11,7 +11,7 @@ import sys
 
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, files
 
 
 def main(options: flags.FlagValues) -> None:
@@ -22,12 +22,22 @@ def main(options: flags.FlagValues) -> None:
     from tokenflow_jax.evals import fid_network
     from tokenflow_jax.evals.image_set import ImageSet, kind_of_data, short_side
 
+    if options.cache:
+        files.writable_folder(options.cache)
     network = fid_network.Network(options.inception)
-    size = options.image_size or short_side(options.a, options.split)
+    size = options.image_size or short_side(options.a, options.split, options.allow_outside)
     sides, known = [], []
     for path in (options.a, options.b):
         kind = kind_of_data(path)
-        config = pipeline.DataConfig(kind, path, options.split, size, "center", flip=False)
+        config = pipeline.DataConfig(
+            kind,
+            path,
+            options.split,
+            size,
+            "center",
+            flip=False,
+            allow_outside=options.allow_outside,
+        )
         side = ImageSet(config, options.batch_size, options.images)
         sides.append(side)
         fingerprint = fid_network.Fingerprint()
@@ -55,6 +65,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("b", None, "The same, to compare with a.")
     define.string("inception", None, "File of FID's Inception weights.")
     define.string("split", "all", "Which part of both; see data.sources.")
+    define.bool("allow_outside", False, "Read pictures outside the folders, by path or link.")
     define.string("cache", None, "Folder that keeps statistics; none by default.")
     define.integer("image_size", 0, "Resolution of the crops; 0: a's first short side.")
     define.integer("images", None, "Number of evenly spaced images of each; all by default.")

@@ -1,7 +1,6 @@
 """The images of an evaluation: where they are, and each process's share of them."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from tokenflow_jax.data import pipeline, records
 from tokenflow_jax.log import Progress
+from tokenflow_jax.messages import shown
 
 CROP = "short side to the resolution (halved by averaging, then bicubic), center crop"
 
@@ -27,19 +27,23 @@ def heldout_split(name: str, path: str) -> str:
     """Return the split that never trains, of a kind of data (`pipeline.DataConfig`) at a path."""
     if name == "tfds":
         return "validation"
-    manifest = pathlib.Path(path) / records.MANIFEST
-    if name != "array_record" or not manifest.is_file():
+    manifest = records.read_manifest(path) if name == "array_record" else None
+    if manifest is None:
         return "heldout"
-    splits = list(json.loads(manifest.read_text(encoding="utf-8"))["splits"])
+    splits = list(manifest["splits"])
     for split in ("heldout", "validation", "val", "test"):
         if split in splits:
             return split
-    raise ValueError(f"{path} has only the splits {splits}, none held out: choose with --split")
+    raise ValueError(
+        f"{path} has only the splits {shown(splits)}, none held out: choose with --split"
+    )
 
 
-def short_side(path: str, split: str) -> int:
+def short_side(path: str, split: str, allow_outside: bool = False) -> int:
     """Return the short side, in pixels, of a data set's first usable image."""
-    config = pipeline.DataConfig(kind_of_data(path), path, split, augment="center")
+    config = pipeline.DataConfig(
+        kind_of_data(path), path, split, augment="center", allow_outside=allow_outside
+    )
     decoded = pipeline.opened(config)
     first = next((example for i in range(len(decoded)) if (example := decoded[i])), None)
     if first is None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, files
 from tokenflow_jax.log import log
 
 
@@ -39,12 +39,22 @@ def main(options: flags.FlagValues) -> None:
     from tokenflow_jax.tokenizer.model import TokenFlow
     from tokenflow_jax.weights.names.lpips import find_lpips, load_lpips
 
+    for folder in filter(None, (options.out, options.cache)):
+        files.writable_folder(folder)
     known = {name: options[name].value for name in ("ema", "step", "dtype")}
     tokenizer = Tokenizer.load(options.checkpoint, options.variant, **known)
     kind = options.data or image_set.kind_of_data(options.path)
     split = options.split or image_set.heldout_split(kind, options.path)
     size = tokenizer.config.image_size
-    config = pipeline.DataConfig(kind, options.path, split, size, "center", flip=False)
+    config = pipeline.DataConfig(
+        kind,
+        options.path,
+        split,
+        size,
+        "center",
+        flip=False,
+        allow_outside=options.allow_outside,
+    )
     images = image_set.ImageSet(config, options.batch_size, options.images)
     chosen, about = dict(measures.MEASURES), _about(options, tokenizer, images)
     if path := find_lpips(options.lpips):
@@ -87,8 +97,8 @@ def main(options: flags.FlagValues) -> None:
     notes = about["skipped"] = pipeline.skipped_notes(images.config)
     if reference and (note := fid_network.caution(int(figures["images"]))):
         notes = [note, *notes]
+    print(_table(figures, about, notes), flush=True)  # before a full disk can lose it
     out = pathlib.Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
     report = json.dumps({"figures": finite, **about}, indent=1)
     (out / "reconstruction.json").write_text(report, encoding="utf-8")
@@ -98,7 +108,6 @@ def main(options: flags.FlagValues) -> None:
     shown = jax.device_get(reconstruct(batch["image"])[1])
     grid = pictures.grid([batch["image"][batch["mask"]], shown[batch["mask"]]])
     pictures.write_png(grid, out / "reconstruction.png")
-    print(_table(figures, about, notes))
     print(f"  saved {out / 'reconstruction.json'} and reconstruction.png")
 
 
@@ -161,6 +170,7 @@ def define_flags(define: cli.Define) -> None:
     define.enum("dtype", "float32", ["float32", "bfloat16"], "Compute in.")
     define.enum("data", "", kinds, "Kind of data; detected from --path by default.")
     define.string("path", "", "Folder, data set of data.prepare, or TFDS name.")
+    define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     define.string("split", "", "Part of the data; the held-out one by default.")
     define.integer("images", None, "Number of evenly spaced images; all by default.")
     define.integer("batch_size", 32, "Images at a time, per process.")

@@ -23,19 +23,23 @@ from typing import Any
 
 from absl import flags
 
-from tokenflow_jax import answer, cli
+from tokenflow_jax import answer, cli, files
+from tokenflow_jax.data import images, jsonl
+from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
 from tokenflow_jax.log import log
+from tokenflow_jax.messages import bullets, plain, shown
 
 _OCCURRENCE = "occurrence"  # number of earlier questions with the same id
 
 
 def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     """Read questions, at most `limit` evenly spaced ones; the line number is the default id."""
-    lines = enumerate(pathlib.Path(path).read_bytes().splitlines(), 1)
-    parsed = {number: _parse(line) for number, line in lines if line.strip()}
+    parsed = dict(_rows(path))
     if bad := [number for number, row in parsed.items() if row is None]:
-        raise ValueError(f"{path}: lines {bad[:10]} are no JSON objects")
+        raise ValueError(
+            f"{path}: lines {bad[:10]} are no JSON objects with an id of text or digits"
+        )
     if not parsed:
         raise ValueError(f"{path} has no questions")
     rows = [{"question_id": number} | row for number, row in parsed.items()]
@@ -48,12 +52,20 @@ def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
+def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yield number and object of the lines of a file, None for one that cannot be used."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{os.fspath(path)!r} is not a file")
+    with open(path, "rb") as file:
+        for number, _, line in jsonl.lines_of(file):
+            try:
+                row = jsonl.parse_object(line)
+            except Broken:
+                row = None
+            else:  # an id and its occurrence are keys
+                usable = isinstance(row.get("question_id", ""), str | int | float)
+                row = row if usable and isinstance(row.get(_OCCURRENCE, 0), int) else None
+            yield number, row
 
 
 def key_of(question: Question) -> Any:
@@ -66,8 +78,8 @@ def read_answers(path: str | os.PathLike) -> dict[Any, str]:
     """Read answers by `key_of`: `answer`, or `text` or `prediction` as others call it."""
     answers: dict[Any, str] = {}
     seen: collections.Counter = collections.Counter()
-    for line in pathlib.Path(path).read_bytes().splitlines():
-        row = _parse(line) or {}  # a killed run may leave half a line
+    for _, row in _rows(path):
+        row = row or {}  # a killed run may leave half a line
         found = next((row[k] for k in ("answer", "text", "prediction") if k in row), None)
         if "question_id" in row and isinstance(found, str):
             identity = row["question_id"]
@@ -83,13 +95,32 @@ def score(task: str, questions: Sequence[Question], answers: Mapping[Any, str]) 
     keys = [key_of(q) for q in questions]
     missing = [key for key in keys if key not in answers]
     if missing:
-        raise ValueError(f"{len(missing)} questions have no answer, for example {missing[:5]}")
+        raise ValueError(f"{len(missing)} questions have no answer, such as {shown(missing[:5])}")
     ids = {q["question_id"] for q in questions}
     double = [k[0] for k in answers if isinstance(k, tuple) and k[0] in ids and k not in keys]
     if double:
-        raise ValueError(f"more answers than questions have the ids {double[:5]}: keep one of each")
+        raise ValueError(
+            f"more answers than questions have the ids {shown(double[:5])}: keep one of each"
+        )
     figures = TASKS[task].score(questions, [answers[key] for key in keys])
     return {**figures, "questions": float(len(questions))}
+
+
+def picture_paths(
+    questions: Sequence[Question], folder: pathlib.Path, allow_outside: bool = False
+) -> list[pathlib.Path | None]:
+    """Return the paths of the questions' pictures; ValueError lists those outside the folder."""
+    paths: list[pathlib.Path | None] = []
+    problems = []
+    for question in questions:
+        try:
+            name = question.get("image")
+            paths.append(images.locate(name, folder, allow_outside) if name else None)
+        except Broken as error:
+            problems.append(f"question {shown(question['question_id'])}: {error}")
+    if problems:
+        raise ValueError(f"pictures that cannot be shown:\n{bullets(problems)}")
+    return paths
 
 
 def ask(
@@ -101,16 +132,18 @@ def ask(
     instruction: str | None = None,
     batch_size: int = 16,
     max_new: int = 32,
+    allow_outside: bool = False,
 ) -> Iterator[tuple[Any, str]]:
     """Ask an `Assistant` the questions, greedily, and yield (`key_of`, answer)."""
+    paths = picture_paths(questions, folder, allow_outside)
     # Questions with and without a picture have different shapes.
     for has_image in (True, False):
-        part = [q for q in questions if bool(q.get("image")) == has_image]
+        part = [i for i, path in enumerate(paths) if (path is not None) == has_image]
         for start in range(0, len(part), batch_size):
-            rows = part[start : start + batch_size]
+            places = part[start : start + batch_size]
+            rows = [questions[i] for i in places]
             texts = [task.prompt(q, instruction) for q in rows]
-            shown = [folder / q["image"] if has_image else None for q in rows]
-            found = assistant.answer(texts, shown, max_new=max_new)
+            found = assistant.answer(texts, [paths[i] for i in places], max_new=max_new)
             yield from zip(map(key_of, rows), found, strict=True)
 
 
@@ -125,7 +158,7 @@ def answers_to(
     """Ask what the file `out` has no answer to, and append every answer; see `ask`."""
     known = read_answers(out) if out.exists() else {}
     left = [q for q in questions if key_of(q) not in known]
-    with out.open("a", encoding="utf-8") as file:
+    with out.open("a", encoding="utf-8", errors="backslashreplace") as file:
         if known:
             file.write("\n")  # a killed run may have left half a line
         for key, text in ask(assistant, task, left, folder, **options):
@@ -146,19 +179,23 @@ def main(options: flags.FlagValues) -> None:
     questions = read_questions(options.file, options.limit)
     out = pathlib.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
     if asks:
+        folder = pathlib.Path(options.image_folder or pathlib.Path(options.file).parent)
+        picture_paths(questions, folder, options.allow_outside)  # before the model is loaded
+        files.writable_folder(out.parent)
         answers_to(
             out,
             questions,
             answer.load_assistant(options),
             TASKS[options.task],
-            pathlib.Path(options.image_folder or pathlib.Path(options.file).parent),
+            folder,
+            allow_outside=options.allow_outside,
             instruction=options.instruction,
             batch_size=options.batch_size,
             max_new=options.max_new,
         )
     figures = score(options.task, questions, read_answers(out))
     for name, value in figures.items():
-        log.info("%s: %s", name, f"{value:.4g}")
+        log.info("%s: %s", plain(name), f"{value:.4g}")
     result = {"task": options.task, "file": options.file, "figures": figures}
     path = out.with_name(out.name + ".score.json")
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -169,6 +206,7 @@ def define_flags(define: cli.Define) -> None:
     define.enum("task", None, list(TASKS), "The benchmark, which decides how to ask and score.")
     define.string("file", None, "The questions, .jsonl.")
     define.string("image_folder", "", "Where images' paths begin; the file's folder by default.")
+    define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     answer.define_assistant_flags(define)
     define.string("instruction", None, "Replaces the task's line after a question; '': none.")
     define.string("out", None, "File for the answers; FILE.answers.jsonl by default.")

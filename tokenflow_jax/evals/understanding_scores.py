@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenflow_jax.evals.vqa_text import normalize, vqa_accuracy
+from tokenflow_jax.messages import shown
 
 Question = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ def references_of(question: Question) -> list[str]:
     found = found if isinstance(found, list) else [found]
     texts = [item.get("answer") if isinstance(item, Mapping) else item for item in found]
     if not texts or any(text is None for text in texts):
-        raise ValueError(f"no answer to compare with in {dict(question)!r:.200}")
+        raise ValueError(f"no answer to compare with in {shown(dict(question))}")
     return [str(text) for text in texts]
 
 
@@ -57,7 +58,7 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> dict[st
     for question, answer in zip(questions, answers, strict=True):
         truth = references_of(question)[0].strip().lower()
         if truth not in ("yes", "no"):
-            raise ValueError(f"POPE's label must be yes or no, not {truth!r}")
+            raise ValueError(f"POPE's label must be yes or no, not {shown(truth)}")
         row = truth == "yes", pope_answer(answer) == "yes"
         rows[""].append(row)
         if question.get("category"):
@@ -91,9 +92,9 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str
     rows: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in zip(questions, answers, strict=True):
         if "category" not in question or "image" not in question:
-            raise ValueError(f"MME needs category and image: {dict(question)!r:.200}")
+            raise ValueError(f"MME needs category and image: {shown(dict(question))}")
         right = mme_answer(answer) == mme_answer(references_of(question)[0])
-        rows[question["category"]][question["image"]].append(right)
+        rows[str(question["category"])][str(question["image"])].append(right)
     figures = {}
     for category, pictures in rows.items():
         accuracy = _mean([right for answers in pictures.values() for right in answers])
@@ -116,11 +117,11 @@ def options_of(question: Question) -> dict[str, str]:
     if isinstance(found, str):
         try:
             found = ast.literal_eval(found)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"options {found!r:.100} are not a list") from error
-    if isinstance(found, Mapping):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+            raise ValueError(f"options {shown(found)} are not a list") from error
+    if isinstance(found, Mapping) and found:
         return {str(letter): str(text) for letter, text in found.items()}
-    if isinstance(found, list):
+    if isinstance(found, list) and found:
         return {letter: str(text) for letter, text in zip(_LETTERS, found, strict=False)}
     texts = {}
     for letter in _LETTERS:
@@ -129,7 +130,7 @@ def options_of(question: Question) -> dict[str, str]:
             texts[letter] = str(text)
     if texts:
         return texts
-    raise ValueError(f"no options in {dict(question)!r:.200}")
+    raise ValueError(f"no options in {shown(dict(question))}")
 
 
 def choice_of(answer: str, options: Mapping[str, str]) -> str | None:
@@ -157,7 +158,7 @@ def right_choice(question: Question, options: Mapping[str, str]) -> str:
     if choice is None and truth.isdecimal() and int(truth) < len(options):  # as ScienceQA
         choice = list(options)[int(truth)]
     if choice is None:
-        raise ValueError(f"the right answer {truth!r:.80} is none of the options {dict(options)}")
+        raise ValueError(f"the right answer {shown(truth)} is none of the options {shown(options)}")
     return choice
 
 
@@ -181,7 +182,7 @@ def question_text(question: Question) -> str:
     for key in ("question", "text"):
         if isinstance(question.get(key), str):
             return question[key].replace("<image>", "").strip()
-    raise ValueError(f"no question in {dict(question)!r:.200}")
+    raise ValueError(f"no question in {shown(dict(question))}")
 
 
 def choice_text(question: Question) -> str:

@@ -158,6 +158,7 @@ class GenerationStage(CodeStage):
             augment="center",
             flip=False,
             image_folder=data.image_folder,
+            allow_outside=data.allow_outside,
         )
         images = captions.Pictures(config)
         if self.encodes:

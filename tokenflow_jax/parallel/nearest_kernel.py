@@ -11,6 +11,7 @@ the chunked form everywhere, "interpret" the kernel, interpreted, on any machine
 Shapes: N tokens, K codes, C channels.
 """
 
+import concurrent.futures
 import functools
 import os
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line
 
 VARIABLE = "TOKENFLOW_NEAREST_KERNEL"
 _MODES = ("auto", "always", "never", "interpret")
@@ -60,7 +64,34 @@ def where_faster(z_NC: jax.Array, codes_KC: jax.Array, chunked: Search) -> Searc
     suitable = large and one_device and _block_sizes(tokens, size, channels) is not None
     if mode == "never" or (mode == "auto" and not suitable):
         return chunked
+    if mode == "auto" and jax.default_backend() == "tpu" and not proves_itself():
+        return chunked
     return functools.partial(jax.lax.platform_dependent, tpu=best_of, default=chunked)
+
+
+@functools.cache
+def proves_itself(interpret: bool = False) -> bool:
+    """Compare the kernel with a plain search on this machine once; warn if they differ."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as apart:  # from a program being traced
+            worst = apart.submit(_difference, interpret).result()
+        problem = "" if worst < 1e-4 else f"its scores are off by {worst:.2g}"
+    except Exception as error:
+        problem = one_line(error)
+    if problem:
+        log.warning("the TPU kernel for nearest codes is not used here: %s", problem)
+    return not problem
+
+
+def _difference(interpret: bool) -> float:
+    """Return by how much the kernel's scores, or those of its codes, are off at most."""
+    z_NC, codes_KC = (jax.random.normal(jax.random.key(n), (n, 40)) for n in (300, 1000))
+    scores_NK = jnp.dot(z_NC, codes_KC.T, precision="highest")
+    top_N, code_N = jax.jit(functools.partial(best_of, interpret=interpret))(z_NC, codes_KC)
+    chosen_N = jnp.take_along_axis(scores_NK, code_N[:, None], axis=1)[:, 0]
+    best_N = scores_NK.max(axis=1)
+    # Sums in another order may exchange codes that are level to rounding, no others.
+    return float(jnp.maximum(abs(top_N - best_N), best_N - chosen_N).max())
 
 
 def best_of(

@@ -150,7 +150,9 @@ class TokenizerStage(Stage):
 
     def _data_config(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
         data, size = self.config.data, self.model_config.image_size
-        return pipeline.DataConfig(data.name, data.path, split, size, augment=augment, flip=flip)
+        return pipeline.DataConfig(
+            data.name, data.path, split, size, augment, flip, allow_outside=data.allow_outside
+        )
 
     def final_notes(self) -> list[str]:
         """Return lines about skipped pictures."""

@@ -87,7 +87,7 @@ FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that t
 # These only decide what is recorded when.
 FREE_KEYS = (
     "log_every", "eval_every", "image_every", "checkpoint_every", "keep_checkpoints", "eval",
-    "init_from", "workdir", "mesh",
+    "init_from", "workdir", "mesh", "data.allow_outside",
 )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
     identity = [
         text
         for key, text in lines.items()
-        if key.split(".")[0] in IDENTITY_KEYS or key.endswith(FINGERPRINT)
+        if key not in FREE_KEYS
+        and (key.split(".")[0] in IDENTITY_KEYS or key.endswith(FINGERPRINT))
     ]
     if identity:
         raise checkpoint.CheckpointError(
@@ -133,7 +134,7 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
             + "\n  - ".join(identity)
             + f"\nUndo the change, or begin another --workdir with --config.init_from={path}."
         )
-    free = [text for key, text in lines.items() if key.split(".")[0] in FREE_KEYS]
+    free = [t for key, t in lines.items() if {key, key.split(".")[0]} & {*FREE_KEYS}]
     exact = [text for text in lines.values() if text not in free]
     if free:
         log.info("changed since the checkpoint: %s", "; ".join(free))

@@ -12,7 +12,7 @@ from etils import epath
 from tokenflow_jax.log import duration, log
 from tokenflow_jax.messages import one_line
 from tokenflow_jax.parallel import hosts
-from tokenflow_jax.train import checkpoint, metrics, report
+from tokenflow_jax.train import checkpoint, curves, metrics, report
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
 from tokenflow_jax.train.stopping import StopRequested
@@ -43,7 +43,7 @@ class Recorder:
         self._stage, self._options, self._lock = stage, options, lock
         self._checkpoints, self._config, self._origin = checkpoints, config, start.origin
         step = int(start.state.step)
-        self._writer = metrics.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
+        self._writer = curves.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
         self._averages = metrics.Averages(**start.averages)
         self._failures: list[str] = []
         self._stopwatch = metrics.Stopwatch(options.total_steps, stage.config.batch_size)

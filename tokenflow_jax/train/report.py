@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from tokenflow_jax.train.curves import grid_files
+
 _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 14, 40  # margins around the plot area
 _MAX_POINTS = 400
@@ -185,9 +187,8 @@ def _cards(curves: Mapping[str, list[tuple[int, float]]]) -> str:
 
 def _grids(folder: epath.Path) -> str:
     grids: dict[str, list[tuple[int, epath.Path]]] = {}
-    for path in sorted(folder.glob("*_[0-9]*.png")) if folder.exists() else []:
-        name, step = path.stem.rsplit("_", 1)
-        grids.setdefault(name, []).append((int(step), path))
+    for name, step, path in grid_files(folder) if folder.exists() else []:
+        grids.setdefault(name, []).append((step, path))
     parts = []
     for name, entries in grids.items():
         *earlier, latest = sorted(entries)

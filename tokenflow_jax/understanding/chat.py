@@ -1,7 +1,6 @@
 """Conversations with an assistant: questions and pictures as turns."""
 
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.messages import shown
 
 Picture = Any  # a path, a PIL image, or uint8 (H, W, 3)
 
@@ -72,12 +72,12 @@ def read_picture(picture: Picture) -> np.ndarray:
     """Read a path, PIL image or array as uint8 (H, W, 3)."""
     try:
         if isinstance(picture, str | os.PathLike):
-            return images.decode(pathlib.Path(picture).read_bytes())
+            return images.decode(images.read_file(picture))
         if isinstance(picture, Image.Image):
             return images.to_rgb(picture)
     except (OSError, Broken) as error:
-        name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else repr(picture)
-        raise ValueError(f"picture {name}: {error}") from error
+        name = picture if isinstance(picture, Image.Image) else os.fspath(picture)
+        raise ValueError(f"picture {shown(name)}: {error}") from error
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise ValueError(

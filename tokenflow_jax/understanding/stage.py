@@ -126,6 +126,7 @@ class UnderstandingStage(CodeStage):
             name=data.name,
             path=data.eval_path if held_out and data.eval_path else data.path,
             image_folder=data.image_folder,
+            allow_outside=data.allow_outside,
             split=split,
             questions=tuple(self.config.eval.questions if held_out else data.questions),
             together=data.together and not held_out,

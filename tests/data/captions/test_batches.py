@@ -224,3 +224,49 @@ def test_an_image_folder_elsewhere_and_byte_order_marks(tmp_path):
     assert source[0]["caption"] == "ü" and source[0]["name"] == "é.png"
     with pytest.raises(ValueError, match=r"image_folder .* is not a folder"):
         sources.open_source("jsonl", str(file), "train", str(tmp_path / "no"))
+
+
+def test_captions_that_vanish_later_end_the_training(tmp_path):
+    examples = jsonl(tmp_path / "d")
+    examples._decoded._room = -1  # as for a data set that does not fit
+    batches = train(examples)
+    take(batches, 9)
+    for path in (tmp_path / "d").glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no usable picture among the 7.*cannot be read': 7"):
+        take(batches, 500)
+
+
+def test_an_evaluation_without_one_caption_is_an_error(tmp_path):
+    examples = jsonl(tmp_path / "d", 0, [json.dumps({"image": "x.png"})])
+    (tmp_path / "d" / "x.png").write_bytes(encode(plain(1)))
+    with pytest.raises(ValueError, match=r"no usable pair of picture and caption.*'no caption': 1"):
+        list(captions.eval_batches(examples, PROMPTS, batch_size=2))
+
+
+def test_wrong_captions_and_names_are_skipped(tmp_path):
+    odd = [
+        json.dumps({"image": "0.png", "caption": "half of a pair \ud83d"}),
+        json.dumps({"image": "a\ud83d.png", "caption": "x"}),
+        json.dumps({"image": "../d/0.png", "caption": "x"}),
+        json.dumps({"image": "/dev/zero", "caption": "y"}),
+        json.dumps({"image": {"path": "0.png"}, "caption": "z"}),
+        '{"image": "0.png", "caption": "digits", "n": ' + "9" * 5000 + "}",
+    ]
+    examples = jsonl(tmp_path / "d", extra=odd)
+    seen = {decode(p) for batch in take(train(examples), 9) for p in batch["prefix"]}
+    # "../d/0.png" leads back into the folder.
+    assert seen == {*(f"число {i}" for i in range(7)), "x"}
+    assert examples.skipped.counts() == {
+        "not text": 1, "cannot be read": 1, "outside the folder": 1, "line without image": 1,
+        "damaged line": 1,
+    }  # fmt: skip
+
+
+def test_captions_in_a_json_array(tmp_path):
+    lines = jsonl(tmp_path / "d")
+    rows = (tmp_path / "d" / "captions.jsonl").read_text().splitlines()
+    (tmp_path / "d" / "array.json").write_text("[\n  " + ",\n  ".join(rows) + "\n]\n")
+    config = pipeline.DataConfig("jsonl", path=str(tmp_path / "d" / "array.json"), image_size=8)
+    array = Pictures(config)
+    assert [array[i]["caption"] for i in range(7)] == [lines[i]["caption"] for i in range(7)]

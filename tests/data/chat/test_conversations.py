@@ -348,3 +348,84 @@ def test_length_is_cut_like_the_reference(folder):
     assert len(row["ids"]) == 64 and (row["labels"] != IGNORE).any()
     with pytest.raises(Broken, match="begin after the 8"):
         conversations.prepare(sample, data.template, data.text_tokenizer, 4, 8)
+
+
+def many(folder, images, file="many.jsonl"):
+    """Write a conversation about each picture."""
+    rows = [(image, [(HUMAN, f"<image>\n{i}?"), (GPT, "ja")]) for i, image in enumerate(images)]
+    (folder / file).write_bytes(b"\n".join(map(line, rows)))
+    return config(folder, path=str(folder / file))
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_conversations_whose_pictures_vanish_end_the_training(folder, pack, shards):
+    data = Conversations(dataclasses.replace(many(folder, ["a.png"] * 8), pack=pack))
+    batches = conversation_batches.train_batches(data, batch_size=4, seed=0, shard_count=shards)
+    for _ in range(9):
+        assert next(batches)["segments"].any()
+    (folder / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"no usable conversation among the 8.*'missing image': 8"):
+        for _ in range(300):
+            next(batches)
+
+
+def test_text_alone_keeps_the_training_going(folder):
+    file = folder / "mixed.jsonl"
+    rows = [("gone.png", [(HUMAN, "<image>\nx?"), (GPT, "y")])] * 9 + [[(HUMAN, "a"), (GPT, "b")]]
+    file.write_bytes(b"\n".join(map(line, rows)))
+    data = Conversations(config(folder, path=str(file)))
+    batches = conversation_batches.train_batches(data, batch_size=2, seed=0)
+    assert sum(bool(next(batches)["segments"].any()) for _ in range(200)) == 40
+
+
+def test_an_evaluation_without_one_conversation_is_an_error(folder):
+    data = Conversations(many(folder, ["gone.png"] * 3))
+    with pytest.raises(ValueError, match=r"no usable conversation among the 3.*missing image"):
+        list(conversation_batches.eval_batches(data, batch_size=2))
+
+
+def test_odd_names_and_texts_are_skipped_and_named(folder, caplog):
+    turns = [{"from": HUMAN, "value": "<image>\nWhat?"}, {"from": GPT, "value": "A cat."}]
+    rows = [{"image": "a.png", "conversations": turns}] * 100
+    for image in ("a\ud83d.png", "../a.png", "/dev/zero", "x" * 5000, ["a.png"]):
+        rows.append({"image": image, "conversations": turns})
+    rows.append({"conversations": [turns[0], {"from": GPT, "value": "half \ud83d"}]})
+    file = folder / "odd.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = Conversations(config(folder, path=str(file), split="train", max_length=64))
+    batches = conversation_batches.train_batches(data, batch_size=53, seed=0)
+    for _ in range(2 * len(data) // 53 + 1):
+        next(batches)
+    counts = data.skipped.counts()
+    assert counts == {"missing image": 2, "outside the folder": 2, "bad image": 1, "not text": 1}
+    assert "odd.jsonl line 106: not text" in caplog.text and "x" * 300 not in caplog.text
+    assert validate.run([str(file), "--vectors=4", "--template=vicuna_v1"]) == 1
+
+
+def test_llava_s_array_of_conversations(folder, capsys):
+    turns = [{"from": HUMAN, "value": '<image>\nIst [das], "so"?'}, {"from": GPT, "value": "}"}]
+    rows = [{"id": i, "image": "a.png", "conversations": turns} for i in range(3)]
+    file = folder / "llava.json"
+    file.write_text(json.dumps([*rows, {"image": "a.png"}], indent=2))
+    source = conversations.JsonlConversations(file)
+    assert len(source) == 4 and source.label(3) == "llava.json element 4"
+    assert [source[i].turns[0][1] for i in range(3)] == [turns[0]["value"]] * 3
+    assert validate.run([str(file), "--vectors=4", "--template=vicuna_v1"]) == 1
+    out = capsys.readouterr().out
+    assert "line 4: no conversations" in out and "4 conversations, 1 of them" in out
+
+
+def test_the_validator_reads_pictures_as_training_does(folder, capsys):
+    (folder / "link.png").symlink_to("/dev/zero")
+    (folder.parent / "out.png").write_bytes(encode(picture(1)))
+    many(folder, ["a.png", "../out.png", "link.png", "/dev/zero", "a\nb.png"])
+    run = [str(folder / "many.jsonl"), "--vectors=4", "--template=vicuna_v1"]
+    for more in ([], ["--nodecode_images"]):
+        assert validate.run([*run, *more]) == 1
+        out = capsys.readouterr().out.splitlines()
+        for i in range(3):
+            assert out[i].startswith(f"line {i + 2}: outside the folder") and "allow_out" in out[i]
+        assert out[3].startswith("line 5: missing image") and len(out) == 5
+        assert validate.run([*run, *more, "--allow_outside"]) == 1
+        assert len(capsys.readouterr().out.splitlines()) == 4

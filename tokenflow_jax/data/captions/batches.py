@@ -26,6 +26,7 @@ from tokenflow_jax.data.text import PromptEncoder
 
 FIELDS = ("caption", "tags", "group")
 _TAGS = 2  # at most, in one caption
+_PAIR = "pair of picture and caption"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def train_batches(
     A batch has "prefix", int32 (B, P), and "image", uint8 (B, size, size, 3), or "codes", int32
     (B, L).
     """
-    guard = Guard(examples.skipped, "pair of picture and caption")
+    guard = Guard(examples.skipped, _PAIR)
 
     def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         row = _pair(examples, prompts, index, lambda example: draw_caption(example, captions, rng))
@@ -156,6 +157,8 @@ def eval_batches(
         lambda index: _pair(examples, prompts, index, caption_of),
         len(examples),
         blank={"prefix": prompts.encode(""), examples.array: examples.blank},
+        skipped=examples.skipped,
+        wanted=_PAIR,
         **options,
     )
 

@@ -19,8 +19,11 @@ import numpy as np
 
 from tokenflow_jax.data import records, sources
 from tokenflow_jax.data.examples import Broken, Skipped
+from tokenflow_jax.files import read_json
+from tokenflow_jax.messages import shown
 
 PLAN = "encoding.json"
+_KNOWN = {"fingerprint", "codebook_size", "scales"}  # of a tokenizer
 
 
 class CodesError(ValueError):
@@ -69,7 +72,7 @@ class CodesInMemory(list):
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any] | None], skipped: Skipped):
         usable = next((row for row in rows if row is not None), None)
         if usable is None:
-            raise ValueError(f"no usable picture among the {len(rows)} of {name}")
+            raise ValueError(skipped.nothing_usable("picture"))
         super().__init__(rows)
         self.name, self.skipped = name, skipped
         self.blank = np.zeros_like(usable["codes"])
@@ -87,10 +90,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
             f"{os.fspath(path)!r} is not a {'finished ' if plan else ''}data set of codes; {remedy}"
         )
     about = manifest.get("tokenizer")
-    if (
-        not isinstance(about, dict)
-        or not {"fingerprint", "codebook_size", "scales"} <= about.keys()
-    ):
+    if not isinstance(about, dict) or not about.keys() >= _KNOWN:
         raise CodesError(
             f"{os.fspath(path)!r} holds pictures, not codes; encode it with "
             "python -m tokenflow_jax.encode"
@@ -106,13 +106,13 @@ def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str,
     if written_by["fingerprint"] == used["fingerprint"]:
         return
     differences = [
-        f"{key} {written_by[key]} there, {used[key]} here"
+        f"{key} {shown(written_by[key])} there, {used[key]} here"
         for key in ("codebook_size", "scales")
         if key in written_by and written_by[key] != used[key]
     ]
     raise CodesError(
         f"{path} belongs to codes made by another tokenizer: their fingerprint is "
-        f"{written_by['fingerprint']}, that of the tokenizer in use {used['fingerprint']}"
+        f"{written_by['fingerprint']!s:.80}, that of the tokenizer in use {used['fingerprint']}"
         + (f" ({'; '.join(differences)})" if differences else "")
         + ", whose codes mean something else; give the tokenizer that made them"
     )
@@ -147,9 +147,9 @@ class PartWriter:
             raise CodesError(f"{self.folder} holds another data set; choose another folder")
         if not path.exists():
             records.write_json(path, plan)
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path, remedy="; choose another folder")
         changed = [
-            f"{key} was {old.get(key)!r} and is {plan.get(key)!r}"
+            f"{key} was {shown(old.get(key))} and is {shown(plan.get(key))}"
             for key in sorted(old.keys() | plan.keys())
             if old.get(key) != plan.get(key)
         ]

@@ -26,7 +26,7 @@ from tokenflow_jax.data.chat.conversations import JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
 from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.dealing import NumberedBatches
-from tokenflow_jax.data.examples import Broken, Skipped, notes_on
+from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
 
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
 
@@ -38,6 +38,7 @@ class ConversationConfig:
     name: str  # "emoji" or "jsonl"
     path: str = ""  # the file of conversations; not used by "emoji"
     image_folder: str = ""  # that paths of images are relative to; the file's folder when empty
+    allow_outside: bool = False  # read pictures outside the folder, by path or link
     split: str = "train"  # or "heldout" or "all"
     questions: tuple[str, ...] = ()  # for "emoji": keys of `emoji.QUESTIONS`; all when empty
     together: bool = False  # for "emoji": all questions about a picture in one conversation
@@ -86,7 +87,9 @@ class Conversations:
         if config.name == "emoji":
             self.source = EmojiConversations(config.split, config.questions, config.together)
         else:
-            self.source = JsonlConversations(config.path, config.split, config.image_folder)
+            self.source = JsonlConversations(
+                config.path, config.split, config.image_folder, config.allow_outside
+            )
         if limit is not None:
             self.source.limit(limit)
         self.text_tokenizer = text.load_text_tokenizer(config.text_tokenizer)
@@ -217,7 +220,7 @@ def train_batches(
     check_usable(data)
     # Threads work on neighboring batches: at most two epochs at a time.
     order = functools.lru_cache(maxsize=3)(lambda epoch: data.order(epoch, seed, batch_size))
-    lock = threading.Lock()
+    lock, guard = threading.Lock(), Guard(data.skipped, "conversation")
 
     def make(number: int) -> dict[str, np.ndarray]:
         places = []
@@ -225,7 +228,9 @@ def train_batches(
             epoch, place = divmod(position, len(data))
             with lock:  # an order is made once
                 places.append(int(order(epoch)[place]))
-        return collate(data, places, (shard_index, shard_count), pixels=pixels)
+        batch = collate(data, places, (shard_index, shard_count), pixels=pixels)
+        guard.check(bool(batch["segments"].any()), batch_size // shard_count)
+        return batch
 
     return NumberedBatches(
         make,
@@ -254,6 +259,11 @@ def eval_batches(
     data: Conversations, *, batch_size: int, pixels: bool = True
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield every conversation once, in order; the last batch is filled up with empty rows."""
+    any_usable = False
     for start in range(0, len(data), batch_size):
         places = list(range(start, min(start + batch_size, len(data))))
-        yield collate(data, places + [-1] * (batch_size - len(places)), pixels=pixels)
+        batch = collate(data, places + [-1] * (batch_size - len(places)), pixels=pixels)
+        any_usable |= bool(batch["segments"].any())
+        yield batch
+    if not any_usable:
+        raise ValueError(data.skipped.nothing_usable("conversation"))

@@ -15,8 +15,9 @@ from PIL import Image
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat import insertion, templates
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE, Template, Turn
-from tokenflow_jax.data.examples import SPLITS, Broken, evenly_spaced
+from tokenflow_jax.data.examples import SPLITS, Broken, check_text, evenly_spaced
 from tokenflow_jax.data.jsonl import Described, LineSource, parse_object
+from tokenflow_jax.messages import shown
 
 IMAGE_MODES = ("pad", "square")
 _PAD_COLOR = (127, 127, 127)
@@ -46,19 +47,17 @@ def parse_line(line: bytes) -> Sample:
     if not isinstance(turns, list) or not turns:
         raise Broken("no conversations", "the key must hold a list of turns")
     image = row.get("image")
-    if str(image) in ("", "None", "none", "nan"):  # also null and NaN, as tables write them
+    if image is None or image != image or image in ("", "None", "none", "nan"):  # also NaN
         image = ""
     if not isinstance(image, str):
-        raise Broken("bad image", f"must be the path of one picture, not {image!r:.80}")
+        raise Broken("bad image", f"must be the path of one picture, not {shown(image)}")
     return Sample(tuple(map(_turn, turns)), image, "image" in row)
 
 
 def _turn(turn: Any) -> Turn:
     if not isinstance(turn, dict) or turn.get("from") not in (HUMAN, GPT):
-        raise Broken("bad role", f"a turn must be from {HUMAN!r} or {GPT!r}: {turn!r:.80}")
-    if not isinstance(turn.get("value"), str):
-        raise Broken("bad text", f"a turn's value must be text: {turn!r:.80}")
-    return turn["from"], turn["value"]
+        raise Broken("bad role", f"a turn must be from {HUMAN!r} or {GPT!r}: {shown(turn)}")
+    return turn["from"], check_text(turn.get("value"), "a turn's value")
 
 
 def _describe(line: bytes) -> Described:
@@ -70,19 +69,25 @@ def _describe(line: bytes) -> Described:
 class JsonlConversations(LineSource):
     """A file with one conversation per line, and a folder of images."""
 
-    def __init__(self, path: str | os.PathLike, split: str = "all", image_folder: str = ""):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        split: str = "all",
+        image_folder: str = "",
+        allow_outside: bool = False,
+    ):
         if split not in SPLITS:
             raise ValueError(f"a file of conversations has no split {split!r}: {SPLITS}")
         file = pathlib.Path(path)
         if not file.is_file():
             raise ValueError(f"data.path {os.fspath(path)!r} is not a file of conversations")
         self.name = file.name
-        super().__init__(file, "conversations", _describe, split, image_folder)
+        super().__init__(file, "conversations", _describe, split, image_folder, allow_outside)
         if not len(self):
             raise ValueError(f"{file} has no conversations in split {split!r}")
 
     def label(self, index: int) -> str:
-        return f"{self.name} line {self._lines.numbers[self._places[index]]}"
+        return f"{self.name} {self._lines.unit} {self._lines.numbers[self._places[index]]}"
 
     def lengths(self) -> np.ndarray:
         return self._lines.lengths[self._places]
@@ -91,10 +96,7 @@ class JsonlConversations(LineSource):
         return parse_line(self._lines.read(self._places[index]))
 
     def image_bytes(self, image: str) -> bytes:
-        try:
-            return images.read_file(self._root, image)
-        except Broken as error:
-            raise Broken("missing image", error.detail) from error
+        return read_image(image, self._root, self._allow_outside)
 
     def limit(self, count: int) -> None:
         """Keep at most this many samples, evenly spaced."""
@@ -147,6 +149,15 @@ def fit_image(image_HWC: np.ndarray, size: int, mode: str) -> np.ndarray:
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def read_image(name: str, root: pathlib.Path, allow_outside: bool) -> bytes:
+    """Return a picture's file, or raise Broken; see `images.read_file`."""
+    try:
+        return images.read_file(name, root, allow_outside)
+    except Broken as error:
+        missing = error.reason == "cannot be read"
+        raise Broken("missing image" if missing else error.reason, error.detail) from None
 
 
 def load_image(data: bytes, size: int, mode: str) -> np.ndarray:

@@ -76,8 +76,8 @@ def open_checkpoint(
                 raise ValueError(f"shape {store.shape}, not {entry['shape']}")
             array = store.read().result()
         except (ValueError, MemoryError) as error:
-            reason = one_line(error)
-            raise CheckpointError(f"{path}: {name} cannot be read ({reason})") from error
+            reason = f"{path}: {name} cannot be read ({one_line(error)})"
+            raise CheckpointError(reason + checkpoint_info.what_to_do(path)) from error
         checkpoint.check_checksums(info["arrays"], unflatten({name: array}), path)
         return array
 
