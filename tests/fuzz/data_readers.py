@@ -16,7 +16,7 @@ from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.jsonl import JsonlSource
 from tokenflow_jax.data.sources import RecordSource
 from tokenflow_jax.evals import understanding
-from tokenflow_jax.train import metrics
+from tokenflow_jax.train import curves
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -162,7 +162,7 @@ READERS = {
         _answers, lambda folder: understanding.read_answers(folder / "a.jsonl"), {".jsonl": "lines"}
     ),
     "metrics": Reader(
-        _metrics, lambda folder: metrics.read_history(folder / "metrics.jsonl"), {".jsonl": "lines"}
+        _metrics, lambda folder: curves.read_history(folder / "metrics.jsonl"), {".jsonl": "lines"}
     ),
     "prompts": Reader(_prompts, _read_prompts, {".jsonl": "lines"}),
     "cifar10": Reader(

@@ -42,23 +42,26 @@ def _run_worker(jobs: list[Job], report: Report) -> list[Job]:
     with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as home:
         worker = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz", "--worker", text, "--home", home],
-            stdout=subprocess.PIPE, stderr=errors, cwd=_ROOT, env=environment,
+            bufsize=0, stdout=subprocess.PIPE, stderr=errors, cwd=_ROOT, env=environment,
         )  # fmt: skip
-        seconds = _START_SECONDS
+        seconds, started = _START_SECONDS, False
         while number < len(jobs):
             ready, _, _ = select.select([worker.stdout], [], [], seconds)
             line = worker.stdout.readline() if ready else b""
             if not line:
                 break
             result, job = json.loads(line), jobs[number]
+            if result == {"ready": number}:
+                seconds, started = MOST_SECONDS + 5, True
+                continue
             assert (result["job"], result["index"]) == (number, index)
             report.counts[job.reader][result["outcome"]] += 1
             report.seconds[job.reader] += result["seconds"]
             if result["why"]:
                 _fail(report, job, index, result["why"])
-            index, seconds = index + 1, MOST_SECONDS + 5
+            index += 1
             if index == job.first + job.inputs:
-                number, seconds = number + 1, _START_SECONDS
+                number, seconds, started = number + 1, _START_SECONDS, False
                 index = jobs[number].first if number < len(jobs) else 0
         worker.kill()
         code = worker.wait()
@@ -68,6 +71,8 @@ def _run_worker(jobs: list[Job], report: Report) -> list[Job]:
         keep(job, index, pathlib.Path(home, "case"))
         errors.seek(0)
         tail = errors.read()[-1500:].decode(errors="replace")
+        if not started:
+            raise RuntimeError(f"the files for {job.reader} cannot be made or read:\n{tail}")
     report.counts[job.reader]["wrong"] += 1
     reason = f"ends the process ({code})" if ready else f"takes more than {MOST_SECONDS:g} s"
     _fail(report, job, index, f"{reason}\n{ascii_lines(tail)}")

@@ -135,6 +135,7 @@ def work(jobs: list[Job], home: str) -> None:
             with opened.watched(folder):
                 reader.read(folder)
             assert not opened.outside, opened.outside
+        print(json.dumps({"ready": number}), file=out, flush=True)
         _limit_memory()
         for index in range(job.first, job.first + job.inputs):
             files = make_input(job.reader, reader, seeds, job.seed, index)
