@@ -74,5 +74,5 @@ def test_the_nearest_variant_is_named(tmp_path):
     part = tiny_part()
     with pytest.raises(CheckpointMismatch) as caught:
         conversion.open_source(tmp_path / "m", part, part.variants["siglip"])
-    assert "the nearest variant is clip, with 1 problems" in str(caught.value)
+    assert "the nearest variant is clip, with 1 of them" in str(caught.value)
     assert str(tmp_path / "m") in str(caught.value) and len(str(caught.value)) < 2000

@@ -7,6 +7,7 @@ written from them. Memory holds one of our arrays and the tensors that it is mad
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -162,6 +163,7 @@ def _open_ours(
     if stage != part.stage:
         raise ValueError(f"{path} is a checkpoint of stage {shown(stage)}, not of {part.stage!r}")
     try:
+        _check_sizes(info["config"]["model"])
         saved = part.config_class(**info["config"]["model"])
         template = part.template(saved)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -182,6 +184,18 @@ def _open_ours(
         raise ValueError(f"{path} does not fit its own config:\n{bullets(wrong)}")
     buffers = {name.replace("/", "."): tensor for name, tensor in field("buffers").items()}
     return Source(saved, arrays, buffers, weights, saved=info["config"])
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse sizes of a damaged config that would take forever to lay out."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value)
+            continue
+        most = 1000 if re.search("block|depth|layer", name) else 2**24
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(size, int) and not -1 <= size <= most for size in sizes):
+            raise ValueError(f"{one_line(name)} is {shown(value)}")
 
 
 def different_shapes(arrays: Mapping[str, Any], template: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ class Part:
         nearest = min(counts, key=counts.__getitem__, default=None)
         remedy = f"these weights fit the variant {' and the variant '.join(fitting)}"
         if not fitting and nearest and counts[nearest] < len(problems):
-            remedy = f"the nearest variant is {nearest}, with {counts[nearest]:,} problems"
+            remedy = f"the nearest variant is {nearest}, with {counts[nearest]:,} of them"
         elif not fitting:
             remedy = None
         model = self.table(config).model

@@ -40,21 +40,15 @@ _MOST_NODES = 100_000  # of the tree that a pickle unfolds to
 _DEEPEST, _LONGEST_KEY = 8, 256  # of that tree
 _MOST_BYTES = 4 * 2**30  # of a file that is read as a whole
 # What of the stack an opcode hashes, and what it hands to a function that may copy it.
+_ALL, _LAST, _KEYS = slice(None), slice(-1, None), slice(None, None, 2)
 _HASHED = {
-    pickle.SETITEM: lambda stack: stack[-2:-1],
-    pickle.SETITEMS: lambda stack: stack[::2],
-    pickle.DICT: lambda stack: stack[::2],
-    pickle.ADDITEMS: lambda stack: stack,
-    pickle.FROZENSET: lambda stack: stack,
-}
+    pickle.SETITEM: slice(-2, -1), pickle.SETITEMS: _KEYS, pickle.DICT: _KEYS,
+    pickle.ADDITEMS: _ALL, pickle.FROZENSET: _ALL,
+}  # fmt: skip
 _COPIED = {
-    pickle.REDUCE: lambda stack: stack[-1:],
-    pickle.BUILD: lambda stack: stack[-1:],
-    pickle.NEWOBJ: lambda stack: stack[-1:],
-    pickle.NEWOBJ_EX: lambda stack: stack[-2:],
-    pickle.OBJ: lambda stack: stack,
-    pickle.INST: lambda stack: stack,
-}
+    pickle.REDUCE: _LAST, pickle.BUILD: _LAST, pickle.NEWOBJ: _LAST,
+    pickle.NEWOBJ_EX: slice(-2, None), pickle.OBJ: _ALL, pickle.INST: _ALL,
+}  # fmt: skip
 
 
 def _flat(key: Any, deepest: int = 2) -> bool:
@@ -92,27 +86,30 @@ class _Unpickler(pickle._Unpickler):
         self._copies_left = 2 * len(data) + 10_000
         self.dispatch = _Opcodes(self.dispatch)
         self.dispatch[pickle.BYTEARRAY8[0]] = self._read_bytearray
-        for code, select in _HASHED.items():
-            self.dispatch[code[0]] = functools.partial(self._hash, select, self.dispatch[code[0]])
-        for code, select in _COPIED.items():
-            self.dispatch[code[0]] = functools.partial(self._copy, select, self.dispatch[code[0]])
+        checks = (_Unpickler._check_keys, _HASHED), (_Unpickler._count_copies, _COPIED)
+        for check, parts in checks:
+            for code, part in parts.items():
+                own = self.dispatch[code[0]]
+                self.dispatch[code[0]] = functools.partial(self._checked, check, part, own)
 
     @staticmethod
-    def _read_bytearray(self: "_Unpickler") -> None:  # without taking what is declared first
+    def _checked(check: Callable, part: slice, own: Callable, self: "_Unpickler") -> None:
+        check(self, self.stack[part])
+        own(self)
+
+    @staticmethod
+    def _read_bytearray(self: "_Unpickler") -> None:
+        # The module's own takes what is declared first.
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
-    @staticmethod
-    def _hash(select: Callable, original: Callable, self: "_Unpickler") -> None:
-        if not all(map(_flat, select(self.stack))):
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(map(_flat, keys)):
             raise ValueError("a key of nested tuples or of a huge number")
-        original(self)
 
-    @staticmethod
-    def _copy(select: Callable, original: Callable, self: "_Unpickler") -> None:
-        self._copies_left -= sum(map(_size, select(self.stack)))
+    def _count_copies(self, values: list[Any]) -> None:
+        self._copies_left -= sum(map(_size, values))
         if self._copies_left < 0:
             raise ValueError("data that is used more often than it is stored")
-        original(self)
 
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module
