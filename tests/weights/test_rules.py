@@ -128,6 +128,18 @@ def test_all_problems_are_listed_at_once():
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("missing", "unexpected", "lines"), [(500, 1, (9, 1)), (1, 500, (1, 9)), (500, 500, (5, 5))]
+)
+def test_ten_problems_are_shown_some_of_each_kind(missing, unexpected, lines):
+    names = [f"a{i}" for i in range(missing)], [f"b{i}\x1b" for i in range(unexpected)]
+    text = str(rules.CheckpointMismatch("toy", rules.Problems(*map(tuple, names)), path="x.pt"))
+    found = text.count(": missing from the checkpoint\n"), text.count(": not in the model\n")
+    assert found == lines and text.count("\n  - ") == 11
+    assert f"and {missing + unexpected - 10:,} more" in text
+    assert "checkpoint x.pt does not fit" in text and "\x1b" not in text and len(text) < 2000
+
+
 def test_ignored_names_are_patterns():
     state = toy_state() | {"decoder.a": array(1), "decoder.b": array(1)}
     assert rules.check(state, TABLE, toy_template()).unexpected == ("decoder.a", "decoder.b")

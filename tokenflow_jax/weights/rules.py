@@ -18,6 +18,7 @@ import collections
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -165,13 +166,15 @@ class CheckpointMismatch(ValueError):
 
     def __init__(self, model: str, problems: Problems, remedy: str | None = None, path: str = ""):
         self.problems = problems
-        wrong = list(problems.mismatched)
-        missing = [f"{name}: missing from the checkpoint" for name in problems.missing]
-        unexpected = [f"{name}: not in the model" for name in problems.unexpected]
-        rest = 10 - min(len(missing), 3) - min(len(unexpected), 3)
-        first = [*wrong[:rest], *missing[: max(3, rest - len(wrong))]]
-        first += unexpected[: 10 - len(first)]
-        lines = [*first, *[""] * (len(problems) - len(first))]  # those are counted
+        kinds = (
+            problems.mismatched,
+            [f"{name}: missing from the checkpoint" for name in problems.missing],
+            [f"{name}: not in the model" for name in problems.unexpected],
+        )
+        # In turn, because a few are shown; those in the order of kinds.
+        mixed = [line for row in itertools.zip_longest(*kinds) for line in row if line is not None]
+        first = [line for lines in kinds for line in lines[:10] if line in mixed[:10]]
+        lines = [*first, *mixed[10:]]
         default = "choose the variant that the checkpoint was made for, or another checkpoint"
         super().__init__(
             f"the checkpoint{path and ' '}{path} does not fit the {model}, "
