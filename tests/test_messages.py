@@ -33,6 +33,13 @@ def test_long_lists_of_problems_are_cut():
     assert len(lines) == 11 and lines[-1] == "  - and 490 more"
 
 
+def test_lines_of_a_list_and_errors_of_libraries_are_short_and_printable():
+    text = messages.bullets(["x" * 10**6, "a\x1b[2J\nb", "\ud800"])
+    assert all(len(line) <= 160 for line in text.split("\n")) and len(text.split("\n")) == 3
+    text += messages.one_line(ValueError("\x9b\n" * 10**6))
+    assert messages.printable(text) == text and len(text) < 1000
+
+
 @pytest.mark.parametrize("code", ["\x1b", "\x9b", "\x7f", "\r", "\b", "\u2028", "\u202e", "\ud800"])
 def test_control_characters_are_escaped_for_a_terminal(code):
     text = messages.printable(f"a\tb\n{code}c")

@@ -12,7 +12,7 @@ import pytest
 
 from tokenflow_jax.weights import language_model, rules
 from tokenflow_jax.weights.formats import gguf
-from tokenflow_jax.weights.names.decoder import GGUF_NAMES
+from tokenflow_jax.weights.names.decoder import GGUF_NAMES, gguf_tensors
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 WEIGHTS = runpy.run_path(str(GOLDEN / "weights.py"))
@@ -200,6 +200,66 @@ def test_unreadable_files_are_explained(tmp_path):
         language_model.load_language_model(scaled)
     with pytest.raises(ValueError, match="vocabulary of kind None"):
         gguf.text_tokenizer(scaled)
+
+
+def test_a_model_of_any_name_is_read(tmp_path):
+    path, config, _ = model_file(tmp_path / "model.bin")
+    assert gguf.is_gguf(path)
+    assert language_model.load_language_model(path)[0] == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("embedding_length", "abc"),
+        ("block_count", 2**31),
+        ("attention.head_count_kv", [2, 2]),
+        ("attention.layer_norm_rms_epsilon", "small"),
+        ("rope.freq_base", [1.0]),
+        ("rope.scaling.type", [1]),
+        ("vocab_size", True),
+    ],
+)
+def test_header_values_of_wrong_types_are_named(tmp_path, name, value):
+    path, *_ = model_file(tmp_path / "m.gguf", **{f"llama.{name}": value})
+    with pytest.raises(ValueError, match=r"m\.gguf is no model that can be loaded"):
+        language_model.load_language_model(path)
+
+
+@pytest.mark.parametrize("name", ["x", "blk.weight", "blk", "blk.0.1.attn_q.weight", ""])
+def test_strange_names_of_tensors_stay(tmp_path, name):
+    path, config, _ = model_file(tmp_path / "m.gguf")
+    _, tensors = gguf.read_gguf(path)
+    one = next(iter(tensors.values()))
+    assert gguf_tensors({name: one}, config).keys() == {name}
+
+
+VOCABULARY = {
+    "model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab"], "merges": ["a b"],
+    "token_type": [1, 1, 1], "eos_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 3},
+        {"tokens": [1, 2]},
+        {"merges": ["a"]},
+        {"merges": ["x y"]},
+        {"merges": "a b"},
+        {"eos_token_id": 3},
+        {"eos_token_id": "a"},
+        {"model": [1] * 999},
+    ],
+)
+def test_vocabularies_of_wrong_types_are_named(tmp_path, change):
+    pytest.importorskip("transformers")
+    fields = {f"tokenizer.ggml.{name}": v for name, v in (VOCABULARY | change).items()}
+    path = write(tmp_path / "m.gguf", fields, {})
+    with pytest.raises(ValueError, match=r"m\.gguf") as error:
+        gguf.text_tokenizer(path)
+    assert len(str(error.value)) < 1000
 
 
 def test_text_tokenizer_and_folder(tmp_path):

@@ -82,9 +82,11 @@ def gguf_tensors(tensors: Tensors, config: LMConfig) -> Tensors:
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         *block, part = module.split(".")
-        full = f"{GGUF_NAMES[part]}.{kind}" if part in GGUF_NAMES else name
+        full = name
         if block[:1] == ["blk"] and len(block) == 2:
             full = f"model.layers.{block[1]}.{GGUF_NAMES.get(part, part)}.{kind}"
+        elif not block and part in GGUF_NAMES:
+            full = f"{GGUF_NAMES[part]}.{kind}"
         if part in ("attn_q", "attn_k") and not config.qkv_bias:
             tensor = _uninterleaved(tensor, config.heads if part == "attn_q" else config.kv_heads)
         renamed[full] = dataclasses.replace(tensor, name=full)
