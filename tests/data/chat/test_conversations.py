@@ -434,7 +434,7 @@ def test_the_validator_reads_pictures_as_training_does(folder, capsys):
 def test_pictures_outside_train_where_that_is_allowed(folder):
     (folder.parent / "outside.png").write_bytes(encode(picture(1)))
     wanted = many(folder, ["../outside.png"] * 4)
-    with pytest.raises(ValueError, match="outside the folder': 4.*pass allow_outside"):
+    with pytest.raises(ValueError, match=r"outside the folder': 4.*pass allow_outside"):
         batches = conversation_batches.train_batches(Conversations(wanted), batch_size=4, seed=0)
         for _ in range(99):
             next(batches)
