@@ -48,3 +48,13 @@ def test_a_picture_is_a_regular_file_of_bounded_size(tmp_path, monkeypatch, kind
 
 def test_half_a_surrogate_pair_reaches_no_text_tokenizer():
     assert human_turn("a\ud83d <image>?", 0)[1] == "a? ?"
+
+
+def test_a_damaged_image_that_was_opened_lazily_is_a_short_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    first = data.index(b"IDAT") + 4
+    (tmp_path / "a.png").write_bytes(data[:first] + data[first:].replace(b"IDAT", b"\0\0\0\0"))
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(ValueError, match="picture <PIL"):
+        read_picture(image)

@@ -76,7 +76,7 @@ def read_picture(picture: Picture) -> np.ndarray:
             return images.decode(images.read_file(picture))
         if isinstance(picture, Image.Image):
             return images.to_rgb(picture)
-    except (OSError, Broken) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, Broken) as error:
         name = picture if isinstance(picture, Image.Image) else os.fspath(picture)
         raise ValueError(f"picture {shown(name)}: {error}") from error
     array = np.asarray(picture)
