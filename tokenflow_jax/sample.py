@@ -190,7 +190,9 @@ def _write_recipe(
         for i, file in enumerate(names[task.name])
     ]
     wanted = json.loads(json.dumps({"recipe": recipe, "layout": layout, "images": images}))
-    if path.exists():
+    text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
+    data = text.encode(errors="backslashreplace")  # halves of surrogate pairs
+    if path.exists() and path.read_bytes() != data:
         there = files.read_json(path, remedy="; choose another --out")
         changed = [key for key in wanted if there.get(key) != wanted[key]]
         if changed:
@@ -199,8 +201,7 @@ def _write_recipe(
                 f"{path}); choose another --out"
             )
     elif is_first:
-        text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        path.write_bytes(data)
 
 
 def recipe_of_flags(default: "Recipe", options: flags.FlagValues) -> "Recipe":
