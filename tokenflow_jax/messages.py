@@ -7,6 +7,7 @@ from typing import Any
 
 _LONGEST = 200  # characters of a value
 _MOST_LINES = 10  # of a list
+_LONGEST_LINE = 150
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _LONGEST
@@ -28,16 +29,16 @@ def plain(name: str) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """Return the first ten lines as a list, each on a line of its own, and a count of the rest."""
+    """Return the first ten lines as a list, each printable and short, and a count of the rest."""
     lines = list(lines)
-    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-    return "\n".join(f"  - {line}" for line in lines[:_MOST_LINES] + more)
+    more = [f"and {len(lines) - _MOST_LINES:,} more"] if len(lines) > _MOST_LINES else []
+    return "\n".join(f"  - {one_line(line, _LONGEST_LINE)}" for line in lines[:_MOST_LINES] + more)
 
 
-def one_line(error: BaseException | str) -> str:
-    """Return the text of a library's error on one line, cut to 300 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."
+def one_line(error: BaseException | str, longest: int = 300) -> str:
+    """Return the text of a library's error on one line, printable and cut to `longest`."""
+    text = printable(" ".join(str(error)[: 10 * longest].split()))
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 # Also those that start a terminal's command in eight bits, and lone surrogates, which no stream

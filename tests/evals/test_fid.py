@@ -1,5 +1,8 @@
 """FID: the distance against the reference's, the streamed sums, the network, the cache."""
 
+import tracemalloc
+import zipfile
+
 import numpy as np
 import pytest
 from golden.loading import GOLDEN, images_uint8
@@ -129,6 +132,29 @@ def test_a_checksum_that_does_not_fit_is_found(tmp_path):
     for name, images in (("b.npz", "these"), ("a.npz", "others")):
         with pytest.raises(ValueError, match="damaged"):
             fid_network.read_statistics(tmp_path / name, {"images": images})
+
+
+def test_statistics_that_declare_more_than_they_hold_are_damaged(tmp_path):
+    """A header of 2^40 numbers, and members that unpack to gigabytes."""
+    about, path = {"images": "these"}, tmp_path / "a.npz"
+    fid_network.write_statistics(path, Statistics(3, np.ones(2), np.eye(2)), about)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    large = members["sum.npy"].replace(b"(2,)", b"(1099511627776,)")
+    for change, compression in (
+        ({"sum.npy": large}, zipfile.ZIP_STORED),
+        ({"sum.npy": members["sum.npy"] + bytes(2**28)}, zipfile.ZIP_DEFLATED),
+        ({"count.npy": b"\x93NUMPY\1\0\x10\0{'descr': " + b"(" * 99}, zipfile.ZIP_STORED),
+        ({"about.npy": b""}, zipfile.ZIP_STORED),
+    ):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in (members | change).items():
+                archive.writestr(name, content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"a\.npz are damaged"):
+            fid_network.read_statistics(path, about)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+        tracemalloc.stop()
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tokenflow_jax.nets.inception import Inception, layer_names
-from tokenflow_jax.weights.names.inception import inception_params
+from tokenflow_jax.weights.formats.safetensors import write_safetensors
+from tokenflow_jax.weights.names.inception import inception_params, load_inception
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -89,3 +90,23 @@ def test_all_mismatches_are_named(state):
     broken["Mixed_7a.branch3x3_2.conv.weight"] = np.zeros((3, 192, 3, 3), np.float32)
     with pytest.raises(ValueError, match="Mixed_7a/branch3x3_2"):
         inception_params(broken)
+
+
+def test_other_files_are_named_and_their_tensors_not_read(tmp_path):
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {f"layer{i}.conv.weight": np.ones((1, 1, 1, 1)) for i in range(999)})
+    with pytest.raises(ValueError, match=r"m\.safetensors: not the FID Inception") as error:
+        load_inception(path)
+    assert len(str(error.value)) < 2000
+
+
+def test_wrong_shapes_and_types_are_all_named(state):
+    first = f"{layer_names()[0].replace('/', '.')}"
+    wrong = state | {f"{first}.conv.weight": np.ones(3), f"{first}.bn.bias": np.ones(32, np.int8)}
+    with pytest.raises(ValueError, match=r"(?s)conv\.weight: \(3,\).*bn\.bias: \(32,\) int8"):
+        inception_params(wrong)
+
+
+def test_wrapped_names_are_read(state):
+    wrapped = {f"model._orig_mod.{name}": array for name, array in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, inception_params(wrapped), inception_params(state))

@@ -26,6 +26,14 @@ CONFIG = UnderstandingConfig(
     vision_channels=9,
 )
 
+RELEASED = {
+    "model_type": "llava_qwen2", "vocab_size": 152064, "hidden_size": 5120,
+    "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+    "intermediate_size": 13824, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False,
+    "mm_hidden_size": 40, "mm_projector_type": "mlp2x_gelu",
+}  # fmt: skip
+
 
 def parameters(config):
     rng = np.random.default_rng(0)
@@ -93,14 +101,7 @@ def test_a_folder_is_tied_to_a_tokenizer(tmp_path, capsys):
 
 def test_the_released_config():
     """The expected config.json of the released folder gives the paper's variant."""
-    fields = {
-        "model_type": "llava_qwen2", "vocab_size": 152064, "hidden_size": 5120,
-        "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
-        "intermediate_size": 13824, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-        "hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False,
-        "mm_hidden_size": 40, "mm_projector_type": "mlp2x_gelu",
-    }  # fmt: skip
-    assert _read(fields) == PART.variants["qwen2_5_14b"]
+    assert _read(RELEASED) == PART.variants["qwen2_5_14b"]
 
 
 def _read(fields):
@@ -110,6 +111,24 @@ def _read(fields):
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder, "config.json").write_text(json.dumps(fields))
         return read_understanding_config(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mm_hidden_size", "abc"),
+        ("mm_hidden_size", None),
+        ("mm_hidden_size", 2**70),
+        ("mm_projector_type", ["\x1b"] * 10**5),
+        ("tokenflow_strategy", {}),
+        ("model_type", [1] * 10**5),
+    ],
+)
+def test_values_of_wrong_types_are_named(tmp_path, name, value):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED | {name: value}))
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        read_understanding_config(tmp_path)
+    assert len(str(error.value)) < 1000 and "\x1b" not in str(error.value)
 
 
 def test_a_missing_tensor_is_named(tmp_path, capsys):

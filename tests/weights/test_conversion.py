@@ -25,6 +25,7 @@ from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
+from tokenflow_jax.weights.lazy import in_memory
 from tokenflow_jax.weights.rules import CheckpointMismatch, flatten, to_flax
 
 TINY = tiny.TINY
@@ -173,6 +174,29 @@ def test_all_problems_are_reported_with_the_variant_that_fits(tmp_path):
     assert "2 problems" in text
     assert "these weights fit the variant clip and the variant clip_again" in text
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channels": "abc"},
+        {"channels": None},
+        {"channels": 2**60},
+        {"blocks": 10**6},
+        {"vit": 3},
+        {"vit": {"depth": 10**9}},
+        {"scales": [1, 10**9]},
+        {"\x1b": 1},
+        {"vit": [[[[1]]]] * 10**5},
+    ],
+)
+def test_a_config_that_describes_no_model_is_named(tmp_path, change):
+    arrays = {"params/a": in_memory("a", np.ones(3, np.float32))}
+    about = {"model": dataclasses.asdict(TINY) | change, "stage": "tokenizer"}
+    orbax_files.save_weights(tmp_path / "ours", arrays, about, {"weights": "raw"})
+    with pytest.raises(ValueError, match=r"ours: its config\.model is damaged") as error:
+        convert(tmp_path / "ours", tmp_path / "back.pt", PART)
+    assert len(str(error.value)) < 1000 and "\x1b" not in str(error.value)
 
 
 def test_a_flipped_byte_in_our_checkpoint_is_found(tmp_path):

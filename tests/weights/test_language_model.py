@@ -131,6 +131,46 @@ def test_configs_of_other_models_are_refused():
     assert language_model.config_from_json(old).rope_theta == 5e5
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "num_key_value_heads"])
+@pytest.mark.parametrize("value", ["abc", -1, 1e30, 2**62, [], [1], {}, True, "\x1b" * 999])
+def test_sizes_of_wrong_types_are_named(tmp_path, name, value):
+    fields = CASES["qwen2"]["config"] | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    if name == "num_key_value_heads" and not value:
+        return  # as many as heads
+    with pytest.raises(ValueError, match=rf"config\.json(.|\n)*{name} is ") as error:
+        language_model.read_config(tmp_path)
+    assert len(str(error.value)) < 1000 and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_scaling", "linear"),
+        ("rope_parameters", [1]),
+        ("rope_theta", "abc"),
+        ("rope_theta", float("nan")),
+        ("rms_norm_eps", None),
+        ("hidden_act", ["silu"] * 10**5),
+        ("model_type", {"a": 1}),
+        ("model_type", None),
+    ],
+)
+def test_other_values_of_wrong_types_are_named(tmp_path, name, value):
+    fields = CASES["qwen2"]["config"] | {"rope_parameters": None, name: value}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"config\.json(.|\n)*{name}") as error:
+        language_model.read_config(tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "", "\x00", '{"a": \ud800'])
+def test_a_config_that_is_no_json_object_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, errors="surrogatepass")
+    with pytest.raises(ValueError, match=r"config\.json .*fetch it again"):
+        language_model.read_config(tmp_path)
+
+
 def test_a_missing_config_and_an_unsupported_architecture_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         language_model.load_language_model(tmp_path)

@@ -1,5 +1,6 @@
 """The frozen teacher whose patch features the semantic half learns to reconstruct."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from tokenflow_jax import files
+from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalize
 from tokenflow_jax.nets.vit import ViT, ViTConfig
+from tokenflow_jax.weights.formats.safetensors import read_metadata, read_safetensors
 from tokenflow_jax.weights.names.encoders import load_encoder
 from tokenflow_jax.weights.rules import flatten, unflatten
+from tokenflow_jax.weights.start import check_fit
 
 PyTree = Any
 ASSET = pathlib.Path(__file__).parents[1] / "assets" / "teacher.safetensors"
@@ -69,9 +72,7 @@ def make_teacher(
     if source == "none":
         return None
     if source == "shipped":
-        about, _ = load_shipped()
-        vit = ViT(ViTConfig(**about["vit"]), dtype)
-        return Teacher(vit, tuple(about["mean"]), tuple(about["std"]))
+        return _shipped(load_shipped()[0], dtype)
     kind = encoder_kind(semantic_encoder if source == "random" else source)
     return Teacher(kind.module(kind.config(**config.vit), dtype), kind.mean, kind.std)
 
@@ -79,7 +80,9 @@ def make_teacher(
 def load_teacher(config: ml_collections.ConfigDict, teacher: Teacher) -> PyTree:
     """Return the weights of a teacher made from the same `config.teacher`."""
     if config.source == "shipped":
-        return load_shipped()[1]
+        params = load_shipped()[1]
+        check_fit(flatten(params), str(ASSET), flatten(teacher.parameters))
+        return params
     if config.source == "random":
         return jax.jit(teacher.random_params)(jax.random.key(0))
     if not config.weights:
@@ -98,18 +101,29 @@ def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
       `about["std"]` the normalization of pictures in 0..1, `about["knn"]` its measured k-NN
       accuracy; params are nested float32 arrays for `nets.vit.ViT`.
     """
-    path = pathlib.Path(path or ASSET)
-    if not path.is_file():
+    path = os.fspath(path or ASSET)
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: no teacher weights there; make them with tools/teacher/train.py")
+    text, remedy = read_metadata(path).get(_KEY, ""), "; it is no file of tools/teacher/train.py"
+    about = files.parse_json(text.encode(), f"{path}: its {_KEY!r}", remedy=remedy)
+    tensors = read_safetensors(path)
+    return about, unflatten({name: t.read().astype(np.float32) for name, t in tensors.items()})
+
+
+def _shipped(about: Mapping[str, Any], dtype: jnp.dtype) -> Teacher:
+    """Return the shipped teacher without weights; a wrong type or size is a ValueError."""
+    usual = dataclasses.asdict(ViTConfig())
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} has no {_KEY!r} metadata: not a file of tools/teacher/train.py")
-    return about, unflatten({name: array.astype(np.float32) for name, array in arrays.items()})
+        for name, value in about["vit"].items():
+            right = type(value) is type(usual.get(name))
+            if not right or not (isinstance(value, str) or 0 <= value < 2**16):
+                raise ValueError(f"vit.{one_line(name)} is {shown(value)}")
+        mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError("mean and std are not three numbers")
+        return Teacher(ViT(ViTConfig(**about["vit"]), dtype), mean, std)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{ASSET}: its {_KEY!r} is damaged ({one_line(error)})") from None
 
 
 def save_shipped(

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.understanding.model import UnderstandingConfig
 from tokenflow_jax.understanding.names import PART
@@ -28,16 +29,23 @@ def read_understanding_config(
         fields, file = read_fields(path)
     except ValueError as error:
         raise ValueError(f"{error}, or name the variant of these weights") from error
-    kind = str(fields.get("model_type", ""))
+    kind = fields.get("model_type", "")
+    kind = kind if isinstance(kind, str) else shown(kind)
     found = "qwen2" if "qwen" in kind else next((k for k in _KINDS if k in kind), kind)
     found = "llama" if found == "llava" else found
     lm = language_model.config_from_json({**fields, "model_type": found}, file)
-    config = UnderstandingConfig(
-        lm,
-        int(fields.get("mm_hidden_size", 40)),
-        str(fields.get("mm_projector_type", "mlp2x_gelu")),
-        str(fields.get("tokenflow_strategy", "last_scale")),
-    )
+    channels = fields.get("mm_hidden_size", 40)
+    if type(channels) is not int or not 0 < channels < 2**24:
+        raise ValueError(f"{file}: mm_hidden_size is {shown(channels)}, not a number of channels")
+    try:
+        config = UnderstandingConfig(
+            lm,
+            channels,
+            str(fields.get("mm_projector_type", "mlp2x_gelu"))[:99],
+            str(fields.get("tokenflow_strategy", "last_scale"))[:99],
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {one_line(error)}") from None
     return config, fields
 
 

@@ -4,10 +4,10 @@ Everything is a mapping of lazy tensors: a source is opened as our arrays by pat
 written from them. Memory holds one of our arrays and the tensors that it is made of.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,15 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax import files
+from tokenflow_jax.messages import bullets, one_line, shown
+from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
-from tokenflow_jax.weights.formats.torch import NoSuchKey, open_state_dict
+from tokenflow_jax.weights.formats.torch import (
+    WEIGHT_ENDINGS,
+    find_weights,
+    open_state_dict,
+    open_state_dicts,
+)
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory
 from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.rules import Tensors, flatten, flax_arrays, torch_tensors
 
-_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".index.json")
 TORCH_FILES = (".pt", ".safetensors")  # the endings that are written
 
 
@@ -47,11 +53,18 @@ class Written(NamedTuple):
 
 
 def is_torch(path: str | os.PathLike) -> bool:
-    """Return True for a PyTorch checkpoint: a file, or a folder that holds one."""
+    """Tell weights in another format, a file or a folder of files, from a checkpoint of ours.
+
+    Any file is one, whatever its name; a folder if it holds no checkpoint of ours.
+    """
     path = os.fspath(path)
     if os.path.isdir(path):
-        return any(name.endswith(_TORCH_ENDINGS) for name in os.listdir(path))
-    return path.endswith(_TORCH_ENDINGS)
+        try:
+            checkpoint_info.find_checkpoint(path)
+        except (checkpoint_info.CheckpointError, OSError):
+            return any(name.lower().endswith(WEIGHT_ENDINGS) for name in os.listdir(path))
+        return False
+    return os.path.exists(path) or path.lower().endswith(WEIGHT_ENDINGS)
 
 
 def convert(
@@ -131,18 +144,15 @@ def open_source(
 def _open_torch(path: str | os.PathLike, part: Part, config: Any, weights: str | None) -> Source:
     if config is None:
         raise ValueError(f"{path} is a PyTorch checkpoint: say which variant it holds")
-    found = {}
-    for key, name in (("state_dict", "raw"), ("model", "raw"), ("ema", "ema")):
-        with contextlib.suppress(NoSuchKey):
-            found[name] = open_state_dict(path, key)
-    found = found or {"raw": open_state_dict(path)}  # tensors without a key
+    states = open_state_dicts(path)
+    found = find_weights(states)
+    if not any(found.values()):
+        found = {"raw": open_state_dict(path)}
     weights = _choose(path, found, weights)
-    state = found[weights]
-    part.check(state, config)  # names the variant that fits, which `flax_arrays` cannot
-    table = part.table(config)
+    state, table = part.check(found[weights], config), part.table(config)
     buffers = {name: tensor for name, tensor in state.items() if table.is_buffer(name)}
     arrays = flax_arrays(state, table, part.template(config))
-    return Source(config, arrays, buffers, weights, state.files)
+    return Source(config, arrays, buffers, weights, found[weights].files)
 
 
 def _open_ours(
@@ -151,8 +161,13 @@ def _open_ours(
     info, tensors = orbax_files.open_checkpoint(path, step, ("params", "ema", "buffers"))
     stage = info["config"].get("stage")
     if stage != part.stage:
-        raise ValueError(f"{path} is a checkpoint of stage {stage!r}, not of {part.stage!r}")
-    saved = part.config_class(**info["config"]["model"])
+        raise ValueError(f"{path} is a checkpoint of stage {shown(stage)}, not of {part.stage!r}")
+    try:
+        _check_sizes(info["config"]["model"])
+        saved = part.config_class(**info["config"]["model"])
+        template = part.template(saved)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config.model is damaged ({one_line(error)})") from None
     if config is not None and saved != config:
         raise ValueError(
             f"{path} does not hold {part.describe(config)}, but {part.describe(saved)}"
@@ -165,11 +180,22 @@ def _open_ours(
     found = {"ema": field("ema"), "raw": field("params")}
     weights = _choose(path, found, weights)
     arrays = found[weights]
-    wrong = different_shapes(arrays, part.template(saved))
-    if wrong:
-        raise ValueError(f"{path} does not fit its own config:\n  " + "\n  ".join(wrong))
+    if wrong := different_shapes(arrays, template):
+        raise ValueError(f"{path} does not fit its own config:\n{bullets(wrong)}")
     buffers = {name.replace("/", "."): tensor for name, tensor in field("buffers").items()}
     return Source(saved, arrays, buffers, weights, saved=info["config"])
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Refuse sizes of a damaged config that would take forever to lay out."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value)
+            continue
+        most = 1000 if re.search("block|depth|layer", name) else 2**24
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(size, int) and not -1 <= size <= most for size in sizes):
+            raise ValueError(f"{one_line(name)} is {shown(value)}")
 
 
 def different_shapes(arrays: Mapping[str, Any], template: Mapping[str, Any]) -> list[str]:
@@ -206,7 +232,9 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
         with np.errstate(over="ignore"):
             out = array.astype(target)
         if np.isinf(out).sum() > np.isinf(array).sum():
-            raise ValueError(f"{tensor.name} has values beyond {dtype}; take bfloat16 or float32")
+            raise ValueError(
+                f"{one_line(tensor.name)} has values beyond {dtype}; take bfloat16 or float32"
+            )
         return out
 
     return LazyTensor(tensor.name, tensor.shape, target, load)

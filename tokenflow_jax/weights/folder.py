@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenflow_jax import files
+from tokenflow_jax.messages import bullets
 from tokenflow_jax.weights.conversion import Written, cast, different_shapes
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.lazy import in_memory
@@ -17,15 +18,12 @@ def read_fields(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """Return the fields of the config.json in a folder or beside a file, and its path."""
     path = pathlib.Path(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))), str(file)
-    except FileNotFoundError:
+    if not file.exists():
         raise ValueError(
             f"{file} is missing; give a folder in Hugging Face's format, with config.json and "
             ".safetensors files"
-        ) from None
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); fetch it again") from None
+        )
+    return files.read_json(file, remedy="; fetch it again"), str(file)
 
 
 def write_folder(
@@ -47,7 +45,7 @@ def write_folder(
     arrays = {name: in_memory(name, array) for name, array in flatten(params).items()}
     wrong = different_shapes(arrays, template)
     if wrong:
-        raise ValueError("these parameters are not the config's:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"these parameters are not the config's:\n{bullets(wrong)}")
     tensors = {name: cast(t, dtype) for name, t in torch_tensors(arrays, table).items()}
     fields = {**fields, "torch_dtype": str(tensors["model.embed_tokens.weight"].dtype)}
     with files.write_atomically(path, overwrite) as partial:

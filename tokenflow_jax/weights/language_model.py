@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.nets.lm import Decoder, LMConfig
 from tokenflow_jax.weights.conversion import Written, cast
 from tokenflow_jax.weights.folder import read_fields, write_folder
 from tokenflow_jax.weights.formats import gguf
-from tokenflow_jax.weights.formats.torch import open_state_dict
+from tokenflow_jax.weights.formats.torch import StateDict, open_state_dict
 from tokenflow_jax.weights.names.decoder import decoder_rules, gguf_config_fields, gguf_tensors
 from tokenflow_jax.weights.rules import RuleTable, Tensors, flax_arrays, unflatten
 
@@ -47,17 +48,41 @@ _SIZES = {
 }  # fmt: skip
 
 
+# The largest sizes that are believed: a layer has ten names, a channel a row of a matrix.
+_MOST = {"num_hidden_layers": 10_000, "": 2**24}
+
+
 def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> LMConfig:
     """Return the hyper-parameters that the fields of a Hugging Face config.json describe.
 
     Another architecture or features that this decoder lacks are a ValueError about `where`.
     """
-    kind = fields.get("model_type")
+    kind, most = fields.get("model_type"), _MOST
     problems = [f"{name} is missing" for name in _SIZES if name not in fields]
     if kind not in ("llama", "qwen2"):
-        problems.append(f"model_type {kind!r}: one of llama, qwen2")
+        problems.append(f"model_type {shown(kind)}: one of llama, qwen2")
     # transformers 5 keeps both in one entry.
-    rope = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        problems.append(f"rope_parameters or rope_scaling is {shown(rope)}, not an object")
+        rope = {}
+    heads = fields.get("num_attention_heads")
+    sizes = {name: fields[name] for name in _SIZES if name in fields} | {
+        "num_key_value_heads": fields.get("num_key_value_heads") or heads,
+        "head_dim": fields.get("head_dim") or 0,
+    }
+    theta = fields.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    numbers = {"rope_theta": theta, "rms_norm_eps": fields.get("rms_norm_eps", 1e-6)}
+    problems += [
+        f"{name} is {shown(size)}, not a whole number up to {most.get(name, most['']):,}"
+        for name, size in sizes.items()
+        if type(size) is not int or not (name != "head_dim") <= size <= most.get(name, most[""])
+    ]
+    problems += [
+        f"{name} is {shown(number)}, not a number from 0 to 1e12"
+        for name, number in numbers.items()
+        if type(number) not in (int, float) or not 0 <= number <= 1e12
+    ]
     wanted = {
         "hidden_act": (fields.get("hidden_act", "silu"), "silu"),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
@@ -66,19 +91,19 @@ def config_from_json(fields: Mapping[str, Any], where: str = "config.json") -> L
         "use_sliding_window": (fields.get("use_sliding_window", False), False),
     }
     problems += [
-        f"{name} is {have!r}; this decoder only has {want!r}"
+        f"{name} is {shown(have)}; this decoder only has {want!r}"
         for name, (have, want) in wanted.items()
         if have != want
     ]
     if problems:
-        raise ValueError(f"{where} is no model that can be loaded:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{where} is no model that can be loaded:\n{bullets(problems)}")
     try:
         return LMConfig(
-            **{ours: fields[theirs] for theirs, ours in _SIZES.items()},
-            kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-            head_width=fields.get("head_dim") or 0,
-            rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            **{ours: sizes[theirs] for theirs, ours in _SIZES.items()},
+            kv_heads=sizes["num_key_value_heads"],
+            head_width=sizes["head_dim"],
+            rope_theta=float(theta),
+            norm_eps=float(numbers["rms_norm_eps"]),
             qkv_bias=kind == "qwen2",
             tied_head=bool(fields.get("tie_word_embeddings", False)),
         )
@@ -139,16 +164,17 @@ def load_language_model(
 
 
 def _open(path: str | os.PathLike, dtype: str | None) -> tuple[LMConfig, Tensors]:
-    if os.fspath(path).endswith(".gguf"):
+    if gguf.is_gguf(path):
         fields, tensors = gguf.read_gguf(path)
         fields = gguf_config_fields(fields, tied="output.weight" not in tensors)
         config = config_from_json(fields, os.fspath(path))
-        state: Mapping[str, Any] = gguf_tensors(tensors, config)
+        state = StateDict(gguf_tensors(tensors, config), path=os.fspath(path))
     else:
         config = read_config(path)
         state = open_state_dict(path)
     # Each tensor, not the array made of them: memory holds the result and one tensor of the file.
-    state = {name: cast(tensor, dtype) for name, tensor in state.items()}
+    cast_state = {name: cast(tensor, dtype) for name, tensor in state.items()}
+    state = StateDict(cast_state, state.files, state.path)
     arrays = flax_arrays(state, language_model_table(config), language_model_template(config))
     return config, arrays
 

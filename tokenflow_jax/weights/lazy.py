@@ -8,16 +8,34 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_jax.messages import shown
+
+MOST_TENSORS = 100_000  # of a file
+_MOST_AXES = 32
+_MOST_BYTES = 2**47  # what a process can address
+
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file: name, shape and NumPy (or ml_dtypes) dtype now, data on `read`."""
+    """A tensor of a file: name, shape and NumPy (or ml_dtypes) dtype now, data on `read`.
+
+    A shape that no array can have is a ValueError.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     # Reads the data, anew at every call.
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
+
+    def __post_init__(self):
+        right = len(self.shape) <= _MOST_AXES and all(isinstance(n, int) for n in self.shape)
+        # Also of an empty array NumPy multiplies the other axes.
+        if not right or min(self.shape, default=0) < 0 or self._extent() > _MOST_BYTES:
+            raise ValueError(f"{shown(self.name)} of the impossible shape {shown(self.shape)}")
+
+    def _extent(self) -> int:
+        return math.prod(max(1, size) for size in self.shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +59,11 @@ def read_block(path: str | os.PathLike, start: int, size: int) -> np.ndarray:
 
     The memory is the array's own: unlike a map, it is freed with the array.
     """
-    block = np.fromfile(path, np.uint8, size, offset=start)
-    if len(block) != size:
-        raise ValueError(f"{path}: cut short at byte {start + len(block)}; fetch the file again")
-    return block
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        if not 0 <= start <= start + size <= length:  # before the memory is taken
+            raise ValueError(f"{path}: cut short at byte {length:,}; fetch the file again")
+        return np.fromfile(file, np.uint8, size, offset=start)
 
 
 def pieces(array: np.ndarray) -> Iterator[memoryview]:

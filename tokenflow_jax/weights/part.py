@@ -27,15 +27,27 @@ class Part:
         names = [name for name, other in self.variants.items() if other == config]
         return f"variant {names[0]!r}" if names else str(config)
 
-    def check(self, state: Mapping[str, Any], config: Any) -> None:
-        """Raise CheckpointMismatch with all problems and the variants that the file would fit."""
-        problems = self._problems(state, config)
-        if not problems:
-            return
-        fitting = [n for n, other in self.variants.items() if not self._problems(state, other)]
-        remedy = f"these weights fit the variant {' and the variant '.join(fitting)}"
-        model = self.table(config).model
-        raise CheckpointMismatch(model, problems, remedy if fitting else None)
+    def check(self, state: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+        """Return a checkpoint under the model's names.
 
-    def _problems(self, state: Mapping[str, Any], config: Any) -> rules.Problems:
-        return rules.check(state, self.table(config), self.template(config))
+        One that does not fit raises CheckpointMismatch with the variants that it fits, or the
+        nearest one.
+        """
+        found, problems = self._fit(state, config)
+        if not problems:
+            return found
+        counts = {name: len(self._fit(state, other)[1]) for name, other in self.variants.items()}
+        fitting = [name for name, count in counts.items() if not count]
+        nearest = min(counts, key=counts.__getitem__, default=None)
+        remedy = f"these weights fit the variant {' and the variant '.join(fitting)}"
+        if not fitting and nearest and counts[nearest] < len(problems):
+            remedy = f"the nearest variant is {nearest}, with {counts[nearest]:,} of them"
+        elif not fitting:
+            remedy = None
+        model = self.table(config).model
+        raise CheckpointMismatch(model, problems, remedy, getattr(state, "path", ""))
+
+    def _fit(
+        self, state: Mapping[str, Any], config: Any
+    ) -> tuple[Mapping[str, Any], rules.Problems]:
+        return rules.fit(state, self.table(config), self.template(config))

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from tokenflow_jax.messages import bullets, shown
+from tokenflow_jax.weights import wrappers
 from tokenflow_jax.weights.lazy import LazyTensor, data
 
 Tensors = dict[str, LazyTensor]
@@ -137,8 +139,13 @@ class RuleTable:
         raise ValueError(f"{self.model}: no conversion rule for the parameter {path}; add one")
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+@functools.cache
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(map(fnmatch.translate, patterns)) or "(?!)")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return bool(_pattern(patterns).match(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,21 +161,33 @@ class Problems:
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint does not fit the model; `problems` holds every reason."""
+    """A checkpoint does not fit the model; `problems` holds every reason, the text some of each."""
 
-    def __init__(self, model: str, problems: Problems, remedy: str | None = None):
+    def __init__(self, model: str, problems: Problems, remedy: str | None = None, path: str = ""):
         self.problems = problems
-        lines = [f"the checkpoint does not fit the {model}, {len(problems)} problems:"]
-        for title, names in (
-            ("wrong shape or type", problems.mismatched),
-            ("missing from the checkpoint", problems.missing),
-            ("not in the model", problems.unexpected),
-        ):
-            if names:
-                lines += [f"{title} ({len(names)}):", *(f"  {name}" for name in names)]
+        wrong = list(problems.mismatched)
+        missing = [f"{name}: missing from the checkpoint" for name in problems.missing]
+        unexpected = [f"{name}: not in the model" for name in problems.unexpected]
+        rest = 10 - min(len(missing), 3) - min(len(unexpected), 3)
+        first = [*wrong[:rest], *missing[: max(3, rest - len(wrong))]]
+        first += unexpected[: 10 - len(first)]
+        lines = [*first, *[""] * (len(problems) - len(first))]  # those are counted
         default = "choose the variant that the checkpoint was made for, or another checkpoint"
-        lines.append(remedy or default)
-        super().__init__("\n".join(lines))
+        super().__init__(
+            f"the checkpoint{path and ' '}{path} does not fit the {model}, "
+            f"{len(problems)} problems:\n{bullets(lines)}\n{remedy or default}"
+        )
+
+
+def fit(
+    state: Mapping[str, Any], table: RuleTable, template: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Problems]:
+    """Return a checkpoint under the model's names, see `wrappers`, and what does not fit then."""
+    leaves = flatten(template).items()
+    expected = {name for path, leaf in leaves for name in table.find(path, leaf.shape)[1]}
+    allowed = (*table.buffers, *table.ignored)
+    state = wrappers.unwrapped(state, expected, lambda name: _matches(name, allowed))
+    return state, check(state, table, template)
 
 
 def check(state: Mapping[str, Any], table: RuleTable, template: Mapping[str, Any]) -> Problems:
@@ -189,7 +208,7 @@ def check(state: Mapping[str, Any], table: RuleTable, template: Mapping[str, Any
             elif shape != tuple(state[name].shape):
                 have = tuple(state[name].shape)
                 wanted = shape if shape is not None else f"{tuple(leaf.shape)} in our layout"
-                mismatched.append(f"{name}: {have} in the checkpoint, {wanted} in the model")
+                mismatched.append(f"{name}: {shown(have)} in the checkpoint, {wanted} in the model")
             elif _is_float(leaf.dtype) and not _is_float(state[name].dtype):
                 mismatched.append(
                     f"{name}: {state[name].dtype} in the checkpoint, {leaf.dtype} in the model"
@@ -200,7 +219,7 @@ def check(state: Mapping[str, Any], table: RuleTable, template: Mapping[str, Any
 
 
 def _is_float(dtype: Any) -> bool:
-    return np.dtype(dtype).kind in "fV"  # ml_dtypes' types (bfloat16, ...) are of kind V
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def flax_arrays(state: Mapping[str, Any], table: RuleTable, template: Mapping[str, Any]) -> Tensors:
@@ -209,9 +228,10 @@ def flax_arrays(state: Mapping[str, Any], table: RuleTable, template: Mapping[st
     Each read gives a new contiguous array. A checkpoint that does not fit (see `check`) raises
     CheckpointMismatch.
     """
-    problems = check(state, table, template)
+    path = getattr(state, "path", "")
+    state, problems = fit(state, table, template)
     if problems:
-        raise CheckpointMismatch(table.model, problems)
+        raise CheckpointMismatch(table.model, problems, path=path)
 
     def array(path: str, leaf: Any) -> LazyTensor:
         shape = tuple(leaf.shape)
@@ -246,7 +266,7 @@ def torch_tensors(arrays: Mapping[str, LazyTensor], table: RuleTable) -> Tensors
     count = collections.Counter(name for _, names in found.values() for name in names)
     twice = sorted(name for name, times in count.items() if times > 1)
     if twice:
-        raise ValueError(f"{table.model}: several parameters would become {twice}; fix the rules")
+        raise ValueError(f"{table.model}: several parameters would become {shown(twice)}")
     last: dict[str, list[np.ndarray]] = {}
 
     def views(path: str) -> list[np.ndarray]:

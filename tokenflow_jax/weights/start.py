@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax.messages import bullets
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.train import optim
 from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.formats import gguf
 from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.language_model import load_language_model, read_config
 from tokenflow_jax.weights.lazy import data
@@ -63,7 +65,7 @@ def check_fit(
         if name not in arrays or tuple(arrays[name].shape) != tuple(array.shape)
     ]
     if wrong:
-        raise ValueError(f"{path} does not fit this model{remedy}:\n  " + "\n  ".join(wrong))
+        raise ValueError(f"{path} does not fit this model{remedy}:\n{bullets(wrong)}")
 
 
 def load_model(
@@ -84,7 +86,7 @@ def load_model(
 
 def is_language_model(path: str) -> bool:
     """Tell whether a path holds a language model alone, without a projector."""
-    if path.endswith(".gguf"):
+    if gguf.is_gguf(path):
         return True
     if not conversion.is_torch(path):
         return os.path.isfile(os.path.join(path, "config.json"))
@@ -92,7 +94,7 @@ def is_language_model(path: str) -> bool:
         names = open_state_dict(path)
     except ValueError:
         return False  # opening it as a whole model says what is wrong
-    return not any(name.startswith("model.mm_projector") for name in names)
+    return not any("mm_projector." in name for name in names)
 
 
 def take_language_model(
@@ -123,7 +125,7 @@ def take_language_model(
     if ids is None:
         missing = [name for name in ours if name.startswith("lm/") and name not in taken]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, which config.model.lm has")
+            raise ValueError(f"{path} lacks what config.model.lm has:\n{bullets(missing)}")
         return unflatten(ours | taken), f"language model {path}, the projector from scratch"
     if found.tied_head and "lm/head/kernel" in ours:
         table = np.asarray(taken["lm/embed/embedding"][: found.vocabulary_size])
@@ -133,7 +135,7 @@ def take_language_model(
 
 
 def _check_language_model(path: str, lm: LMConfig, more: tuple[str, ...]) -> None:
-    if path.endswith(".gguf"):  # its arrays are compared one by one
+    if gguf.is_gguf(path):  # its arrays are compared one by one
         return
     source = read_config(path)
     wrong = [
@@ -142,7 +144,7 @@ def _check_language_model(path: str, lm: LMConfig, more: tuple[str, ...]) -> Non
         if getattr(source, name) != getattr(lm, name)
     ]
     if wrong:
-        raise ValueError(f"{path} does not fit config.model.lm: " + "; ".join(wrong))
+        raise ValueError(f"{path} does not fit config.model.lm:\n{bullets(wrong)}")
 
 
 def extend_vocabulary(

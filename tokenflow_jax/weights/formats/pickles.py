@@ -5,176 +5,119 @@ our own (for the functions that rebuild torch's and NumPy's arrays), otherwise a
 is never imported and only remembers what it was given. So an `argparse.Namespace` or an optimizer
 beside the weights stops nothing. Calling an inert class is refused by name, except for a few data
 types whose pickles always do so.
+
+A pickle can also ask for more memory or time than any machine has. So the unpickler in Python reads
+it, opcode by opcode, and it is refused where it goes beyond what its bytes can honestly need.
 """
 
-import collections
+import functools
 import io
-import math
 import os
 import pickle
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
+from tokenflow_jax import files
+from tokenflow_jax.messages import one_line
+from tokenflow_jax.weights.formats.pickle_names import (
+    Array,
+    Dtype,
+    Inert,
+    InertType,
+    UnsafeCheckpoint,
+    known_names,
+)
 
 # What a damaged pickle may raise while it is read.
 _DAMAGED = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError,
-    pickle.UnpicklingError,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+    RecursionError, TypeError, ValueError, pickle.UnpicklingError, struct.error,
 )  # fmt: skip
+_MOST_OPCODES = 4_000_000  # a checkpoint has 25 for each of its tensors
+_MOST_NAMES = 10_000  # of classes and functions
+_MOST_NODES = 100_000  # of the tree that a pickle unfolds to
+_DEEPEST, _LONGEST_KEY = 8, 256  # of that tree
+_MOST_BYTES = 4 * 2**30  # of a file that is read as a whole
+# What of the stack an opcode hashes, and what it hands to a function that may copy it.
+_ALL, _LAST, _KEYS = slice(None), slice(-1, None), slice(None, None, 2)
+_HASHED = {
+    pickle.SETITEM: slice(-2, -1), pickle.SETITEMS: _KEYS, pickle.DICT: _KEYS,
+    pickle.ADDITEMS: _ALL, pickle.FROZENSET: _ALL,
+}  # fmt: skip
+_COPIED = {
+    pickle.REDUCE: _LAST, pickle.BUILD: _LAST, pickle.NEWOBJ: _LAST,
+    pickle.NEWOBJ_EX: slice(-2, None), pickle.OBJ: _ALL, pickle.INST: _ALL,
+}  # fmt: skip
 
 
-class UnsafeCheckpoint(ValueError):
-    """A pickle asked to call something that is not known to be harmless data."""
+def _flat(key: Any, deepest: int = 2) -> bool:
+    """Return False for a key whose hash could take forever, or equals that of many others."""
+    if isinstance(key, tuple | frozenset):
+        return deepest > 0 and len(key) <= 32 and all(_flat(part, deepest - 1) for part in key)
+    return not isinstance(key, int) or abs(key) < 2**60
 
 
-# Types that pickle themselves as a call of the class. Calling their stand-in only stores the
-# arguments, so the list decides what counts as ordinary data, not what is executed.
-_DATA_TYPES = frozenset(
-    f"{module}.{name}"
-    for module, names in {
-        "argparse": ("Namespace",),
-        "builtins": ("set", "frozenset", "complex", "bytearray", "slice", "range"),
-        "collections": ("Counter", "defaultdict", "deque"),
-        "copy_reg": ("_reconstructor",),
-        "copyreg": ("_reconstructor",),
-        "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
-        "pathlib": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
-        "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
-        "torch": ("device",),
-        "uuid": ("UUID",),
-    }.items()
-    for name in names
-)
+def _size(value: Any, deepest: int = 2) -> int:
+    """Return the length of a value, and of the members of a tuple."""
+    inner = value if isinstance(value, tuple) and deepest else ()
+    own = len(value) if isinstance(value, tuple | list | dict | str | bytes | bytearray) else 0
+    return own + sum(_size(part, deepest - 1) for part in inner)
 
 
-class _InertType(type):
-    """Metaclass of the stand-ins; a call is refused unless the name is plain data."""
+class _Opcodes(dict):
+    """The unpickler's methods by opcode, handed out a bounded number of times."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        if cls.origin not in _DATA_TYPES:
-            raise UnsafeCheckpoint(
-                f"the file asks to call {cls.origin}, which is not part of any tensor; nothing was "
-                "run. Do not trust this file; if it is your own, save only the state_dict, or "
-                "convert it to .safetensors"
-            )
-        return Inert.__new__(cls, *args, **kwargs)
+    left = _MOST_OPCODES
 
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise UnsafeCheckpoint(f"the file tries to change {cls.origin}; nothing was run")
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"more than {_MOST_OPCODES:,} operations")
+        return super().__getitem__(code)
 
 
-class Inert(metaclass=_InertType):
-    """A stand-in for an object of the class `origin`, with its attributes and mapping items."""
-
-    __slots__ = ("entries", "state")
-    origin = ""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        instance = object.__new__(cls)
-        instance.entries, instance.state = {}, None
-        return instance
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.entries[key] = value
-
-    def append(self, item: Any) -> None:
-        """Drop an item of an unknown list or set: no tensor is looked for there."""
-
-    extend = add = append
-
-
-class Rebuilder:
-    """One of our functions in place of a named one; a file cannot alter it."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]):
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise UnsafeCheckpoint("the file tries to change how tensors are rebuilt; nothing was run")
-
-
-class _Dtype:
-    __slots__ = ("dtype",)
-
-    def __init__(self, code: Any = "", *_: Any):
-        self.dtype = np.dtype(code) if isinstance(code, str) else np.dtype(object)
-        if self.dtype.hasobject:
-            raise UnsafeCheckpoint(f"a NumPy array of {code!r}: only plain numbers are read")
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """Stand-in for numpy.ndarray, which receives its state later; `plain` unwraps it."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: np.ndarray | None = None):
-        self.array = array
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, data = state
-        self.array = _array(data, dtype, shape, "F" if fortran else "C")
-
-
-def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    if not (isinstance(dtype, _Dtype) and isinstance(data, bytes | bytearray)):
-        raise ValueError("a NumPy array that is not plain numbers")
-    shape = tuple(int(size) for size in shape)
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.dtype.itemsize != len(data):
-        raise ValueError(f"a NumPy array of shape {shape} {dtype.dtype} in {len(data)} bytes")
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
-
-
-def _encode(text: Any, encoding: Any) -> bytes:
-    # Old pickle protocols write bytes as text in Latin-1.
-    if not (isinstance(text, str) and encoding == "latin1"):
-        raise UnsafeCheckpoint(f"the file asks to encode text as {encoding!r}; nothing was run")
-    return text.encode("latin1")
-
-
-def _no_bytes(*arguments: Any) -> bytes:
-    # Protocol 2 writes b"" as a call without arguments.
-    if arguments:
-        raise UnsafeCheckpoint("the file asks to call builtins.bytes on data; nothing was run")
-    return b""
-
-
-def _known() -> dict[str, Any]:
-    """Return stand-ins for what NumPy arrays and plain containers need."""
-    numpy = {
-        "multiarray._reconstruct": lambda *_: _Array(),
-        "multiarray.scalar": lambda dtype, data: _array(data, dtype, (), "C")[()],
-        "numeric._frombuffer": lambda *args: _Array(_array(*args)),
-    }
-    functions = {f"numpy.{core}.{n}": f for core in ("core", "_core") for n, f in numpy.items()}
-    functions |= {"_codecs.encode": _encode, "builtins.bytes": _no_bytes, "numpy.dtype": _Dtype}
-    known = {name: Rebuilder(function) for name, function in functions.items()}
-    return known | {"collections.OrderedDict": collections.OrderedDict}
-
-
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    # The one in C takes the memory that a pickle declares before it looks for the data.
     def __init__(self, data: bytes, known: Mapping[str, Any], persistent: Callable | None):
         super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._names = _known() | dict(known)
+        self._names = known_names() | dict(known)
         self._persistent = persistent
+        self._copies_left = 2 * len(data) + 10_000
+        self.dispatch = _Opcodes(self.dispatch)
+        self.dispatch[pickle.BYTEARRAY8[0]] = self._read_bytearray
+        checks = (_Unpickler._check_keys, _HASHED), (_Unpickler._count_copies, _COPIED)
+        for check, parts in checks:
+            for code, part in parts.items():
+                own = self.dispatch[code[0]]
+                self.dispatch[code[0]] = functools.partial(self._checked, check, part, own)
+
+    @staticmethod
+    def _checked(check: Callable, part: slice, own: Callable, self: "_Unpickler") -> None:
+        check(self, self.stack[part])
+        own(self)
+
+    @staticmethod
+    def _read_bytearray(self: "_Unpickler") -> None:
+        # The module's own takes what is declared first.
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(map(_flat, keys)):
+            raise ValueError("a key of nested tuples or of a huge number")
+
+    def _count_copies(self, values: list[Any]) -> None:
+        self._copies_left -= sum(map(_size, values))
+        if self._copies_left < 0:
+            raise ValueError("data that is used more often than it is stored")
 
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module
         origin = f"{module}.{name}"
         if origin not in self._names:
-            self._names[origin] = _InertType(
+            if len(self._names) > _MOST_NAMES:
+                raise ValueError(f"more than {_MOST_NAMES:,} names of classes")
+            self._names[origin] = InertType(
                 name.rpartition(".")[2] or "unnamed", (Inert,), {"origin": origin, "__slots__": ()}
             )
         return self._names[origin]
@@ -207,29 +150,41 @@ def load_pickle(
         raise UnsafeCheckpoint(f"{where}: {error}") from None
     except _DAMAGED as error:
         raise ValueError(
-            f"{where}: not a readable pickle ({type(error).__name__}: {error}); the file is "
-            "damaged or of an unknown kind: fetch it again"
-        ) from error
+            f"{where}: not a readable pickle ({type(error).__name__}: {one_line(error)}); the file "
+            "is damaged or of an unknown kind: fetch it again"
+        ) from None
 
 
 def plain(value: Any) -> Any:
-    """Unwrap dicts, lists and tuples of NumPy arrays and plain values from `load_pickle`."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in dict.items(value)}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value)
-    if isinstance(value, _Array):
-        return value.array
-    if isinstance(value, _Dtype):
-        return value.dtype
-    return value
+    """Unwrap dicts, lists and tuples of NumPy arrays and plain values from `load_pickle`.
+
+    Raises ValueError for more than 100,000 of them, counting one that is in several places each
+    time, for more than eight levels and for long keys.
+    """
+    left = _MOST_NODES
+
+    def unwrap(value: Any, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise ValueError("a pickle that contains itself, or too large or too deep a tree")
+        if isinstance(value, dict):
+            if any(isinstance(key, str) and len(key) > _LONGEST_KEY for key in dict.keys(value)):
+                raise ValueError(f"a name longer than {_LONGEST_KEY} characters")
+            return {key: unwrap(item, depth + 1) for key, item in dict.items(value)}
+        if isinstance(value, list | tuple):
+            return type(value)([unwrap(item, depth + 1) for item in value])
+        if isinstance(value, Array):
+            return value.array
+        return value.dtype if isinstance(value, Dtype) else value
+
+    return unwrap(value, 0)
 
 
 def load_numpy_pickle(path: str | os.PathLike) -> Any:
     """Read a file of plain containers of NumPy arrays (read-only); raises as `load_pickle`."""
-    with open(path, "rb") as file:
-        value = load_pickle(file.read(), os.fspath(path))
+    value = load_pickle(files.read_bytes(path, _MOST_BYTES), os.fspath(path))
     try:
         return plain(value)
-    except RecursionError:
-        raise ValueError(f"{path}: a pickle that contains itself; the file is damaged") from None
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}; the file is damaged") from None

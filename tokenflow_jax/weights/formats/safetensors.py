@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from tokenflow_jax.weights.lazy import LazyTensor, data, pieces, read_block
+from tokenflow_jax import files
+from tokenflow_jax.messages import bullets, one_line
+from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, data, pieces, read_block
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -27,21 +29,36 @@ _DTYPES = {
 
 def read_safetensors(path: str) -> dict[str, LazyTensor]:
     """Validate a file and return its tensors, in the file's order."""
+    header, start = _read_header(path)
+    header.pop("__metadata__", None)
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"{path}: {len(header):,} tensors, the limit is {MOST_TENSORS:,}")
+    if unknown := [f"{n}: {e['dtype']}" for n, e in header.items() if e["dtype"] not in _DTYPES]:
+        raise ValueError(f"{path}: types that are not read; convert them:\n{bullets(unknown)}")
+    try:
+        return {name: _tensor(name, entry, path, start) for name, entry in header.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged .safetensors file ({error}); fetch it again") from None
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """Return the texts that a file holds beside its tensors."""
+    return _read_header(path)[0].get("__metadata__") or {}
+
+
+def _read_header(path: str) -> tuple[dict[str, Any], int]:
+    """Return the header of a valid file, and where the data starts."""
     try:
         # Refuses wrong sizes, holes, overlaps, duplicate names and trailing bytes.
         with safetensors.safe_open(path, framework="numpy"):
             pass
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: damaged .safetensors file ({error}); fetch it again") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = one_line(error)
+        raise ValueError(f"{path}: damaged .safetensors file ({reason}); fetch it again") from None
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    unknown = [f"{n}: {e['dtype']}" for n, e in header.items() if e["dtype"] not in _DTYPES]
-    if unknown:
-        problems = "\n  ".join(unknown)
-        raise ValueError(f"{path}: types that are not read; convert them:\n  {problems}")
-    return {name: _tensor(name, entry, path, 8 + length) for name, entry in header.items()}
+        header = file.read(length)
+    return files.parse_json(header, f"{path}: the header", remedy="; fetch it again"), 8 + length
 
 
 def _tensor(name: str, entry: Mapping[str, Any], path: str, offset: int) -> LazyTensor:
@@ -60,7 +77,7 @@ def write_safetensors(
     codes = {dtype: code for code, dtype in _DTYPES.items()}
     unknown = [f"{n}: {tensor.dtype}" for n, tensor in state.items() if tensor.dtype not in codes]
     if unknown:
-        raise ValueError(f"{path}: dtypes that .safetensors cannot hold: {unknown}; convert them")
+        raise ValueError(f"{path}: convert dtypes that .safetensors lacks:\n{bullets(unknown)}")
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in state.items():
         start, offset = offset, offset + tensor.nbytes

