@@ -74,7 +74,8 @@ def read_tasks(layout: str, prompts: Sequence[str], path: str | None) -> list[Ta
         rows = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
         tasks = [Task(p, f"{i:05d}_{_slug(p)}") for i, p in enumerate([*prompts, *rows])]
     if not tasks:
-        raise ValueError("nothing to draw: give --prompt or --prompts")
+        where = f"; {path} has none" if path else ""
+        raise ValueError(f"nothing to draw: give --prompt or --prompts{where}")
     return tasks
 
 
