@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from config_files import generation, understanding
 from config_files import tokenizer as configs
 
 from tokenflow_jax.parallel import mesh
@@ -87,3 +88,15 @@ def test_bad_values_name_the_remedy(path, value, message):
         config.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=message):
         _stage(config)
+
+
+@pytest.mark.parametrize("file", [configs, generation, understanding])
+def test_pictures_outside_the_folder_are_not_read_by_default(file):
+    assert file.get_config().data.allow_outside is False
+
+
+def test_the_stage_hands_the_choice_to_its_data():
+    config = configs.get_config()
+    config.data.allow_outside = True
+    stage = TokenizerStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+    assert stage._data_config("train", "center", False).allow_outside

@@ -74,7 +74,8 @@ def read_tasks(layout: str, prompts: Sequence[str], path: str | None) -> list[Ta
         rows = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
         tasks = [Task(p, f"{i:05d}_{_slug(p)}") for i, p in enumerate([*prompts, *rows])]
     if not tasks:
-        raise ValueError("nothing to draw: give --prompt or --prompts")
+        where = f"; {path} has none" if path else ""
+        raise ValueError(f"nothing to draw: give --prompt or --prompts{where}")
     return tasks
 
 
@@ -190,7 +191,9 @@ def _write_recipe(
         for i, file in enumerate(names[task.name])
     ]
     wanted = json.loads(json.dumps({"recipe": recipe, "layout": layout, "images": images}))
-    if path.exists():
+    text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
+    data = text.encode(errors="backslashreplace")  # halves of surrogate pairs
+    if path.exists() and path.read_bytes() != data:
         there = files.read_json(path, remedy="; choose another --out")
         changed = [key for key in wanted if there.get(key) != wanted[key]]
         if changed:
@@ -199,8 +202,7 @@ def _write_recipe(
                 f"{path}); choose another --out"
             )
     elif is_first:
-        text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        path.write_bytes(data)
 
 
 def recipe_of_flags(default: "Recipe", options: flags.FlagValues) -> "Recipe":

@@ -11,6 +11,8 @@ from picture_files import encode, picture, plain
 
 from tokenflow_jax.data import pipeline, records, sources
 from tokenflow_jax.data.pipeline import DataConfig
+from tokenflow_jax.train.checkpoint import CheckpointError
+from tokenflow_jax.train.loop import check_config_change
 
 EMOJI = DataConfig("emoji", image_size=16)
 
@@ -383,3 +385,11 @@ def test_allow_outside_is_an_option_of_the_data(tmp_path):
     allowed = dataclasses.replace(config, allow_outside=True)
     assert (next(train(allowed))["image"] == 9).all()
     assert train(allowed).get_state()["stream"] == train(config).get_state()["stream"]
+
+
+def test_reading_outside_the_folder_does_not_make_other_data():
+    """Runs from before the option existed go on, and may switch it."""
+    old, new = {"data": {"name": "folder"}}, {"data": {"name": "folder", "allow_outside": True}}
+    check_config_change(old, new, "checkpoint")
+    with pytest.raises(CheckpointError, match=r"data\.name"):
+        check_config_change(old, {"data": {"name": "emoji"}}, "checkpoint")

@@ -183,3 +183,13 @@ def test_a_folder_of_hugging_face(tmp_path):
     ids = encoder.encode("née")
     assert list(ids[:8]) == [258] * 7 + [0]  # a start id, though this one puts none
     assert encoder.text_tokenizer.decode(ids[8:12]) == "née"
+
+
+def test_half_a_surrogate_pair_reaches_no_text_tokenizer():
+    class Strict(ByteTokenizer):  # as those of Hugging Face
+        def encode(self, text, add_special_tokens=True):
+            text.encode()
+            return super().encode(text, add_special_tokens)
+
+    prefix = PromptEncoder(Strict(), 8).encode("a\ud83d")
+    assert ByteTokenizer().decode(prefix, skip_special_tokens=True) == "a?<img>"

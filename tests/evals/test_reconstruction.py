@@ -184,7 +184,7 @@ def test_the_command(command, workdir, tmp_path):
 
 def test_mistakes_are_one_line(command, workdir):
     for arguments, text in (
-        ((f"--checkpoint={workdir}", "--inception=none.pt"), "none.pt"),
+        ((f"--checkpoint={workdir}", "--inception=none.pt", f"--out={workdir / 'out'}"), "none.pt"),
         (("--chekpoint=x",), "Did you mean: checkpoint"),
     ):
         code, _, errors = command("tokenflow_jax.evals.reconstruction", *arguments)

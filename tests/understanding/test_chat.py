@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tokenflow_jax.data import images
-from tokenflow_jax.understanding.chat import read_picture
+from tokenflow_jax.understanding.chat import human_turn, read_picture
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "RGBA", "P", "CMYK"])
@@ -44,3 +44,17 @@ def test_a_picture_is_a_regular_file_of_bounded_size(tmp_path, monkeypatch, kind
         ValueError, match=rf"{kind}.*(not a regular file|Is a directory|the limit is 100)"
     ):
         read_picture(str(tmp_path / kind))
+
+
+def test_half_a_surrogate_pair_reaches_no_text_tokenizer():
+    assert human_turn("a\ud83d <image>?", 0)[1] == "a? ?"
+
+
+def test_a_damaged_image_that_was_opened_lazily_is_a_short_error(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    first = data.index(b"IDAT") + 4
+    (tmp_path / "a.png").write_bytes(data[:first] + data[first:].replace(b"IDAT", b"\0\0\0\0"))
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(ValueError, match="picture <PIL"):
+        read_picture(image)

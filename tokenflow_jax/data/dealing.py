@@ -28,6 +28,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from tokenflow_jax.messages import shown
+
 Example = Mapping[str, np.ndarray]
 States = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _PLACE = "_place"
@@ -206,7 +208,7 @@ def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any
     states = [states] if isinstance(states, Mapping) else list(states)
     saved = states[0].get("stream", {}) if states else {}
     changed = [
-        f"{key} was {saved.get(key)!r} and is {value!r}"
+        f"{key} was {shown(saved.get(key))} and is {value!r}"
         for key, value in stream.items()
         if saved.get(key) != value
     ]

@@ -134,6 +134,8 @@ class Guard:
         """Count a success or `count` failures; raise ValueError when the search is hopeless."""
         with self._lock:
             self._failures = 0 if usable else self._failures + count
+            if usable:
+                return
             # A lone usable example may come first in one shuffled pass and last in the next, and
             # threads run ahead of it.
             enough = 2 * self._skipped.total + _MOST_THREADS * count

@@ -40,17 +40,16 @@ def _may_lead_outside(root: str, name: str) -> bool:
     return False
 
 
-def locate(name: str | os.PathLike, root: os.PathLike, allow_outside: bool = False) -> pathlib.Path:
+def locate(name: str, root: str | os.PathLike, allow_outside: bool = False) -> str:
     """Return the path of a picture named in data, or raise Broken unless it is below `root`.
 
     Links count as what they lead to. `allow_outside` allows any path.
     """
     try:
-        path = pathlib.Path(root, name)
-        if allow_outside:
-            return path
-        inside = not os.path.isabs(name)
-        if inside and _may_lead_outside(os.fspath(root), os.fspath(name)):
+        path = os.path.join(root, name)
+        path = str(pathlib.Path(path)) if "://" in path else path  # no address
+        inside = allow_outside or not os.path.isabs(name)
+        if inside and not allow_outside and _may_lead_outside(os.fspath(root), name):
             real = os.path.join(os.path.realpath(path), "")
             inside = real.startswith(os.path.join(_root_of(root), ""))
     except (OSError, ValueError, TypeError) as error:  # a loop of links, a null byte, a number
@@ -58,20 +57,20 @@ def locate(name: str | os.PathLike, root: os.PathLike, allow_outside: bool = Fal
     if not inside:
         raise Broken(
             "outside the folder",
-            f"{shown(os.fspath(name))} is not a relative path below the folder; pass allow_outside "
-            "if that is intended",
+            f"{shown(name)} is not a relative path below the folder; pass allow_outside if that is "
+            "intended",
         )
     return path
 
 
 def read_file(
-    name: str | os.PathLike, root: os.PathLike | None = None, allow_outside: bool = False
+    name: str | os.PathLike, root: str | os.PathLike | None = None, allow_outside: bool = False
 ) -> bytes:
     """Return the bytes of a picture, a regular file of at most MAX_BYTES, or raise Broken.
 
     Without a `root` the user names it; else data do, see `locate`.
     """
-    path = pathlib.Path(name) if root is None else locate(name, root, allow_outside)
+    path = os.fspath(name) if root is None else locate(name, root, allow_outside)
     try:
         return files.read_bytes(path, MAX_BYTES)
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ from tokenflow_jax.data.examples import (
     Broken,
     check_example,
     is_heldout,
-)
+)  # fmt: skip
 from tokenflow_jax.files import parse_json
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, shown
@@ -121,6 +121,7 @@ class Described(NamedTuple):
     key: str = ""  # decides on the split; a line without one stays in training
 
 
+PathLike = str | os.PathLike
 Describe = Callable[[bytes], Described]  # may raise Broken
 
 
@@ -130,7 +131,7 @@ class Lines:
     Arrays with one entry per line: `offsets` in bytes, `numbers` from 1, `lengths`, `held_out`.
     """
 
-    def __init__(self, file: str | os.PathLike, kind: str, describe: Describe):
+    def __init__(self, file: PathLike, kind: str, describe: Describe):
         """Index a file, or load its index if one of this `kind` of `describe` was kept."""
         self.file = pathlib.Path(file)
         self._open = self.file.open("rb")
@@ -143,18 +144,17 @@ class Lines:
             columns = self._make_index(describe)
             if len(columns["offsets"]) >= _KEEP_FROM:
                 self._keep(columns)
-        self.offsets, self._sizes, self.numbers, self.lengths, self.held_out = (
-            columns[name] for name in _COLUMNS
-        )
+        own = (columns[name] for name in _COLUMNS)
+        self.offsets, self._sizes, self.numbers, self.lengths, self.held_out = own
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def read(self, index: int) -> bytes:
         """Return a line without its end."""
+        size, offset = int(self._sizes[index]), int(self.offsets[index])
         # pread: threads do not share a position.
-        place = int(self._sizes[index]), int(self.offsets[index])
-        return os.pread(self._open.fileno(), *place).removesuffix(b"\n")
+        return os.pread(self._open.fileno(), size, offset).removesuffix(b"\n")
 
     def split(self, name: str) -> np.ndarray:
         """Return the indices of "all", "train" or "heldout" lines; of a small file always all."""
@@ -209,16 +209,8 @@ class Lines:
 class LineSource:
     """A split of the lines of a file, and the folder that paths of its images are relative to."""
 
-    def __init__(
-        self,
-        file: pathlib.Path,
-        kind: str,
-        describe: Describe,
-        split: str,
-        folder: str,
-        allow_outside: bool,
-    ):
-        self._root, self._allow_outside = pathlib.Path(folder or file.parent), allow_outside
+    def __init__(self, file: pathlib.Path, kind: str, describe: Describe, split: str, folder: str):
+        self._root = pathlib.Path(folder or file.parent)
         if not self._root.is_dir():
             raise ValueError(f"data.image_folder {folder!r} is not a folder")
         self._lines = Lines(file, kind, describe)
@@ -242,7 +234,7 @@ class JsonlSource(LineSource):
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: PathLike,
         split: str = "all",
         image_folder: str = "",
         allow_outside: bool = False,
@@ -258,7 +250,8 @@ class JsonlSource(LineSource):
                 f"{_USUAL_NAMES}"
             )
         split = "heldout" if split in HELDOUT_NAMES else split
-        super().__init__(file, "captions", _describe, split, image_folder, allow_outside)
+        super().__init__(file, "captions", _describe, split, image_folder)
+        self._allow_outside = allow_outside
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = _parse(self._lines.read(self._places[index]))

@@ -68,12 +68,7 @@ def prepare_folder(
 
 
 def prepare_jsonl(
-    src: _Path,
-    dst: _Path,
-    *,
-    image_folder: str = "",
-    allow_outside: bool = False,
-    overwrite: bool = False,
+    src: _Path, dst: _Path, *, image_folder="", allow_outside: bool = False, overwrite: bool = False
 ) -> dict[str, int]:
     """Write pictures with their captions; see `prepare_folder` and `jsonl.JsonlSource`."""
     splits = _splits(lambda split: jsonl.JsonlSource(src, split, image_folder, allow_outside))

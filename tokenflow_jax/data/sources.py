@@ -23,10 +23,10 @@ from tokenflow_jax.data.examples import (
     Broken,
     check_example,
     is_heldout,
-)
+)  # fmt: skip
 from tokenflow_jax.data.jsonl import JsonlSource
 from tokenflow_jax.log import log
-from tokenflow_jax.messages import one_line, plain
+from tokenflow_jax.messages import one_line, plain, shown
 
 EMOJI = pathlib.Path(__file__).parents[1] / "assets" / "emoji.array_record"
 GROUPS = (
@@ -112,7 +112,8 @@ def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
     if "train" in named and len(named) > 1 and named != subfolders:
         log.warning(
             "%s: %s are taken as classes, not as splits, because %s hold pictures too; if they are "
-            "splits, move the others away", root, sorted(named), sorted(subfolders - named),
+            "splits, move the others away",
+            root, shown(sorted(named)), shown(sorted(subfolders - named)),
         )  # fmt: skip
     return bool(named) and named == subfolders
 
@@ -187,7 +188,7 @@ def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
     if about is not None:
         splits = about["splits"]
         if split != "all" and split not in splits:
-            raise ValueError(f"{path} has no split {split!r}; it has {[*splits, 'all']}")
+            raise ValueError(f"{path} has no split {split!r}; it has {shown([*splits, 'all'])}")
         wanted = splits if split == "all" else [split]
         files = [os.path.join(path, name) for part in wanted for name in splits[part]["files"]]
         if missing := [file for file in files if not os.path.isfile(file)]:

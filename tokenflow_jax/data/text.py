@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line, shown
 
 OPEN, CLOSE = "<img>", "</img>"
 BYTES, WORDS = "bytes", "words"  # the built-in tokenizers
@@ -54,7 +55,7 @@ class ByteTokenizer(_BuiltIn):
     _IDS = 256
 
     def _pieces(self, text: str) -> bytes:
-        return text.encode(errors="replace")  # half of a surrogate pair has no bytes: "?"
+        return text.encode(errors="replace")
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ids; broken UTF-8 becomes U+FFFD."""
@@ -114,7 +115,7 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
     except Exception as error:  # a broken file can raise anything
         raise ValueError(
             f"{name} holds no text tokenizer that transformers can open without running code of "
-            f"that folder: {str(error)[:300]}"
+            f"that folder: {one_line(error)}"
         ) from error
     if probe.lower().split() != _PROBE.split():
         raise ValueError(
@@ -122,6 +123,11 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
             "missing; add tokenizer.json or tokenizer.model"
         )
     return tokenizer
+
+
+def encodable(text: str) -> str:
+    """Return a text in which "?" stands for halves of surrogate pairs, which have no UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 @dataclasses.dataclass
@@ -180,8 +186,8 @@ class PromptEncoder(PromptIds):
         A prompt that is too long loses its end, is named in the log (the first one) and counted.
         """
         if not isinstance(prompt, str):
-            raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {prompt!r:.80}")
-        ids = list(self.text_tokenizer.encode(prompt, add_special_tokens=True))
+            raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {shown(prompt)}")
+        ids = list(self.text_tokenizer.encode(encodable(prompt), add_special_tokens=True))
         ids = ids if ids and ids[0] == self.start_id else [self.start_id, *ids]
         if len(ids) > self.budget:
             self._note_cut(prompt, len(ids))

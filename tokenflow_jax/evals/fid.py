@@ -24,19 +24,14 @@ def main(options: flags.FlagValues) -> None:
 
     if options.cache:
         files.writable_folder(options.cache)
+    outside = options.allow_outside
     network = fid_network.Network(options.inception)
-    size = options.image_size or short_side(options.a, options.split, options.allow_outside)
+    size = options.image_size or short_side(options.a, options.split, outside)
     sides, known = [], []
     for path in (options.a, options.b):
         kind = kind_of_data(path)
         config = pipeline.DataConfig(
-            kind,
-            path,
-            options.split,
-            size,
-            "center",
-            flip=False,
-            allow_outside=options.allow_outside,
+            kind, path, options.split, size, "center", flip=False, allow_outside=outside
         )
         side = ImageSet(config, options.batch_size, options.images)
         sides.append(side)

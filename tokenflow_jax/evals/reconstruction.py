@@ -46,14 +46,9 @@ def main(options: flags.FlagValues) -> None:
     kind = options.data or image_set.kind_of_data(options.path)
     split = options.split or image_set.heldout_split(kind, options.path)
     size = tokenizer.config.image_size
+    outside = options.allow_outside
     config = pipeline.DataConfig(
-        kind,
-        options.path,
-        split,
-        size,
-        "center",
-        flip=False,
-        allow_outside=options.allow_outside,
+        kind, options.path, split, size, "center", flip=False, allow_outside=outside
     )
     images = image_set.ImageSet(config, options.batch_size, options.images)
     chosen, about = dict(measures.MEASURES), _about(options, tokenizer, images)

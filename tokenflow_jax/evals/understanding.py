@@ -115,7 +115,8 @@ def picture_paths(
     for question in questions:
         try:
             name = question.get("image")
-            paths.append(images.locate(name, folder, allow_outside) if name else None)
+            path = images.locate(name, folder, allow_outside) if name else None
+            paths.append(path and pathlib.Path(path))
         except Broken as error:
             problems.append(f"question {shown(question['question_id'])}: {error}")
     if problems:

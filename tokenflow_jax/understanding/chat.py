@@ -10,6 +10,7 @@ from PIL import Image
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.data.text import encodable
 from tokenflow_jax.messages import shown
 
 Picture = Any  # a path, a PIL image, or uint8 (H, W, 3)
@@ -62,7 +63,7 @@ def as_list(image: Picture | Sequence[Picture] | None) -> list[Picture]:
 
 
 def human_turn(question: str, pictures: int) -> Turn:
-    text = question.replace(IMAGE, "").strip()
+    text = encodable(question).replace(IMAGE, "").strip()
     if not text and not pictures:
         raise ValueError("the question is empty")
     return HUMAN, f"{IMAGE}\n" * pictures + text
@@ -75,7 +76,7 @@ def read_picture(picture: Picture) -> np.ndarray:
             return images.decode(images.read_file(picture))
         if isinstance(picture, Image.Image):
             return images.to_rgb(picture)
-    except (OSError, Broken) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError, Broken) as error:
         name = picture if isinstance(picture, Image.Image) else os.fspath(picture)
         raise ValueError(f"picture {shown(name)}: {error}") from error
     array = np.asarray(picture)

@@ -429,3 +429,15 @@ def test_the_validator_reads_pictures_as_training_does(folder, capsys):
         assert out[3].startswith("line 5: missing image") and len(out) == 5
         assert validate.run([*run, *more, "--allow_outside"]) == 1
         assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_pictures_outside_train_where_that_is_allowed(folder):
+    (folder.parent / "outside.png").write_bytes(encode(picture(1)))
+    wanted = many(folder, ["../outside.png"] * 4)
+    with pytest.raises(ValueError, match=r"outside the folder': 4.*pass allow_outside"):
+        batches = conversation_batches.train_batches(Conversations(wanted), batch_size=4, seed=0)
+        for _ in range(99):
+            next(batches)
+    allowed = Conversations(dataclasses.replace(wanted, allow_outside=True))
+    batch = next(conversation_batches.train_batches(allowed, batch_size=4, seed=0))
+    assert batch["segments"].any(1).all() and not allowed.notes()

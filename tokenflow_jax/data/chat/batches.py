@@ -38,7 +38,6 @@ class ConversationConfig:
     name: str  # "emoji" or "jsonl"
     path: str = ""  # the file of conversations; not used by "emoji"
     image_folder: str = ""  # that paths of images are relative to; the file's folder when empty
-    allow_outside: bool = False  # read pictures outside the folder, by path or link
     split: str = "train"  # or "heldout" or "all"
     questions: tuple[str, ...] = ()  # for "emoji": keys of `emoji.QUESTIONS`; all when empty
     together: bool = False  # for "emoji": all questions about a picture in one conversation
@@ -53,6 +52,7 @@ class ConversationConfig:
     buckets: tuple[int, ...] = ()  # row lengths below the longest, pack * max_length; ascending
     order: str = "random"  # of an epoch; or "grouped" by kind and length
     threads: int = 0  # for preparing batches; 0 takes one per core, at most 32
+    allow_outside: bool = False  # read pictures outside the folder, by path or link
 
     def __post_init__(self):
         problems = []

@@ -16,7 +16,7 @@ from tokenflow_jax.data import images
 from tokenflow_jax.data.chat import insertion, templates
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE, Template, Turn
 from tokenflow_jax.data.examples import SPLITS, Broken, check_text, evenly_spaced
-from tokenflow_jax.data.jsonl import Described, LineSource, parse_object
+from tokenflow_jax.data.jsonl import Described, LineSource, PathLike, parse_object
 from tokenflow_jax.messages import shown
 
 IMAGE_MODES = ("pad", "square")
@@ -71,7 +71,7 @@ class JsonlConversations(LineSource):
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: PathLike,
         split: str = "all",
         image_folder: str = "",
         allow_outside: bool = False,
@@ -81,8 +81,8 @@ class JsonlConversations(LineSource):
         file = pathlib.Path(path)
         if not file.is_file():
             raise ValueError(f"data.path {os.fspath(path)!r} is not a file of conversations")
-        self.name = file.name
-        super().__init__(file, "conversations", _describe, split, image_folder, allow_outside)
+        self.name, self._allow_outside = file.name, allow_outside
+        super().__init__(file, "conversations", _describe, split, image_folder)
         if not len(self):
             raise ValueError(f"{file} has no conversations in split {split!r}")
 
