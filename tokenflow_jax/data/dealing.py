@@ -20,6 +20,7 @@ are not done yet: no item is lost or seen twice, and where none was broken the b
 #   another: after a restart some would be lost or seen twice.
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from tokenflow_jax.messages import shown
 Example = Mapping[str, np.ndarray]
 States = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _PLACE = "_place"
+_BLOCKS = "shuffle_block"
 
 
 class _Batches:
@@ -75,6 +77,8 @@ class DealtBatches(_Batches):
         identity: Mapping[str, Any] | None = None,  # JSON-able; positions in others are refused
         threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
         buffer: int = 256,  # examples kept ready
+        shuffle_block: int = 0,  # neighbours that stay close, see `block_order`; 0: none do
+        shuffle_window: int = 1,  # items that are mixed at a time
     ):
         """Start at the beginning of the stream; nothing is made before the first `next`."""
         check_share(shard_index, shard_count, count)
@@ -82,7 +86,10 @@ class DealtBatches(_Batches):
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
         self._make, self._count, self._batch_size, self._seed = make, count, batch_size, seed
         self._share = shard_index
-        self._stream = {**(identity or {}), "pictures": count, "seed": seed}
+        self._blocks = [shuffle_block, shuffle_window] if shuffle_block else 0
+        self._stream = {
+            **(identity or {}), "pictures": count, "seed": seed, _BLOCKS: self._blocks,
+        }  # fmt: skip
         self._options = read_options(threads, buffer)
         self._deal = _Deal(0, shard_count, batch_size)
         self._done = 0  # number of its places that this share has passed
@@ -138,14 +145,49 @@ class DealtBatches(_Batches):
             made = None if place in ahead else make(int(item), rng)
             return None if made is None else {**made, _PLACE: np.int64(place)}
 
-        items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
-        numbered = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
+        if self._blocks:
+            order = block_order(self._count, *self._blocks, self._seed)
+            places = grain.MapDataset.range(0, sys.maxsize).seed(self._seed)
+            numbered = places.map(lambda place: (place, order(int(place))))
+        else:
+            items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
+            numbered = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
         # random_map's generator follows from (seed, place): dealt out only behind it.
         stream = numbered.random_map(example)
         numbers = grain.MapDataset.range(self._done, sys.maxsize)
         mine = numbers.map(lambda number: stream[deal.place(share, number)])
         usable = mine.filter(lambda made: made is not None)
         return usable.to_iter_dataset(self._options).batch(self._batch_size)
+
+
+def block_order(count: int, block: int, window: int, seed: int) -> Callable[[int], int]:
+    """Return the function from a place to its item, each epoch another order of all items.
+
+    Blocks of `block` neighbours are shuffled, and as many as have `window` items together are mixed
+    at a time: so many places in a row need only these parts of the data. The blocks begin elsewhere
+    in every epoch.
+    """
+    whole, together = count // block, max(1, window // block)
+
+    @functools.lru_cache(2)
+    def blocks(epoch: int) -> tuple[np.ndarray, int]:
+        rng = np.random.default_rng((seed, epoch))
+        return np.append(rng.permutation(whole), whole), int(rng.integers(count))
+
+    @functools.lru_cache(4)
+    def mixed(epoch: int, number: int) -> np.ndarray:
+        order, shift = blocks(epoch)
+        some = order[number * together : (number + 1) * together]
+        items = (some[:, None] * block + np.arange(block)).ravel()
+        rng = np.random.default_rng((seed, epoch, number))
+        return (rng.permutation(items[items < count]) + shift) % count
+
+    def item(place: int) -> int:
+        epoch, within = divmod(place, count)
+        number, within = divmod(within, together * block)
+        return int(mixed(epoch, number)[within])
+
+    return item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +248,8 @@ class NumberedBatches(_Batches):
 
 def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     states = [states] if isinstance(states, Mapping) else list(states)
-    saved = states[0].get("stream", {}) if states else {}
+    # Positions from before there were blocks lack them.
+    saved = {_BLOCKS: 0, **states[0].get("stream", {})} if states else {}
     changed = [
         f"{key} was {shown(saved.get(key))} and is {value!r}"
         for key, value in stream.items()

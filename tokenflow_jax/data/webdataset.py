@@ -1,0 +1,206 @@
+"""Pictures and captions in WebDataset tars, read at random places without unpacking them.
+
+`data.path` names shards: one .tar, a folder of them, a pattern, or braces as in
+DIR/{00000..01023}.tar and DIR/{train,val}-{0..9}.tar. Beside a sample's picture lie, in any
+combination, its caption in .txt, a .json object with a caption as `jsonl` names it, and an integer
+label in .cls; so img2dataset writes them. `tar_index` says what a sample is.
+"""
+
+import functools
+import glob
+import itertools
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tokenflow_jax.data import images, jsonl, tar_index
+from tokenflow_jax.data.examples import (
+    HELDOUT_NAMES,
+    SPLITS,
+    Broken,
+    check_example,
+    split_indices,
+)  # fmt: skip
+from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line, plain
+
+_OPEN_FILES = 64
+_MOST_SHARDS = 1_000_000
+_MOST_TEXT = 2**25
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+class WebDatasetSource:
+    """Samples of tar shards, in the order of the shards and of their members."""
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, path: str, split: str = "all"):
+        if split not in (*SPLITS, *HELDOUT_NAMES):
+            raise ValueError(f"tar shards have no split {split!r}; one of {SPLITS}")
+        paths = shard_paths(path)
+        self._shards = _opened(path, *((file, _state(file)) for file in paths))
+        self.numbers = ("label",) if self._shards.rows["cls_at"].any() else ()
+        split = "heldout" if split in HELDOUT_NAMES else split
+        self._places = split_indices(self._shards.rows["held_out"], split, path, "pictures")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._shards.sample(self._places[index])
+
+
+def shard_paths(path: str) -> list[pathlib.Path]:
+    """Return the shards that `data.path` names, sorted within each pattern; at least one."""
+    if "://" in path or path.startswith("pipe:"):
+        raise ValueError(
+            f"data.path {path!r}: shards are read from local and mounted folders only; mount the "
+            "bucket or copy the shards"
+        )
+    remedy = "name a .tar, a folder of them, or a pattern such as 'DIR/{00000..01023}.tar'"
+    found = []
+    for name in [path] if os.path.exists(path) else _expand(path):
+        if os.path.isdir(name):
+            files = sorted(pathlib.Path(name).glob("*.tar"))
+            if not files and (other := sorted(pathlib.Path(name).glob("*.t*gz"))):
+                raise ValueError(
+                    f"data.path {path!r} holds only compressed tars such as {other[0].name}: "
+                    "gunzip them, so that members can be read one by one"
+                )
+            found += files
+        elif os.path.exists(name) or not glob.has_magic(name):
+            found.append(pathlib.Path(name))
+        else:
+            found += map(pathlib.Path, sorted(glob.glob(name)))
+    if missing := [file for file in found if not file.exists()]:
+        raise ValueError(
+            f"data.path {path!r}: {plain(str(missing[0]))} is missing, {len(missing)} of "
+            f"{len(found)} shards are; {remedy}"
+        )
+    if not found:
+        raise ValueError(f"data.path {path!r} names no shards; {remedy}")
+    return found
+
+
+def _expand(path: str) -> list[str]:
+    """Return the names that braces stand for, as a shell expands them."""
+    parts = []
+    for number, part in enumerate(_BRACES.split(path)):
+        if number % 2 == 0:
+            parts.append([part])
+        elif ends := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", part):
+            first, last = map(int, ends.groups())
+            width = max(map(len, ends.groups())) if ends[1][0] == "0" or ends[2][0] == "0" else 0
+            some = range(first, last + 1) if first <= last else range(first, last - 1, -1)
+            parts.append([f"{i:0{width}d}" for i in some[: _MOST_SHARDS + 1]])
+        else:
+            parts.append(part.split(",") if "," in part else [f"{{{part}}}"])
+    if np.prod([float(len(part)) for part in parts]) > _MOST_SHARDS:
+        raise ValueError(f"data.path {path!r} names more than {_MOST_SHARDS:,} shards")
+    return ["".join(some) for some in itertools.product(*parts)]
+
+
+def _state(path: pathlib.Path) -> tuple[int, int]:
+    return tar_index.state_of(path.stat())
+
+
+class _Shards:
+    """The samples of some shards; any thread may read them."""
+
+    def __init__(self, data: str, paths: Sequence[pathlib.Path]):
+        self._paths = paths
+        indexes = tar_index.load_all(paths)
+        self._states = [index.state for index in indexes]
+        counts = [len(index.rows["header"]) for index in indexes]
+        self._firsts = np.concatenate([[0], np.cumsum(counts)])
+        self.rows = {
+            name: np.concatenate([index.rows[name] for index in indexes]) for name in tar_index.ROWS
+        }
+        for path, index, count in zip(paths, indexes, counts, strict=True):
+            for note in index.notes:
+                log.warning("shard %s is %s; fetch it again", path, one_line(note))
+            if not count:
+                log.warning("shard %s holds no pictures", path)
+        if left_out := sum(index.left_out for index in indexes):
+            log.warning(
+                "%s: %d keys without a picture, or further pictures of one key, are left out; a "
+                "key ends at the first dot of a name", data, left_out,
+            )  # fmt: skip
+        if problems := [index.problem for index in indexes if index.problem]:
+            log.warning(
+                "%s: every start goes through this and %d more shards again",
+                problems[0], len(problems) - 1,
+            )  # fmt: skip
+        # A file that no thread reads any more closes when it drops out.
+        self._file = functools.lru_cache(_OPEN_FILES)(self._open)
+        self._lock = threading.Lock()
+
+    def _open(self, shard: int) -> BinaryIO:
+        file = tar_index.open_shard(self._paths[shard])
+        if tar_index.state_of(os.fstat(file.fileno())) != self._states[shard]:
+            raise ValueError(f"shard {self._paths[shard]} has changed since the start")
+        return file
+
+    def _read(self, shard: int, begin: int, size: int) -> bytes:
+        try:
+            with self._lock:  # else two threads would open it
+                file = self._file(shard)
+            data = os.pread(file.fileno(), size, begin)  # threads do not share a position
+        except (OSError, ValueError) as error:
+            raise Broken("cannot be read", one_line(error)) from None
+        if len(data) < size:
+            raise Broken("cannot be read", f"shard {self._paths[shard]} has become shorter")
+        return data
+
+    def sample(self, row: int) -> dict[str, Any]:
+        """Return an example, or raise Broken."""
+        shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        at = {name: int(column[row]) for name, column in self.rows.items()}
+        begin, end = (at[name] * tar_index.BLOCK for name in ("header", "picture_at"))
+        if at["picture_size"] > images.MAX_BYTES:
+            raise Broken("too large", f"a picture of {at['picture_size']:,} bytes")
+        if end - begin > 4 * tar_index.MOST_HEADER:
+            raise Broken("damaged header", f"of {end - begin:,} bytes")
+        data = self._read(shard, begin, end - begin + at["picture_size"])
+        try:
+            member = tar_index.name_in(data[: end - begin])
+        except tar_index.DAMAGE as error:
+            raise Broken("damaged header", one_line(error)) from None
+        example = {"name": tar_index.sample_name(self._paths[shard], member)}
+        texts = {}
+        for kind in tar_index.TEXTS:
+            if size := at[f"{kind}_size"]:
+                if size > _MOST_TEXT:
+                    raise Broken("too large", f"a .{kind} of {size:,} bytes")
+                texts[kind] = self._read(shard, at[f"{kind}_at"] * tar_index.BLOCK, size)
+        example |= _described(**texts)
+        return {**check_example(example), "bytes": data[end - begin :]}
+
+
+def _described(txt: bytes = b"", json: bytes = b"", cls: bytes = b"") -> dict[str, Any]:
+    """Return caption, tags and label of a sample's texts, or raise Broken."""
+    found = jsonl.captions_of(jsonl.parse_object(json)) if json else {}
+    try:
+        caption = txt.decode("utf-8-sig").strip()
+        if caption:
+            others = [text for text in found.get("captions", ()) if text != caption]
+            found |= {"caption": caption, "captions": [caption, *others]}
+        if cls:
+            found["label"] = int(cls.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Broken("not UTF-8", one_line(error)) from None
+    except ValueError:
+        raise Broken("damaged label", f"{cls[:60]!r} is no integer") from None
+    return found
+
+
+@functools.lru_cache(2)
+def _opened(data: str, *files: tuple[pathlib.Path, tuple[int, int]]) -> _Shards:
+    """Return shards in their present state, shared by all splits."""
+    return _Shards(data, [path for path, _ in files])
