@@ -31,7 +31,8 @@ from tokenflow_jax.messages import one_line, plain
 
 _OPEN_FILES = 64
 _MOST_SHARDS = 1_000_000
-_MOST_TEXT = 2**25
+_MOST_TEXT = 2**25  # bytes; `files.parse_json` refuses so many
+_NEAR = 2**16  # bytes that a sample may have beside its picture to be read at once
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
@@ -162,25 +163,29 @@ class _Shards:
         """Return an example, or raise Broken."""
         shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
         at = {name: int(column[row]) for name, column in self.rows.items()}
-        begin, end = (at[name] * tar_index.BLOCK for name in ("header", "picture_at"))
-        if at["picture_size"] > images.MAX_BYTES:
-            raise Broken("too large", f"a picture of {at['picture_size']:,} bytes")
-        if end - begin > 4 * tar_index.MOST_HEADER:
-            raise Broken("damaged header", f"of {end - begin:,} bytes")
-        data = self._read(shard, begin, end - begin + at["picture_size"])
+        places = {"header": at["header"] * tar_index.BLOCK}
+        sizes = {"header": at["picture_at"] * tar_index.BLOCK - places["header"]}
+        for kind in tar_index.KINDS:
+            if at[f"{kind}_at"]:
+                places[kind] = at[f"{kind}_at"] * tar_index.BLOCK
+                sizes[kind] = at[f"{kind}_size"]
+        for kind, size in sizes.items():
+            if size > (images.MAX_BYTES if kind == "picture" else _MOST_TEXT):
+                raise Broken("too large", f"a {kind} of {size:,} bytes")
+        first = min(places.values())
+        size = max(places[kind] + sizes[kind] for kind in places) - first
+        if size <= sizes["picture"] + _NEAR:  # neighbours, as usual: one read
+            data = self._read(shard, first, size)
+            parts = {k: data[places[k] - first : places[k] - first + sizes[k]] for k in places}
+        else:
+            parts = {k: self._read(shard, places[k], sizes[k]) for k in places}
         try:
-            member = tar_index.name_in(data[: end - begin])
+            member = tar_index.name_in(parts.pop("header"))
         except tar_index.DAMAGE as error:
             raise Broken("damaged header", one_line(error)) from None
-        example = {"name": tar_index.sample_name(self._paths[shard], member)}
-        texts = {}
-        for kind in tar_index.TEXTS:
-            if size := at[f"{kind}_size"]:
-                if size > _MOST_TEXT:
-                    raise Broken("too large", f"a .{kind} of {size:,} bytes")
-                texts[kind] = self._read(shard, at[f"{kind}_at"] * tar_index.BLOCK, size)
-        example |= _described(**texts)
-        return {**check_example(example), "bytes": data[end - begin :]}
+        picture = parts.pop("picture")
+        name = tar_index.sample_name(self._paths[shard], member)
+        return {**check_example({"name": name, **_described(**parts)}), "bytes": picture}
 
 
 def _described(txt: bytes = b"", json: bytes = b"", cls: bytes = b"") -> dict[str, Any]:
