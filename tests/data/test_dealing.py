@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from tokenflow_jax.data.dealing import DealtBatches, NumberedBatches, block_order
+from tokenflow_jax.data.block_order import block_order
+from tokenflow_jax.data.dealing import DealtBatches, NumberedBatches
 
 COUNT = 20
 BROKEN = frozenset({3, 4, 5, 11})

@@ -415,3 +415,29 @@ def test_prepare(shards, tmp_path, capsys):
     assert len(records) == len(train) and records.numbers == ("label",)
     for i in range(0, len(train), 11):
         assert {**records[i], "group": -1} == {**train[i], "group": -1}
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="of Linux")
+def test_what_a_mix_of_blocks_needs_is_read_ahead(shards, monkeypatch):
+    """Each host its own part, once, in runs."""
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: asked.append(call[1:3]))
+    config = pipeline.DataConfig("webdataset", shards, "all", 8, "center", cache_megabytes=0)
+    source = pipeline.opened(config).source
+    source.will_need(np.arange(30, 60))
+    assert len(asked) == 2, "rows 30 to 45 of one shard, 46 to 59 of the next"
+    sizes = [size for _, size in asked]
+    assert min(sizes) > 14 * 4 * 1024 and max(sizes) < 16 * 6 * 1024
+    wanted = []
+    monkeypatch.setattr(source, "will_need", lambda items: wanted.append(items.tolist()))
+    for share in range(2):
+        blocks = {"shuffle_block": 16, "shuffle_window": 32}
+        config = pipeline.dataclasses.replace(config, **blocks, threads=1, buffer=1)
+        batches = pipeline.train_batches(
+            config, batch_size=4, seed=0, shard_index=share, shard_count=2
+        )
+        for _ in range(4):
+            next(batches)
+        batches.close()
+    firsts = [items for items in wanted if len(items) == 16][:2]
+    assert len(firsts) == 2 and set(firsts[0]).isdisjoint(firsts[1])

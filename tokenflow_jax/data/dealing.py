@@ -20,7 +20,6 @@ are not done yet: no item is lost or seen twice, and where none was broken the b
 #   another: after a restart some would be lost or seen twice.
 
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from tokenflow_jax.data.block_order import block_order
 from tokenflow_jax.messages import shown
 
 Example = Mapping[str, np.ndarray]
@@ -79,6 +79,7 @@ class DealtBatches(_Batches):
         buffer: int = 256,  # examples kept ready
         shuffle_block: int = 0,  # neighbours that stay close, see `block_order`; 0: none do
         shuffle_window: int = 1,  # items that are mixed at a time
+        will_need: Callable[[np.ndarray], None] | None = None,  # told the items of a mix, sorted
     ):
         """Start at the beginning of the stream; nothing is made before the first `next`."""
         check_share(shard_index, shard_count, count)
@@ -91,6 +92,7 @@ class DealtBatches(_Batches):
             **(identity or {}), "pictures": count, "seed": seed, _BLOCKS: self._blocks,
         }  # fmt: skip
         self._options = read_options(threads, buffer)
+        self._will_need = will_need or (lambda items: None)
         self._deal = _Deal(0, shard_count, batch_size)
         self._done = 0  # number of its places that this share has passed
         # Places beyond the origin that were done before the stream was dealt like this.
@@ -139,14 +141,19 @@ class DealtBatches(_Batches):
     def _dataset(self) -> grain.IterDataset:
         # Not self: its readers must not keep it alive.
         ahead, make, deal, share = self._ahead, self._make, self._deal, self._share
+        will_need = self._will_need
 
         def example(place_and_item: tuple[int, int], rng: np.random.Generator):
             place, item = place_and_item
             made = None if place in ahead else make(int(item), rng)
             return None if made is None else {**made, _PLACE: np.int64(place)}
 
+        def announce(place: int, items: np.ndarray) -> None:
+            blocks = (np.arange(len(items)) + place - deal.origin) // deal.block
+            will_need(np.sort(items[(blocks >= 0) & (blocks % deal.shares == share)]))
+
         if self._blocks:
-            order = block_order(self._count, *self._blocks, self._seed)
+            order = block_order(self._count, *self._blocks, self._seed, announce)
             places = grain.MapDataset.range(0, sys.maxsize).seed(self._seed)
             numbered = places.map(lambda place: (place, order(int(place))))
         else:
@@ -158,36 +165,6 @@ class DealtBatches(_Batches):
         mine = numbers.map(lambda number: stream[deal.place(share, number)])
         usable = mine.filter(lambda made: made is not None)
         return usable.to_iter_dataset(self._options).batch(self._batch_size)
-
-
-def block_order(count: int, block: int, window: int, seed: int) -> Callable[[int], int]:
-    """Return the function from a place to its item, each epoch another order of all items.
-
-    Blocks of `block` neighbours are shuffled, and as many as have `window` items together are mixed
-    at a time: so many places in a row need only these parts of the data. The blocks begin elsewhere
-    in every epoch.
-    """
-    whole, together = count // block, max(1, window // block)
-
-    @functools.lru_cache(2)
-    def blocks(epoch: int) -> tuple[np.ndarray, int]:
-        rng = np.random.default_rng((seed, epoch))
-        return np.append(rng.permutation(whole), whole), int(rng.integers(count))
-
-    @functools.lru_cache(4)
-    def mixed(epoch: int, number: int) -> np.ndarray:
-        order, shift = blocks(epoch)
-        some = order[number * together : (number + 1) * together]
-        items = (some[:, None] * block + np.arange(block)).ravel()
-        rng = np.random.default_rng((seed, epoch, number))
-        return (rng.permutation(items[items < count]) + shift) % count
-
-    def item(place: int) -> int:
-        epoch, within = divmod(place, count)
-        number, within = divmod(within, together * block)
-        return int(mixed(epoch, number)[within])
-
-    return item
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,7 +43,7 @@ class DataConfig:
     max_aspect: int = images.MAX_ASPECT  # longer pictures, in shorter sides, count as broken
     min_caption: int = 0  # characters; shorter captions are left out
     max_caption: int = 0  # the same of longer ones; 0: no limit
-    shuffle_block: int = 0  # neighbours that stay close, see `dealing.block_order`; 0: none do
+    shuffle_block: int = 0  # neighbours that stay close, see `block_order`; 0: none do
     shuffle_window: int = 16_384  # pictures that are mixed at a time
     threads: int = 0  # for decoding; 0 takes one per core, at most 32
     buffer: int = 256  # cropped pictures kept ready
@@ -107,6 +107,11 @@ class Decoded:
         if example.pop("bytes", None) is not None:  # raw pictures are as quick to read again
             self._keep(index, example)
         return example
+
+    def will_need(self, indices: np.ndarray) -> None:
+        """Tell the source which sorted indices are read soon, if it wants to know."""
+        if hasattr(self.source, "will_need"):
+            self.source.will_need(indices)
 
     def _image(self, example: dict[str, Any]) -> np.ndarray:
         config = self.config
@@ -193,6 +198,7 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
         buffer=config.buffer,
         shuffle_block=config.shuffle_block,
         shuffle_window=config.shuffle_window,
+        will_need=decoded.will_need,
         **options,
     )
 
