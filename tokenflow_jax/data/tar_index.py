@@ -79,6 +79,7 @@ def open_shard(path: pathlib.Path) -> BinaryIO:
     except OSError as error:
         raise ValueError(f"shard {path} cannot be read ({one_line(error)})") from None
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise ValueError(f"shard {path} is not a regular file")
     return file
 
@@ -179,8 +180,8 @@ def _make(path: pathlib.Path, file: BinaryIO, size: int) -> Columns:
 
 def split_name(name: str) -> tuple[str, str]:
     """Return key and lower-case ending of a member; "" for a hidden one."""
-    parts = name.removeprefix("./").split("/")
-    if any(part.startswith(".") for part in parts if part != ".."):
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if not parts or any(part.startswith(".") and part != ".." for part in parts):
         return "", ""
     stem, _, ending = parts[-1].partition(".")
     return "/".join((*parts[:-1], stem)), ending.lower()
