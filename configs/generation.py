@@ -69,10 +69,16 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.text_tokenizer = ""  # LLaMA-2's folder; or bytes or words, which need no files
 
     config.data = ConfigDict()
-    config.data.name = "jsonl"  # jsonl, array_record, codes (of tokenflow_jax.encode) or emoji
-    config.data.path = ""  # captions.jsonl, or the folder of a data set
+    config.data.name = "jsonl"  # webdataset, array_record, codes (of tokenflow_jax.encode), emoji
+    config.data.path = ""  # captions.jsonl, tars, or the folder of a data set
     config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
+    config.data.min_side = 8  # pixels; smaller pictures are left out
+    config.data.max_aspect = 50  # more elongated pictures are left out
+    config.data.min_caption = 0  # characters; shorter captions are left out
+    config.data.max_caption = 0  # longer captions are left out; 0: none
+    config.data.shuffle_block = 0  # neighbours that stay close when shuffled; 0: none do
+    config.data.shuffle_window = 16_384  # examples that are mixed at a time, in blocks
     config.data.split = "train"  # what trains
     config.data.eval_split = "heldout"  # what is held out
     config.data.encode = "step"  # make codes of images in the step, or once before training

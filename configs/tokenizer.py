@@ -88,9 +88,13 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.trainable = ()  # patterns of parameters that train; () all of them
 
     config.data = ConfigDict()
-    config.data.name = "tfds"  # emoji, folder, array_record or tfds
-    config.data.path = "imagenet2012"  # folder, ArrayRecord files, or TFDS name[:version]
+    config.data.name = "tfds"  # emoji, folder, array_record, tfds or webdataset
+    config.data.path = "imagenet2012"  # folder, ArrayRecord or tar files, or TFDS name[:version]
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
+    config.data.min_side = 8  # pixels; smaller pictures are left out
+    config.data.max_aspect = 50  # more elongated pictures are left out
+    config.data.shuffle_block = 0  # neighbours that stay close when shuffled; 0: none do
+    config.data.shuffle_window = 16_384  # examples that are mixed at a time, in blocks
     config.data.split = "train"  # what trains
     config.data.eval_split = "validation"  # what is held out
     config.data.augment = "random_crop"  # short side drawn from size to size / 0.8; or center

@@ -98,5 +98,9 @@ def test_pictures_outside_the_folder_are_not_read_by_default(file):
 def test_the_stage_hands_the_choice_to_its_data():
     config = configs.get_config()
     config.data.allow_outside = True
+    config.data.min_side, config.data.max_aspect = 99, 3
+    config.data.shuffle_block, config.data.shuffle_window = 64, 4096
     stage = TokenizerStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
-    assert stage._data_config("train", "center", False).allow_outside
+    found = stage._data_config("train", "center", False)
+    assert found.allow_outside and (found.min_side, found.max_aspect) == (99, 3)
+    assert (found.shuffle_block, found.shuffle_window) == (64, 4096)

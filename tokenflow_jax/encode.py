@@ -113,7 +113,7 @@ def encode(
 
 
 def define_flags(define: cli.Define) -> None:
-    kinds = ["", "emoji", "folder", "jsonl", "array_record", "tfds"]
+    kinds = ["", "emoji", "folder", "jsonl", "array_record", "tfds", "webdataset"]
     define.string("checkpoint", None, "A workdir, one of its checkpoints, or a PyTorch file.")
     define.string("variant", None, "Which model a PyTorch file holds.")
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")

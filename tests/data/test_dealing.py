@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from tokenflow_jax.data.block_order import block_order
 from tokenflow_jax.data.dealing import DealtBatches, NumberedBatches
 
 COUNT = 20
@@ -140,3 +141,44 @@ def test_numbered_batches_resume_on_any_number_of_processes():
     assert [int(next(after)["n"]) for _ in range(2)] == [4, 5]
     with pytest.raises(ValueError, match="data was 'a' and is 'b'"):
         batches(data="b").set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "window"),
+    [(1000, 16, 128), (1, 5, 9), (97, 10, 10), (50, 64, 1), (64, 8, 99)],
+)
+def test_the_order_of_blocks(count, block, window):
+    order = block_order(count, block, window, 7)
+    passes = np.array([order(place) for place in range(3 * count)]).reshape(3, count)
+    assert all(sorted(items) == list(range(count)) for items in passes)
+    again = block_order(count, block, window, 7)
+    assert [again(place) for place in reversed(range(3 * count))] == passes.ravel()[::-1].tolist()
+    if count > 10:
+        other = [block_order(count, block, window, 8)(place) for place in range(count)]
+        assert all((passes[0] != items).any() for items in (passes[1], passes[2], other))
+
+
+def test_windows_of_the_order_need_few_runs_of_neighbours():
+    count, block, window = 10_000, 50, 500
+    order = block_order(count, block, window, 0)
+    for first in range(0, count - window, window):
+        items = np.sort([order(place) for place in range(first, first + window)])
+        runs = 1 + np.sum(np.diff(items) > 1)
+        assert runs <= window // block + 1  # one more where the last item meets the first
+    jumps = np.abs(np.diff([order(place) for place in range(count)]))
+    assert np.mean(jumps > block) > 0.85, "neighbours do not follow each other"
+
+
+def test_a_position_holds_the_order_of_blocks():
+    plain = deal()
+    assert plain.get_state()["stream"]["shuffle_block"] == 0
+    before = plain.get_state()
+    del before["stream"]["shuffle_block"]
+    deal().set_state(before)  # from before there were blocks
+    blocks = DealtBatches(
+        whole, COUNT, batch_size=4, seed=5, identity={"data": "numbers"}, shuffle_block=4
+    )
+    with pytest.raises(ValueError, match=r"shuffle_block was 0 and is \[4, 1\]"):
+        blocks.set_state(before)
+    with pytest.raises(ValueError, match=r"shuffle_block was \[4, 1\] and is 0"):
+        deal().set_state(blocks.get_state())

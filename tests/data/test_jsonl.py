@@ -65,14 +65,22 @@ def test_the_index_of_a_large_file_is_kept(file, monkeypatch, caplog):
     assert len(changed) == 122 and changed.read(121) == b"mehr"
     kept = file.with_name("some.jsonl.index.npz")
     kept.write_bytes(kept.read_bytes()[:-300])
-    assert len(Lines(file, "test", describe)) == 122 and "indexing the lines again" in caplog.text
+    assert len(Lines(file, "test", describe)) == 122 and "made again" in caplog.text
     assert len(Lines(file, "test", never)) == 122
     assert sorted(path.name for path in file.parent.iterdir()) == [file.name, kept.name]
 
 
-def test_an_index_that_cannot_be_written(file, monkeypatch, caplog):
+def test_an_index_that_cannot_be_written(file, monkeypatch, caplog, tmp_path_factory):
+    """It is kept in the cache folder, or nowhere."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(jsonl, "_KEEP_FROM", 100)
     (file.parent / "some.jsonl.index.npz").mkdir()
+    assert len(Lines(file, "test", describe)) == 121 and not caplog.text
+    assert len(Lines(file, "test", None)) == 121, "went through the file again"
+    (kept,) = (cache / "tokenflow_jax").iterdir()
+    kept.unlink()
+    kept.mkdir()
     assert len(Lines(file, "test", describe)) == 121
     assert "cannot be written" in caplog.text and "again" in caplog.text
     assert len(list(file.parent.iterdir())) == 2

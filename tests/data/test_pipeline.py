@@ -7,12 +7,15 @@ import time
 
 import numpy as np
 import pytest
+from config_files import tokenizer
 from picture_files import encode, picture, plain
 
 from tokenflow_jax.data import pipeline, records, sources
+from tokenflow_jax.data.examples import Broken, fitting_captions
 from tokenflow_jax.data.pipeline import DataConfig
 from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.train.loop import check_config_change
+from tokenflow_jax.train.run_config import BEFORE
 
 EMOJI = DataConfig("emoji", image_size=16)
 
@@ -393,3 +396,24 @@ def test_reading_outside_the_folder_does_not_make_other_data():
     check_config_change(old, new, "checkpoint")
     with pytest.raises(CheckpointError, match=r"data\.name"):
         check_config_change(old, {"data": {"name": "emoji"}}, "checkpoint")
+
+
+def test_runs_from_before_limits_and_blocks_go_on():
+    config = tokenizer.get_config().to_dict()
+    old = {**config, "data": {k: v for k, v in config["data"].items() if f"data.{k}" not in BEFORE}}
+    assert len(config["data"]) - len(old["data"]) == 4
+    check_config_change(old, config, "checkpoint")
+    for key in ("min_side", "shuffle_block"):
+        changed = {**config, "data": {**config["data"], key: 64}}
+        with pytest.raises(CheckpointError, match=rf"data\.{key}.* -> 64"):
+            check_config_change(old, changed, "checkpoint")
+
+
+def test_captions_of_some_length():
+    texts = {"caption": "abc", "captions": ["abc", "abcdefgh", "abcde"]}
+    assert fitting_captions(texts, 0, 0) is texts
+    assert fitting_captions(texts, 4, 6) == {"caption": "abcde", "captions": ["abcde"]}
+    assert fitting_captions({"caption": "ab"}, 1, 2) == {"caption": "ab"}
+    assert fitting_captions({"tags": ["x"]}, 5, 9) == {"tags": ["x"]}
+    with pytest.raises(Broken, match="caption length: 2 characters, the limits are 3 and 0"):
+        fitting_captions({"caption": "ab"}, 3, 0)

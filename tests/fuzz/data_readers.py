@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import tarfile
 
@@ -15,6 +16,7 @@ from tokenflow_jax.data.chat.conversations import JsonlConversations
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.jsonl import JsonlSource
 from tokenflow_jax.data.sources import RecordSource
+from tokenflow_jax.data.webdataset import WebDatasetSource
 from tokenflow_jax.evals import understanding
 from tokenflow_jax.train import curves
 
@@ -134,6 +136,29 @@ def _cifar(folder: pathlib.Path) -> list[Files]:
     return [{"cifar.tgz": out.getvalue()}]
 
 
+def _tars(folder: pathlib.Path) -> list[Files]:
+    seeds = []
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        long = "folder/" * 20 + "b" * 90
+        with tarfile.open(folder / "s.tar", "w", format=form) as tar:
+            for name, data in (
+                *(("a.png", _picture()), ("a.json", b'{"caption": "a cat"}'), ("a.cls", b"3")),
+                *((f"{long}.png", _picture()), (f"{long}.txt", b"a dog")),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(data), 1.5 if form == tarfile.PAX_FORMAT else 1
+                tar.addfile(info, io.BytesIO(data))
+        _read_tars(folder)  # leaves an index
+        seeds.append(collect(folder))
+    return seeds
+
+
+def _read_tars(folder: pathlib.Path) -> None:
+    if (folder / "s.tar").exists():
+        os.utime(folder / "s.tar", ns=(0, 0))  # which the index must name
+    _items(WebDatasetSource(str(folder / "s.tar")))
+
+
 READERS = {
     "dataset": Reader(_dataset, _read_dataset, {".json": "json"}),
     "record": Reader(
@@ -149,6 +174,7 @@ READERS = {
         lambda folder: _items(JsonlSource(folder / "captions.jsonl")),
         {".jsonl": "lines"},
     ),
+    "tars": Reader(_tars, _read_tars),
     "conversations": Reader(_conversations, _read_conversations, {".jsonl": "lines"}),
     "picture": Reader(
         lambda folder: [{"picture": _picture(kind)} for kind in _FORMATS], _read_picture

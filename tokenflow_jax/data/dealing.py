@@ -28,11 +28,13 @@ from typing import Any
 import grain
 import numpy as np
 
+from tokenflow_jax.data.block_order import block_order
 from tokenflow_jax.messages import shown
 
 Example = Mapping[str, np.ndarray]
 States = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _PLACE = "_place"
+_BLOCKS = "shuffle_block"
 
 
 class _Batches:
@@ -75,6 +77,9 @@ class DealtBatches(_Batches):
         identity: Mapping[str, Any] | None = None,  # JSON-able; positions in others are refused
         threads: int = 0,  # that call `make`; 0 takes one per core, at most 32
         buffer: int = 256,  # examples kept ready
+        shuffle_block: int = 0,  # neighbours that stay close, see `block_order`; 0: none do
+        shuffle_window: int = 1,  # items that are mixed at a time
+        will_need: Callable[[np.ndarray], None] | None = None,  # told the items of a mix, sorted
     ):
         """Start at the beginning of the stream; nothing is made before the first `next`."""
         check_share(shard_index, shard_count, count)
@@ -82,8 +87,12 @@ class DealtBatches(_Batches):
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
         self._make, self._count, self._batch_size, self._seed = make, count, batch_size, seed
         self._share = shard_index
-        self._stream = {**(identity or {}), "pictures": count, "seed": seed}
+        self._blocks = [shuffle_block, shuffle_window] if shuffle_block else 0
+        self._stream = {
+            **(identity or {}), "pictures": count, "seed": seed, _BLOCKS: self._blocks,
+        }  # fmt: skip
         self._options = read_options(threads, buffer)
+        self._will_need = will_need or (lambda items: None)
         self._deal = _Deal(0, shard_count, batch_size)
         self._done = 0  # number of its places that this share has passed
         # Places beyond the origin that were done before the stream was dealt like this.
@@ -132,14 +141,24 @@ class DealtBatches(_Batches):
     def _dataset(self) -> grain.IterDataset:
         # Not self: its readers must not keep it alive.
         ahead, make, deal, share = self._ahead, self._make, self._deal, self._share
+        will_need = self._will_need
 
         def example(place_and_item: tuple[int, int], rng: np.random.Generator):
             place, item = place_and_item
             made = None if place in ahead else make(int(item), rng)
             return None if made is None else {**made, _PLACE: np.int64(place)}
 
-        items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
-        numbered = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
+        def announce(place: int, items: np.ndarray) -> None:
+            blocks = (np.arange(len(items)) + place - deal.origin) // deal.block
+            will_need(np.sort(items[(blocks >= 0) & (blocks % deal.shares == share)]))
+
+        if self._blocks:
+            order = block_order(self._count, *self._blocks, self._seed, announce)
+            places = grain.MapDataset.range(0, sys.maxsize).seed(self._seed)
+            numbered = places.map(lambda place: (place, order(int(place))))
+        else:
+            items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
+            numbered = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
         # random_map's generator follows from (seed, place): dealt out only behind it.
         stream = numbered.random_map(example)
         numbers = grain.MapDataset.range(self._done, sys.maxsize)
@@ -206,7 +225,8 @@ class NumberedBatches(_Batches):
 
 def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     states = [states] if isinstance(states, Mapping) else list(states)
-    saved = states[0].get("stream", {}) if states else {}
+    # Positions from before there were blocks lack them.
+    saved = {_BLOCKS: 0, **states[0].get("stream", {})} if states else {}
     changed = [
         f"{key} was {shown(saved.get(key))} and is {value!r}"
         for key, value in stream.items()

@@ -32,6 +32,18 @@ def evenly_spaced(total: int, limit: int | None) -> np.ndarray:
     return np.arange(count) * total // count
 
 
+def split_indices(held_out: np.ndarray, split: str, data: str, unit: str) -> np.ndarray:
+    """Return the indices of split "all", "train" or "heldout"; of few examples always all."""
+    if split == "all" or len(held_out) < MIN_TO_SPLIT:
+        if split == "heldout":
+            log.warning(
+                "%s has %d %s, fewer than %d: none are held out, so the figures are on training "
+                "data", data, len(held_out), unit, MIN_TO_SPLIT,
+            )  # fmt: skip
+        return np.arange(len(held_out))
+    return np.flatnonzero(held_out == (split == "heldout"))
+
+
 class Broken(ValueError):
     """An example that cannot be used: a short `reason` to count, and a `detail` to log."""
 
@@ -67,6 +79,24 @@ def check_example(example: dict[str, Any]) -> dict[str, Any]:
         for text in texts:
             check_text(text, f"one of its {key}")
     return example
+
+
+def fitting_captions(example: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    """Return an example with those captions that have so many characters; Broken if none has.
+
+    A `most` of 0 is no limit, and an example without captions stays as it is.
+    """
+    texts = example.get("captions") or [example[key] for key in ("caption",) if key in example]
+    fitting = [text for text in texts if least <= len(text) <= (most or len(text))]
+    if len(fitting) == len(texts):
+        return example
+    if not fitting:
+        raise Broken(
+            "caption length",
+            f"{len(texts[0])} characters, the limits are {least} and {most} (min_caption, "
+            "max_caption)",
+        )
+    return {**example, "caption": fitting[0], "captions": fitting}
 
 
 class Skipped:

@@ -92,7 +92,7 @@ def check_size(
     if min(width, height) < min_side:
         raise Broken("too small", f"{size}, each side must be at least {min_side} (min_side)")
     if max(width, height) > max_aspect * min(width, height):
-        raise Broken("too elongated", f"{size}, the limit is {max_aspect} to 1")
+        raise Broken("too elongated", f"{size}, the limit is {max_aspect} to 1 (max_aspect)")
 
 
 def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:

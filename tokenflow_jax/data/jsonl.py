@@ -4,15 +4,13 @@ A file may also hold one JSON array, whose elements then count as its lines. Not
 ends a line.
 
 Only the places and lengths of lines stay in memory. Going through ten million lines takes minutes,
-so the index of a large file is kept beside it (FILE.index.npz) and used as long as the file's size
-and modification time are the same.
+so the index of a large file is kept, see `kept`.
 """
 
 import array
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,12 +19,13 @@ import numpy as np
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import (
     HELDOUT_NAMES,
-    MIN_TO_SPLIT,
     SPLITS,
     Broken,
     check_example,
     is_heldout,
+    split_indices,
 )  # fmt: skip
+from tokenflow_jax.data.kept import Columns, Kept
 from tokenflow_jax.files import parse_json
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, shown
@@ -137,13 +136,16 @@ class Lines:
         self._open = self.file.open("rb")
         self.unit = unit_of(self._open)
         status = os.fstat(self._open.fileno())
-        self._identity = f"{kind} {_VERSION} {status.st_size} {status.st_mtime_ns}"
-        self._kept = self.file.with_name(self.file.name + ".index.npz")
-        columns = self._load_index()
+        kept = Kept(self.file, f"{kind} {_VERSION}", status)
+        columns = kept.load(_COLUMNS, _fit)
         if columns is None:
             columns = self._make_index(describe)
-            if len(columns["offsets"]) >= _KEEP_FROM:
-                self._keep(columns)
+            count = len(columns["offsets"])
+            if count >= _KEEP_FROM and (problem := kept.keep(columns)):
+                log.warning(
+                    "%s: every start goes through the %d lines of %s again",
+                    problem, count, self.file.name,
+                )  # fmt: skip
         own = (columns[name] for name in _COLUMNS)
         self.offsets, self._sizes, self.numbers, self.lengths, self.held_out = own
 
@@ -158,16 +160,9 @@ class Lines:
 
     def split(self, name: str) -> np.ndarray:
         """Return the indices of "all", "train" or "heldout" lines; of a small file always all."""
-        if name == "all" or len(self) < MIN_TO_SPLIT:
-            if name == "heldout":
-                log.warning(
-                    "%s has %d lines, fewer than %d: none are held out, so the figures are on "
-                    "training data", self.file, len(self), MIN_TO_SPLIT,
-                )  # fmt: skip
-            return np.arange(len(self))
-        return np.flatnonzero(self.held_out == (name == "heldout"))
+        return split_indices(self.held_out, name, str(self.file), "lines")
 
-    def _make_index(self, describe: Describe) -> dict[str, np.ndarray]:
+    def _make_index(self, describe: Describe) -> Columns:
         rows = {name: array.array("q") for name in _COLUMNS}
         for number, offset, line in lines_of(self._open):
             try:
@@ -179,31 +174,10 @@ class Lines:
                 rows[name].append(value)
         return {name: np.array(rows[name], dtype) for name, dtype in _COLUMNS.items()}
 
-    def _load_index(self) -> dict[str, np.ndarray] | None:
-        try:
-            with np.load(self._kept, allow_pickle=False) as kept:
-                if str(kept["identity"]) != self._identity:
-                    return None
-                return {name: kept[name] for name in _COLUMNS}
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s cannot be used (%s): indexing the lines again", self._kept, error)
-            return None
 
-    def _keep(self, columns: dict[str, np.ndarray]) -> None:
-        # Not `files.write_atomically`: the processes of a run may all do this at once.
-        partial = self._kept.with_name(f"{self._kept.name}.{os.uname().nodename}.{os.getpid()}")
-        try:
-            with partial.open("wb") as out:
-                np.savez(out, identity=np.array(self._identity), **columns)
-            partial.replace(self._kept)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            log.warning(
-                "%s cannot be written (%s): every start goes through the %d lines of %s again",
-                self._kept, error, len(columns["offsets"]), self.file.name,
-            )  # fmt: skip
+def _fit(columns: Columns) -> bool:
+    lengths = {len(column) for column in columns.values()}
+    return len(lengths) == 1 and all((columns[name] >= 0).all() for name in ("offsets", "sizes"))
 
 
 class LineSource:
@@ -272,11 +246,14 @@ def _parse(line: bytes) -> dict[str, Any]:
     name = next((row[key] for key in _IMAGE_KEYS if isinstance(row.get(key), str)), "")
     if not name:
         raise Broken("line without image", f"{line[:60]!r}")
+    return check_example({"name": name, **captions_of(row)})
+
+
+def captions_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the "caption", "captions" and "tags" of an object, as far as it has them."""
     texts = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str | list)), [])
     texts = [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
-    example = {"name": name}
-    if texts:
-        example |= {"caption": texts[0], "captions": texts}
+    found = {"caption": texts[0], "captions": texts} if texts else {}
     if isinstance(row.get("tags"), list):
-        example["tags"] = [str(tag) for tag in row["tags"]]
-    return check_example(example)
+        found["tags"] = [str(tag) for tag in row["tags"]]
+    return found

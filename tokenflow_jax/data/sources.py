@@ -25,6 +25,7 @@ from tokenflow_jax.data.examples import (
     is_heldout,
 )  # fmt: skip
 from tokenflow_jax.data.jsonl import JsonlSource
+from tokenflow_jax.data.webdataset import WebDatasetSource
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, plain, shown
 
@@ -288,6 +289,7 @@ def open_source(
         "jsonl": lambda: JsonlSource(path, split, image_folder, allow_outside),
         "array_record": lambda: RecordSource(path, split),
         "tfds": lambda: TFDSSource(path, split),
+        "webdataset": lambda: WebDatasetSource(path, split),
     }
     if name not in kinds:
         raise ValueError(f"data.name {name!r} is not one of {sorted(kinds)}")

@@ -15,9 +15,11 @@ CROP = "short side to the resolution (halved by averaging, then bicubic), center
 
 
 def kind_of_data(path: str) -> str:
-    """Return the kind of data at a path: "array_record", "folder", or "emoji" for no path."""
+    """Return the kind of data at a path: "array_record", "folder", ...; "emoji" for no path."""
     if not path:
         return "emoji"
+    if path.endswith(".tar"):
+        return "webdataset"
     folder = pathlib.Path(path)
     is_folder = folder.is_dir() and not (folder / records.MANIFEST).is_file()
     return "folder" if is_folder else "array_record"

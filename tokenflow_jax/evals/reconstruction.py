@@ -157,14 +157,14 @@ def _table(figures: Mapping[str, float], about: Mapping[str, Any], notes: Sequen
 
 
 def define_flags(define: cli.Define) -> None:
-    kinds = ["", "emoji", "folder", "array_record", "tfds"]
+    kinds = ["", "emoji", "folder", "array_record", "tfds", "webdataset"]
     define.string("checkpoint", None, "A workdir, a checkpoint of ours, or a PyTorch file.")
     define.string("variant", None, "Which model a PyTorch file holds, such as b.")
     define.bool("ema", True, "Take the moving average of the weights if there is one.")
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
     define.enum("dtype", "float32", ["float32", "bfloat16"], "Compute in.")
     define.enum("data", "", kinds, "Kind of data; detected from --path by default.")
-    define.string("path", "", "Folder, data set of data.prepare, or TFDS name.")
+    define.string("path", "", "Folder, data set of data.prepare, tars, or TFDS name.")
     define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     define.string("split", "", "Part of the data; the held-out one by default.")
     define.integer("images", None, "Number of evenly spaced images; all by default.")

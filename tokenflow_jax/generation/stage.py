@@ -159,6 +159,10 @@ class GenerationStage(CodeStage):
             flip=False,
             image_folder=data.image_folder,
             allow_outside=data.allow_outside,
+            min_side=data.min_side,
+            max_aspect=data.max_aspect,
+            min_caption=data.min_caption,
+            max_caption=data.max_caption,
         )
         images = captions.Pictures(config)
         if self.encodes:
@@ -176,6 +180,8 @@ class GenerationStage(CodeStage):
             seed=self.config.seed,
             shard_index=share,
             shard_count=shares,
+            shuffle_block=self.config.data.shuffle_block,
+            shuffle_window=self.config.data.shuffle_window,
         )
 
     def final_notes(self) -> list[str]:

@@ -151,7 +151,12 @@ class TokenizerStage(Stage):
     def _data_config(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
         data, size = self.config.data, self.model_config.image_size
         return pipeline.DataConfig(
-            data.name, data.path, split, size, augment, flip, allow_outside=data.allow_outside
+            *(data.name, data.path, split, size, augment, flip),
+            min_side=data.min_side,
+            max_aspect=data.max_aspect,
+            shuffle_block=data.shuffle_block,
+            shuffle_window=data.shuffle_window,
+            allow_outside=data.allow_outside,
         )
 
     def final_notes(self) -> list[str]:

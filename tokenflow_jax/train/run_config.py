@@ -16,6 +16,16 @@ RENAMED = {
     "eval.conversations": "eval.examples",
 }
 
+# What keys stood for before they existed.
+BEFORE = {
+    "data.min_side": 8,
+    "data.max_aspect": 50,
+    "data.min_caption": 0,
+    "data.max_caption": 0,
+    "data.shuffle_block": 0,
+    "data.shuffle_window": 16_384,
+}
+
 
 def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a saved config with today's keys; one that has them already is unchanged."""
@@ -59,7 +69,8 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
     from flax.traverse_util import flatten_dict  # here, so that --help is quick
 
     old_flat, new_flat = (
-        flatten_dict(config, is_leaf=lambda _, value: not value, sep=".") for config in (old, new)
+        {**BEFORE, **flatten_dict(config, is_leaf=lambda _, value: not value, sep=".")}
+        for config in (old, new)
     )
     return {
         key: (old_flat.get(key), new_flat.get(key))

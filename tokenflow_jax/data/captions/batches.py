@@ -111,6 +111,7 @@ class Pictures:
         self.name = f"{config.name} {config.split}"
         self.blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
         self.skipped = self._decoded.skipped
+        self.will_need = self._decoded.will_need
 
     def __len__(self) -> int:
         return len(self._decoded)
@@ -137,7 +138,13 @@ def train_batches(
         guard.check(row is not None)
         return row
 
-    return DealtBatches(draw, len(examples), identity={"data": examples.name}, **options)
+    return DealtBatches(
+        draw,
+        len(examples),
+        identity={"data": examples.name},
+        will_need=getattr(examples, "will_need", None),
+        **options,
+    )
 
 
 def eval_batches(
