@@ -26,7 +26,7 @@ set -- ${ARGS[@]+"${ARGS[@]}"}
 SLICES="${SLICES:-1}"
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
 SAVE_SECONDS="${SAVE_SECONDS:-120}"
-read -r -a xpk_flags <<<"${XPK_FLAGS:-}"
+read -r -d "" -a xpk_flags <<<"${XPK_FLAGS:-}" || true # at the end of the text
 
 run() {
   local train image folder

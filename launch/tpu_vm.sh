@@ -30,8 +30,8 @@ set -- ${ARGS[@]+"${ARGS[@]}"}
 SLICES="${SLICES:-1}"
 POLL="${POLL:-30}"
 MAX_RESTARTS="${MAX_RESTARTS:-100}"
-read -r -a create_flags <<<"${TPU_CREATE_FLAGS:-}"
-read -r -a ssh_flags <<<"${TPU_SSH_FLAGS:-}"
+read -r -d "" -a create_flags <<<"${TPU_CREATE_FLAGS:-}" || true # at the end of the text
+read -r -d "" -a ssh_flags <<<"${TPU_SSH_FLAGS:-}" || true
 packed=0 restarts=0 failed_before=0
 
 # qr VERB WORD...: calls gcloud on the queued resource.

@@ -1,6 +1,7 @@
 """The run's own log: progress on stdout, warnings and errors on stderr, nothing from libraries."""
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,8 @@ def set_up(verbose: bool = True) -> None:
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     log.propagate = False
     logging.getLogger("absl").addFilter(_is_not_orbax)
+    # Its own handler would print what a folder's config.json says as it is.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     hush_tensorstore()
 
 

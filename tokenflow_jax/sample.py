@@ -193,7 +193,7 @@ def _write_recipe(
     wanted = json.loads(json.dumps({"recipe": recipe, "layout": layout, "images": images}))
     text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
     data = text.encode(errors="backslashreplace")  # halves of surrogate pairs
-    if path.exists() and path.read_bytes() != data:
+    if path.exists() and files.read_bytes(path, _MOST) != data:
         there = files.read_json(path, remedy="; choose another --out")
         changed = [key for key in wanted if there.get(key) != wanted[key]]
         if changed:

@@ -60,3 +60,13 @@ def test_a_guard_gives_up_after_two_passes_without_a_success(count):
     with pytest.raises(ValueError, match=r"no usable picture among the 40.*'gone': 1.*x: gone: fo"):
         for _ in range(2 * 40 // count + 32):
             guard.check(False, count)
+
+
+def test_a_guard_may_allow_fewer_failures_than_there_are_examples():
+    guard = Guard(Skipped("data", 10**6), "conversation", most=64)
+    for _ in range(100):
+        guard.check(True)
+        for _ in range(7):
+            guard.check(False, 8)
+    with pytest.raises(ValueError, match="no usable conversation among the 1000000"):
+        guard.check(False, 8)

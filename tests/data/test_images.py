@@ -253,3 +253,13 @@ def test_a_name_that_is_not_utf8_is_read(tmp_path):
     with open(path, "wb") as file:
         file.write(b"data")
     assert images.read_file(os.fsdecode(b"caf\xe9.png"), tmp_path) == b"data"
+
+
+def test_a_plain_ppm_of_comments_is_refused_at_once():
+    data = b"P3 16 16 255\n" + b"#\n" * 400_000
+    start = time.monotonic()
+    with pytest.raises(Broken, match="a plain PPM of 800,013 bytes"):
+        images.decode(data)
+    assert time.monotonic() - start < 1
+    small = b"P3 8 8 255\n# gray\n" + b"7 7 7\n" * 64
+    assert (images.decode(small) == 7).all()

@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 
 from tokenflow_jax.data import jsonl
@@ -146,3 +147,26 @@ def test_long_lines_take_linear_time_and_bounded_memory(tmp_path, monkeypatch):
     assert len(found.read(1)) < 2**26
     with pytest.raises(Broken, match="the limit is"):
         jsonl.parse_object(found.read(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda columns: columns["sizes"].fill(2**30),
+        lambda columns: columns["offsets"].fill(-5),
+        lambda columns: columns.update(offsets=columns["offsets"][::-1].copy()),
+        lambda columns: columns.update(offsets=columns["offsets"] + 2**40),
+        lambda columns: columns.update(numbers=columns["numbers"][:5]),
+        lambda columns: columns.update(numbers=columns["numbers"][:, None]),
+    ],
+)
+def test_a_kept_index_that_does_not_fit_the_file_is_made_again(file, monkeypatch, change):
+    monkeypatch.setattr(jsonl, "_KEEP_FROM", 100)
+    good = Lines(file, "test", describe)
+    kept = file.with_name(file.name + ".index.npz")
+    with np.load(kept) as found:
+        columns = {name: found[name] for name in found.files}
+    change(columns)
+    np.savez(kept, **columns)
+    again = Lines(file, "test", describe)
+    assert [again.read(i) for i in range(len(again))] == [good.read(i) for i in range(len(good))]

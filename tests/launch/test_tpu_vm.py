@@ -40,7 +40,7 @@ def test_create(machine):
 
 
 def test_create_several_slices_of_spot_machines(machine):
-    settings = {"SLICES": "2", "TPU_CREATE_FLAGS": "--spot --network=net"}
+    settings = {"SLICES": "2", "TPU_CREATE_FLAGS": "--spot \n  --network=net\n"}
     [call] = machine.check("tpu_vm.sh", "create", **settings)
     assert call == [
         *CREATE[:8], "--node-count=2", "--node-prefix=pod", "--spot", "--network=net", *WHERE

@@ -158,3 +158,17 @@ def test_loading_says_what_is_wrong(tmp_path):
         tfx.Tokenizer.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="float16"):
         tfx.Tokenizer.load(path, variant="b", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    "images", [[], [[1]], "x.png", None, 3.0, [np.zeros((64, 64, 3), np.uint8)]]
+)
+def test_what_is_no_array_of_images_is_named(tiny, images):
+    with pytest.raises(ValueError, match=r"images of shape .*takes an array \(batch"):
+        tiny.encode(images)
+
+
+def test_an_empty_batch_is_refused(tiny):
+    size = tiny.config.image_size
+    with pytest.raises(ValueError, match=r"images of shape \(0, "):
+        tiny.encode(np.zeros((0, size, size, 3), np.uint8))

@@ -450,3 +450,23 @@ def test_declared_shapes_are_compared_with_the_files(tmp_path, shape, error):
     file.write_text(json.dumps(checkpoint_info.seal(info)))
     with pytest.raises(checkpoint.CheckpointError, match=error):
         load_for_inference(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tokenizer", 5), ("tokenizer", None), ("data", []), ("sampling", "x"), ("model", None),
+     ("text_tokenizer", 5), ("text_tokenizer", True), ("data", {"max_length": "x"}),
+     ("data", {"template": {}}), ("tokenizer", {"path": 5}), ("tokenizer", {"fingerprint": []})],
+    ids=str,
+)  # fmt: skip
+def test_a_config_of_other_types_is_named(tmp_path, key, value):
+    save(tmp_path, make_state()).close()
+    path = tmp_path / "checkpoints" / "7"
+    info = json.loads((path / "info" / "metadata").read_text())
+    del info["crc32"]
+    info["config"][key] = value
+    (path / "info" / "metadata").write_text(json.dumps(checkpoint_info.seal(info)))
+    with pytest.raises(
+        checkpoint.CheckpointError, match=rf"metadata is not of a.*\n.*config.{key}"
+    ):
+        checkpoint_info.read_info(path)

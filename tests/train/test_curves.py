@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import threading
 
@@ -160,3 +161,9 @@ def test_only_grids_of_later_steps_are_removed(tmp_path):
     assert sorted(path.name for path in images.iterdir()) == sorted(others)
     page = report.write_report(tmp_path, [{"step": 7, "loss/total": 1.0}], {}, {}, [])
     assert page.read_text().count("<img") == 1
+
+
+def test_a_pipe_in_place_of_the_curves_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl' is not a regular file"):
+        curves.Writer(tmp_path, 7)

@@ -351,3 +351,14 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog,
     monkeypatch.setattr(workdir.fcntl, "flock", refuse)
     toy_stage.run(tmp_path, total_steps=2)
     assert f"the file system of {tmp_path} has no locks ({os.strerror(number)})" in caplog.text
+
+
+def test_grids_that_cannot_be_written_do_not_end_a_run(tmp_path, monkeypatch, caplog):
+    def refuse(*unused):
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", "images/x.png")
+
+    monkeypatch.setattr(curves.Writer, "images", refuse)
+    assert int(toy_stage.run(tmp_path).state.step) == 40
+    assert "step 20: the drawing of pictures failed: [Errno 20] Not a directory" in caplog.text
+    history = curves.read_history(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]

@@ -1,5 +1,6 @@
 """Shared by all data sets: the check of examples, the held-out split, what is left out."""
 
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -155,8 +156,9 @@ def notes_on(records: Iterable[Skipped]) -> list[str]:
 class Guard:
     """An error instead of endless skipping: a whole pass of failures without a success."""
 
-    def __init__(self, skipped: Skipped, wanted: str):
-        self._skipped, self._wanted = skipped, wanted
+    def __init__(self, skipped: Skipped, wanted: str, most: int = sys.maxsize):
+        """Allow failures in a row for a pass over the examples, at most `most`."""
+        self._skipped, self._wanted, self._most = skipped, wanted, most
         self._lock = threading.Lock()
         self._failures = 0  # since the last success
 
@@ -168,7 +170,7 @@ class Guard:
                 return
             # A lone usable example may come first in one shuffled pass and last in the next, and
             # threads run ahead of it.
-            enough = 2 * self._skipped.total + _MOST_THREADS * count
+            enough = min(2 * self._skipped.total + _MOST_THREADS * count, self._most)
             hopeless = self._failures >= enough
         if hopeless:
             raise ValueError(self._skipped.nothing_usable(self._wanted))

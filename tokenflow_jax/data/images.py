@@ -18,6 +18,7 @@ from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.messages import one_line, shown
 
 MAX_BYTES = 2**28  # of a picture file
+_MOST_PLAIN = 2**17  # of a PPM in digits: PIL's time grows with the square of its comments
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
 # A picture this elongated is a banner or an attack: 8 x 8,000,000 pixels pass the area check and
@@ -103,6 +104,8 @@ def decode(data: bytes, *, draft_side: int = 0, **limits: int) -> np.ndarray:
     With `draft_side`, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides
     stay at least this many pixels: several times faster, and slightly different pixels.
     """
+    if data[:2] in (b"P1", b"P2", b"P3") and len(data) > _MOST_PLAIN:
+        raise Broken("too large", f"a plain PPM of {len(data):,} bytes; use PNG, or PPM in binary")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, **limits)

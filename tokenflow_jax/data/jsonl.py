@@ -137,7 +137,7 @@ class Lines:
         self.unit = unit_of(self._open)
         status = os.fstat(self._open.fileno())
         kept = Kept(self.file, f"{kind} {_VERSION}", status)
-        columns = kept.load(_COLUMNS, _fit)
+        columns = kept.load(_COLUMNS, lambda columns: _fit(columns, status.st_size))
         if columns is None:
             columns = self._make_index(describe)
             count = len(columns["offsets"])
@@ -175,9 +175,12 @@ class Lines:
         return {name: np.array(rows[name], dtype) for name, dtype in _COLUMNS.items()}
 
 
-def _fit(columns: Columns) -> bool:
-    lengths = {len(column) for column in columns.values()}
-    return len(lengths) == 1 and all((columns[name] >= 0).all() for name in ("offsets", "sizes"))
+def _fit(columns: Columns, size: int) -> bool:
+    """Return True if columns describe lines, one behind the other, of a file of some size."""
+    if len({len(column) for column in columns.values()}) > 1 or (columns["sizes"] < 0).any():
+        return False
+    places = np.stack([columns["offsets"], columns["offsets"] + columns["sizes"]], axis=1).ravel()
+    return bool((np.diff(places, prepend=0, append=size) >= 0).all())
 
 
 class LineSource:

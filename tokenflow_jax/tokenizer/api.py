@@ -156,11 +156,13 @@ class Tokenizer:
 
     def _images(self, images, value_range) -> np.ndarray | jax.Array:
         size = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        shape = getattr(images, "shape", f"<{type(images).__name__}>")
+        if len(shape) != 4 or shape[1:] != (size, size, 3) or not shape[0]:
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: this tokenizer takes (batch, {size}, "
-                f"{size}, 3); crop and resize first (tokenflow_jax.data.images.center_crop)"
+                f"images of shape {shape}: this tokenizer takes an array (batch, {size}, {size}, "
+                "3); crop and resize first (tokenflow_jax.data.images.center_crop)"
             )
+        value_range = None if value_range is None else tuple(map(float, value_range))
         if images.dtype == np.uint8:
             return to_float(np.asarray(images))
         if not jnp.issubdtype(images.dtype, jnp.floating):

@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from tokenflow_jax import files
-from tokenflow_jax.messages import shown
-from tokenflow_jax.train.run_config import upgrade
+from tokenflow_jax.messages import bullets, shown
+from tokenflow_jax.train.run_config import upgrade, wrong_types
 
 FORMAT = 3
 _UNSEALED = 2  # has no "crc32"; read, but not written
@@ -66,7 +66,10 @@ def read_info(path: epath.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} does not describe arrays" + what_to_do(path))
     if not isinstance(info.get("config"), dict):
         raise CheckpointError(f"{file} has no config" + what_to_do(path))
-    return info | {"config": upgrade(info["config"])}
+    config = upgrade(info["config"])
+    if wrong := wrong_types(config):
+        raise CheckpointError(f"{file} is not of a training run:\n{bullets(wrong)}")
+    return info | {"config": config}
 
 
 def _is_described(entry: Any) -> bool:

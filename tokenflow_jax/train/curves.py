@@ -14,6 +14,7 @@ from PIL import Image
 from tokenflow_jax import files
 from tokenflow_jax.messages import shown
 
+_MOST_BYTES = 2**30  # of a history
 _GRID = re.compile(r"(.+)_([0-9]{7,19})\.png", re.DOTALL)
 
 
@@ -26,13 +27,13 @@ def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl: one dict with `step` and scalars per line, in order of writing.
 
     Last lines that a kill or a loss of power left damaged are dropped; an absent file is an empty
-    history. ValueError names a damaged line before a good one.
+    history. ValueError names a damaged line before a good one, or what is no regular file.
     """
     path = epath.Path(path)
     if not path.exists():
         return []
     history, damaged = [], None
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(files.read_bytes(path, _MOST_BYTES).split(b"\n"), 1):
         try:
             history.append(_point(line, f"{path}, line {number}"))
         except ValueError as error:

@@ -1,5 +1,6 @@
 """Run logging and reporting, and the checks that go with it."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -95,10 +96,14 @@ class Recorder:
             log.info("step %d  held-out: %s", step, "  ".join(texts))
             self._writer.scalars(step, figures)
             self._evaluated_at = step
-        if images and (grids := self._try(step, "pictures", self._stage.visualize, state)):
+        if images:
             self._lock.check()
-            self._writer.images(step, grids)
+            self._try(step, "drawing of pictures", functools.partial(self._draw, step), state)
         self._stopwatch.start()
+
+    def _draw(self, step: int, state: State) -> dict[str, Any]:
+        self._writer.images(step, self._stage.visualize(state))
+        return {}
 
     def _try(
         self, step: int, what: str, make: Callable[[State], Mapping], state: State

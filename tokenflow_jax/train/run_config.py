@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tokenflow_jax.messages import shown
+
 # Keys of before; checkpoints that have them are read under the new ones.
 RENAMED = {
     "text.tokenizer": "text_tokenizer",
@@ -43,6 +45,27 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(new.get("remat"), bool):  # the tokenizer's, before it was named as the others'
         new["remat"] = "block" if new["remat"] else "none"
     return new
+
+
+# Of what programs read in the config of a checkpoint, which anybody may have written.
+_TYPES = {
+    **dict.fromkeys(("model", "data", "tokenizer", "sampling"), (dict,)),
+    **dict.fromkeys(("text_tokenizer", "data.template", "data.system"), (str, type(None))),
+    **dict.fromkeys(("tokenizer.path", "tokenizer.variant"), (str, type(None))),
+    **dict.fromkeys(("tokenizer.fingerprint", "data.image_mode"), (str, type(None))),
+    "data.max_length": (int,),
+}
+
+
+def wrong_types(config: Mapping[str, Any]) -> list[str]:
+    """Return a line for every value of a saved config that has another type than it must have."""
+    wrong = []
+    for key, types in _TYPES.items():
+        section, _, name = key.rpartition(".")
+        values = config.get(section, {}) if section else config
+        if isinstance(values, dict) and name in values and not isinstance(values[name], types):
+            wrong.append(f"config.{key} is {shown(values[name])}")
+    return wrong
 
 
 def refuse_old_keys(config: Mapping[str, Any]) -> None:

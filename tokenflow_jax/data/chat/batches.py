@@ -28,6 +28,7 @@ from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.dealing import NumberedBatches
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
 
+_MOST_EMPTY = 32  # batches in a row
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
 
 
@@ -220,7 +221,9 @@ def train_batches(
     check_usable(data)
     # Threads work on neighboring batches: at most two epochs at a time.
     order = functools.lru_cache(maxsize=3)(lambda epoch: data.order(epoch, seed, batch_size))
-    lock, guard = threading.Lock(), Guard(data.skipped, "conversation")
+    lock = threading.Lock()
+    # Empty batches do train: momentum and decay go on.
+    guard = Guard(data.skipped, "conversation", _MOST_EMPTY * batch_size // shard_count)
 
     def make(number: int) -> dict[str, np.ndarray]:
         places = []

@@ -143,8 +143,8 @@ def save_weights(
     handler = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, handler))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    workdir.check_path(path)
     path = epath.Path(path).absolute()
+    workdir.check_path(path.with_name(path.name.removeprefix(".partial-")))
     try:
         tree_handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(tree_handler) as checkpointer:
