@@ -1,5 +1,7 @@
 """Scores of answers: the official normalization, and counts done by hand."""
 
+import time
+
 import pytest
 
 from tokenflow_jax.evals import understanding_scores as scores
@@ -98,6 +100,44 @@ def test_reading_of_a_choice(text, want):
     assert scores.choice_of(text, OPTIONS) == want
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "want"),
+    [
+        ("12", ["1", "5"], None), ("1350", ["135", "140"], None), ("woman", ["man", "dog"], None),
+        ("3", ["-3", "5"], None), ("-3", ["3", "5"], None), ("it is -3", ["3", "-3"], "B"),
+        ("\u22123.", ["3", "-3"], "B"),
+        ("1.5", ["1", "5"], None), ("it is 1.5.", ["1", "1.5"], "B"),
+        ("3/4", ["3", "5"], None), ("3rd", ["3", "5"], None), ("v1.5", ["v1", "x"], None),
+        ("5 - 3", ["5", "7"], None), ("5 - 3", ["5+3", "5-3"], "B"),
+        ("y = x-3", ["x+3", "x - 3"], "B"),
+        ("+", ["-", "x"], None), ("+", ["-", "+"], "B"), ("< 5", ["> 5", "x"], None),
+        ("< 5", ["5", "x"], None), ("<= 5", ["5", "<5"], None), ("x = 5", ["5", "7"], "A"),
+        ("", ["?", "dog"], None), ("", ["", "dog"], None), ("?", ["?", "dog"], "A"),
+        ("...", ["the", "dog"], None), ("I do not know", [".", "dog"], None),
+        ("I do not know", list("zyxwvutsr"), None), ("I. r", list("zyxwvutsr"), "I"),
+        ("**5**", ["3", "5"], "B"), ("about 1,350 of them", ["135", "1350"], "B"),
+        ("$5", ["5", "6"], "A"),
+        ("a Two-Year old", ["one year", "2 year old"], "B"), ("it\u2019s", ["its", "it's"], "B"),
+        ("\u56fe\u4e2d\u662f\u72d7\u3002", ["\u732b", "\u72d7"], "B"),
+        ("\u212a. x", list("abcdefghijk"), None),
+    ],
+)  # fmt: skip
+def test_a_text_matches_whole_words_and_numbers_with_their_signs(text, options, want):
+    assert scores.choice_of(text, dict(zip("ABCDEFGHIJK", options, strict=False))) == want
+
+
+def test_numbers_as_keys_of_options():
+    assert scores.choice_of("1.5", {"1": "cat", "2": "dog"}) is None
+    assert scores.choice_of("1. cat", {"1": "cat", "2": "dog"}) == "1"
+
+
+@pytest.mark.parametrize("part", ["1", "-", " ", "- ", "1-", "1 ", "1,", "a'", "A", "(", ".", "<="])
+def test_long_answers_are_read_in_linear_time(part):
+    start = time.monotonic()
+    assert scores.choice_of(part * 50_000 + "x", OPTIONS) is None
+    assert time.monotonic() - start < 5
+
+
 def test_choice_in_the_published_forms():
     questions = [
         {"question": "q", "options": OPTIONS, "answer": "B"},
@@ -126,6 +166,8 @@ def test_choice_in_the_published_forms():
         (["135", "140", "145", "150"], "140", "140", True),
         (["cat", "dog", "cow"], 1, "dog", True),  # a place, as in ScienceQA
         (["one", "1", "2"], "1", "1", True),  # one option after normalization, two before
+        (["-1", "5"], 1, "B", True),
+        (["-1", "5"], 1, "-1", False),
         ({"1+": "cat", "2(": "dog"}, "2(", "2(", True),  # keys that mean something in patterns
     ],
 )
