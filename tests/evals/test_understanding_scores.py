@@ -187,3 +187,14 @@ def test_options_that_are_none_are_a_short_error(options):
     with pytest.raises(ValueError, match="option") as error:
         scores.options_of({"question": "x" * 10**6, "options": options})
     assert len(str(error.value)) < 400
+
+
+def test_more_than_ten_options_have_letters_and_more_than_letters_are_an_error():
+    options = [f"picture {i}" for i in range(26)]
+    for question in ({"options": options}, {f"choice_{'abcdefghijkl'[i]}": i for i in range(12)}):
+        assert list(scores.options_of(question))[10:12] == ["K", "L"]
+    assert scores.options_of({"options": options})["Z"] == "picture 25"
+    question = {"question": "?", "options": options, "answer": 11}
+    assert scores.score_choice([question], ["L"])["accuracy"] == 1
+    with pytest.raises(ValueError, match=r"27 options, more than letters: \['picture 0'"):
+        scores.options_of({"options": [*options, "one more"]})

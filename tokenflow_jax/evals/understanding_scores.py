@@ -7,6 +7,7 @@ from 0 to 1, except MME's, which are out of 200 per category.
 import ast
 import dataclasses
 import re
+import string
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ _MME = {  # parts of MME -> their categories
     "perception": "existence count position color posters celebrity scene landmark artwork OCR",
     "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
 }
-_LETTERS = "ABCDEFGHIJ"
+_LETTERS = string.ascii_uppercase
 _DASHES = str.maketrans("\u2212\u2013\u2019", "--'")  # minus, en dash and apostrophe of typesetting
 _SPACELESS = re.compile("([\u3040-\u30ff\u3400-\u9fff])")  # of Chinese and Japanese, a word each
 _HYPHEN = re.compile(r"(?<=\w)-(?=[^\W\d])")
@@ -136,6 +137,8 @@ def options_of(question: Question) -> dict[str, str]:
     if isinstance(found, Mapping) and found:
         return {str(letter): str(text) for letter, text in found.items()}
     if isinstance(found, list) and found:
+        if len(found) > len(_LETTERS):
+            raise ValueError(f"{len(found)} options, more than letters: {shown(found)}")
         return {letter: str(text) for letter, text in zip(_LETTERS, found, strict=False)}
     texts = {}
     for letter in _LETTERS:
