@@ -198,3 +198,32 @@ def test_more_than_ten_options_have_letters_and_more_than_letters_are_an_error()
     assert scores.score_choice([question], ["L"])["accuracy"] == 1
     with pytest.raises(ValueError, match=r"27 options, more than letters: \['picture 0'"):
         scores.options_of({"options": [*options, "one more"]})
+
+
+def test_options_as_the_text_of_a_tuple():
+    for text in (("x", "y"), "('x','y')", "['x', 'y']", " ('x', 'y',)\n"):
+        assert scores.options_of({"options": text}) == {"A": "x", "B": "y"}
+    assert scores.options_of({"options": "(1, 2.5)"}) == {"A": "1", "B": "2.5"}
+    assert scores.options_of({"options": "{'A': 'x'}"}) == {"A": "x"}
+
+
+@pytest.mark.parametrize(
+    "text", ["('x')", "{'x', 'y'}", "['x', ['y']]", "('x', None)", f"[0x{'f' * 5000}]", "1", "b'x'",
+             f"{{'A': 0x{'f' * 5000}}}", f"[{'1' * 5000}]", "()"],
+)  # fmt: skip
+def test_a_text_of_options_that_is_no_list_of_texts_is_named(text):
+    with pytest.raises(ValueError, match="options"):
+        scores.options_of({"options": text, "A": "u"} if text != "()" else {"options": text})
+
+
+def test_numbers_of_many_digits_are_texts():
+    long = "1" * 5000
+    question = {"question": "?", "options": [long, "5"], "answer": long}
+    assert scores.score_choice([question], [long]) == {"accuracy": 1, "unclear": 0}
+    assert scores.score_choice([question], [long + "1"]) == {"accuracy": 0, "unclear": 1}
+    with pytest.raises(ValueError, match=r"'111.*is none of the options") as error:
+        scores.right_choice({"answer": long}, {"A": "x", "B": "y"})
+    assert len(str(error.value)) < 600
+    for name in ("vqa", "exact", "mme"):
+        row = {"answer": long, "category": "OCR", "image": "x"}
+        assert scores.TASKS[name].score([row], [long])

@@ -125,18 +125,28 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str
     return figures
 
 
+def _plain_options(found: Any) -> dict[str, str] | list[str]:
+    """Return a dict, list or tuple of texts or numbers with texts only."""
+    if isinstance(found, Mapping):
+        return dict(zip(map(str, found), _plain_options(list(found.values())), strict=True))
+    plain = isinstance(found, list | tuple) and all(isinstance(x, str | int | float) for x in found)
+    if not plain:
+        raise TypeError
+    return [str(item) for item in found]
+
+
 def options_of(question: Question) -> dict[str, str]:
     """Return letter -> text of the options; ValueError if there are none."""
     # A list, a dict or the text of a list (MMMU); or keys A, ... (MMBench), choice_a (SEED-Bench).
     found = question.get("options", question.get("choices"))
     if isinstance(found, str):
         try:
-            found = ast.literal_eval(found)
+            found = _plain_options(ast.literal_eval(found.strip()))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-            raise ValueError(f"options {shown(found)} are not a list") from error
+            raise ValueError(f"options {shown(found)} are not a list of texts") from error
     if isinstance(found, Mapping) and found:
         return {str(letter): str(text) for letter, text in found.items()}
-    if isinstance(found, list) and found:
+    if isinstance(found, list | tuple) and found:
         if len(found) > len(_LETTERS):
             raise ValueError(f"{len(found)} options, more than letters: {shown(found)}")
         return {letter: str(text) for letter, text in zip(_LETTERS, found, strict=False)}
@@ -188,8 +198,8 @@ def right_choice(question: Question, options: Mapping[str, str]) -> str:
     """Return the letter of the right option, given as its text, its letter or its place from 0."""
     truth = references_of(question)[0].strip()
     choice = choice_of(truth, options)
-    if choice is None and truth.isdecimal() and int(truth) < len(options):  # as ScienceQA
-        choice = list(options)[int(truth)]
+    if choice is None:  # as ScienceQA
+        choice = {str(place): letter for place, letter in enumerate(options)}.get(truth)
     if choice is None:
         raise ValueError(f"the right answer {shown(truth)} is none of the options {shown(options)}")
     return choice
