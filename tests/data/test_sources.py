@@ -121,6 +121,57 @@ def test_splits_taken_as_classes_are_a_warning(tmp_path, caplog):
     assert f"{tmp_path}: ['train', 'val'] are taken as classes, not as splits" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("train", "heldout"),
+    [("train2017", "val2017"), ("training", "validation"), ("Train", "Val"), ("train", "valid"),
+     ("TRAIN", "dev"), ("train", "test2014"), ("Training2012", "heldout")],
+)  # fmt: skip
+def test_splits_under_other_usual_names(tmp_path, caplog, train, heldout):
+    write_folder(tmp_path, [f"{train}/cat/1.png", f"{train}/dog/2.png", f"{heldout}/dog/3.png"])
+    source = sources.FolderSource(tmp_path, "train")
+    assert (names_of(source), source.classes) == (["cat/1.png", "dog/2.png"], ["cat", "dog"])
+    for split in ("heldout", "val"):
+        assert names_of(sources.FolderSource(tmp_path, split)) == ["dog/3.png"]
+    assert str(tmp_path) not in caplog.text
+
+
+def test_each_heldout_split_has_its_folder(tmp_path):
+    write_folder(tmp_path, ["train2017/1.png", "val2017/2.png", "test2017/3.png"])
+    for split, want in {"val": "2.png", "test": "3.png", "heldout": "2.png"}.items():
+        assert names_of(sources.FolderSource(tmp_path, split)) == [want]
+
+
+def test_folders_that_mean_the_same_split_are_an_error(tmp_path):
+    write_folder(tmp_path, ["train/1.png", "val/2.png", "valid/3.png"])
+    with pytest.raises(ValueError, match="'val' and 'valid' both mean split 'val'"):
+        sources.FolderSource(tmp_path, "train")
+    assert len(sources.FolderSource(tmp_path, "all")) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["train2017", "unlabeled2017"], "['train2017'] are taken as classes"),
+        (["Train", "Val", "bus"], "['Train', 'Val'] are taken as classes"),
+        (["images/train", "images/val"], "['images/train', 'images/val'] are taken as parts"),
+        (["images/train2017", "x/a"], "['images/train2017'] are taken as parts"),
+        (["Train", "bus"], ""), (["train1", "val1"], ""), (["vehicles/train", "x/a"], ""),
+        (["2017", "a2017"], ""),
+    ],
+)  # fmt: skip
+def test_what_looks_like_splits_but_is_not_is_a_warning(tmp_path, caplog, names, warned):
+    write_folder(tmp_path, [f"{name}/1.png" for name in names])
+    assert len(sources.FolderSource(tmp_path, "train")) == len(names)
+    assert f"{tmp_path}: {warned}" in caplog.text if warned else str(tmp_path) not in caplog.text
+
+
+def test_pictures_beside_splits_are_counted_in_the_log(tmp_path, caplog):
+    names = [*(f"{i}.png" for i in range(5)), "train/1.png", "val/2.png"]
+    write_folder(tmp_path, names)
+    assert names_of(sources.FolderSource(tmp_path, "train")) == ["1.png"]
+    assert f"{tmp_path}: 5 pictures are left out, because they lie beside" in caplog.text
+
+
 def test_folder_with_only_a_train_part_has_no_heldout(tmp_path):
     write_folder(tmp_path, ["train/1.png"])
     with pytest.raises(ValueError, match=r"\['train'\], none of which is split 'heldout'"):

@@ -109,6 +109,53 @@ def test_questions_that_share_an_id_have_answers_of_their_own(tmp_path):
         understanding.score("mme", questions, many)
 
 
+@pytest.mark.parametrize("foreign", ["x", 1, 0, 5, -1, None, [1], {}, 2.5, True])
+def test_an_occurrence_of_the_files_own_does_not_disturb(tmp_path, foreign):
+    rows = [q | {"occurrence": foreign} for q in (*TWINS, QUESTIONS[0])]
+    questions = understanding.read_questions(write(tmp_path / "q.jsonl", rows))
+    assert list(map(understanding.key_of, questions)) == ["p.png", ("p.png", 1), "a"]
+    assert understanding.read_questions(tmp_path / "q.jsonl", 1)[0] == TWINS[0]
+
+
+@pytest.mark.parametrize("foreign", ["x", -1, None, [1], {}, 2.5, True])
+def test_an_occurrence_that_is_no_number_leaves_answers_in_order(tmp_path, foreign):
+    rows = [{"question_id": "p", "answer": a, "occurrence": foreign} for a in ("yes", "no")]
+    answers = understanding.read_answers(write(tmp_path / "a.jsonl", rows))
+    assert answers == {"p": "yes", ("p", 1): "no"}
+
+
+@pytest.mark.parametrize("again", [{"occurrence": 1}, {"occurrence": 0}, {}])
+def test_different_answers_to_one_question_are_refused(tmp_path, again):
+    rows = [{"question_id": "p", "answer": "yes"}, {"question_id": "p", "answer": "no"} | again]
+    rows.append({"question_id": "p", "answer": "maybe", "occurrence": 1})
+    with pytest.raises(
+        ValueError, match=r"a.jsonl, line [23]: another answer to question 'p', occ"
+    ):
+        understanding.read_answers(write(tmp_path / "a.jsonl", rows))
+
+
+def test_the_same_answer_twice_is_one(tmp_path):
+    rows = [{"question_id": "p", "answer": "yes"}]
+    rows += [{"question_id": "p", "answer": "no", "occurrence": 1}] * 2
+    answers = understanding.read_answers(write(tmp_path / "a.jsonl", rows))
+    assert answers == {"p": "yes", ("p", 1): "no"}
+
+
+def test_a_limit_takes_answers_to_the_other_questions(tmp_path):
+    questions = write(tmp_path / "q.jsonl", TWINS)
+    rows = [{"question_id": "p.png", "answer": a} for a in ("yes", "no")]
+    options = flags.FlagValues()
+    understanding.define_flags(cli.Define(options))
+    run = ["run", "--task=mme", f"--file={questions}", "--limit=1"]
+    options([*run, f"--predictions={write(tmp_path / 'a.jsonl', rows)}"])
+    understanding.main(options)
+    figures = json.loads((tmp_path / "a.jsonl.score.json").read_text())["figures"]
+    assert figures["questions"] == 1 and figures["existence/accuracy"] == 1
+    write(tmp_path / "a.jsonl", [*rows, rows[0]])
+    with pytest.raises(ValueError, match="more answers than questions"):
+        understanding.main(options)
+
+
 def test_the_second_question_of_an_id_is_asked_after_a_kill(tmp_path):
     class Assistant:
         def answer(self, texts, pictures, **options):
@@ -155,7 +202,7 @@ def test_questions_and_answers_in_arrays_and_with_separators_in_texts(tmp_path):
 
 @pytest.mark.parametrize(
     "line", [b"[" * 100_000, b"1" * 5000, b'{"question_id": [1]}', b'{"question_id": {}}',
-             b'{"occurrence": "x"}', b'{"text": "\xff"}'],
+             b'{"text": "\xff"}'],
 )  # fmt: skip
 def test_a_line_that_is_no_question_is_named(tmp_path, line):
     (tmp_path / "q.jsonl").write_bytes(json.dumps(QUESTIONS[0]).encode() + b"\n" + line)

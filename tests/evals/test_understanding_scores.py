@@ -1,5 +1,7 @@
 """Scores of answers: the official normalization, and counts done by hand."""
 
+import time
+
 import pytest
 
 from tokenflow_jax.evals import understanding_scores as scores
@@ -98,6 +100,44 @@ def test_reading_of_a_choice(text, want):
     assert scores.choice_of(text, OPTIONS) == want
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "want"),
+    [
+        ("12", ["1", "5"], None), ("1350", ["135", "140"], None), ("woman", ["man", "dog"], None),
+        ("3", ["-3", "5"], None), ("-3", ["3", "5"], None), ("it is -3", ["3", "-3"], "B"),
+        ("\u22123.", ["3", "-3"], "B"),
+        ("1.5", ["1", "5"], None), ("it is 1.5.", ["1", "1.5"], "B"),
+        ("3/4", ["3", "5"], None), ("3rd", ["3", "5"], None), ("v1.5", ["v1", "x"], None),
+        ("5 - 3", ["5", "7"], None), ("5 - 3", ["5+3", "5-3"], "B"),
+        ("y = x-3", ["x+3", "x - 3"], "B"),
+        ("+", ["-", "x"], None), ("+", ["-", "+"], "B"), ("< 5", ["> 5", "x"], None),
+        ("< 5", ["5", "x"], None), ("<= 5", ["5", "<5"], None), ("x = 5", ["5", "7"], "A"),
+        ("", ["?", "dog"], None), ("", ["", "dog"], None), ("?", ["?", "dog"], "A"),
+        ("...", ["the", "dog"], None), ("I do not know", [".", "dog"], None),
+        ("I do not know", list("zyxwvutsr"), None), ("I. r", list("zyxwvutsr"), "I"),
+        ("**5**", ["3", "5"], "B"), ("about 1,350 of them", ["135", "1350"], "B"),
+        ("$5", ["5", "6"], "A"),
+        ("a Two-Year old", ["one year", "2 year old"], "B"), ("it\u2019s", ["its", "it's"], "B"),
+        ("\u56fe\u4e2d\u662f\u72d7\u3002", ["\u732b", "\u72d7"], "B"),
+        ("\u212a. x", list("abcdefghijk"), None),
+    ],
+)  # fmt: skip
+def test_a_text_matches_whole_words_and_numbers_with_their_signs(text, options, want):
+    assert scores.choice_of(text, dict(zip("ABCDEFGHIJK", options, strict=False))) == want
+
+
+def test_numbers_as_keys_of_options():
+    assert scores.choice_of("1.5", {"1": "cat", "2": "dog"}) is None
+    assert scores.choice_of("1. cat", {"1": "cat", "2": "dog"}) == "1"
+
+
+@pytest.mark.parametrize("part", ["1", "-", " ", "- ", "1-", "1 ", "1,", "a'", "A", "(", ".", "<="])
+def test_long_answers_are_read_in_linear_time(part):
+    start = time.monotonic()
+    assert scores.choice_of(part * 50_000 + "x", OPTIONS) is None
+    assert time.monotonic() - start < 5
+
+
 def test_choice_in_the_published_forms():
     questions = [
         {"question": "q", "options": OPTIONS, "answer": "B"},
@@ -126,6 +166,8 @@ def test_choice_in_the_published_forms():
         (["135", "140", "145", "150"], "140", "140", True),
         (["cat", "dog", "cow"], 1, "dog", True),  # a place, as in ScienceQA
         (["one", "1", "2"], "1", "1", True),  # one option after normalization, two before
+        (["-1", "5"], 1, "B", True),
+        (["-1", "5"], 1, "-1", False),
         ({"1+": "cat", "2(": "dog"}, "2(", "2(", True),  # keys that mean something in patterns
     ],
 )
@@ -145,3 +187,43 @@ def test_options_that_are_none_are_a_short_error(options):
     with pytest.raises(ValueError, match="option") as error:
         scores.options_of({"question": "x" * 10**6, "options": options})
     assert len(str(error.value)) < 400
+
+
+def test_more_than_ten_options_have_letters_and_more_than_letters_are_an_error():
+    options = [f"picture {i}" for i in range(26)]
+    for question in ({"options": options}, {f"choice_{'abcdefghijkl'[i]}": i for i in range(12)}):
+        assert list(scores.options_of(question))[10:12] == ["K", "L"]
+    assert scores.options_of({"options": options})["Z"] == "picture 25"
+    question = {"question": "?", "options": options, "answer": 11}
+    assert scores.score_choice([question], ["L"])["accuracy"] == 1
+    with pytest.raises(ValueError, match=r"27 options, more than letters: \['picture 0'"):
+        scores.options_of({"options": [*options, "one more"]})
+
+
+def test_options_as_the_text_of_a_tuple():
+    for text in (("x", "y"), "('x','y')", "['x', 'y']", " ('x', 'y',)\n"):
+        assert scores.options_of({"options": text}) == {"A": "x", "B": "y"}
+    assert scores.options_of({"options": "(1, 2.5)"}) == {"A": "1", "B": "2.5"}
+    assert scores.options_of({"options": "{'A': 'x'}"}) == {"A": "x"}
+
+
+@pytest.mark.parametrize(
+    "text", ["('x')", "{'x', 'y'}", "['x', ['y']]", "('x', None)", f"[0x{'f' * 5000}]", "1", "b'x'",
+             f"{{'A': 0x{'f' * 5000}}}", f"[{'1' * 5000}]", "()"],
+)  # fmt: skip
+def test_a_text_of_options_that_is_no_list_of_texts_is_named(text):
+    with pytest.raises(ValueError, match="options"):
+        scores.options_of({"options": text, "A": "u"} if text != "()" else {"options": text})
+
+
+def test_numbers_of_many_digits_are_texts():
+    long = "1" * 5000
+    question = {"question": "?", "options": [long, "5"], "answer": long}
+    assert scores.score_choice([question], [long]) == {"accuracy": 1, "unclear": 0}
+    assert scores.score_choice([question], [long + "1"]) == {"accuracy": 0, "unclear": 1}
+    with pytest.raises(ValueError, match=r"'111.*is none of the options") as error:
+        scores.right_choice({"answer": long}, {"A": "x", "B": "y"})
+    assert len(str(error.value)) < 600
+    for name in ("vqa", "exact", "mme"):
+        row = {"answer": long, "category": "OCR", "image": "x"}
+        assert scores.TASKS[name].score([row], [long])

@@ -10,7 +10,9 @@ import contextlib
 import glob
 import os
 import pathlib
-from collections.abc import Set
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Set
 from typing import Any
 
 from array_record.python import array_record_data_source
@@ -35,6 +37,8 @@ GROUPS = (
     "objects", "symbols",
 )  # fmt: skip
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_USUAL_SPLITS = ("train", *HELDOUT_NAMES)
+_SYNONYMS = {"training": "train", "valid": "val", "dev": "val"}
 
 
 class EmojiSource(list):
@@ -56,8 +60,9 @@ class EmojiSource(list):
 class FolderSource:
     """All images below a folder, sorted by path; the first sub-folder is the class.
 
-    When pictures lie only in sub-folders named train, heldout, validation, val or test, these are
-    the splits. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100 pictures
+    When pictures lie only in sub-folders named train, heldout, validation, val or test, or as
+    "Train", "training", "valid", "dev" or "val2017", these are the splits, and pictures beside them
+    are left out. Otherwise "train" and "heldout" are the parts of `is_heldout`; below 100 pictures
     both are everything, and the log says so. Validation, val and test mean heldout. Links that lead
     outside the folder are followed only with `allow_outside`.
     """
@@ -81,11 +86,18 @@ class FolderSource:
             )
         subfolders = {name.split("/")[0] for name in names if "/" in name}  # those with pictures
         divided = split != "all" and _are_splits(root, subfolders)
+        if split != "all" and not divided:
+            _warn_of_deep_splits(root, names)
         # Of all splits: a class must have the same number in each.
         paths = [name.split("/")[divided:] for name in names]
         self.classes = sorted({path[0] for path in paths if len(path) > 1})
         self.numbers = ("label",) if self.classes else ()
         if divided:
+            if beside := sum("/" not in name for name in names):
+                log.warning(
+                    "%s: %d pictures are left out, because they lie beside the splits %s",
+                    root, beside, shown(sorted(subfolders)),
+                )  # fmt: skip
             part = _split_folder(root, subfolders, split)
             names = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         elif split != "all" and len(names) >= MIN_TO_SPLIT:
@@ -107,10 +119,22 @@ class FolderSource:
         return {"name": name, **label, "bytes": data}
 
 
+def _split_meant(folder: str) -> str | None:
+    """Return the split that a folder's name usually means: of "Train2017", "train"."""
+    word = re.sub(r"(?<=[a-z])(19|20)[0-9]{2}$", "", folder.lower())
+    word = _SYNONYMS.get(word, word)
+    return word if word in _USUAL_SPLITS else None
+
+
+def _seem_splits(named: Set[str]) -> bool:
+    # Not "train" alone, which may well be a class of vehicles among other classes.
+    several = len(named) > 1 and "train" in map(_split_meant, named)
+    return several or any(name.lower() not in _USUAL_SPLITS for name in named)
+
+
 def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
-    named = subfolders & {"train", *HELDOUT_NAMES}
-    # All of them, because "train" may well be a class of vehicles among other classes.
-    if "train" in named and len(named) > 1 and named != subfolders:
+    named = {name for name in subfolders if _split_meant(name)}
+    if named != subfolders and _seem_splits(named):
         log.warning(
             "%s: %s are taken as classes, not as splits, because %s hold pictures too; if they are "
             "splits, move the others away",
@@ -119,10 +143,32 @@ def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
     return bool(named) and named == subfolders
 
 
+def _warn_of_deep_splits(root: pathlib.Path, names: Iterable[str]) -> None:
+    inner = defaultdict(set)  # first folder -> folders in it that are named as splits
+    for first, second in {tuple(n.split("/", 2)[:2]) for n in names if n.count("/") > 1}:
+        if _split_meant(second):
+            inner[first].add(second)
+    found = [f"{first}/{name}" for first in sorted(inner) for name in sorted(inner[first])
+             if _seem_splits(inner[first])]  # fmt: skip
+    if found:
+        log.warning(
+            "%s: %s are taken as parts of classes, not as splits; if they are splits, name the "
+            "folder that they lie in as data.path", root, shown(found),
+        )  # fmt: skip
+
+
 def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
+    meant: dict[str, str] = {}
+    for folder in sorted(subfolders):
+        other = meant.setdefault(_split_meant(folder) or "", folder)
+        if other != folder:
+            raise ValueError(
+                f"{root}: {other!r} and {folder!r} both mean split {_split_meant(folder)!r}; move "
+                "one away, or name one as data.path"
+            )
     for name in [split] if split == "train" else [split, *HELDOUT_NAMES]:
-        if name in subfolders:
-            return name
+        if name in meant:
+            return meant[name]
     raise ValueError(
         f"{root} is divided into {sorted(subfolders)}, none of which is split {split!r}; add that "
         "sub-folder, or name one of these as data.path"

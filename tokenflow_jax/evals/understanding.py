@@ -25,7 +25,7 @@ from absl import flags
 
 from tokenflow_jax import answer, cli, files
 from tokenflow_jax.data import images, jsonl
-from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.data.examples import Broken, evenly_spaced
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import bullets, plain, shown
@@ -45,11 +45,11 @@ def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     rows = [{"question_id": number} | row for number, row in parsed.items()]
     seen: collections.Counter = collections.Counter()
     for row in rows:
+        row.pop(_OCCURRENCE, None)  # the file's own means something else
         if earlier := seen[row["question_id"]]:
             row[_OCCURRENCE] = earlier
         seen[row["question_id"]] += 1
-    count = min(limit or len(rows), len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
+    return [rows[i] for i in evenly_spaced(len(rows), limit)]
 
 
 def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] | None]]:
@@ -62,9 +62,8 @@ def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] | None]
                 row = jsonl.parse_object(line)
             except Broken:
                 row = None
-            else:  # an id and its occurrence are keys
-                usable = isinstance(row.get("question_id", ""), str | int | float)
-                row = row if usable and isinstance(row.get(_OCCURRENCE, 0), int) else None
+            else:  # an id is a key
+                row = row if isinstance(row.get("question_id", ""), str | int | float) else None
             yield number, row
 
 
@@ -78,26 +77,40 @@ def read_answers(path: str | os.PathLike) -> dict[Any, str]:
     """Read answers by `key_of`: `answer`, or `text` or `prediction` as others call it."""
     answers: dict[Any, str] = {}
     seen: collections.Counter = collections.Counter()
-    for _, row in _rows(path):
+    for number, row in _rows(path):
         row = row or {}  # a killed run may leave half a line
         found = next((row[k] for k in ("answer", "text", "prediction") if k in row), None)
         if "question_id" in row and isinstance(found, str):
             identity = row["question_id"]
-            if _OCCURRENCE not in row:
+            noted = type(row.get(_OCCURRENCE)) is int and row[_OCCURRENCE] >= 0
+            if not noted:
                 row[_OCCURRENCE] = seen[identity]
                 seen[identity] += 1
-            answers[key_of(row)] = found
+            if answers.setdefault(key_of(row), found) != found:
+                raise ValueError(
+                    f"{path}, line {number}: another answer to question {shown(identity)}, "
+                    f"occurrence {shown(row[_OCCURRENCE])}: keep one of them"
+                )
     return answers
 
 
-def score(task: str, questions: Sequence[Question], answers: Mapping[Any, str]) -> dict[str, float]:
-    """Return the figures of a task, a key of TASKS, for answers by `key_of`."""
+def score(
+    task: str,
+    questions: Sequence[Question],
+    answers: Mapping[Any, str],
+    everything: Sequence[Question] = (),
+) -> dict[str, float]:
+    """Return the figures of a task, a key of TASKS, for answers by `key_of`.
+
+    Answers to other questions of `everything`, the whole file, are no surplus.
+    """
     keys = [key_of(q) for q in questions]
     missing = [key for key in keys if key not in answers]
     if missing:
         raise ValueError(f"{len(missing)} questions have no answer, such as {shown(missing[:5])}")
     ids = {q["question_id"] for q in questions}
-    double = [k[0] for k in answers if isinstance(k, tuple) and k[0] in ids and k not in keys]
+    known = {*keys, *map(key_of, everything)}
+    double = [k[0] for k in answers if isinstance(k, tuple) and k[0] in ids and k not in known]
     if double:
         raise ValueError(
             f"more answers than questions have the ids {shown(double[:5])}: keep one of each"
@@ -177,7 +190,8 @@ def main(options: flags.FlagValues) -> None:
         missing.append("--checkpoint (or predictions)")
     if missing:
         raise ValueError(f"missing {' and '.join(missing)}")
-    questions = read_questions(options.file, options.limit)
+    everything = read_questions(options.file)
+    questions = [everything[i] for i in evenly_spaced(len(everything), options.limit)]
     out = pathlib.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
     if asks:
         folder = pathlib.Path(options.image_folder or pathlib.Path(options.file).parent)
@@ -194,7 +208,7 @@ def main(options: flags.FlagValues) -> None:
             batch_size=options.batch_size,
             max_new=options.max_new,
         )
-    figures = score(options.task, questions, read_answers(out))
+    figures = score(options.task, questions, read_answers(out), everything)
     for name, value in figures.items():
         log.info("%s: %s", plain(name), f"{value:.4g}")
     result = {"task": options.task, "file": options.file, "figures": figures}

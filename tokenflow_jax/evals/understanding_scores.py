@@ -7,6 +7,7 @@ from 0 to 1, except MME's, which are out of 200 per category.
 import ast
 import dataclasses
 import re
+import string
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,21 @@ _MME = {  # parts of MME -> their categories
     "perception": "existence count position color posters celebrity scene landmark artwork OCR",
     "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning",
 }
-_LETTERS = "ABCDEFGHIJ"
+_LETTERS = string.ascii_uppercase
+_DASHES = str.maketrans("\u2212\u2013\u2019", "--'")  # minus, en dash and apostrophe of typesetting
+_SPACELESS = re.compile("([\u3040-\u30ff\u3400-\u9fff])")  # of Chinese and Japanese, a word each
+_HYPHEN = re.compile(r"(?<=\w)-(?=[^\W\d])")
+_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))|\s")
+# Sums and comparisons of numbers are one token; no part can match in two ways, so none is slow.
+_TOKEN = re.compile(
+    r"""
+    (?P<number> (?: [-+\u00b1<>\u2264\u2265\u2260]=?\s* ){0,2} \.?\d
+        (?: \w | [.,:](?=\d) | \s*[-+*/^<>\u00d7\u00f7]\s*(?=\.?\d) )* )
+    | (?P<word> \w (?: \w | '(?=\w) | [.,:/](?=\d) )* )
+    | [^\w\s.,;:!?"'()\[\]{}/\\@`\u2018\u201c\u201d\u2026\u3001\u3002\uff01\uff0c\uff1f]
+    """,
+    re.VERBOSE,
+)
 
 
 def references_of(question: Question) -> list[str]:
@@ -110,18 +125,30 @@ def score_mme(questions: Sequence[Question], answers: Sequence[str]) -> dict[str
     return figures
 
 
+def _plain_options(found: Any) -> dict[str, str] | list[str]:
+    """Return a dict, list or tuple of texts or numbers with texts only."""
+    if isinstance(found, Mapping):
+        return dict(zip(map(str, found), _plain_options(list(found.values())), strict=True))
+    plain = isinstance(found, list | tuple) and all(isinstance(x, str | int | float) for x in found)
+    if not plain:
+        raise TypeError
+    return [str(item) for item in found]
+
+
 def options_of(question: Question) -> dict[str, str]:
     """Return letter -> text of the options; ValueError if there are none."""
     # A list, a dict or the text of a list (MMMU); or keys A, ... (MMBench), choice_a (SEED-Bench).
     found = question.get("options", question.get("choices"))
     if isinstance(found, str):
         try:
-            found = ast.literal_eval(found)
+            found = _plain_options(ast.literal_eval(found.strip()))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-            raise ValueError(f"options {shown(found)} are not a list") from error
+            raise ValueError(f"options {shown(found)} are not a list of texts") from error
     if isinstance(found, Mapping) and found:
         return {str(letter): str(text) for letter, text in found.items()}
-    if isinstance(found, list) and found:
+    if isinstance(found, list | tuple) and found:
+        if len(found) > len(_LETTERS):
+            raise ValueError(f"{len(found)} options, more than letters: {shown(found)}")
         return {letter: str(text) for letter, text in zip(_LETTERS, found, strict=False)}
     texts = {}
     for letter in _LETTERS:
@@ -133,21 +160,37 @@ def options_of(question: Question) -> dict[str, str]:
     raise ValueError(f"no options in {shown(dict(question))}")
 
 
+def _form(text: str) -> str:
+    """Return the words, numbers and signs of a text as options are compared, a space between."""
+    text = _HYPHEN.sub(" ", _SPACELESS.sub(r" \1 ", text.lower().translate(_DASHES)))
+    tokens = []
+    for found in _TOKEN.finditer(text):
+        if found["number"]:
+            tokens.append(_THOUSANDS.sub("", found[0]))
+        else:
+            tokens.append(normalize(found[0]) if found["word"] else found[0])
+    return " ".join(filter(None, tokens))
+
+
 def choice_of(answer: str, options: Mapping[str, str]) -> str | None:
     """Return the letter of an answer: an option's text, a letter in front, or a text inside."""
     answer = answer.strip()
-    own, letters = normalize(answer), {letter.upper(): letter for letter in options}
-    for same in (str.strip, normalize):  # "1" is not "one" where both are options
-        equal = [letter for letter, text in options.items() if same(text) == same(answer)]
+    own, forms = _form(answer), {letter: _form(text) for letter, text in options.items()}
+    stripped = {letter: text.strip() for letter, text in options.items()}
+    for mine, texts in ((answer, stripped), (own, forms)):  # "1" is not "one" where both are
+        equal = [letter for letter, text in texts.items() if mine and text == mine]
         if len(equal) == 1:
             return equal[0]
+    letters = {letter.upper(): letter for letter in options}
     keys = "|".join(map(re.escape, sorted(letters, key=len, reverse=True)))
-    found = re.match(rf"(?:answer:?\s*)?\(?({keys})([).:,\s]|$)", answer, re.IGNORECASE)
-    # "A dog" is not A: a capital A before a word is taken for the article.
+    # "1.5" is not option 1.
+    pattern = rf"(?:answer:?\s*)?\(?({keys})(?!(?<=\d)[.,:]\d)([).:,\s]|$)"
+    found = re.match(pattern, answer, re.IGNORECASE)
+    # "A dog" is not A, nor "I see" I: such a capital before a word is taken for a word.
     alone = answer.upper() in letters or answer.strip("().:,").upper() in letters
-    if found and (alone or (found[1].isupper() and found[1] + found[2] != "A ")):
-        return letters[found[1].upper()]
-    inside = [letter for letter, text in options.items() if own and normalize(text) in own]
+    if found and (alone or (found[1].isupper() and found[1] + found[2] not in ("A ", "I "))):
+        return letters.get(found[1].upper())  # None: Unicode has letters that only look the same
+    inside = [letter for letter, text in forms.items() if text and f" {text} " in f" {own} "]
     return inside[0] if len(inside) == 1 else None
 
 
@@ -155,8 +198,8 @@ def right_choice(question: Question, options: Mapping[str, str]) -> str:
     """Return the letter of the right option, given as its text, its letter or its place from 0."""
     truth = references_of(question)[0].strip()
     choice = choice_of(truth, options)
-    if choice is None and truth.isdecimal() and int(truth) < len(options):  # as ScienceQA
-        choice = list(options)[int(truth)]
+    if choice is None:  # as ScienceQA
+        choice = {str(place): letter for place, letter in enumerate(options)}.get(truth)
     if choice is None:
         raise ValueError(f"the right answer {shown(truth)} is none of the options {shown(options)}")
     return choice
