@@ -8,7 +8,7 @@ import pytest
 from picture_files import encode, picture, plain
 from PIL import Image
 
-from tokenflow_jax.data import images, records, sources
+from tokenflow_jax.data import folders, images, records, sources
 from tokenflow_jax.data.examples import Broken
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -56,7 +56,7 @@ def test_folder_lists_images_only_sorted(tmp_path):
     )
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "folder.png").mkdir()
-    source = sources.FolderSource(tmp_path)
+    source = folders.FolderSource(tmp_path)
     assert names_of(source) == ["0.gif", "a/1.jpg", "a/x/3.webp", "b/2.PNG"]
     assert source.classes == ["a", "b"]
     assert [source[i].get("label", -1) for i in range(4)] == [-1, 0, 0, 1]
@@ -67,42 +67,42 @@ def test_folder_follows_links_once(tmp_path):
     root = write_folder(tmp_path / "root", ["a/0.png"])
     (root / "linked").symlink_to(tmp_path / "elsewhere")
     (root / "a" / "loop").symlink_to(root)
-    everything = sources.FolderSource(root, allow_outside=True)
+    everything = folders.FolderSource(root, allow_outside=True)
     assert names_of(everything) == ["a/0.png", "linked/1.png"]
 
 
 def test_folder_holds_out_a_tenth_by_name(tmp_path):
     names = [f"{i:03d}.png" for i in range(200)]
     write_folder(tmp_path, names)
-    parts = {s: names_of(sources.FolderSource(tmp_path, s)) for s in ("train", "heldout", "all")}
+    parts = {s: names_of(folders.FolderSource(tmp_path, s)) for s in ("train", "heldout", "all")}
     assert parts["all"] == names
     assert sorted(parts["train"] + parts["heldout"]) == names
     assert 8 < len(parts["heldout"]) < 36
-    assert names_of(sources.FolderSource(tmp_path, "validation")) == parts["heldout"]
+    assert names_of(folders.FolderSource(tmp_path, "validation")) == parts["heldout"]
     # Adding a picture moves no other between the parts.
     write_folder(tmp_path, ["new.png"])
-    assert set(parts["heldout"]) <= set(names_of(sources.FolderSource(tmp_path, "heldout")))
+    assert set(parts["heldout"]) <= set(names_of(folders.FolderSource(tmp_path, "heldout")))
 
 
 def test_small_folder_holds_out_nothing_and_says_so(tmp_path, caplog):
     write_folder(tmp_path, ["1.png", "2.png"])
-    assert len(sources.FolderSource(tmp_path, "train")) == 2
+    assert len(folders.FolderSource(tmp_path, "train")) == 2
     assert str(tmp_path) not in caplog.text
-    assert len(sources.FolderSource(tmp_path, "heldout")) == 2
+    assert len(folders.FolderSource(tmp_path, "heldout")) == 2
     assert str(tmp_path) in caplog.text
     assert "figures of split 'heldout' are on training pictures" in caplog.text
 
 
 def test_folder_of_split_folders(tmp_path):
     write_folder(tmp_path, ["train/cat/1.png", "train/dog/2.png", "val/dog/3.png"])
-    train = sources.FolderSource(tmp_path, "train")
+    train = folders.FolderSource(tmp_path, "train")
     assert (names_of(train), train.classes) == (["cat/1.png", "dog/2.png"], ["cat", "dog"])
     for split in ("val", "heldout"):
-        heldout = sources.FolderSource(tmp_path, split)
+        heldout = folders.FolderSource(tmp_path, split)
         assert [heldout[0]["name"], heldout[0]["label"]] == ["dog/3.png", 1]
-    assert len(sources.FolderSource(tmp_path, "all")) == 3
+    assert len(folders.FolderSource(tmp_path, "all")) == 3
     write_folder(tmp_path, ["bus/4.png"])  # now train and val are classes like bus
-    assert len(sources.FolderSource(tmp_path, "train")) == 4
+    assert len(folders.FolderSource(tmp_path, "train")) == 4
 
 
 def test_folders_without_pictures_beside_splits_do_not_count(tmp_path):
@@ -110,14 +110,14 @@ def test_folders_without_pictures_beside_splits_do_not_count(tmp_path):
     for beside in ("__MACOSX/val/._2.png", "annotations/train.json", "empty/deep/notes.txt"):
         (tmp_path / beside).parent.mkdir(parents=True)
         (tmp_path / beside).write_text("not a picture")
-    train = sources.FolderSource(tmp_path, "train")
+    train = folders.FolderSource(tmp_path, "train")
     assert (names_of(train), train.classes) == (["cat/1.png"], ["cat"])
-    assert names_of(sources.FolderSource(tmp_path, "heldout")) == ["cat/2.png"]
+    assert names_of(folders.FolderSource(tmp_path, "heldout")) == ["cat/2.png"]
 
 
 def test_splits_taken_as_classes_are_a_warning(tmp_path, caplog):
     write_folder(tmp_path, ["train/1.png", "val/2.png", "bus/3.png"])
-    assert sources.FolderSource(tmp_path, "train").classes == ["bus", "train", "val"]
+    assert folders.FolderSource(tmp_path, "train").classes == ["bus", "train", "val"]
     assert f"{tmp_path}: ['train', 'val'] are taken as classes, not as splits" in caplog.text
 
 
@@ -128,24 +128,24 @@ def test_splits_taken_as_classes_are_a_warning(tmp_path, caplog):
 )  # fmt: skip
 def test_splits_under_other_usual_names(tmp_path, caplog, train, heldout):
     write_folder(tmp_path, [f"{train}/cat/1.png", f"{train}/dog/2.png", f"{heldout}/dog/3.png"])
-    source = sources.FolderSource(tmp_path, "train")
+    source = folders.FolderSource(tmp_path, "train")
     assert (names_of(source), source.classes) == (["cat/1.png", "dog/2.png"], ["cat", "dog"])
     for split in ("heldout", "val"):
-        assert names_of(sources.FolderSource(tmp_path, split)) == ["dog/3.png"]
+        assert names_of(folders.FolderSource(tmp_path, split)) == ["dog/3.png"]
     assert str(tmp_path) not in caplog.text
 
 
 def test_each_heldout_split_has_its_folder(tmp_path):
     write_folder(tmp_path, ["train2017/1.png", "val2017/2.png", "test2017/3.png"])
     for split, want in {"val": "2.png", "test": "3.png", "heldout": "2.png"}.items():
-        assert names_of(sources.FolderSource(tmp_path, split)) == [want]
+        assert names_of(folders.FolderSource(tmp_path, split)) == [want]
 
 
 def test_folders_that_mean_the_same_split_are_an_error(tmp_path):
     write_folder(tmp_path, ["train/1.png", "val/2.png", "valid/3.png"])
     with pytest.raises(ValueError, match="'val' and 'valid' both mean split 'val'"):
-        sources.FolderSource(tmp_path, "train")
-    assert len(sources.FolderSource(tmp_path, "all")) == 3
+        folders.FolderSource(tmp_path, "train")
+    assert len(folders.FolderSource(tmp_path, "all")) == 3
 
 
 @pytest.mark.parametrize(
@@ -161,21 +161,21 @@ def test_folders_that_mean_the_same_split_are_an_error(tmp_path):
 )  # fmt: skip
 def test_what_looks_like_splits_but_is_not_is_a_warning(tmp_path, caplog, names, warned):
     write_folder(tmp_path, [f"{name}/1.png" for name in names])
-    assert len(sources.FolderSource(tmp_path, "train")) == len(names)
+    assert len(folders.FolderSource(tmp_path, "train")) == len(names)
     assert f"{tmp_path}: {warned}" in caplog.text if warned else str(tmp_path) not in caplog.text
 
 
 def test_pictures_beside_splits_are_counted_in_the_log(tmp_path, caplog):
     names = [*(f"{i}.png" for i in range(5)), "train/1.png", "val/2.png"]
     write_folder(tmp_path, names)
-    assert names_of(sources.FolderSource(tmp_path, "train")) == ["1.png"]
+    assert names_of(folders.FolderSource(tmp_path, "train")) == ["1.png"]
     assert f"{tmp_path}: 5 pictures are left out, because they lie beside" in caplog.text
 
 
 def test_folder_with_only_a_train_part_has_no_heldout(tmp_path):
     write_folder(tmp_path, ["train/1.png"])
     with pytest.raises(ValueError, match=r"\['train'\], none of which is split 'heldout'"):
-        sources.FolderSource(tmp_path, "heldout")
+        folders.FolderSource(tmp_path, "heldout")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_folder_errors(tmp_path, monkeypatch, path, split, message):
 
 
 def test_file_that_vanished_is_a_broken_picture(tmp_path):
-    source = sources.FolderSource(write_folder(tmp_path, ["1.png"]))
+    source = folders.FolderSource(write_folder(tmp_path, ["1.png"]))
     (tmp_path / "1.png").unlink()
     with pytest.raises(Broken, match="cannot be read"):
         source[0]
@@ -409,4 +409,4 @@ def test_tfds_rows_of_a_wrong_type_are_broken(prepared, monkeypatch):
 def test_links_within_the_folder_are_followed_from_its_splits(tmp_path):
     write_folder(tmp_path, ["train/1.png", "val/2.png", ".store/3.png"])
     (tmp_path / "train" / "3.png").symlink_to(tmp_path / ".store" / "3.png")
-    assert names_of(sources.FolderSource(tmp_path, "train")) == ["1.png", "3.png"]
+    assert names_of(folders.FolderSource(tmp_path, "train")) == ["1.png", "3.png"]

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from tokenflow_jax import cli, files, log
-from tokenflow_jax.data import cifar10, images, jsonl, records, sources, webdataset
+from tokenflow_jax.data import cifar10, folders, images, jsonl, records, sources, webdataset
 from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, Skipped
 
 _Path = str | os.PathLike
@@ -62,8 +62,8 @@ def prepare_emoji(src: _Path, dst: _Path) -> int:
 def prepare_folder(
     src: _Path, dst: _Path, *, allow_outside: bool = False, overwrite: bool = False
 ) -> dict[str, int]:
-    """Write a folder of images, with the files as they are; see `sources.FolderSource`."""
-    splits = _splits(lambda split: sources.FolderSource(src, split, allow_outside))
+    """Write a folder of images, with the files as they are; see `folders.FolderSource`."""
+    splits = _splits(lambda split: folders.FolderSource(src, split, allow_outside))
     about = {"source": "folder of images", "classes": splits["train"].classes}
     return _prepare(src, dst, splits, about, overwrite)
 
