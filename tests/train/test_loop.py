@@ -362,3 +362,20 @@ def test_grids_that_cannot_be_written_do_not_end_a_run(tmp_path, monkeypatch, ca
     assert "step 20: the drawing of pictures failed: [Errno 20] Not a directory" in caplog.text
     history = curves.read_history(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
+
+
+def test_a_drawing_that_a_stop_request_ended_is_made_at_the_next_start(tmp_path, monkeypatch):
+    class Stopped(toy_stage.ToyStage):
+        def visualize(self, state):
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.between_batches()
+            raise AssertionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(toy_stage, "ToyStage", Stopped)
+        result = toy_stage.run(tmp_path, total_steps=20)
+    assert result.stopped_by == "SIGTERM" and not result.complete
+    assert toy_stage.run(tmp_path, total_steps=20).complete
+    assert (tmp_path / "images" / "reconstructions_0000020.png").exists()
+    history = curves.read_history(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in history if "eval/l2" in line] == [20]

@@ -72,6 +72,7 @@ class Writer:
         workdir = epath.Path(workdir)
         self._history_path, self._images = workdir / "metrics.jsonl", workdir / "images"
         self.history: list[dict[str, Any]] = []
+        self.drawn: set[int] = set()  # steps with grids of a run before
         if not enabled:
             return
         self._images.mkdir(parents=True, exist_ok=True)
@@ -79,8 +80,10 @@ class Writer:
         self.history = [line for line in old if 0 < line["step"] <= resume_step]
         self._rewrite()
         for _, step, path in grid_files(self._images):
+            self.drawn.add(step)
             if step > resume_step:
                 path.unlink()
+                self.drawn.discard(step)
         # Object stores cannot append: there each flush rewrites the file. A run
         # continues from a checkpoint, so a kill loses no line that is not computed again.
         self._file = None if is_remote(workdir) else self._history_path.open("a")

@@ -53,8 +53,9 @@ class Recorder:
         self._start = time.perf_counter()
         self._compile_seconds: float | None = None
         evals = [line for line in self._writer.history if any(k[:5] == "eval/" for k in line)]
-        # Of the process that has the history: whether to evaluate must be the same in all.
+        # Of the process that has the files: whether to evaluate must be the same in all.
         self._evaluated_at = hosts.of_first_process(evals[-1]["step"] if evals else -1)
+        self._drawn_at = hosts.of_first_process(max(self._writer.drawn, default=-1))
         log.info("stage %s in %s: %s", stage.name, lock.workdir, start.origin)
         for note in stage.notes:
             log.info("%s", note)
@@ -81,9 +82,9 @@ class Recorder:
 
     def evaluate_if_due(self, step: int, state: State) -> None:
         """Write held-out figures and image grids when they are due."""
-        evaluate = self._options.due(self._options.eval_every, step)
-        images = self._options.due(self._options.image_every, step)
-        if step == self._evaluated_at or not (evaluate or images):
+        evaluate = self._options.due(self._options.eval_every, step) and step != self._evaluated_at
+        images = self._options.due(self._options.image_every, step) and step != self._drawn_at
+        if not (evaluate or images):
             return
         self.drain()
         self._stopwatch.pause()
@@ -103,6 +104,7 @@ class Recorder:
 
     def _draw(self, step: int, state: State) -> dict[str, Any]:
         self._writer.images(step, self._stage.visualize(state))
+        self._drawn_at = step
         return {}
 
     def _try(
@@ -123,9 +125,9 @@ class Recorder:
 
     @property
     def complete(self) -> bool:
-        """All steps are done, and the last evaluation."""
-        total = self._options.total_steps
-        return self._step == total and (self._evaluated_at == total or bool(self._failures))
+        """All steps are done, and the last evaluation and its pictures."""
+        total, failed = self._options.total_steps, bool(self._failures)
+        return self._step == total and (failed or self._evaluated_at == self._drawn_at == total)
 
     def save(self, step: int, state: State, data: DevicePrefetcher) -> None:
         """Save a checkpoint after checking that the step and the state are finite."""
