@@ -31,6 +31,8 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
       OSError: it is missing or cannot be read.
     """
     if "://" in os.fspath(path):
+        if (size := epath.Path(path).stat().length) > most:
+            raise ValueError(f"{os.fspath(path)!r} has {size:,} bytes, the limit is {most:,}")
         return epath.Path(path).read_bytes()
     # Without waiting: a pipe that nobody writes to would block.
     with open(path, "rb", 0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:

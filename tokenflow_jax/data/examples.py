@@ -154,10 +154,10 @@ def notes_on(records: Iterable[Skipped]) -> list[str]:
 
 
 class Guard:
-    """An error instead of endless skipping: a whole pass of failures without a success."""
+    """An error instead of endless skipping: failures for two passes without a success."""
 
     def __init__(self, skipped: Skipped, wanted: str, most: int = sys.maxsize):
-        """Allow failures in a row for a pass over the examples, at most `most`."""
+        """Allow failures in a row for two passes over the examples, at most `most`."""
         self._skipped, self._wanted, self._most = skipped, wanted, most
         self._lock = threading.Lock()
         self._failures = 0  # since the last success

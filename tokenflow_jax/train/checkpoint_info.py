@@ -81,7 +81,11 @@ def _is_described(entry: Any) -> bool:
 
 def complete_steps(root: epath.Path) -> list[int]:
     """Return the steps of the finished checkpoints in a directory, the newest last."""
-    return [s for s in _steps(root) if all((root / str(s) / i).exists() for i in ("info", "state"))]
+    return [step for step in _steps(root) if _is_complete(root / str(step))]
+
+
+def _is_complete(path: epath.Path) -> bool:
+    return (path / "info").exists() and (path / "state").exists()
 
 
 def _steps(root: epath.Path) -> list[int]:
@@ -91,8 +95,9 @@ def _steps(root: epath.Path) -> list[int]:
 
 def check_newest(root: epath.Path) -> None:
     """Raise CheckpointError if the newest checkpoint lacks a part: Orbax would go on from it."""
-    if (steps := _steps(root)) and steps[-1] not in complete_steps(root):
-        path = root / str(steps[-1])
+    steps = _steps(root)
+    path = root / str(steps[-1]) if steps else None
+    if path and not _is_complete(path):
         raise CheckpointError(f"{path} is no complete checkpoint" + what_to_do(path))
 
 
@@ -114,7 +119,7 @@ def what_to_do(path: epath.Path) -> str:
 def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Path:
     """Find the checkpoint of a step, or the newest, from a workdir, its `checkpoints` or itself."""
     path = epath.Path(path).absolute()
-    if (path / "info").exists() and (path / "state").exists():
+    if _is_complete(path):
         if step is not None and str(step) != path.name:
             raise CheckpointError(f"{path} is the checkpoint of one step, but step={step} is asked")
         return path
