@@ -37,11 +37,8 @@ import pytest  # noqa: E402 - after the environment is set
 @pytest.fixture(scope="session")
 def bucket_server():
     """An emulator of Google's object store in this process."""
-    server = pytest.importorskip("gcp_storage_emulator.server")
     pytest.importorskip("gcsfs")
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    running = server.create_server("127.0.0.1", _PORT, in_memory=True, default_bucket="bucket")
-    running.start()
+    running = pytest.importorskip("bucket_emulator").start(_PORT)
     yield
     running.stop()
 
