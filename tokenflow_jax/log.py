@@ -62,9 +62,9 @@ def set_up(verbose: bool = True) -> None:
 
 
 class Progress:
-    """Log the rate and the remaining time of work on images every few seconds."""
+    """Log the rate of work on images, and the remaining time if known, every few seconds."""
 
-    def __init__(self, task: str, total: int):
+    def __init__(self, task: str, total: int | None):
         self._task, self._total = task, total
         self._start = self._last = time.monotonic()
         self._offset = 0
@@ -80,6 +80,9 @@ class Progress:
             return
         self._last = now
         rate = (done - self._offset) / (now - self._start)
+        if self._total is None:
+            log.info("%s: %d, %.1f images/s", self._task, done, rate)
+            return
         eta = duration((self._total - done) / rate)
         log.info("%s: %d of %d, %.1f images/s, eta %s", self._task, done, self._total, rate, eta)
 

@@ -1,7 +1,8 @@
 """The public Python API of generation: prompts to pictures.
 
 generator = tfx.Generator.load("runs/generation")
-pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
+drawn = generator.generate(["red apple", "dog face"], seed=1)
+drawn.pictures[0].save("apple.png")     # PIL; drawn.images is uint8 (2, H, H, 3)
 """
 
 import dataclasses
@@ -14,14 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
+from tokenflow_jax.evals.pictures import to_pil
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer, variant_config
+from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters, variant_config
 from tokenflow_jax.tokenizer.loading import load_model
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
@@ -35,8 +38,13 @@ class Generated(NamedTuple):
     codes: np.ndarray  # int32 (B, N), coarse to fine
     recipe: dict[str, Any]  # JSON-able: all that it takes to sample the same again
 
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The images as PIL images."""
+        return to_pil(self.images)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generator:
     """A trained generation model with its two tokenizers.
 
@@ -141,6 +149,14 @@ class Generator:
         other = dataclasses.replace(self, params=params)
         other.__dict__["_compiled"] = self._compiled
         return other
+
+    def __repr__(self) -> str:
+        lm, text = self.config.lm, self.prompts.text_tokenizer
+        return (
+            f"Generator of {lm.layers} layers of {lm.width}, {count_parameters(self.params):,} "
+            f"parameters, {self.dtype}, text tokenizer {getattr(text, 'name_or_path', '?')}\n"
+            f"  draws with {self.tokenizer!r}"
+        )
 
     @property
     def codebooks(self) -> Codebooks:

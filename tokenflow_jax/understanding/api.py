@@ -19,12 +19,13 @@ import numpy as np
 
 from tokenflow_jax.data.chat import conversations, insertion, questions, templates
 from tokenflow_jax.data.chat.templates import GPT, Template, Turn
+from tokenflow_jax.data.pictures import Picture, read_picture
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
 from tokenflow_jax.tokenizer.loading import load_model
 from tokenflow_jax.understanding.answer import Decoding, answer, start, step
-from tokenflow_jax.understanding.chat import Chat, Picture, as_list, human_turn, read_picture
+from tokenflow_jax.understanding.chat import Chat, as_list, human_turn
 from tokenflow_jax.understanding.folder import read_understanding_config
 from tokenflow_jax.understanding.model import (
     VARIANTS,
@@ -41,7 +42,7 @@ _ROUND = 64  # prompts are padded to a multiple, so that few programs are compil
 _REPLACEMENT = "\ufffd"  # decodes an incomplete character
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Assistant:
     """A language model that reads pictures through a tokenizer."""
 
@@ -130,6 +131,14 @@ class Assistant:
             device_mesh=model.device_mesh,
         )
 
+    def __repr__(self) -> str:
+        lm, text = self.config.lm, self.text_tokenizer
+        return (
+            f"Assistant of {lm.layers} layers of {lm.width}, {count_parameters(self.params):,} "
+            f"parameters, {self.dtype}, text tokenizer {getattr(text, 'name_or_path', '?')}\n"
+            f"  sees with {self.tokenizer!r}"
+        )
+
     @property
     def vectors(self) -> int:
         return vectors_per_image(self.tokenizer.config.pyramid, self.config.strategy)
@@ -159,8 +168,12 @@ class Assistant:
 
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
         """Return what the language model reads of pictures of any size: float32 (images, N, C)."""
-        size = self.tokenizer.config.image_size
-        arrays = [conversations.fit_image(read_picture(p), size, self.image_mode) for p in pictures]
+        size, arrays = self.tokenizer.config.image_size, []
+        for picture in pictures:
+            image_HWC = read_picture(picture)
+            if image_HWC.dtype != np.uint8:
+                raise ValueError(f"a picture of dtype {image_HWC.dtype}: give uint8 (H, W, 3)")
+            arrays.append(conversations.fit_image(image_HWC, size, self.image_mode))
         codes_BL = self.tokenizer.encode(np.stack(arrays))
         return np.asarray(self._compiled["features"](codes_BL, self.tokenizer.codebooks))
 
@@ -185,7 +198,8 @@ class Assistant:
 
         Args:
           question: a text, or a list of them.
-          image: a picture or several; for a list of questions one entry each, None for no picture.
+          image: a picture or several, as for `Tokenizer.encode` but no floats, of any size; for a
+            list of questions one entry each, None for no picture.
           max_new: tokens of an answer at most.
           temperature: 0 takes the most likely token.
           top_k, top_p, seed: filters, of which 0 is off, and seed of the draws.
@@ -195,7 +209,7 @@ class Assistant:
         """
         single = isinstance(question, str)
         asked = [question] if single else list(question)
-        shown = [image] if single else list(image or [None] * len(asked))
+        shown = [image] if single else [None] * len(asked) if image is None else list(image)
         if len(shown) != len(asked):
             raise ValueError(f"{len(asked)} questions and {len(shown)} images: give one for each")
         pictures = [as_list(i) for i in shown]
