@@ -1,6 +1,7 @@
 """The public API: parity with the reference through files, and clear errors."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from tokenflow_jax.data.images import center_crop
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.names import PART, tokenizer_buffers, tokenizer_table
+from tokenflow_jax.weights import pretrained
 from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
@@ -108,7 +110,7 @@ def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
             np.zeros((1, 20, 20, 3), np.float32) - 0.5,
             r"20.*floats are not resized; .*\(16, 16, 3\)",
         ),
-        (np.zeros((16, 16), np.uint8), r"shape \(16, 16\).*give \(height, width, 3\)"),
+        (np.zeros((16, 16), np.uint8), r"shape \(16, 16\).*give uint8 \(height, width, 3\)"),
         (np.zeros((2, 3, 16, 16), np.uint8), r"channels come last.*transpose\(0, 2, 3, 1\)"),
         (np.zeros((3, 16, 16), np.float32), r"channels come last.*transpose\(1, 2, 0\)"),
         (np.zeros((2, 16, 16, 4), np.uint8), r"shape \(2, 16, 16, 4\).*give"),
@@ -299,3 +301,28 @@ def test_pure_functions_for_jit(tiny, pictures):
 def test_repr_is_short_and_dir_knows_the_public_names(tiny):
     assert 1 <= len(repr(tiny).splitlines()) <= 3 and "21 codes of 32" in repr(tiny)
     assert set(tfx.__all__) <= set(dir(tfx))
+
+
+def test_a_saved_tokenizer_is_loaded_bit_for_bit(tiny, pictures, tmp_path, monkeypatch):
+    """Also in shards; an interrupted write leaves nothing."""
+    tiny.save_pretrained(tmp_path / "mine")
+    save_folder = functools.partial(pretrained.save_folder, shard_bytes=3000)
+    monkeypatch.setattr(api, "save_folder", save_folder)
+    tiny.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    for name in ("mine", "mine/model.safetensors", "shards", "shards/model.safetensors.index.json"):
+        loaded = tfx.Tokenizer.from_pretrained(tmp_path / name)
+        assert loaded.config == TINY
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny.params)
+    np.testing.assert_array_equal(loaded.encode(pictures), tiny.encode(pictures))
+    with pytest.raises(FileExistsError, match="mine exists"):
+        tiny.save_pretrained(tmp_path / "mine")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pretrained, "write_card", full)
+    with pytest.raises(OSError, match="free some space"):
+        tiny.save_pretrained(tmp_path / "mine", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "shards"]
+    assert tfx.Tokenizer.load(tmp_path / "mine").config == TINY

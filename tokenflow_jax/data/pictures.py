@@ -19,7 +19,7 @@ _KINDS = "a PIL image, a path, the bytes of a file, an array (height, width, 3)"
 def is_single(pictures: Picture | Iterable[Picture]) -> bool:
     """Tell one picture from several."""
     one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
-    return isinstance(pictures, one) or len(getattr(pictures, "shape", ())) == 3
+    return isinstance(pictures, one) or len(getattr(pictures, "shape", (0,) * 4)) != 4
 
 
 def each(pictures: Picture | Iterable[Picture]) -> tuple[Iterable[Picture], int | None]:
@@ -83,7 +83,7 @@ def _as_array(picture: Any, name: str) -> np.ndarray:
     if array.dtype == object:
         problem = "give pictures of different sizes as a list"
     elif array.ndim not in (3, 4) or shape[-1] != 3:
-        problem = "give (height, width, 3) or (batch, height, width, 3)"
+        problem = "give uint8 (height, width, 3) or (batch, height, width, 3)"
         if array.ndim in (3, 4) and shape[-3] == 3:
             problem += "; channels come last, move them with " + (
                 "transpose(0, 2, 3, 1)" if array.ndim == 4 else "transpose(1, 2, 0)"

@@ -24,10 +24,11 @@ from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters, variant_config
-from tokenflow_jax.tokenizer.loading import load_model
+from tokenflow_jax.tokenizer.api import Tokenizer, variant_config
+from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.card import UNKNOWN, Trained
 
 _LARGEST_BATCH = 64
 _to_uint8 = jax.jit(to_uint8)
@@ -61,6 +62,7 @@ class Generator:
     # Holds `params`; None if one device has all of them. All processes of a training run's mesh
     # must sample together.
     device_mesh: mesh.Mesh | None = None
+    trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
 
     @classmethod
     def load(
@@ -78,11 +80,11 @@ class Generator:
         """Load a generation model, spread over all devices of this process.
 
         Args:
-          path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
-            wrote, or a PyTorch checkpoint.
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` or
+            `save_pretrained` wrote, or a PyTorch checkpoint.
           tokenizer: the image tokenizer that the model was trained with, or its path.
-          text_tokenizer: "bytes", "words" or a folder; training runs record both tokenizers.
-          variant, tokenizer_variant: the models in a PyTorch checkpoint and a PyTorch tokenizer.
+          text_tokenizer: "bytes", "words" or a folder; models of ours record both tokenizers.
+          variant, tokenizer_variant: the models in PyTorch files that are not of ours.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
@@ -120,11 +122,23 @@ class Generator:
             prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), length),
             recipe=Recipe(**{name: sampling[name] for name in known & sampling.keys()}),
             dtype=model.dtype,
-            source={"checkpoint": path, "weights": model.weights},
+            source={"checkpoint": path, "weights": model.trained.weights},
             device_mesh=model.device_mesh,
+            trained=model.trained,
         )
         generator.check()
         return generator
+
+    from_pretrained = load
+
+    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write a folder for `load` that also holds both tokenizers; see `Tokenizer`'s."""
+        more = {
+            "data": {"max_length": self.prompts.budget},
+            "sampling": dataclasses.asdict(self.recipe),
+        }
+        text_tokenizer = self.prompts.text_tokenizer
+        save_language_model(self, folder, PART, more, text_tokenizer, overwrite)
 
     def check(self) -> None:
         """Raise ValueError naming all differences between the model and its tokenizers."""
@@ -151,12 +165,7 @@ class Generator:
         return other
 
     def __repr__(self) -> str:
-        lm, text = self.config.lm, self.prompts.text_tokenizer
-        return (
-            f"Generator of {lm.layers} layers of {lm.width}, {count_parameters(self.params):,} "
-            f"parameters, {self.dtype}, text tokenizer {getattr(text, 'name_or_path', '?')}\n"
-            f"  draws with {self.tokenizer!r}"
-        )
+        return describe("Generator", self, self.prompts.text_tokenizer)
 
     @property
     def codebooks(self) -> Codebooks:

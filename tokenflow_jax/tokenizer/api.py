@@ -14,12 +14,14 @@ from PIL import Image
 from tokenflow_jax.data.pictures import Picture, is_single
 from tokenflow_jax.evals.pictures import to_pil
 from tokenflow_jax.tokenizer import inputs
-from tokenflow_jax.tokenizer.fingerprint import fingerprint
+from tokenflow_jax.tokenizer.fingerprint import identity
 from tokenflow_jax.tokenizer.frozen import full_precision, image_codes
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.pretrained import save_folder
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 BATCH = 32  # images at a time, unless asked otherwise
@@ -35,6 +37,7 @@ class Tokenizer:
     config: TokenizerConfig  # hyper-parameters: image_size, scales, codebook_size, ...
     params: dict
     dtype: str = "float32"  # of encoders and decoders; the quantizer is always float32
+    trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
 
     @classmethod
     def load(
@@ -51,10 +54,10 @@ class Tokenizer:
         """Load a tokenizer.
 
         Args:
-          path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
-            wrote, or a PyTorch file (.pt, .pth, .bin, .safetensors, a folder or index of shards).
-            Pickled code is never executed.
-          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file; our checkpoints record it.
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` or
+            `save_pretrained` wrote, or a PyTorch file (.pt, .pth, .bin, .safetensors, a folder or
+            index of shards). Pickled code is never executed.
+          variant: one of `tokenizer.model.VARIANTS`, for a PyTorch file that is not of ours.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32" or "bfloat16".
@@ -69,29 +72,47 @@ class Tokenizer:
         changes = {"scales": scales, "pixel_weight": pixel_weight}
         changes = {name: value for name, value in changes.items() if value is not None}
         config = variant_config(path, variant, VARIANTS)
-        if changes and not conversion.is_torch(path):
+        if changes and config is None:
             raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
         if changes:
             config = dataclasses.replace(config, **changes)
         weights = None if ema else "raw"
         source = conversion.open_source(path, PART, config, weights=weights, step=step)
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
-        return cls(source.config, unflatten(params), dtype)
+        trained = Trained(path, source.step, source.weights, source.saved)
+        return cls(source.config, unflatten(params), dtype, trained)
+
+    from_pretrained = load
+
+    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write a folder for `load`: model.safetensors, config.json and a model card.
+
+        Raises:
+          OSError: the folder exists and `overwrite` is false, or it cannot be written.
+        """
+        config = self.config
+        rows = {
+            "codes": f"{config.pyramid.tokens} of {config.codebook_size:,}",
+            "scales": ", ".join(map(str, config.scales)),
+            "image size": config.image_size,
+            "semantic encoder": config.semantic_encoder,
+            "fingerprint": self.fingerprint,
+        }
+        fit = {"image_size": config.image_size, "fit": "center_crop", "range": [-1, 1]}
+        more = {"tokenizer": self.identity, "preprocessing": fit}
+        save_folder(
+            folder, PART, config, self.params, more, rows, self.trained, overwrite=overwrite
+        )
 
     @functools.cached_property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits, the same for all tokenizers that give the same codes."""
-        return fingerprint(self.config, flatten(self.params))
-
-    @property
     def identity(self) -> dict[str, Any]:
         """The record that data sets of codes and models trained on codes keep of the tokenizer."""
-        return {
-            "fingerprint": self.fingerprint,
-            "codebook_size": self.config.codebook_size,
-            "scales": list(self.config.scales),
-            "image_size": self.config.image_size,
-        }
+        return identity(self.config, flatten(self.params))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, the same for all tokenizers that give the same codes."""
+        return self.identity["fingerprint"]
 
     @functools.cached_property
     def model(self) -> TokenFlow:
@@ -276,9 +297,9 @@ def _padded(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def variant_config(path: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
-    """Return the config of a named variant; None for a checkpoint of ours without a name."""
+    """Return the config of a named variant; None for a checkpoint that records its own."""
     is_torch = conversion.is_torch(path)
-    if variant is None and not is_torch:
+    if variant is None and conversion.knows_itself(path):
         return None
     if variant not in variants:
         kind = "a PyTorch checkpoint" if is_torch else "a checkpoint of ours"

@@ -10,7 +10,7 @@ chat.ask("Can one eat it?")
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,12 @@ from tokenflow_jax.data.chat.templates import GPT, Template, Turn
 from tokenflow_jax.data.pictures import Picture, read_picture
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
-from tokenflow_jax.tokenizer.loading import load_model
+from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
 from tokenflow_jax.understanding.answer import Decoding, answer, start, step
 from tokenflow_jax.understanding.chat import Chat, as_list, human_turn
-from tokenflow_jax.understanding.folder import read_understanding_config
+from tokenflow_jax.understanding.folder import torch_config
 from tokenflow_jax.understanding.model import (
-    VARIANTS,
     Understanding,
     UnderstandingConfig,
     feature_channels,
@@ -36,7 +35,7 @@ from tokenflow_jax.understanding.model import (
     visual_features,
 )
 from tokenflow_jax.understanding.names import PART
-from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.card import UNKNOWN, Trained
 
 _ROUND = 64  # prompts are padded to a multiple, so that few programs are compiled
 _REPLACEMENT = "\ufffd"  # decodes an incomplete character
@@ -55,6 +54,7 @@ class Assistant:
     dtype: str = "float32"  # of the language model's computation
     max_length: int = 2048  # tokens of a conversation, images and answer included
     device_mesh: mesh.Mesh | None = None  # holds `params`; None if one device has all of them
+    trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
 
     def __post_init__(self):
         own, strategy = self.tokenizer.config, self.config.strategy
@@ -88,8 +88,8 @@ class Assistant:
         """Load a model, spread over all devices of this process.
 
         Args:
-          path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
-            wrote, or a folder in the released layout.
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` or
+            `save_pretrained` wrote, or a folder in the released layout.
           variant: one of `understanding.model.VARIANTS`, for PyTorch weights without a config.json.
           tokenizer, tokenizer_variant: the image tokenizer or its path; the model in a PyTorch one.
           text_tokenizer: a folder or "bytes"; a folder in the released layout holds its own.
@@ -102,7 +102,7 @@ class Assistant:
           ValueError: weights that do not fit, or a setting that is known from nowhere.
         """
         path = os.fspath(path)
-        config, known = _torch_config(path, variant)
+        config, known = torch_config(path, variant)
         model = load_model(
             path,
             PART,
@@ -129,15 +129,24 @@ class Assistant:
             dtype=model.dtype,
             max_length=max(data.get("max_length", 0), 2048),
             device_mesh=model.device_mesh,
+            trained=model.trained,
         )
 
+    from_pretrained = load
+
+    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write a folder for `load` that also holds both tokenizers; see `Tokenizer`'s."""
+        data = {
+            "template": self.template.name,
+            "own_system": True,
+            "system": self.template.system,
+            "image_mode": self.image_mode,
+            "max_length": self.max_length,
+        }
+        save_language_model(self, folder, PART, {"data": data}, self.text_tokenizer, overwrite)
+
     def __repr__(self) -> str:
-        lm, text = self.config.lm, self.text_tokenizer
-        return (
-            f"Assistant of {lm.layers} layers of {lm.width}, {count_parameters(self.params):,} "
-            f"parameters, {self.dtype}, text tokenizer {getattr(text, 'name_or_path', '?')}\n"
-            f"  sees with {self.tokenizer!r}"
-        )
+        return describe("Assistant", self, self.text_tokenizer)
 
     @property
     def vectors(self) -> int:
@@ -292,18 +301,3 @@ class Assistant:
         arrays = [batch[name] for name in ("ids", "labels", "places", "segments")]
         found = self._compiled["likelihood"](self.params, *arrays, self._row_features(own))
         return list(zip(*(np.asarray(x).tolist() for x in found), strict=True))
-
-
-def _torch_config(
-    path: str, variant: str | None
-) -> tuple[UnderstandingConfig | None, Mapping[str, Any]]:
-    """Return the config of PyTorch weights and what is known of their tokenizers."""
-    if not conversion.is_torch(path):
-        return None, {}
-    if variant is not None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant {variant!r}: one of {', '.join(VARIANTS)}")
-        return VARIANTS[variant], {}
-    config, fields = read_understanding_config(path)
-    fingerprint = fields.get("tokenflow_fingerprint", "")
-    return config, {"tokenizer": {"fingerprint": fingerprint}, "text_tokenizer": path}
