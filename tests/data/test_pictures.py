@@ -1,6 +1,7 @@
 """Pictures as people have them: the same pixels from a path, a PIL image and an array."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,6 +25,15 @@ def test_an_open_image_has_the_pixels_of_its_file(tmp_path, mode):
     with Image.open(path) as opened:
         np.testing.assert_array_equal(read_picture(opened), from_path)
     np.testing.assert_array_equal(read_picture(from_path), from_path)
+
+
+def test_one_lazily_opened_image_is_read_by_several_threads(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    for _ in range(20):
+        with Image.open(tmp_path / "a.png") as image, ThreadPoolExecutor(8) as pool:
+            for read in pool.map(read_picture, [image] * 8):
+                np.testing.assert_array_equal(read, noise)
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):

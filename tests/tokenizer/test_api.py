@@ -201,6 +201,16 @@ def test_an_empty_batch_is_refused(tiny):
         tiny.encode(np.zeros((0, size, size, 3), np.uint8))
 
 
+class Tensor:
+    """An array of another library, such as a tensor of PyTorch on the CPU."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
 @pytest.fixture
 def kinds(tmp_path):
     """The same picture, 30 x 24, in every kind that is taken, and what evaluation makes of it."""
@@ -209,7 +219,7 @@ def kinds(tmp_path):
     image.save(path)
     rgba = Image.fromarray(np.dstack([array, np.full((24, 30), 255, np.uint8)]))
     kinds = [image, path, str(path), path.read_bytes(), bytearray(path.read_bytes()), array,
-             jnp.asarray(array), rgba, Image.open(path)]  # fmt: skip
+             jnp.asarray(array), Tensor(array), rgba, Image.open(path)]  # fmt: skip
     return kinds, center_crop(array, 16)
 
 
@@ -246,7 +256,7 @@ def test_any_number_streams_in_batches_of_one_program(tiny, kinds, pictures):
         tiny.compiled["encode"] = run
     np.testing.assert_array_equal(codes, expected)
     assert steps == [(5, 16, 16, 3)] * 3
-    assert taken == [0] * 5 + [1] * 5 + [2] * 2
+    assert taken == [0] * 5 + [1] * 5 + [2] * 3
     array = np.concatenate([pictures, pictures, pictures[:1]])
     np.testing.assert_array_equal(tiny.encode(array, batch_size=2), tiny.encode(array))
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):

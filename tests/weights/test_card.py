@@ -10,7 +10,7 @@ from tokenflow_jax.weights.card import Trained, write_card
 RUN = {
     "total_steps": 8, "batch_size": 4, "seed": 0, "config_file": "/home/me/mine.py:b",
     "data": {"name": "emoji", "path": "/home/me/data", "split": "train", "eval_split": "heldout"},
-    "optimizer": {"name": "adam", "learning_rate": 0.0015},
+    "init_from": "/home/me/base", "optimizer": {"name": "adam", "learning_rate": 0.0015},
 }  # fmt: skip
 
 
@@ -38,12 +38,14 @@ def test_facts_are_those_of_the_checkpoint(workdir):
     assert facts["held_out"] == {"step": 4, "split": "heldout", "figures": {"psnr": 22.0}}
     at = Trained(str(workdir / "checkpoints" / "4"), 4, "ema", RUN)
     assert at.facts() == facts and at.pictures()["scales"].name == "scales_0000004.png"
+    averaged = {**RUN, "ema_decay": 0.99}  # these figures are of the moving average
+    assert "held_out" in Trained(str(workdir), 4, "ema", averaged).facts()
+    assert "held_out" not in Trained(str(workdir), 4, "raw", averaged).facts()
     early = Trained(str(workdir), 2, "raw", RUN)
     assert early.facts()["held_out"]["figures"] == {"psnr": 20.0}
     assert [path.name for path in early.pictures().values()] == ["scales_0000002.png"]
-    assert (facts["config"], facts["steps"], facts["weights"]) == (
-        "mine.py:b", "4 of 8", "moving average",
-    )  # fmt: skip
+    assert (facts["config"], facts["started_from"]) == ("mine.py:b", "base")
+    assert (facts["steps"], facts["weights"]) == ("4 of 8", "moving average")
     assert "/home" not in json.dumps(facts)
     text = write_card("tokenizer", "mine", {"codes": 5}, facts, ["images/scales.png"])
     for line in ("| psnr | 22 |", "| config | mine.py:b |", "Split heldout, step 4.",

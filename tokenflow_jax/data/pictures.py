@@ -1,6 +1,7 @@
 """Pictures as people have them: files, bytes, PIL images and arrays, one or many."""
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ from tokenflow_jax.messages import one_line, shown
 
 # A PIL image, a path, the bytes of a file, or an array (H, W, 3) of NumPy, JAX or PyTorch.
 Picture = Any
+_FILES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
 _KINDS = "a PIL image, a path, the bytes of a file, an array (height, width, 3)"
+_LOADING = threading.Lock()  # a lazily opened image may be in a list twice
 
 
 def is_single(pictures: Picture | Iterable[Picture]) -> bool:
     """Tell one picture from several."""
-    one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
-    return isinstance(pictures, one) or len(getattr(pictures, "shape", (0,) * 4)) != 4
+    return isinstance(pictures, _FILES) or len(getattr(pictures, "shape", (0,) * 4)) != 4
 
 
 def each(pictures: Picture | Iterable[Picture]) -> tuple[Iterable[Picture], int | None]:
@@ -31,12 +33,12 @@ def each(pictures: Picture | Iterable[Picture]) -> tuple[Iterable[Picture], int 
     Raises:
       ValueError: there are none, or they are something else.
     """
+    if isinstance(pictures, _FILES):
+        return [pictures], 1
     if hasattr(pictures, "shape"):
         array = _as_array(pictures, "images")
         array = array[None] if array.ndim == 3 else array
         return array, len(array)
-    if is_single(pictures):
-        return [pictures], 1
     if not isinstance(pictures, Iterable) or isinstance(pictures, Mapping):
         raise ValueError(f"images are {shown(pictures)}: give {_KINDS}, or a list of these")
     count = len(pictures) if hasattr(pictures, "__len__") else None
@@ -62,6 +64,8 @@ def read_picture(picture: Picture, name: str = "picture") -> np.ndarray:
             shows = type(picture)
             return images.decode(bytes(picture))
         if isinstance(picture, Image.Image):
+            with _LOADING:
+                picture.load()
             return images.to_rgb(picture)
     except (OSError, SyntaxError, Image.DecompressionBombError, Broken) as error:
         raise ValueError(f"{name} {shown(shows)}: {error}") from error

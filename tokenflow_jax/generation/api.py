@@ -24,7 +24,7 @@ from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer, variant_config
+from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
@@ -99,7 +99,7 @@ class Generator:
         model = load_model(
             path,
             PART,
-            variant_config(path, variant, VARIANTS),
+            conversion.variant_config(path, variant, VARIANTS),
             tokenizer=tokenizer,
             tokenizer_variant=tokenizer_variant,
             weights=None if ema else "raw",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ class Tokenizer:
             raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
         changes = {"scales": scales, "pixel_weight": pixel_weight}
         changes = {name: value for name, value in changes.items() if value is not None}
-        config = variant_config(path, variant, VARIANTS)
+        config = conversion.variant_config(path, variant, VARIANTS)
         if changes and config is None:
             raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
         if changes:
@@ -93,10 +93,8 @@ class Tokenizer:
         config = self.config
         rows = {
             "codes": f"{config.pyramid.tokens} of {config.codebook_size:,}",
-            "scales": ", ".join(map(str, config.scales)),
-            "image size": config.image_size,
-            "semantic encoder": config.semantic_encoder,
-            "fingerprint": self.fingerprint,
+            **{n: v for n, v in self.identity.items() if n != "codebook_size"},
+            "semantic_encoder": config.semantic_encoder,
         }
         fit = {"image_size": config.image_size, "fit": "center_crop", "range": [-1, 1]}
         more = {"tokenizer": self.identity, "preprocessing": fit}
@@ -294,17 +292,3 @@ def count_parameters(params: Any) -> int:
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:
     """Repeat the last row up to `count` rows."""
     return np.pad(rows, ((0, count - len(rows)), *((0, 0),) * (rows.ndim - 1)), mode="edge")
-
-
-def variant_config(path: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
-    """Return the config of a named variant; None for a checkpoint that records its own."""
-    is_torch = conversion.is_torch(path)
-    if variant is None and conversion.knows_itself(path):
-        return None
-    if variant not in variants:
-        kind = "a PyTorch checkpoint" if is_torch else "a checkpoint of ours"
-        raise ValueError(
-            f"{path} is {kind}: say which model it holds, variant=one of {sorted(variants)} "
-            f"(got {variant!r})"
-        )
-    return variants[variant]

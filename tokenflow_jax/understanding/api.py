@@ -118,7 +118,7 @@ class Assistant:
         if not text_tokenizer:
             raise ValueError(f"{path} does not name the text tokenizer that it reads: give it")
         if system is None and data.get("own_system"):
-            system = data["system"]
+            system = data.get("system")
         return cls(
             config=model.config,
             params=model.params,
@@ -136,13 +136,9 @@ class Assistant:
 
     def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write a folder for `load` that also holds both tokenizers; see `Tokenizer`'s."""
-        data = {
-            "template": self.template.name,
-            "own_system": True,
-            "system": self.template.system,
-            "image_mode": self.image_mode,
-            "max_length": self.max_length,
-        }
+        conversation = {"template": self.template.name, "system": self.template.system}
+        pictures = {"image_mode": self.image_mode, "max_length": self.max_length}
+        data = {**conversation, "own_system": True, **pictures}
         save_language_model(self, folder, PART, {"data": data}, self.text_tokenizer, overwrite)
 
     def __repr__(self) -> str:
@@ -207,8 +203,7 @@ class Assistant:
 
         Args:
           question: a text, or a list of them.
-          image: a picture or several, as for `Tokenizer.encode` but no floats, of any size; for a
-            list of questions one entry each, None for no picture.
+          image: a picture or several, uint8; for a list of questions one entry each, or None.
           max_new: tokens of an answer at most.
           temperature: 0 takes the most likely token.
           top_k, top_p, seed: filters, of which 0 is off, and seed of the draws.

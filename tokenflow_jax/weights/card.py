@@ -1,5 +1,6 @@
 """Model cards: README.md of a saved model, made of what is known of it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +31,14 @@ class Trained(NamedTuple):
         if "total_steps" not in run:  # a file: what its own card was made of
             known = run.get("training")
             return known if isinstance(known, dict) else {}
-        data, optimizer = run.get("data", {}), run.get("optimizer", {})
+        data, optimizer = run.get("data", {}), run.get("optimizer")
+        optimizer = optimizer if isinstance(optimizer, Mapping) else {}
         facts = {
-            "config": epath.Path(run["config_file"]).name if run.get("config_file") else None,
+            "config": os.path.basename(str(run.get("config_file") or "")),
+            "started_from": os.path.basename(str(run.get("init_from") or "")),
             "data": data.get("name"),
             "split": data.get("split"),
-            "steps": f"{self.step:,} of {run['total_steps']:,}",
+            "steps": f"{self.step} of {run['total_steps']}",
             "batch_size": run.get("batch_size"),
             "seed": run.get("seed"),
             "optimizer": optimizer.get("name"),
@@ -45,11 +48,11 @@ class Trained(NamedTuple):
         workdir = self.workdir()
         lines = curves.read_history(workdir / "metrics.jsonl") if workdir else []
         lines = [n for n in lines if n["step"] <= self.step and any(k[:5] == "eval/" for k in n)]
-        if lines:
+        if lines and (self.weights == "ema" or not run.get("ema_decay")):  # what was evaluated
             figures = {k[5:]: v for k, v in lines[-1].items() if k[:5] == "eval/"}
             facts["held_out"] = {"step": lines[-1]["step"], "split": data.get("eval_split")}
             facts["held_out"]["figures"] = {k: v for k, v in figures.items() if v is not None}
-        return {name: value for name, value in facts.items() if value is not None}
+        return {name: value for name, value in facts.items() if value not in (None, "")}
 
     def pictures(self) -> dict[str, epath.Path]:
         """Return the run's newest grids up to this step by name."""
@@ -61,15 +64,8 @@ class Trained(NamedTuple):
 UNKNOWN = Trained()
 
 
-class _Kind(NamedTuple):
-    title: str
-    about: str
-    task: str  # one of the hub's pipeline tags
-    use: str
-
-
-_KINDS = {  # by stage
-    "tokenizer": _Kind(
+_KINDS = {  # stage -> title, sentences, the hub's pipeline tag, lines of Python
+    "tokenizer": (
         "TokenFlow image tokenizer",
         "It turns pictures into codes, coarse to fine, and back. One code selects a semantic and a "
         "pixel vector (TokenFlow, arXiv 2412.03069).",
@@ -78,7 +74,7 @@ _KINDS = {  # by stage
 codes = tokenizer.encode("picture.png")
 tokenizer.to_images(codes)[0].save("back.png")""",
     ),
-    "generation": _Kind(
+    "generation": (
         "TokenFlow text-to-image model",
         "It draws pictures from prompts by writing the codes of an image tokenizer scale by scale "
         "(TokenFlow, arXiv 2412.03069).",
@@ -86,7 +82,7 @@ tokenizer.to_images(codes)[0].save("back.png")""",
         """generator = tfx.Generator.from_pretrained("{name}")
 generator.generate("red apple", seed=1).pictures[0].save("apple.png")""",
     ),
-    "understanding": _Kind(
+    "understanding": (
         "TokenFlow image-to-text model",
         "It answers questions about pictures, which it reads through an image tokenizer "
         "(TokenFlow, arXiv 2412.03069).",
@@ -104,18 +100,11 @@ def write_card(
     facts: Mapping[str, Any],
     pictures: Sequence[str],
 ) -> str:
-    """Return a card as Markdown.
-
-    Args:
-      name: of the folder.
-      rows: of the table of the model.
-      facts: see `Trained.facts`.
-      pictures: paths relative to the card.
-    """
-    kind, held_out = _KINDS[stage], facts.get("held_out")
-    front = ["library_name: tokenflow_jax", f"pipeline_tag: {kind.task}", "tags: [tokenflow, jax]"]
-    use = f"import tokenflow_jax as tfx\n\n{kind.use.format(name=name)}"
-    parts = ["\n".join(["---", *front, "---"]), f"# {kind.title}", kind.about]
+    """Return the card of a folder as Markdown: a table of the model, `Trained.facts`, pictures."""
+    (title, about, task, use), held_out = _KINDS[stage], facts.get("held_out")
+    front = ["library_name: tokenflow_jax", f"pipeline_tag: {task}", "tags: [tokenflow, jax]"]
+    use = f"import tokenflow_jax as tfx\n\n{use.format(name=name)}"
+    parts = ["\n".join(["---", *front, "---"]), f"# {title}", about]
     parts += ["## Use", f"```python\n{use}\n```", "## Model", _table(rows)]
     rows = {n.replace("_", " "): v for n, v in facts.items() if n != "held_out"}
     parts += ["## Training", _table(rows)] if rows else []

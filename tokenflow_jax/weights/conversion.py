@@ -28,7 +28,7 @@ from tokenflow_jax.weights.formats.torch import (
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory
 from tokenflow_jax.weights.part import Part
-from tokenflow_jax.weights.rules import Tensors, flatten, flax_arrays, torch_tensors
+from tokenflow_jax.weights.rules import CheckpointMismatch, Tensors, flatten, flax_arrays, torch_tensors
 
 TORCH_FILES = (".pt", ".safetensors")  # the endings that are written
 
@@ -71,6 +71,19 @@ def is_torch(path: str | os.PathLike) -> bool:
 def knows_itself(path: str | os.PathLike) -> bool:
     """Tell whether weights record which model they are: checkpoints and files of ours do."""
     return not is_torch(path) or record.read_record(path) is not None
+
+
+def variant_config(path: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
+    """Return the config of a named variant; None for a checkpoint that records its own."""
+    if variant is None and knows_itself(path):
+        return None
+    if variant not in variants:
+        kind = "a PyTorch checkpoint" if is_torch(path) else "a checkpoint of ours"
+        raise ValueError(
+            f"{path} is {kind}: say which model it holds, variant=one of {sorted(variants)} "
+            f"(got {variant!r})"
+        )
+    return variants[variant]
 
 
 def convert(
@@ -160,7 +173,12 @@ def _open_torch(path: str | os.PathLike, part: Part, config: Any, weights: str |
     if not any(found.values()):
         found = {"raw": open_state_dict(path)}
     weights = _choose(path, found, weights)
-    state, table = part.check(found[weights], config), part.table(config)
+    try:
+        state, table = part.check(found[weights], config), part.table(config)
+    except CheckpointMismatch:
+        raise
+    except ValueError as error:  # a model that PyTorch's names cannot express
+        raise ValueError(f"{path}: {error}") from None
     buffers = {name: tensor for name, tensor in state.items() if table.is_buffer(name)}
     arrays = flax_arrays(state, table, part.template(config))
     return Source(config, arrays, buffers, weights, found[weights].files, saved)
