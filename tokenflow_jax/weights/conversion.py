@@ -28,7 +28,13 @@ from tokenflow_jax.weights.formats.torch import (
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory
 from tokenflow_jax.weights.part import Part
-from tokenflow_jax.weights.rules import CheckpointMismatch, Tensors, flatten, flax_arrays, torch_tensors
+from tokenflow_jax.weights.rules import (
+    CheckpointMismatch,
+    Tensors,
+    flatten,
+    flax_arrays,
+    torch_tensors,
+)
 
 TORCH_FILES = (".pt", ".safetensors")  # the endings that are written
 
