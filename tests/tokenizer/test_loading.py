@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -93,6 +94,28 @@ def test_text_tokenizers_are_found_alike(tmp_path, monkeypatch):
     for place in (tmp_path / "new" / "llama", tmp_path / "llama", model / "text_tokenizer"):
         place.mkdir()
         assert os.path.abspath(loading.find_text_tokenizer(str(model), "llama")) == str(place)
+
+
+def test_the_files_of_a_text_tokenizer_come_along(tiny, tmp_path, monkeypatch):
+    """Only these: the folder may be a language model's."""
+    folder, saved = tmp_path / "llama", {}
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "run.py"):
+        (folder / name).write_text(name)
+    keep = lambda path, *about, **how: saved.update(how, about=about)  # noqa: E731
+    monkeypatch.setattr(loading, "save_folder", keep)
+    lm = SimpleNamespace(layers=1, width=2, vocabulary_size=3)
+    model = SimpleNamespace(config=SimpleNamespace(lm=lm), params={}, tokenizer=tiny, trained=None)
+    text = SimpleNamespace(name_or_path=str(folder))
+    loading.save_language_model(model, tmp_path / "x", None, {}, text, False)
+    assert saved["about"][3]["text_tokenizer"] == "text_tokenizer"
+    saved["parts"]["text_tokenizer"](tmp_path / "copy")
+    copied = {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()}
+    assert copied == {n: n for n in ("tokenizer.json", "tokenizer_config.json")}
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="llama"):
+        loading.save_language_model(model, tmp_path / "x", None, {}, text, False)
 
 
 def test_dtypes():

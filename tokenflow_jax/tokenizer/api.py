@@ -79,8 +79,7 @@ class Tokenizer:
         weights = None if ema else "raw"
         source = conversion.open_source(path, PART, config, weights=weights, step=step)
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
-        trained = Trained(path, source.step, source.weights, source.saved)
-        return cls(source.config, unflatten(params), dtype, trained)
+        return cls(source.config, unflatten(params), dtype, Trained.of(path, source))
 
     from_pretrained = load
 

@@ -65,7 +65,7 @@ def load_model(
     tokenizer = find_tokenizer(path, saved.get("tokenizer", {}), tokenizer, tokenizer_variant)
     if name := saved.get("text_tokenizer"):
         saved = {**saved, "text_tokenizer": find_text_tokenizer(path, name)}
-    trained = Trained(os.fspath(path), source.step, source.weights, source.saved)
+    trained = Trained.of(path, source)
     device_mesh, held = mesh.answering_mesh(), jnp.dtype(dtype)
     arrays = ((name, np.asarray(t.read(), held)) for name, t in source.arrays.items())
     params = unflatten(mesh.place_parameters(arrays, device_mesh))

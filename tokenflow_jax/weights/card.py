@@ -7,23 +7,31 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from tokenflow_jax.messages import one_line
-from tokenflow_jax.train import checkpoint_info, curves
+from tokenflow_jax.train import curves
 
 
 class Trained(NamedTuple):
     """Where loaded weights come from, as far as that is known."""
 
-    path: str = ""  # that was loaded
+    path: str = ""  # that was loaded, absolute
     step: int | None = None
     weights: str = ""  # "ema" or "raw"
     saved: Mapping[str, Any] = {}  # the config of the run, or the record of a file
+
+    @classmethod
+    def of(cls, path: str | os.PathLike, source: Any) -> "Trained":
+        """Describe an opened `conversion.Source`."""
+        path = os.fspath(path)
+        path = path if "://" in path else os.path.abspath(path)
+        return cls(path, source.step, source.weights, source.saved)
 
     def workdir(self) -> epath.Path | None:
         """Return the run's folder if the weights were loaded from there."""
         if self.step is None or "total_steps" not in self.saved:
             return None
-        folder = checkpoint_info.find_checkpoint(self.path, self.step).parent
-        return folder.parent if folder.name == "checkpoints" else None
+        path = epath.Path(self.path)
+        above = (path, *list(path.parents)[:2])
+        return next((folder for folder in above if (folder / "checkpoints").is_dir()), None)
 
     def facts(self) -> dict[str, Any]:
         """Return what a card says of the training, JSON-able; what is unknown is left out."""
