@@ -171,17 +171,17 @@ def save_language_model(
     overwrite: bool,
 ) -> None:
     """Write a generator or an assistant with both its tokenizers; see `save_folder`."""
-    name = getattr(text_tokenizer, "name_or_path", "")
+    source = name = getattr(text_tokenizer, "name_or_path", "")
     parts = {"tokenizer": model.tokenizer.save_pretrained}
     if name not in (BYTES, WORDS):
-        found = [file for file in _TEXT_FILES if os.path.isfile(os.path.join(name, file))]
+        found = [file for file in _TEXT_FILES if os.path.isfile(os.path.join(source, file))]
         if not found:
-            raise ValueError(f"the text tokenizer's files are not in its folder {name!r} anymore")
+            raise ValueError(f"the folder {source!r} has no files of the text tokenizer anymore")
 
         def copy(folder: pathlib.Path) -> None:
             folder.mkdir()
             for file in found:
-                shutil.copyfile(os.path.join(name, file), folder / file)
+                shutil.copyfile(os.path.join(source, file), folder / file)
 
         parts[_TEXT], name = copy, _TEXT
     tokenizer = {"path": "tokenizer", **model.tokenizer.identity}
