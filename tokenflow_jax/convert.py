@@ -101,7 +101,7 @@ def _convert(options: flags.FlagValues) -> Any:
             tokenizer=_identify(options.tokenizer, options.tokenizer_variant),
             **how,
         )
-    if config is None and conversion.is_torch(options.src):
+    if config is None and not conversion.knows_itself(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
             f"--variant=one of {', '.join(variants)}"
@@ -117,7 +117,7 @@ def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
     from tokenflow_jax.weights import conversion
 
     part, config = stages.part("tokenizer"), None
-    if conversion.is_torch(path):
+    if variant or not conversion.knows_itself(path):
         if variant not in part.variants:
             raise ValueError(
                 f"{path} is a PyTorch checkpoint: say which model it holds, "
