@@ -107,7 +107,7 @@ def test_the_files_of_a_text_tokenizer_come_along(tiny, tmp_path, monkeypatch):
     lm = SimpleNamespace(layers=1, width=2, vocabulary_size=3)
     model = SimpleNamespace(config=SimpleNamespace(lm=lm), params={}, tokenizer=tiny, trained=None)
     text = SimpleNamespace(name_or_path=str(folder))
-    loading.save_language_model(model, tmp_path / "x", None, {}, text, False)
+    loading.save_language_model(model, tmp_path / "x", None, {}, text)
     assert saved["about"][3]["text_tokenizer"] == "text_tokenizer"
     saved["parts"]["text_tokenizer"](tmp_path / "copy")
     copied = {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()}

@@ -29,6 +29,7 @@ from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.pretrained import Pretrained
 
 _LARGEST_BATCH = 64
 _to_uint8 = jax.jit(to_uint8)
@@ -46,7 +47,7 @@ class Generated(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Generator:
+class Generator(Pretrained):
     """A trained generation model with its two tokenizers.
 
     Everything compiles once per number of images (powers of two) and length of prompts.
@@ -131,14 +132,13 @@ class Generator:
 
     from_pretrained = load
 
-    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write a folder for `load` that also holds both tokenizers; see `Tokenizer`'s."""
+    def _save(self, folder: str | os.PathLike, **options: Any) -> None:
         more = {
             "data": {"max_length": self.prompts.budget},
             "sampling": dataclasses.asdict(self.recipe),
         }
         text_tokenizer = self.prompts.text_tokenizer
-        save_language_model(self, folder, PART, more, text_tokenizer, overwrite)
+        save_language_model(self, folder, PART, more, text_tokenizer, **options)
 
     def check(self) -> None:
         """Raise ValueError naming all differences between the model and its tokenizers."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from tokenflow_jax import remote
 from tokenflow_jax.data.pictures import Picture, is_single
 from tokenflow_jax.evals.pictures import to_pil
 from tokenflow_jax.tokenizer import inputs
@@ -21,14 +22,14 @@ from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.card import UNKNOWN, Trained
-from tokenflow_jax.weights.pretrained import save_folder
+from tokenflow_jax.weights.pretrained import Pretrained, save_folder
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 BATCH = 32  # images at a time, unless asked otherwise
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Tokenizer:
+class Tokenizer(Pretrained):
     """A trained TokenFlow tokenizer: `encode`, `decode`, `features`; compiled per batch shape.
 
     In float32 all products have full precision on every accelerator: a code is an argmin.
@@ -72,6 +73,7 @@ class Tokenizer:
         changes = {"scales": scales, "pixel_weight": pixel_weight}
         changes = {name: value for name, value in changes.items() if value is not None}
         config = conversion.variant_config(path, variant, VARIANTS)
+        path = remote.settled(path)
         if changes and config is None:
             raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
         if changes:
@@ -83,12 +85,7 @@ class Tokenizer:
 
     from_pretrained = load
 
-    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write a folder for `load`: model.safetensors, config.json and a model card.
-
-        Raises:
-          OSError: the folder exists and `overwrite` is false, or it cannot be written.
-        """
+    def _save(self, folder: str | os.PathLike, **options: Any) -> None:
         config = self.config
         rows = {
             "codes": f"{config.pyramid.tokens} of {config.codebook_size:,}",
@@ -97,9 +94,8 @@ class Tokenizer:
         }
         fit = {"image_size": config.image_size, "fit": "center_crop", "range": [-1, 1]}
         more = {"tokenizer": self.identity, "preprocessing": fit}
-        save_folder(
-            folder, PART, config, self.params, more, rows, self.trained, overwrite=overwrite
-        )
+        what = (PART, config, self.params, more, rows, self.trained)
+        save_folder(folder, *what, **options)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from tokenflow_jax import hub
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
@@ -46,6 +47,8 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
     suffices where only shapes matter.
     """
     path, variant = tokenizer.path, tokenizer.variant
+    if not variant and (release := hub.release_of(path)):
+        variant = release.variant
     if variant:
         if variant not in VARIANTS:
             raise ValueError(

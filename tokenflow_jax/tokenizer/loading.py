@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from tokenflow_jax import files, remote
 from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
@@ -59,7 +60,7 @@ def load_model(
       known: "tokenizer" and "data", for a model whose checkpoint holds no training config.
       weights: "ema", "raw", or None for EMA if there is one. For the others see `Generator.load`.
     """
-    dtype = resolve_dtype(dtype)
+    dtype, path = resolve_dtype(dtype), remote.settled(path)
     source = conversion.open_source(path, part, config, weights=weights, step=step)
     saved = source.saved or known or {}
     tokenizer = find_tokenizer(path, saved.get("tokenizer", {}), tokenizer, tokenizer_variant)
@@ -97,9 +98,9 @@ def find_tokenizer(
         return _checked(model, known, tokenizer)
     path = known.get("path") if tokenizer is None else os.fspath(tokenizer)
     problems: list[ValueError] = []
-    places = _places(model, "tokenizer", known) if tokenizer is None else [epath.Path(path)]
+    places = _places(model, "tokenizer", known) if tokenizer is None else [path]
     for place in places:
-        if place.exists():
+        if remote.kind_of(place):
             try:
                 return _checked(model, known, Tokenizer.load(place, variant))
             except ValueError as error:
@@ -139,7 +140,7 @@ def _places(model: str, inside: str, known: Mapping[str, Any]) -> list[epath.Pat
     recorded; the same from the folders above the workdir, with which it may have moved; and a
     neighbor of the workdir.
     """
-    top = _absolute(model)
+    top = files.absolute(model)
     roots = [top if top.is_dir() else top.parent]
     if roots[0].parent.name == "checkpoints":
         roots.append(roots[0].parent.parent)
@@ -154,12 +155,8 @@ def _places(model: str, inside: str, known: Mapping[str, Any]) -> list[epath.Pat
         places.append(workdir.parent / epath.Path(path).name)
     unique: dict[str, epath.Path] = {}
     for place in places:
-        unique.setdefault(os.fspath(_absolute(place)), place)
+        unique.setdefault(os.path.normpath(files.absolute(place)), place)
     return [*unique.values()]
-
-
-def _absolute(path: str | os.PathLike) -> epath.Path:
-    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
 
 
 def save_language_model(
@@ -168,12 +165,13 @@ def save_language_model(
     part: Part,
     more: Mapping[str, Any],
     text_tokenizer: Any,
-    overwrite: bool,
+    **options: Any,
 ) -> None:
     """Write a generator or an assistant with both its tokenizers; see `save_folder`."""
     source = name = getattr(text_tokenizer, "name_or_path", "")
     parts = {"tokenizer": model.tokenizer.save_pretrained}
     if name not in (BYTES, WORDS):
+        source = remote.local_copy(source, without=(".safetensors", ".bin"))
         found = [file for file in _TEXT_FILES if os.path.isfile(os.path.join(source, file))]
         if not found:
             raise ValueError(f"the folder {source!r} has no files of the text tokenizer anymore")
@@ -194,7 +192,7 @@ def save_language_model(
         "text tokenizer": name,
     }
     what = (part, model.config, model.params, more, rows, model.trained)
-    save_folder(path, *what, parts=parts, overwrite=overwrite)
+    save_folder(path, *what, parts=parts, **options)
 
 
 def describe(kind: str, model: Any, text_tokenizer: Any) -> str:

@@ -36,13 +36,14 @@ from tokenflow_jax.understanding.model import (
 )
 from tokenflow_jax.understanding.names import PART
 from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.pretrained import Pretrained
 
 _ROUND = 64  # prompts are padded to a multiple, so that few programs are compiled
 _REPLACEMENT = "\ufffd"  # decodes an incomplete character
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Assistant:
+class Assistant(Pretrained):
     """A language model that reads pictures through a tokenizer."""
 
     config: UnderstandingConfig
@@ -134,12 +135,11 @@ class Assistant:
 
     from_pretrained = load
 
-    def save_pretrained(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write a folder for `load` that also holds both tokenizers; see `Tokenizer`'s."""
+    def _save(self, folder: str | os.PathLike, **options: Any) -> None:
         conversation = {"template": self.template.name, "system": self.template.system}
         pictures = {"image_mode": self.image_mode, "max_length": self.max_length}
         data = {**conversation, "own_system": True, **pictures}
-        save_language_model(self, folder, PART, {"data": data}, self.text_tokenizer, overwrite)
+        save_language_model(self, folder, PART, {"data": data}, self.text_tokenizer, **options)
 
     def __repr__(self) -> str:
         return describe("Assistant", self, self.text_tokenizer)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from tokenflow_jax import files
 from tokenflow_jax.messages import one_line
 from tokenflow_jax.train import curves
 
@@ -21,9 +22,7 @@ class Trained(NamedTuple):
     @classmethod
     def of(cls, path: str | os.PathLike, source: Any) -> "Trained":
         """Describe an opened `conversion.Source`."""
-        path = os.fspath(path)
-        path = path if "://" in path else os.path.abspath(path)
-        return cls(path, source.step, source.weights, source.saved)
+        return cls(os.fspath(files.absolute(path)), source.step, source.weights, source.saved)
 
     def workdir(self) -> epath.Path | None:
         """Return the run's folder if the weights were loaded from there."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import files, remote
+from tokenflow_jax import files, hub, remote
 from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.weights import record
@@ -81,7 +81,9 @@ def knows_itself(path: str | os.PathLike) -> bool:
 
 
 def variant_config(path: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
-    """Return the config of a named variant; None for a checkpoint that records its own."""
+    """Return the config of a named or released variant; None for a model that records its own."""
+    if variant is None and (release := hub.release_of(path)):
+        variant = release.variant
     if variant is None and knows_itself(path):
         return None
     if variant not in variants:

@@ -8,14 +8,13 @@ config.json, each under the name of this package.
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 import tokenflow_jax
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import shown
 from tokenflow_jax.train.run_config import wrong_types
 from tokenflow_jax.weights.formats.safetensors import read_metadata
@@ -56,11 +55,11 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       ValueError: there is one, and it is damaged.
     """
-    folder = pathlib.Path(path)
-    if folder.is_dir() and (folder / CONFIG).is_file():
-        record = files.read_json(folder / CONFIG, remedy="; fetch it again").get(KEY)
+    path = remote.local_copy(path) if remote.kind_of(path) else os.fspath(path)
+    if os.path.isfile(file := os.path.join(path, CONFIG)):
+        record = files.read_json(file, remedy="; fetch it again").get(KEY)
         if record is not None:
-            return _checked(record, str(folder / CONFIG))
+            return _checked(record, file)
     try:
         states = open_state_dicts(path)
         own = states.pop(KEY, {}).get("record")
@@ -71,7 +70,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
             text = read_metadata(first).get(KEY, "").encode()
     except (ValueError, StopIteration):  # opening it as weights says what is wrong
         return None
-    where = f"{os.fspath(path)}: what it records of its model"
+    where = f"{path}: what it records of its model"
     if len(text) > _MOST:
         raise ValueError(f"{where} has more than the {_MOST:,} bytes that are read")
     return _checked(files.parse_json(text, where), where) if text else None
