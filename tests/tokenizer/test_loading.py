@@ -115,7 +115,7 @@ def test_the_files_of_a_text_tokenizer_come_along(tiny, tmp_path, monkeypatch):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="llama"):
-        loading.save_language_model(model, tmp_path / "x", None, {}, text, False)
+        loading.save_language_model(model, tmp_path / "x", None, {}, text)
 
 
 def test_dtypes():
