@@ -74,6 +74,7 @@ COMMANDS = {
     "evaluate-fid": "evals.fid:run",
     "evaluate-understanding": "evals.understanding:run",
     "prepare": "data.prepare:run",
+    "measure": "data.measure:run",
     "validate": "data.validate:run",
 }
 

@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # Everything that `python -m` starts stands above all layers, wherever its file is.
 COMMANDS = {
     "answer.py", "convert.py", "encode.py", "main.py", "preflight.py", "sample.py",
-    "data/prepare.py", "data/validate.py",
+    "data/measure.py", "data/prepare.py", "data/validate.py",
     "evals/fid.py", "evals/reconstruction.py", "evals/understanding.py",
     "evals/lmms_model.py", "evals/lmms_plugin.py",
 }  # fmt: skip

@@ -164,6 +164,10 @@ class ToyStage(Stage):
         time.sleep(self.config.step_delay)
         return super().step(state, batch)
 
+    @property
+    def data_set(self):
+        return range(self.config.data.images)
+
     def data(self):
         return _data(self.config, self.mesh)
 

@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
-from tokenflow_jax.evals.pictures import to_pil
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.inputs import to_pil
 from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion

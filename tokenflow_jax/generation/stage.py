@@ -169,6 +169,11 @@ class GenerationStage(CodeStage):
             return images
         return encoding.encode_in_memory(self._encode(), images, self.config.eval.batch_size)
 
+    @property
+    def data_set(self) -> Any:
+        """The opened training data."""
+        return self._train_set
+
     def data(self) -> Any:
         """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size)

@@ -65,6 +65,11 @@ class Topology(NamedTuple):
         """Number of JAX devices."""
         return self.chips * self.chip.devices
 
+    @property
+    def hosts(self) -> int:
+        """Number of machines, as the clouds usually build them: 4 TPU chips each, or 8 GPUs."""
+        return max(self.chips // (4 if self.chip.tpu else 8), 1)
+
     def __str__(self) -> str:
         text = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return text if self.slices == 1 else f"{self.slices}*{text}"

@@ -13,7 +13,6 @@ from PIL import Image
 
 from tokenflow_jax import remote
 from tokenflow_jax.data.pictures import Picture, is_single
-from tokenflow_jax.evals.pictures import to_pil
 from tokenflow_jax.tokenizer import inputs
 from tokenflow_jax.tokenizer.fingerprint import identity
 from tokenflow_jax.tokenizer.frozen import full_precision, image_codes
@@ -217,7 +216,7 @@ class Tokenizer(Pretrained):
         for start in range(0, len(codes_BL), batch_size):
             rows = codes_BL[start : start + batch_size]
             pixels_BHWC = self.decode(_padded(rows, batch_size) if start else rows)
-            made += to_pil(pixels_BHWC[: len(rows)])
+            made += inputs.to_pil(pixels_BHWC[: len(rows)])
         return made
 
     def reconstruct(

@@ -1,16 +1,19 @@
-"""Pictures as people have them become batches of the model's input."""
+"""Pictures as people have them become batches of the model's input, and back."""
 
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
+from PIL import Image
 
 from tokenflow_jax.data.pictures import Picture, each, fit, is_single, read_picture
 from tokenflow_jax.log import Progress
-from tokenflow_jax.nets.pixels import to_float
+from tokenflow_jax.nets.pixels import to_float, to_uint8
 
+_to_uint8 = jax.jit(to_uint8)
 Range = tuple[float, float] | None
 _RANGES = (None, (-1, 1), (0, 1))
 
@@ -76,3 +79,10 @@ def _check_range(pixels: np.ndarray, name: str, value_range: Range) -> tuple[flo
             "them, or (-1, 1)"
         )
     return value_range or (-1.0, 1.0)
+
+
+def to_pil(pixels_BHWC: np.ndarray | jax.Array) -> list[Image.Image]:
+    """Turn uint8 pixels, or those that a decoder returns, nominally in [-1, 1], into PIL images."""
+    if pixels_BHWC.dtype != np.uint8:
+        pixels_BHWC = _to_uint8(pixels_BHWC)
+    return [Image.fromarray(pixels_HWC) for pixels_HWC in np.asarray(pixels_BHWC)]

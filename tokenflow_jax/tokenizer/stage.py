@@ -130,9 +130,7 @@ class TokenizerStage(Stage):
         self.frozen = self.place(frozen)
         self.notes += mesh.describe_whole(self.state_shapes, self.mesh)
 
-        data, options = config.data, config.eval
-        self._train_set = self._data_config(data.split, data.augment, data.flip)
-        self._eval_set = self._data_config(data.eval_split, "center", False)
+        options = config.eval
         for data_set in (self._train_set, self._eval_set):
             pipeline.opened(data_set)  # a wrong path is an error at once
         lpips_params = self._whole(self.frozen["lpips"]) if lpips else None
@@ -148,6 +146,15 @@ class TokenizerStage(Stage):
             self.notes.append(f"no k-NN figures: these data have no label {options.knn_label!r}")
         return self
 
+    @functools.cached_property
+    def _train_set(self) -> pipeline.DataConfig:
+        data = self.config.data
+        return self._data_config(data.split, data.augment, data.flip)
+
+    @functools.cached_property
+    def _eval_set(self) -> pipeline.DataConfig:
+        return self._data_config(self.config.data.eval_split, "center", False)
+
     def _data_config(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
         data, size = self.config.data, self.model_config.image_size
         return pipeline.DataConfig(
@@ -162,6 +169,11 @@ class TokenizerStage(Stage):
     def final_notes(self) -> list[str]:
         """Return lines about skipped pictures."""
         return pipeline.skipped_notes(self._train_set, self._eval_set)
+
+    @property
+    def data_set(self) -> pipeline.Decoded:
+        """The opened training data."""
+        return pipeline.opened(self._train_set)
 
     def data(self) -> Any:
         """Return this process's share of the training batches."""

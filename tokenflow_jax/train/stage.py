@@ -93,6 +93,11 @@ class Stage(abc.ABC):
         `set_state(states of all shares)`, such as `data.dealing.DealtBatches`.
         """
 
+    @property
+    @abc.abstractmethod
+    def data_set(self) -> Any:
+        """The opened training data; has `len`."""
+
     @abc.abstractmethod
     def evaluate(self, state: State) -> Mapping[str, float]:
         """Return held-out figures; names get the prefix "eval/" when they lack it."""

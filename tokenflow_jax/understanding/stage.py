@@ -175,6 +175,11 @@ class UnderstandingStage(CodeStage):
         ]
         return [*self._train_set.notes(), *self._eval_set.notes(), *said]
 
+    @property
+    def data_set(self) -> Any:
+        """The opened training data."""
+        return self._train_set
+
     def data(self) -> Any:
         """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size // self.pack)

@@ -106,18 +106,18 @@ class Pictures:
     array = "image"
 
     def __init__(self, config: pipeline.DataConfig):
-        self._decoded = pipeline.opened(config)
+        self.decoded = pipeline.opened(config)
         self.config = config
         self.name = f"{config.name} {config.split}"
         self.blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
-        self.skipped = self._decoded.skipped
-        self.will_need = self._decoded.will_need
+        self.skipped = self.decoded.skipped
+        self.will_need = self.decoded.will_need
 
     def __len__(self) -> int:
-        return len(self._decoded)
+        return len(self.decoded)
 
     def __getitem__(self, index: int) -> Mapping[str, Any] | None:
-        if (example := self._decoded[index]) is None:
+        if (example := self.decoded[index]) is None:
             return None
         image = images.center_crop(example["image"], self.config.image_size)
         return {**example, "image": np.ascontiguousarray(image)}
