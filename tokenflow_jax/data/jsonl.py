@@ -41,7 +41,7 @@ _BLOCK = 2**20
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[(?=[ \t\r]*[\n{])")
 _OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # of a JSON string
 _IMAGE_KEYS = ("image", "file_name")
-_CAPTION_KEYS = ("captions", "caption", "text", "label")
+CAPTION_KEYS = ("captions", "caption", "text", "label")
 _USUAL_NAMES = ("captions.jsonl", "metadata.jsonl")
 
 
@@ -254,7 +254,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def captions_of(row: dict[str, Any]) -> dict[str, Any]:
     """Return the "caption", "captions" and "tags" of an object, as far as it has them."""
-    texts = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str | list)), [])
+    texts = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str | list)), [])
     texts = [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
     found = {"caption": texts[0], "captions": texts} if texts else {}
     if isinstance(row.get("tags"), list):

@@ -15,9 +15,11 @@ from typing import Any
 from array_record.python import array_record_data_source
 
 from tokenflow_jax.data import records
+from tokenflow_jax.data.arrow import ArrowSource
 from tokenflow_jax.data.examples import SPLITS, Broken, check_example, is_heldout
 from tokenflow_jax.data.folders import FolderSource
 from tokenflow_jax.data.jsonl import JsonlSource
+from tokenflow_jax.data.parquet import ParquetSource
 from tokenflow_jax.data.webdataset import WebDatasetSource
 from tokenflow_jax.messages import one_line, plain, shown
 
@@ -172,7 +174,12 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
 
 
 def open_source(
-    name: str, path: str, split: str, image_folder: str = "", allow_outside: bool = False
+    name: str,
+    path: str,
+    split: str,
+    image_folder: str = "",
+    allow_outside: bool = False,
+    image_column: str = "",
 ) -> Any:
     """Open a source that is not empty; the arguments are those of `pipeline.DataConfig`."""
     kinds = {
@@ -182,6 +189,8 @@ def open_source(
         "array_record": lambda: RecordSource(path, split),
         "tfds": lambda: TFDSSource(path, split),
         "webdataset": lambda: WebDatasetSource(path, split),
+        "parquet": lambda: ParquetSource(path, split, image_column),
+        "arrow": lambda: ArrowSource(path, split, image_column),
     }
     if name not in kinds:
         raise ValueError(f"data.name {name!r} is not one of {sorted(kinds)}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from tokenflow_jax.data import pipeline, records
+from tokenflow_jax.data import arrow, pipeline, records
 from tokenflow_jax.log import Progress
 from tokenflow_jax.messages import shown
 
@@ -20,6 +20,10 @@ def kind_of_data(path: str) -> str:
         return "emoji"
     if path.endswith(".tar"):
         return "webdataset"
+    if path.endswith(".parquet"):
+        return "parquet"
+    if arrow.is_saved(path):
+        return "arrow"
     folder = pathlib.Path(path)
     is_folder = folder.is_dir() and not (folder / records.MANIFEST).is_file()
     return "folder" if is_folder else "array_record"

@@ -1,0 +1,241 @@
+"""Rows of Parquet files, read at random places by row groups; see `tables`.
+
+A row of a Parquet file cannot be read alone: its row group is read, only the columns in need, and
+kept with others as long as there is room. Files named train-*, validation-* and test-* are splits.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import os
+import pathlib
+import re
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenflow_jax.data import folders, tables, tar_index, webdataset
+from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.data.kept import Columns, Kept
+from tokenflow_jax.log import log
+from tokenflow_jax.messages import one_line, plain, shown
+
+_MOST_KEPT = 2**31  # bytes of row groups
+_OPEN_FILES = 64
+_KEEP_FROM = 1000  # rows; smaller files are indexed at every start
+_ROWS_PER_BYTE = 8  # at most, of a file that is not damaged
+_JUDGED = 64  # row groups, whose use is looked at together
+_INDEX = {"groups": np.int64, "held_out": np.bool_, "named": np.bool_}
+_VERSION = 1  # of kept indexes
+_State = tuple[int, int]
+
+
+class ParquetSource(tables.TableSource):
+    """Pictures in Parquet files."""
+
+    def __init__(self, path: str, split: str = "all", image_column: str = ""):
+        super().__init__(open_rows(path, image_column), split, path)
+
+
+def open_rows(path: str, image_column: str = "", conversations: bool = False) -> "ParquetRows":
+    """Return the rows of files, opened once for all splits."""
+    states = ((file, tar_index.state_of(file.stat())) for file in _files(path))
+    return _opened(path, image_column, conversations, *states)
+
+
+@functools.lru_cache(2)
+def _opened(path: str, image: str, conversations: bool, *files: tuple[pathlib.Path, _State]) -> Any:
+    return ParquetRows(path, image, conversations, files)
+
+
+def _files(path: str) -> list[pathlib.Path]:
+    if not os.path.isdir(path):
+        return webdataset.shard_paths(path)
+    found = sorted(pathlib.Path(path).glob("*.parquet"))
+    found = found or sorted(pathlib.Path(path).glob("data/*.parquet"))  # as on the hub
+    if not found:
+        raise ValueError(
+            f"data.path {path!r} holds no Parquet files; name a .parquet, a folder of them, or a "
+            "pattern such as 'DIR/train-*.parquet'"
+        )
+    return found
+
+
+def _split_of(file: pathlib.Path) -> str:
+    return folders.split_meant(re.split(r"[-_.]", file.name)[0]) or ""
+
+
+class ParquetRows:
+    """The rows of some files, in their order."""
+
+    def __init__(
+        self,
+        path: str,
+        image_column: str,
+        conversations: bool,
+        files: Sequence[tuple[pathlib.Path, _State]],
+    ):
+        self.files = [file for file, _ in files]
+        self._states = [state for _, state in files]
+        self.splits = [_split_of(file) for file in self.files]
+        self._find = functools.partial(
+            tables.find_columns, image_column=image_column, conversations=conversations
+        )
+        with tables.naming(self.files[0]):
+            schema = tables.pyarrow().parquet.read_schema(self.files[0])
+        self.columns = self._find(schema, str(self.files[0]))
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            indexes = list(pool.map(self._index, self.files))
+        groups = [index["groups"] for index in indexes]
+        self._named = [bool(index["named"].all()) for index in indexes]
+        self.held_out = np.concatenate([index["held_out"] for index in indexes])
+        self.firsts = np.cumsum([0, *(sum(some) for some in groups)])
+        self._group_firsts = np.cumsum([0, *np.concatenate(groups)])
+        self._file_groups = np.cumsum([0, *map(len, groups)])  # the first group of each file
+        self._footer = functools.lru_cache(_OPEN_FILES)(self._read_footer)
+        self._cache = _RowGroups(path, self._read_group)
+
+    def is_named(self, file: int) -> bool:
+        return self._named[file]
+
+    def read(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of a row in some columns, or raise Broken."""
+        group = int(np.searchsorted(self._group_firsts, row, side="right")) - 1
+        within = row - int(self._group_firsts[group])
+        try:
+            table = self._cache.get(group, tuple(names))
+            if table.num_rows != self._group_firsts[group + 1] - self._group_firsts[group]:
+                raise ValueError(f"row group {group} has {table.num_rows} rows")
+            return {
+                name: column[within].as_py()
+                for name, column in zip(table.column_names, table.columns, strict=True)
+            }
+        except tables.damage() as error:
+            file, _ = tables.place_of(self, row)
+            raise Broken("damaged record", f"{self.files[file]}: {one_line(error)}") from None
+
+    def _read_footer(self, file: int) -> Any:
+        return tables.pyarrow().parquet.read_metadata(self.files[file])
+
+    def _read_group(self, group: int, names: Sequence[str]) -> Any:
+        file = int(np.searchsorted(self._file_groups, group, side="right")) - 1
+        path = self.files[file]
+        if tar_index.state_of(path.stat()) != self._states[file]:
+            raise ValueError(f"{path} has changed since the start")
+        reader = tables.pyarrow().parquet.ParquetFile(
+            path, metadata=self._footer(file), pre_buffer=True
+        )
+        number = group - int(self._file_groups[file])
+        # The loader has threads of its own.
+        return reader.read_row_group(number, columns=list(names), use_threads=False)
+
+    def _index(self, path: pathlib.Path) -> Columns:
+        """Return the rows per row group of a file and what decides on splits, kept or made."""
+        kind = f"parquet {_VERSION} {shown(self.columns)}"
+        status = path.stat()
+        kept = Kept(path, kind, status)
+        if found := kept.load(_INDEX, _fit):
+            return found
+        with tables.naming(path):
+            reader = tables.pyarrow().parquet.ParquetFile(path)
+            columns = self._find(reader.schema_arrow, str(path))
+            if columns != self.columns:
+                raise ValueError(
+                    f"{path} has other columns ({shown(columns)}) than {self.files[0]} "
+                    f"({shown(self.columns)}): leave it out, or rewrite it"
+                )
+            footer = reader.metadata
+            groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+            rows = sum(groups)
+            if min(groups, default=0) < 0 or not rows <= _ROWS_PER_BYTE * status.st_size:
+                raise ValueError(f"{path} is damaged (row groups of {shown(groups)} rows)")
+            paths = self._paths(path, reader)
+        named, held_out = tables.held_out_rows(path.name, rows, paths)
+        index = {"groups": np.array(groups, np.int64), "held_out": held_out,
+                 "named": np.array([named])}  # fmt: skip
+        if rows >= _KEEP_FROM and (problem := kept.keep(index)):
+            log.warning("%s: every start goes through %s again", problem, path)
+        return index
+
+    def _paths(self, path: pathlib.Path, reader: Any) -> list[Any]:
+        """Return the paths of a file's pictures, none if there are none or they are damaged."""
+        column, found = self.columns.path, []
+        try:
+            for group in range(reader.num_row_groups) if column else ():
+                cells = reader.read_row_group(group, columns=[column], use_threads=False).column(0)
+                found += [cell and cell.get("path") for cell in cells.to_pylist()]
+        except tables.damage() as error:
+            log.warning(
+                "%s: its column %s is damaged (%s), so row numbers decide on the split; fetch the "
+                "file again", path, plain(column), one_line(error),
+            )  # fmt: skip
+            return []
+        return found
+
+
+def _fit(index: Columns) -> bool:
+    groups = index["groups"]
+    return bool((groups >= 0).all()) and sum(map(int, groups)) == len(index["held_out"])
+
+
+class _RowGroups:
+    """Row groups read last, of at most _MOST_KEPT bytes; any thread may use them."""
+
+    def __init__(self, path: str, read: Any):
+        self._path, self._read = path, read
+        self._lock = threading.Lock()
+        self._kept: collections.OrderedDict[Any, concurrent.futures.Future] = (
+            collections.OrderedDict()
+        )
+        self._sizes: dict[Any, int] = {}
+        self._bytes = 0
+        self._known: set[Any] = set()  # all that were ever read
+        self._told = False
+        self._reads = self._again = self._rows_read = self._rows_used = 0
+
+    def get(self, group: int, names: tuple[str, ...]) -> Any:
+        """Return the table of some columns of a row group."""
+        key = (group, names)
+        with self._lock:
+            self._rows_used += 1
+            future = self._kept.get(key)
+            if is_new := future is None:
+                future = self._kept[key] = concurrent.futures.Future()
+            self._kept.move_to_end(key)
+        if is_new:
+            try:
+                table = self._read(group, names)
+            except BaseException as error:  # whoever waits for it meets it
+                future.set_exception(error)
+            else:
+                future.set_result(table)
+                self._make_room(key, table)
+        return future.result()
+
+    def _make_room(self, key: Any, table: Any) -> None:
+        with self._lock:
+            self._sizes[key] = table.nbytes
+            self._bytes += table.nbytes
+            while self._bytes > _MOST_KEPT and len(self._sizes) > 1:
+                old = next(other for other in self._kept if other in self._sizes)
+                self._bytes -= self._sizes.pop(old)
+                del self._kept[old]
+            self._reads, self._again = self._reads + 1, self._again + (key in self._known)
+            self._known.add(key)
+            self._rows_read += table.num_rows
+            if self._reads == _JUDGED:
+                # In an order of blocks, a row group is read for about half of its rows.
+                wasted = self._again > _JUDGED // 2 and 8 * self._rows_used < self._rows_read
+                if wasted and not self._told:
+                    self._told = True
+                    rows, size = self._rows_read // _JUDGED, table.nbytes // max(table.num_rows, 1)
+                    log.warning(
+                        "%s: row groups of about %d rows are read for every %.1f pictures; train "
+                        "with --config.data.shuffle_block=%d --config.data.shuffle_window=%d, "
+                        "or write ArrayRecord with python -m tokenflow_jax.data.prepare parquet",
+                        self._path, rows, self._rows_used / _JUDGED, rows,
+                        max(rows, _MOST_KEPT // (3 * max(size, 1))),
+                    )  # fmt: skip
+                self._reads = self._again = self._rows_read = self._rows_used = 0
