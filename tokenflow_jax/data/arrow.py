@@ -77,6 +77,10 @@ class ArrowRows:
     def is_named(self, file: int) -> bool:
         return self._named[file]
 
+    def has_picture(self, row: int) -> bool:
+        """Return True unless the cell is empty."""
+        return self.read(row, [self.columns.image])[self.columns.image] not in (None, b"", [])
+
     def read(self, row: int, names: Sequence[str]) -> dict[str, Any]:
         """Return the values of a row in some columns, or raise Broken."""
         file, number = tables.place_of(self, row)

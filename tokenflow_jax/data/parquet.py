@@ -100,6 +100,11 @@ class ParquetRows:
     def is_named(self, file: int) -> bool:
         return self._named[file]
 
+    def has_picture(self, row: int) -> bool:
+        """Return True unless the cell is empty; only plain bytes are read for it."""
+        name = self.columns.image
+        return self.read(row, [self.columns.path or name])[name] not in (None, b"", [])
+
     def read(self, row: int, names: Sequence[str]) -> dict[str, Any]:
         """Return the values of a row in some columns, or raise Broken."""
         group = int(np.searchsorted(self._group_firsts, row, side="right")) - 1

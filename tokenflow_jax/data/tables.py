@@ -192,6 +192,8 @@ class Rows(Protocol):
 
     def is_named(self, file: int) -> bool: ...  # paths of pictures name the rows
 
+    def has_picture(self, row: int) -> bool: ...  # without reading it; may raise Broken
+
     def read(self, row: int, names: Sequence[str]) -> dict[str, Any]: ...  # may raise Broken
 
 
