@@ -62,10 +62,10 @@ def set_up(verbose: bool = True) -> None:
 
 
 class Progress:
-    """Log the rate and the remaining time of work on images every few seconds."""
+    """Log the rate and the remaining time of long work every few seconds."""
 
-    def __init__(self, task: str, total: int):
-        self._task, self._total = task, total
+    def __init__(self, task: str, total: int, unit: str = "images"):
+        self._task, self._total, self._unit = task, total, unit
         self._start = self._last = time.monotonic()
         self._offset = 0
 
@@ -81,12 +81,17 @@ class Progress:
         self._last = now
         rate = (done - self._offset) / (now - self._start)
         eta = duration((self._total - done) / rate)
-        log.info("%s: %d of %d, %.1f images/s, eta %s", self._task, done, self._total, rate, eta)
+        log.info(
+            "%s: %d of %d, %.1f %s/s, eta %s",
+            self._task, done, self._total, rate, self._unit, eta,
+        )  # fmt: skip
 
 
-def progress(items: Iterable[Item], total: int, task: str) -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], total: int, task: str, unit: str = "images"
+) -> Iterator[Item]:
     """Yield the items and log how many have passed."""
-    line = Progress(task, total)
+    line = Progress(task, total, unit)
     for done, item in enumerate(items, 1):
         yield item
         line.update(done)

@@ -1,0 +1,218 @@
+"""Remote files, gs://, s3:// and whatever else fsspec opens: read in place, fetched, written.
+
+Object stores answer with many kinds of errors. Here each is an OSError with one line and the path.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from tokenflow_jax.log import log, progress
+from tokenflow_jax.messages import one_line
+
+_CHUNK = 16 * 2**20  # bytes of a range that is fetched at once
+_CONNECTIONS = 8
+_PACKAGES = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "hf": "hub"}  # scheme -> extra of setup.py
+_MOST_FILES = 10_000  # of a folder that is fetched
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def join(folder: str | os.PathLike, *names: str) -> str:
+    """Join a folder, local or remote, and names below it."""
+    if is_remote(folder):
+        return "/".join((os.fspath(folder).rstrip("/"), *names))
+    return os.path.join(folder, *names)
+
+
+def cache_folder() -> pathlib.Path:
+    """Return the user's folder for what can be fetched or made again."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(cache, "tokenflow_jax")
+
+
+@contextlib.contextmanager
+def named_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Raise whatever a store answers as an OSError, or as ValueError where a package is missing."""
+    path = os.fspath(path)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such file or bucket", path) from error
+    except ImportError as error:
+        extra = _PACKAGES.get(path.split("://")[0])
+        remedy = f": pip install 'tokenflow_jax[{extra}]'" if extra else ""
+        raise ValueError(f"{path}: {one_line(error)}{remedy}") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and "rotocol not known" in str(error):
+            raise ValueError(f"{path}: {one_line(error)}; use gs://, s3:// or a path") from error
+        code = str(getattr(error, "code", "") or getattr(error, "status", ""))
+        if code in ("401", "403") or "auth" in type(error).__module__:
+            raise PermissionError(
+                errno.EACCES, f"access denied ({one_line(error)}); log in to the store", path
+            ) from error
+        if isinstance(error, OSError) and error.filename == path:
+            raise
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        raise OSError(number, one_line(error), path) from error
+
+
+def store_of(path: str | os.PathLike) -> tuple[Any, str]:
+    """Return fsspec's file system of a path, and the path as that names it; not cached listings."""
+    import fsspec  # here: most runs need none
+
+    for scheme in ("gcs", "gs", "s3"):  # other hosts write, too
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    with named_errors(path):
+        return fsspec.core.url_to_fs(os.fspath(path))
+
+
+class RemoteFile:
+    """A remote file, read in ranges by any thread. OSError if it is missing or has changed."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
+        self._store, self._name = store_of(path)
+        with named_errors(path):
+            about = self._store.info(self._name)
+            if about["type"] != "file":
+                raise OSError(errno.EISDIR, "not a file", self.path)
+            self.size = int(about["size"])
+            # What changes whenever it is written again.
+            self.version = hashlib.sha256(self._store.ukey(self._name).encode()).hexdigest()[:16]
+
+    def read(self, begin: int = 0, size: int | None = None) -> bytes:
+        """Return bytes from `begin` on, fewer than `size` at the end of the file."""
+        end = self.size if size is None else min(self.size, begin + size)
+        if begin >= end:
+            return b""
+        with named_errors(self.path):
+            return self._store.cat_file(self._name, begin, end)
+
+    def open(self) -> BinaryIO:
+        """Open it for reading from the beginning on, megabytes ahead."""
+        with named_errors(self.path):
+            return self._store.open(self._name, "rb", block_size=_CHUNK, cache_type="readahead")
+
+    def fetch(self, target: pathlib.Path) -> None:
+        """Copy it to a local file, several ranges at a time."""
+
+        def copy(begin: int) -> None:
+            data = self.read(begin, _CHUNK)
+            if len(data) != min(_CHUNK, self.size - begin):
+                raise OSError(errno.EIO, "became shorter while it was fetched", self.path)
+            os.pwrite(file.fileno(), data, begin)
+
+        begins = range(0, self.size, _CHUNK)
+        with open(target, "wb") as file, concurrent.futures.ThreadPoolExecutor(_CONNECTIONS) as do:
+            for _ in progress(do.map(copy, begins), len(begins), f"fetching {self.path}", "parts"):
+                pass
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """Return "file", "folder" or "" where a path, local or remote, leads nowhere."""
+    if not is_remote(path):
+        return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+    store, name = store_of(path)
+    with named_errors(path):
+        try:
+            kind = store.info(name)["type"]
+        except FileNotFoundError:
+            return ""
+    return "file" if kind == "file" else "folder"
+
+
+def files_below(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted paths of all files below a remote folder, relative to it."""
+    store, name = store_of(folder)
+    with named_errors(folder):
+        found = store.find(name)
+    return sorted(file[len(name.rstrip("/")) + 1 :] for file in found if not file.endswith("/"))
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the sorted paths that match a remote pattern of file names."""
+    store, name = store_of(pattern)
+    with named_errors(pattern):
+        return sorted(map(store.unstrip_protocol, store.glob(name)))
+
+
+def local_copy(path: str | os.PathLike) -> str:
+    """Return a local path as it is; of a remote file or folder, a copy that is fetched only once.
+
+    Copies are kept in `cache_folder()`; a file that has changed since is fetched again.
+    """
+    path = os.fspath(path)
+    if not is_remote(path):
+        return path
+    kind = kind_of(path)
+    if not kind:
+        raise FileNotFoundError(errno.ENOENT, "no such file or bucket", path)
+    names = files_below(path) if kind == "folder" else [""]
+    if not 0 < len(names) <= _MOST_FILES:
+        raise OSError(
+            errno.E2BIG, f"a folder of {len(names):,} files, at most {_MOST_FILES:,}", path
+        )
+    files = {name: RemoteFile(join(path, name) if name else path) for name in names}
+    versions = "".join(f"{name}\0{file.version}\n" for name, file in files.items())
+    key = hashlib.sha256(f"{path}\n{versions}".encode()).hexdigest()[:16]
+    copy = cache_folder() / "files" / key / path.rstrip("/").rpartition("/")[2]
+    if copy.exists():
+        return str(copy)
+    total = sum(file.size for file in files.values())
+    log.info("fetching %s, %.1f MB, into %s", path, total / 1e6, copy)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may fetch the same: each has a folder of its own, the first one stays.
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".partial-") as partial:
+        for name, file in files.items():
+            target = pathlib.Path(partial, "copy", name)
+            if pathlib.Path(partial) not in target.resolve().parents:
+                raise OSError(errno.EINVAL, f"{name!r} would be written outside", path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.fetch(target)
+        with contextlib.suppress(OSError):
+            os.rename(pathlib.Path(partial, "copy"), copy)
+    return str(copy)
+
+
+def upload(source: str | os.PathLike, path: str) -> None:
+    """Write a local file or folder to a remote path; what names the other files goes last."""
+    source, (store, name) = pathlib.Path(source), store_of(path)
+    files = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
+    late = [p for p in files if p.suffix == ".json" or p.name == "metadata"]
+    with named_errors(path):
+        for file in sorted(set(files) - {*late}) + sorted(late):
+            below = file.relative_to(source).as_posix()
+            store.put_file(str(file), name if file == source else f"{name}/{below}")
+
+
+def write(path: str, data: bytes) -> None:
+    """Write a remote file in one step."""
+    store, name = store_of(path)
+    with named_errors(path):
+        store.pipe_file(name, data)
+
+
+def remove(path: str) -> None:
+    """Remove a remote file or folder, if it exists."""
+    store, name = store_of(path)
+    with named_errors(path), contextlib.suppress(FileNotFoundError):
+        store.rm(name, recursive=True)
+
+
+@contextlib.contextmanager
+def staged(path: str) -> Iterator[pathlib.Path]:
+    """Yield a local name; what the block writes there is uploaded to `path` when it succeeds."""
+    with tempfile.TemporaryDirectory(prefix="tokenflow_jax-") as folder:
+        local = pathlib.Path(folder, path.rstrip("/").rpartition("/")[2])
+        yield local
+        upload(local, path)
