@@ -87,9 +87,7 @@ class Progress:
         )  # fmt: skip
 
 
-def progress(
-    items: Iterable[Item], total: int, task: str, unit: str = "images"
-) -> Iterator[Item]:
+def progress(items: Iterable[Item], total: int, task: str, unit: str = "images") -> Iterator[Item]:
     """Yield the items and log how many have passed."""
     line = Progress(task, total, unit)
     for done, item in enumerate(items, 1):

@@ -48,13 +48,13 @@ class ArrowRows:
                 f"data.path {path!r} is not a folder that save_to_disk of the package datasets "
                 f"wrote: neither {STATE} nor {SPLITS} is there"
             )
-        self.files, self.splits = [root], [""]
+        self.files, self.splits = [str(root)], [""]
         if (about := root / SPLITS).is_file():
             self.splits = files.read_json(about, keys=("splits",))["splits"]
             if not isinstance(self.splits, list) or not self.splits:
                 raise ValueError(f"{about}: its splits are {shown(self.splits)}")
-            self.files = [root / _name(about, split) for split in self.splits]
-        self._tables = [_Table(folder) for folder in self.files]
+            self.files = [str(root / _name(about, split)) for split in self.splits]
+        self._tables = [_Table(pathlib.Path(folder)) for folder in self.files]
         found = [
             tables.find_columns(
                 table.schema, str(table.first), image_column, conversations=conversations
@@ -70,7 +70,10 @@ class ArrowRows:
             table.values(self.columns.path) if self.columns.path else [] for table in self._tables
         ]
         sets = zip(self.files, self._tables, paths, strict=True)
-        marks = [tables.held_out_rows(file.name, len(table), some) for file, table, some in sets]
+        marks = [
+            tables.held_out_rows(os.path.basename(file), len(table), some)
+            for file, table, some in sets
+        ]
         self._named = [named for named, _ in marks]
         self.held_out = np.concatenate([held for _, held in marks])
 

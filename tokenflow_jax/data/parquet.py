@@ -10,13 +10,15 @@ import functools
 import os
 import pathlib
 import re
+import stat
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tokenflow_jax.data import folders, tables, tar_index, webdataset
+from tokenflow_jax import remote
+from tokenflow_jax.data import file_names, folders, tables
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.kept import Columns, Kept
 from tokenflow_jax.log import log
@@ -29,7 +31,9 @@ _ROWS_PER_BYTE = 8  # at most, of a file that is not damaged
 _JUDGED = 64  # row groups, whose use is looked at together
 _INDEX = {"groups": np.int64, "held_out": np.bool_, "named": np.bool_}
 _VERSION = 1  # of kept indexes
-_State = tuple[int, int]
+_State = tuple[int, str]
+_ENDINGS = (".parquet",)
+_REMEDY = "name a .parquet, a folder of them, or a pattern such as 'DIR/train-*.parquet'"
 
 
 class ParquetSource(tables.TableSource):
@@ -41,30 +45,41 @@ class ParquetSource(tables.TableSource):
 
 def open_rows(path: str, image_column: str = "", conversations: bool = False) -> "ParquetRows":
     """Return the rows of files, opened once for all splits."""
-    states = ((file, tar_index.state_of(file.stat())) for file in _files(path))
-    return _opened(path, image_column, conversations, *states)
+    files = [path]
+    if remote.kind_of(path) == "folder":  # with the files in data/, as on the hub
+        below = remote.join(path, "data")
+        found = file_names.in_folder(path, _ENDINGS)
+        found = found or (remote.kind_of(below) and file_names.in_folder(below, _ENDINGS))
+        files = found or files
+    if files == [path]:
+        files = file_names.expand(path, _ENDINGS, _REMEDY)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        states = list(pool.map(_state, files))
+    return _opened(path, image_column, conversations, *zip(files, states, strict=True))
 
 
 @functools.lru_cache(2)
-def _opened(path: str, image: str, conversations: bool, *files: tuple[pathlib.Path, _State]) -> Any:
+def _opened(path: str, image: str, conversations: bool, *files: tuple[str, _State]) -> Any:
     return ParquetRows(path, image, conversations, files)
 
 
-def _files(path: str) -> list[pathlib.Path]:
-    if not os.path.isdir(path):
-        return webdataset.shard_paths(path)
-    found = sorted(pathlib.Path(path).glob("*.parquet"))
-    found = found or sorted(pathlib.Path(path).glob("data/*.parquet"))  # as on the hub
-    if not found:
-        raise ValueError(
-            f"data.path {path!r} holds no Parquet files; name a .parquet, a folder of them, or a "
-            "pattern such as 'DIR/train-*.parquet'"
-        )
-    return found
+def _state(path: str) -> _State:
+    """Return the size of a file, and what changes whenever it is written again."""
+    if remote.is_remote(path):
+        file = remote.RemoteFile(path)
+        return file.size, file.version
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    return status.st_size, str(status.st_mtime_ns)
 
 
-def _split_of(file: pathlib.Path) -> str:
-    return folders.split_meant(re.split(r"[-_.]", file.name)[0]) or ""
+def _source(path: str) -> Any:
+    return remote.RemoteFile(path).open() if remote.is_remote(path) else path
+
+
+def _split_of(file: str) -> str:
+    return folders.split_meant(re.split(r"[-_.]", os.path.basename(file))[0]) or ""
 
 
 class ParquetRows:
@@ -75,7 +90,7 @@ class ParquetRows:
         path: str,
         image_column: str,
         conversations: bool,
-        files: Sequence[tuple[pathlib.Path, _State]],
+        files: Sequence[tuple[str, _State]],
     ):
         self.files = [file for file, _ in files]
         self._states = [state for _, state in files]
@@ -84,10 +99,10 @@ class ParquetRows:
             tables.find_columns, image_column=image_column, conversations=conversations
         )
         with tables.naming(self.files[0]):
-            schema = tables.pyarrow().parquet.read_schema(self.files[0])
-        self.columns = self._find(schema, str(self.files[0]))
+            schema = tables.pyarrow().parquet.read_schema(_source(self.files[0]))
+        self.columns = self._find(schema, self.files[0])
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            indexes = list(pool.map(self._index, self.files))
+            indexes = list(pool.map(self._index, self.files, self._states))
         groups = [index["groups"] for index in indexes]
         self._named = [bool(index["named"].all()) for index in indexes]
         self.held_out = np.concatenate([index["held_out"] for index in indexes])
@@ -122,30 +137,30 @@ class ParquetRows:
             raise Broken("damaged record", f"{self.files[file]}: {one_line(error)}") from None
 
     def _read_footer(self, file: int) -> Any:
-        return tables.pyarrow().parquet.read_metadata(self.files[file])
+        return tables.pyarrow().parquet.read_metadata(_source(self.files[file]))
 
     def _read_group(self, group: int, names: Sequence[str]) -> Any:
         file = int(np.searchsorted(self._file_groups, group, side="right")) - 1
         path = self.files[file]
-        if tar_index.state_of(path.stat()) != self._states[file]:
+        if _state(path) != self._states[file]:
             raise ValueError(f"{path} has changed since the start")
         reader = tables.pyarrow().parquet.ParquetFile(
-            path, metadata=self._footer(file), pre_buffer=True
+            _source(path), metadata=self._footer(file), pre_buffer=True
         )
         number = group - int(self._file_groups[file])
         # The loader has threads of its own.
         return reader.read_row_group(number, columns=list(names), use_threads=False)
 
-    def _index(self, path: pathlib.Path) -> Columns:
+    def _index(self, path: str, state: _State) -> Columns:
         """Return the rows per row group of a file and what decides on splits, kept or made."""
         kind = f"parquet {_VERSION} {shown(self.columns)}"
-        status = path.stat()
-        kept = Kept(path, kind, status)
-        if found := kept.load(_INDEX, _fit):
+        is_local = not remote.is_remote(path)
+        kept = Kept(pathlib.Path(path), kind, os.stat(path)) if is_local else None
+        if kept and (found := kept.load(_INDEX, _fit)):
             return found
         with tables.naming(path):
-            reader = tables.pyarrow().parquet.ParquetFile(path)
-            columns = self._find(reader.schema_arrow, str(path))
+            reader = tables.pyarrow().parquet.ParquetFile(_source(path))
+            columns = self._find(reader.schema_arrow, path)
             if columns != self.columns:
                 raise ValueError(
                     f"{path} has other columns ({shown(columns)}) than {self.files[0]} "
@@ -154,17 +169,17 @@ class ParquetRows:
             footer = reader.metadata
             groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
             rows = sum(groups)
-            if min(groups, default=0) < 0 or not rows <= _ROWS_PER_BYTE * status.st_size:
+            if min(groups, default=0) < 0 or rows > _ROWS_PER_BYTE * state[0]:
                 raise ValueError(f"{path} is damaged (row groups of {shown(groups)} rows)")
             paths = self._paths(path, reader)
-        named, held_out = tables.held_out_rows(path.name, rows, paths)
+        named, held_out = tables.held_out_rows(os.path.basename(path), rows, paths)
         index = {"groups": np.array(groups, np.int64), "held_out": held_out,
                  "named": np.array([named])}  # fmt: skip
-        if rows >= _KEEP_FROM and (problem := kept.keep(index)):
+        if kept and rows >= _KEEP_FROM and (problem := kept.keep(index)):
             log.warning("%s: every start goes through %s again", problem, path)
         return index
 
-    def _paths(self, path: pathlib.Path, reader: Any) -> list[Any]:
+    def _paths(self, path: str, reader: Any) -> list[Any]:
         """Return the paths of a file's pictures, none if there are none or they are damaged."""
         column, found = self.columns.path, []
         try:

@@ -8,7 +8,6 @@ read the rows.
 import contextlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -186,7 +185,7 @@ class Rows(Protocol):
 
     columns: Columns
     held_out: np.ndarray  # bool, per row: the split that `is_heldout` gives its name
-    files: Sequence[pathlib.Path]
+    files: Sequence[str]
     firsts: np.ndarray  # the number of each file's first row, and that of all rows
     splits: Sequence[str]  # that each file belongs to; "" unless files or folders are splits
 
@@ -255,7 +254,7 @@ class TableSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns, row = self._rows.columns, int(self._places[index])
         file, number = place_of(self._rows, row)
-        name = row_name(self._rows.files[file].name, number)
+        name = row_name(os.path.basename(self._rows.files[file]), number)
         try:
             values = self._rows.read(row, self._wanted)
             data = picture_of(image := values[columns.image])

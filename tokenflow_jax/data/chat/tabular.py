@@ -50,7 +50,7 @@ class TableConversations:
 
     def label(self, index: int) -> str:
         file, row = tables.place_of(self._rows, int(self._places[index]))
-        return tables.row_name(self._rows.files[file].name, row)
+        return tables.row_name(os.path.basename(self._rows.files[file]), row)
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
