@@ -51,7 +51,9 @@ class FolderSource:
                 + (", and links to folders outside need allow_outside" if outside else "")
             )
         subfolders = {name.split("/")[0] for name in names if "/" in name}  # those with pictures
-        divided = split != "all" and _are_splits(root, subfolders)
+        are_splits = _are_splits(root, subfolders)
+        self.splits = sorted({split_meant(name) or "" for name in subfolders if are_splits})
+        divided = split != "all" and are_splits
         if split != "all" and not divided:
             _warn_of_deep_splits(root, names)
         # Of all splits: a class must have the same number in each.

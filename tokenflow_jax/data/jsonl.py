@@ -235,6 +235,14 @@ class JsonlSource(LineSource):
         data = images.read_file(example["name"], self._root, self._allow_outside)
         return {**example, "bytes": data}
 
+    def url(self, index: int) -> str:
+        """Return the address that a picture came from, "" if it is not known."""
+        return url_of(parse_object(self._lines.read(self._places[index])))
+
+
+def url_of(row: dict[str, Any]) -> str:
+    return row["url"] if isinstance(row.get("url"), str) else ""
+
 
 def _describe(line: bytes) -> Described:
     return Described(key=_parse(line)["name"])

@@ -117,6 +117,7 @@ class TFDSSource:
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
             raise ValueError(f"TFDS data set {name!r}: {one_line(error)}") from error
         features = builder.info.features
+        self.splits = list(builder.info.splits or ())
         self._image = _only(features, tfds.features.Image, "image")
         if not self._image:
             raise ValueError(
