@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import socket
 
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -17,7 +18,39 @@ _TESTS = pathlib.Path(__file__).parent
 _PATHS = map(str, (_TESTS.parent, _TESTS, _TESTS / "helpers"))
 os.environ["PYTHONPATH"] = os.pathsep.join((*_PATHS, os.environ.get("PYTHONPATH", "")))
 
+# Where the bucket of `bucket` is served, for the libraries of this process and of programs that
+# it starts: gcsfs, array_record and TensorStore. The last one skips a search for the kind of bucket.
+with socket.socket() as _socket:
+    _socket.bind(("127.0.0.1", 0))
+    _PORT = _socket.getsockname()[1]
+for _name in (
+    "STORAGE_EMULATOR_HOST",
+    "CLOUD_STORAGE_EMULATOR_ENDPOINT",
+    "TENSORSTORE_GCS_HTTP_URL",
+):
+    os.environ[_name] = f"http://127.0.0.1:{_PORT}"
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 import pytest  # noqa: E402 - after the environment is set
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """An emulator of Google's object store in this process."""
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    pytest.importorskip("gcsfs")
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    running = server.create_server("127.0.0.1", _PORT, in_memory=True, default_bucket="bucket")
+    running.start()
+    yield
+    running.stop()
+
+
+@pytest.fixture
+def bucket(bucket_server, request, tmp_path_factory, monkeypatch):
+    """A folder in a bucket, gs://bucket/..., of this test, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    return f"gs://bucket/{request.node.nodeid.rpartition('::')[2]}"
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from tokenflow_jax import remote
 from tokenflow_jax.messages import one_line, shown
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
@@ -30,10 +31,11 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
       ValueError: it is larger, or a device, a pipe or a folder; nothing was read.
       OSError: it is missing or cannot be read.
     """
-    if "://" in os.fspath(path):
-        if (size := epath.Path(path).stat().length) > most:
-            raise ValueError(f"{os.fspath(path)!r} has {size:,} bytes, the limit is {most:,}")
-        return epath.Path(path).read_bytes()
+    if remote.is_remote(path):
+        file = remote.RemoteFile(path)
+        if file.size > most:
+            raise ValueError(f"{os.fspath(path)!r} has {file.size:,} bytes, the limit is {most:,}")
+        return file.read()
     # Without waiting: a pipe that nobody writes to would block.
     with open(path, "rb", 0, opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
@@ -90,13 +92,18 @@ def parse_json(
     return value
 
 
-def writable_folder(path: str | os.PathLike) -> pathlib.Path:
+def writable_folder(path: str | os.PathLike) -> epath.Path:
     """Create a folder unless it exists, and write a test file there.
 
     Raises:
       OSError: one of these fails, as it would after the work whose result goes there.
     """
-    path = pathlib.Path(path)
+    if remote.is_remote(path):
+        test = remote.join(path, f".test-{os.uname().nodename}-{os.getpid()}")
+        remote.write(test, b"")
+        remote.remove(test)
+        return epath.Path(path)
+    path = epath.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
@@ -140,17 +147,22 @@ def remove(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """Yield a partial name that becomes `path`, a local file or directory, if the block succeeds.
+    """Yield a local partial name that becomes `path`, file or directory, if the block succeeds.
 
-    `overwrite` replaces what exists, once the new one is complete.
+    `overwrite` replaces what exists, once the new one is complete. A remote `path` is uploaded.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is false.
       OSError: it cannot be written; what existed is intact.
     """
+    if remote.kind_of(path) and not overwrite:
+        raise FileExistsError(f"{os.fspath(path)} exists; give --overwrite to replace it")
+    if remote.is_remote(path):
+        with remote.staged(os.fspath(path)) as partial:
+            yield partial
+            remote.remove(os.fspath(path))
+        return
     path = pathlib.Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; give --overwrite to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     remove(partial)  # left by a killed process

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -119,9 +118,11 @@ class RemoteFile:
 
 
 def kind_of(path: str | os.PathLike) -> str:
-    """Return "file", "folder" or "" where a path, local or remote, leads nowhere."""
+    """Return what a path, local or remote, is: "file", "folder", "other", or "" for nothing."""
     if not is_remote(path):
-        return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+        if os.path.isdir(path):
+            return "folder"
+        return "file" if os.path.isfile(path) else "other" if os.path.exists(path) else ""
     store, name = store_of(path)
     with named_errors(path):
         try:
@@ -131,11 +132,11 @@ def kind_of(path: str | os.PathLike) -> str:
     return "file" if kind == "file" else "folder"
 
 
-def files_below(folder: str | os.PathLike) -> list[str]:
-    """Return the sorted paths of all files below a remote folder, relative to it."""
+def files_below(folder: str | os.PathLike, depth: int | None = None) -> list[str]:
+    """Return the sorted paths of files below a remote folder, relative to it; 1: right in it."""
     store, name = store_of(folder)
     with named_errors(folder):
-        found = store.find(name)
+        found = store.find(name, maxdepth=depth)
     return sorted(file[len(name.rstrip("/")) + 1 :] for file in found if not file.endswith("/"))
 
 

@@ -258,7 +258,7 @@ def test_array_record_splits_files_and_patterns(tmp_path):
     assert len(list(tmp_path.glob("train-0000?-of-00003.array_record"))) == 3
     with pytest.raises(ValueError, match=r"no split 'heldout'; it has \['train', 'test', 'all'\]"):
         sources.RecordSource(str(tmp_path), "heldout")
-    with pytest.raises(ValueError, match=r"neither a folder with dataset.json"):
+    with pytest.raises(ValueError, match=r"names no files; give a folder with dataset.json"):
         sources.RecordSource(str(tmp_path / "nothing-*"), "train")
 
 

@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import os
+import pathlib
 import subprocess
 import tarfile
 
@@ -148,7 +149,7 @@ def test_which_shards(tmp_path):
         shard(tmp_path / f"{name}.tar", range(2))
 
     def names(path):
-        return [file.stem for file in shard_paths(str(tmp_path / path))]
+        return [pathlib.Path(file).stem for file in shard_paths(str(tmp_path / path))]
 
     assert names("a-{08..10}.tar") == ["a-08", "a-09", "a-10"]
     assert names("{a,b}-08.tar") == ["a-08", "b-08"]
@@ -164,9 +165,8 @@ def test_which_shards(tmp_path):
     for path, text in wrong.items():
         with pytest.raises(ValueError, match=text):
             names(path)
-    for path in ("gs://bucket/{0..9}.tar", "pipe:cat x"):
-        with pytest.raises(ValueError, match="mount the bucket"):
-            shard_paths(path)
+    with pytest.raises(ValueError, match="programs are not run"):
+        shard_paths("pipe:cat x")
     assert len(everything(tmp_path / "a-{08..10}.tar")) == 6
 
 

@@ -17,14 +17,17 @@ _MOST_FILES = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-def expand(path: str, endings: tuple[str, ...], remedy: str) -> list[str]:
+def expand(path: str, endings: tuple[str, ...], remedy: str, what: str = "files") -> list[str]:
     """Return the files that `data.path` names, sorted within each pattern; at least one.
 
     Of a folder those whose names end in one of `endings`. `remedy` ends the ValueError if files are
     missing or there are none.
     """
-    found = []
+    found: list[str] = []
     for name in [path] if remote.kind_of(path) else braces(path):
+        if remote.is_remote(name) and name.endswith(endings) and not glob.has_magic(name):
+            found.append(name)  # not one request for each: who opens it notices if it is missing
+            continue
         kind = remote.kind_of(name)
         if kind == "folder":
             found += in_folder(name, endings)
@@ -32,22 +35,21 @@ def expand(path: str, endings: tuple[str, ...], remedy: str) -> list[str]:
             found.append(name)
         else:
             found += remote.matching(name) if remote.is_remote(name) else sorted(glob.glob(name))
-    # One by one only where that is quick: who opens a remote file notices, too.
     some = found[:1] if remote.is_remote(path) else found
-    if missing := [file for file in some if not remote.kind_of(file)]:
+    if path and (missing := [file for file in some if not remote.kind_of(file)]):
         raise ValueError(
             f"data.path {path!r}: {plain(missing[0])} is missing, {len(missing)} of "
-            f"{len(found)} files are; {remedy}"
+            f"{len(found)} {what} are; {remedy}"
         )
-    if not found:
-        raise ValueError(f"data.path {path!r} names no files; {remedy}")
+    if not path or not found:
+        raise ValueError(f"data.path {path!r} names no {what}; {remedy}")
     return found
 
 
 def in_folder(folder: str, endings: tuple[str, ...]) -> list[str]:
     """Return the sorted paths of files in a folder, but not below, with one of some endings."""
     if remote.is_remote(folder):
-        names = [name for name in remote.files_below(folder) if "/" not in name]
+        names = remote.files_below(folder, depth=1)
     else:
         names = sorted(os.listdir(folder))
     return [

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Set
 from typing import Any
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import (
     HELDOUT_NAMES,
@@ -34,8 +35,8 @@ class FolderSource:
     """
 
     def __init__(self, folder: str | os.PathLike, split: str = "all", allow_outside: bool = False):
-        root, self._allow_outside = pathlib.Path(folder), allow_outside
-        if not os.fspath(folder) or not root.is_dir():
+        root, self._allow_outside = os.fspath(folder), allow_outside
+        if remote.kind_of(root) != "folder":
             raise ValueError(f"data.path {os.fspath(folder)!r} is not a folder of images")
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a folder of images has no split {split!r}; one of {SPLITS}")
@@ -100,7 +101,7 @@ def _seem_splits(named: Set[str]) -> bool:
     return several or any(name.lower() not in _USUAL_SPLITS for name in named)
 
 
-def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
+def _are_splits(root: str, subfolders: Set[str]) -> bool:
     named = {name for name in subfolders if split_meant(name)}
     if named != subfolders and _seem_splits(named):
         log.warning(
@@ -111,7 +112,7 @@ def _are_splits(root: pathlib.Path, subfolders: Set[str]) -> bool:
     return bool(named) and named == subfolders
 
 
-def _warn_of_deep_splits(root: pathlib.Path, names: Iterable[str]) -> None:
+def _warn_of_deep_splits(root: str, names: Iterable[str]) -> None:
     inner = defaultdict(set)  # first folder -> folders in it that are named as splits
     for first, second in {tuple(n.split("/", 2)[:2]) for n in names if n.count("/") > 1}:
         if split_meant(second):
@@ -125,7 +126,7 @@ def _warn_of_deep_splits(root: pathlib.Path, names: Iterable[str]) -> None:
         )  # fmt: skip
 
 
-def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
+def _split_folder(root: str, subfolders: Set[str], split: str) -> str:
     meant: dict[str, str] = {}
     for folder in sorted(subfolders):
         other = meant.setdefault(split_meant(folder) or "", folder)
@@ -143,8 +144,11 @@ def _split_folder(root: pathlib.Path, subfolders: Set[str], split: str) -> str:
     )
 
 
-def _image_names(root: pathlib.Path, allow_outside: bool) -> tuple[list[str], list[str]]:
+def _image_names(root: str, allow_outside: bool) -> tuple[list[str], list[str]]:
     """Return sorted relative paths of images, following links once each, and those left out."""
+    if remote.is_remote(root):
+        found = (name for name in remote.files_below(root) if name.lower().endswith(IMAGE_ENDINGS))
+        return [name for name in found if not re.search(r"(^|/)\.", name)], []
     names, outside, seen = [], [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)

@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.messages import one_line, shown
 
@@ -47,6 +47,8 @@ def locate(name: str, root: str | os.PathLike, allow_outside: bool = False) -> s
     Links count as what they lead to. `allow_outside` allows any path.
     """
     try:
+        if remote.is_remote(root):  # object stores have no links
+            return _below(os.fspath(root), name)
         path = os.path.join(root, name)
         path = str(pathlib.Path(path)) if "://" in path else path  # no address
         inside = allow_outside or not os.path.isabs(name)
@@ -56,12 +58,19 @@ def locate(name: str, root: str | os.PathLike, allow_outside: bool = False) -> s
     except (OSError, ValueError, TypeError) as error:  # a loop of links, a null byte, a number
         raise Broken("cannot be read", f"{shown(name)} ({one_line(error)})") from None
     if not inside:
-        raise Broken(
-            "outside the folder",
-            f"{shown(name)} is not a relative path below the folder; pass allow_outside if that is "
-            "intended",
-        )
+        raise _outside(name, "; pass allow_outside if that is intended")
     return path
+
+
+def _below(root: str, name: str) -> str:
+    if name.startswith("/") or "://" in name or ".." in name.split("/"):
+        raise _outside(name)
+    return remote.join(root, *(part for part in name.split("/") if part not in ("", ".")))
+
+
+def _outside(name: str, remedy: str = "") -> Broken:
+    text = f"{shown(name)} is not a relative path below the folder{remedy}"
+    return Broken("outside the folder", text)
 
 
 def read_file(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import (
     HELDOUT_NAMES,
@@ -136,7 +137,7 @@ class Lines:
         self._open = self.file.open("rb")
         self.unit = unit_of(self._open)
         status = os.fstat(self._open.fileno())
-        kept = Kept(self.file, f"{kind} {_VERSION}", status)
+        kept = Kept(self.file, f"{kind} {_VERSION}", f"{status.st_size} {status.st_mtime_ns}")
         columns = kept.load(_COLUMNS, lambda columns: _fit(columns, status.st_size))
         if columns is None:
             columns = self._make_index(describe)
@@ -186,11 +187,11 @@ def _fit(columns: Columns, size: int) -> bool:
 class LineSource:
     """A split of the lines of a file, and the folder that paths of its images are relative to."""
 
-    def __init__(self, file: pathlib.Path, kind: str, describe: Describe, split: str, folder: str):
-        self._root = pathlib.Path(folder or file.parent)
-        if not self._root.is_dir():
-            raise ValueError(f"data.image_folder {folder!r} is not a folder")
-        self._lines = Lines(file, kind, describe)
+    def __init__(self, file: str, kind: str, describe: Describe, split: str, folder: str):
+        self._root = folder or os.path.dirname(file) or "."
+        if remote.kind_of(self._root) != "folder":
+            raise ValueError(f"data.image_folder {self._root!r} is not a folder")
+        self._lines = Lines(remote.local_copy(file), kind, describe)
         self._places = self._lines.split(split)
         if not len(self._lines):
             raise ValueError(f"{file} has no lines")
@@ -218,10 +219,11 @@ class JsonlSource(LineSource):
     ):
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"a file of captions has no split {split!r}; one of {SPLITS}")
-        file = pathlib.Path(path)
-        if os.fspath(path) and file.is_dir():
-            file = next((file / name for name in _USUAL_NAMES if (file / name).is_file()), file)
-        if not file.is_file():
+        file = os.fspath(path)
+        if remote.kind_of(file) == "folder":
+            inside = (remote.join(file, name) for name in _USUAL_NAMES)
+            file = next((name for name in inside if remote.kind_of(name) == "file"), file)
+        if remote.kind_of(file) != "file":
             raise ValueError(
                 f"data.path {os.fspath(path)!r} is neither a .jsonl file nor a folder with one of "
                 f"{_USUAL_NAMES}"

@@ -8,9 +8,7 @@ import collections
 import concurrent.futures
 import functools
 import os
-import pathlib
 import re
-import stat
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax import remote
-from tokenflow_jax.data import file_names, folders, tables
+from tokenflow_jax.data import file_names, folders, ranges, tables
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.kept import Columns, Kept
 from tokenflow_jax.log import log
@@ -65,13 +63,8 @@ def _opened(path: str, image: str, conversations: bool, *files: tuple[str, _Stat
 
 def _state(path: str) -> _State:
     """Return the size of a file, and what changes whenever it is written again."""
-    if remote.is_remote(path):
-        file = remote.RemoteFile(path)
-        return file.size, file.version
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is not a regular file")
-    return status.st_size, str(status.st_mtime_ns)
+    file = ranges.open_ranges(path)
+    return file.size, file.version
 
 
 def _source(path: str) -> Any:
@@ -154,9 +147,8 @@ class ParquetRows:
     def _index(self, path: str, state: _State) -> Columns:
         """Return the rows per row group of a file and what decides on splits, kept or made."""
         kind = f"parquet {_VERSION} {shown(self.columns)}"
-        is_local = not remote.is_remote(path)
-        kept = Kept(pathlib.Path(path), kind, os.stat(path)) if is_local else None
-        if kept and (found := kept.load(_INDEX, _fit)):
+        kept = Kept(path, kind, state[1])
+        if found := kept.load(_INDEX, _fit):
             return found
         with tables.naming(path):
             reader = tables.pyarrow().parquet.ParquetFile(_source(path))
@@ -175,7 +167,7 @@ class ParquetRows:
         named, held_out = tables.held_out_rows(os.path.basename(path), rows, paths)
         index = {"groups": np.array(groups, np.int64), "held_out": held_out,
                  "named": np.array([named])}  # fmt: skip
-        if kept and rows >= _KEEP_FROM and (problem := kept.keep(index)):
+        if rows >= _KEEP_FROM and (problem := kept.keep(index)):
             log.warning("%s: every start goes through %s again", problem, path)
         return index
 

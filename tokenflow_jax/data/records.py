@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.data.examples import Broken, check_example
 from tokenflow_jax.messages import shown
 
@@ -175,8 +175,8 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       ValueError: it is not as `write_manifest` writes it, or names files outside the folder.
     """
-    path = pathlib.Path(folder) / MANIFEST
-    if not path.exists():
+    path = remote.join(folder, MANIFEST)
+    if not remote.kind_of(path):
         return None
     about = files.read_json(path, keys=("splits",))
     splits, classes = about["splits"], about.get("classes", [])

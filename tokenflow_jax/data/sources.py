@@ -8,13 +8,13 @@ names of the labels, if any; `numbers` are the numeric labels that examples have
 
 import contextlib
 import glob
-import os
 import pathlib
 from typing import Any
 
 from array_record.python import array_record_data_source
 
-from tokenflow_jax.data import records
+from tokenflow_jax import remote
+from tokenflow_jax.data import file_names, records
 from tokenflow_jax.data.arrow import ArrowSource
 from tokenflow_jax.data.examples import SPLITS, Broken, check_example, is_heldout
 from tokenflow_jax.data.folders import FolderSource
@@ -52,6 +52,11 @@ class RecordSource:
     def __init__(self, path: str, split: str):
         # `split` is not used for a pattern, which names its files.
         files, self.classes = _record_files(path, split)
+        if other := [file for file in files if "://" in file and not file.startswith("gs://")]:
+            raise ValueError(
+                f"data.path {path!r}: ArrayRecord is read from disks and gs:// only, not "
+                f"{plain(other[0])}; copy the data set, or read tars or Parquet from there"
+            )
         try:
             self._source = array_record_data_source.ArrayRecordDataSource(files)
         except (RuntimeError, ValueError) as error:
@@ -85,17 +90,15 @@ def _record_files(path: str, split: str) -> tuple[list[str], list[str]]:
         if split != "all" and split not in splits:
             raise ValueError(f"{path} has no split {split!r}; it has {shown([*splits, 'all'])}")
         wanted = splits if split == "all" else [split]
-        files = [os.path.join(path, name) for part in wanted for name in splits[part]["files"]]
-        if missing := [file for file in files if not os.path.isfile(file)]:
+        files = [remote.join(path, name) for part in wanted for name in splits[part]["files"]]
+        if missing := [file for file in files if remote.kind_of(file) != "file"]:
             raise ValueError(f"data.path {path!r}: {plain(missing[0])} is missing or damaged")
         return files, list(about.get("classes", ()))
-    files = sorted(glob.glob(path)) if path else []
-    if not files or not all(os.path.isfile(file) for file in files):
-        raise ValueError(
-            f"data.path {path!r} is neither a folder with {records.MANIFEST} (see python -m "
-            "tokenflow_jax.data.prepare) nor a pattern of ArrayRecord files"
-        )
-    return files, []
+    remedy = (
+        f"give a folder with {records.MANIFEST} (see python -m tokenflow_jax.data.prepare) or a "
+        "pattern of ArrayRecord files"
+    )
+    return file_names.expand(path, (".array_record",), remedy), []
 
 
 class TFDSSource:
@@ -112,7 +115,7 @@ class TFDSSource:
                 "tensorflow-datasets"
             ) from error
         try:
-            is_folder = (pathlib.Path(name) / "dataset_info.json").is_file()
+            is_folder = remote.kind_of(remote.join(name, "dataset_info.json")) == "file"
             builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
             raise ValueError(f"TFDS data set {name!r}: {one_line(error)}") from error

@@ -15,7 +15,6 @@ import io
 import os
 import pathlib
 import random
-import stat
 import subprocess
 import sys
 import tarfile
@@ -24,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from tokenflow_jax.data import ranges
 from tokenflow_jax.data.examples import is_heldout
 from tokenflow_jax.data.kept import Columns, Kept
 from tokenflow_jax.log import progress
@@ -47,6 +47,7 @@ MOST_HEADER = 2**20  # bytes of a member's name and other properties
 _MOST_DAMAGE = 100  # places; what follows in a shard is not read
 _LARGE = 2**28  # bytes of shards that one process indexes in seconds
 _SHARDS_AT_A_TIME = 8
+_READERS = 16
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
@@ -63,46 +64,39 @@ class Index(NamedTuple):
     rows: Columns
     notes: list[str]  # on what is damaged
     left_out: int  # keys without a picture, and pictures behind the first of a key
-    state: tuple[int, int]  # see `state_of`
+    version: str  # of the shard, see `ranges`
     problem: str  # why the index is not kept; "" where it is
 
 
-def state_of(status: os.stat_result) -> tuple[int, int]:
-    """Return what changes whenever a file is written again."""
-    return status.st_size, status.st_mtime_ns
-
-
-def open_shard(path: pathlib.Path) -> BinaryIO:
+def open_shard(path: str) -> ranges.Ranges:
     """Open a regular file for reading at any place, or raise ValueError."""
-    try:  # without waiting: a pipe that nobody writes to would block
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", 8 * BLOCK)
-    except OSError as error:
+    try:
+        return ranges.open_ranges(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"shard {path} cannot be read ({one_line(error)})") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"shard {path} is not a regular file")
-    return file
 
 
-def load_all(paths: Sequence[pathlib.Path]) -> list[Index]:
+def load_all(paths: Sequence[str]) -> list[Index]:
     """Return the indexes of shards; those not kept yet are made, by all cores if they are large."""
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        kept = list(pool.map(lambda path: load(path, make=False), paths))
-    missing = [path for path, found in zip(paths, kept, strict=True) if found is None]
-    if len(missing) > 1 and sum(path.stat().st_size for path in missing) > _LARGE:
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        shards = list(pool.map(open_shard, paths))
+        kept = list(pool.map(lambda *shard: load(*shard, make=False), paths, shards))
+    missing = [place for place, found in enumerate(kept) if found is None]
+    if len(missing) > 1 and sum(shards[place].size for place in missing) > _LARGE:
         random.shuffle(missing)  # hosts that start together take different ones
-        _make_apart(missing)
-    return [found or load(path) for path, found in zip(paths, kept, strict=True)]
+        _make_apart([paths[place] for place in missing])
+    everything = zip(paths, shards, kept, strict=True)
+    return [found or load(path, shard) for path, shard, found in everything]
 
 
-def _make_apart(paths: Sequence[pathlib.Path]) -> None:
+def _make_apart(paths: Sequence[str]) -> None:
     # Programs, not multiprocessing: that would import the main module again, which may hold a TPU.
     package = str(pathlib.Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "tokenflow_jax.data.tar_index"]
 
     def run(first: int) -> None:
-        some = map(str, paths[first : first + _SHARDS_AT_A_TIME])
+        some = paths[first : first + _SHARDS_AT_A_TIME]
         subprocess.run([*command, *some], env={**os.environ, "PYTHONPATH": path}, check=False)
 
     firsts = range(0, len(paths), _SHARDS_AT_A_TIME)
@@ -111,20 +105,18 @@ def _make_apart(paths: Sequence[pathlib.Path]) -> None:
             pass
 
 
-def load(path: pathlib.Path, make: bool = True) -> Index | None:
+def load(path: str, shard: ranges.Ranges, make: bool = True) -> Index | None:
     """Return the index of a shard, kept or made; None if it is not kept and not to be made."""
-    with open_shard(path) as file:
-        status, problem = os.fstat(file.fileno()), ""
-        kept = Kept(path, f"tar {_VERSION}", status)
-        columns = kept.load(_COLUMNS, lambda columns: _fit(columns, status.st_size))
-        if columns is None and not make:
-            return None
-        if columns is None:
-            columns = _make(path, file, status.st_size)
-            problem = kept.keep(columns)
+    kept, problem = Kept(path, f"tar {_VERSION}", shard.version), ""
+    columns = kept.load(_COLUMNS, lambda columns: _fit(columns, shard.size))
+    if columns is None and not make:
+        return None
+    if columns is None:
+        columns = _make(path, shard)
+        problem = kept.keep(columns)
     notes = columns["notes"].tobytes().decode("utf-8", "replace").splitlines()
     rows = {name: columns[name] for name in ROWS}
-    return Index(rows, notes, int(columns["left_out"].sum()), state_of(status), problem)
+    return Index(rows, notes, int(columns["left_out"].sum()), shard.version, problem)
 
 
 def _fit(columns: Columns, size: int) -> bool:
@@ -137,13 +129,14 @@ def _fit(columns: Columns, size: int) -> bool:
     )
 
 
-def _make(path: pathlib.Path, file: BinaryIO, size: int) -> Columns:
-    if tool := next((t for magic, t in _COMPRESSED.items() if file.peek().startswith(magic)), ""):
+def _make(path: str, shard: ranges.Ranges) -> Columns:
+    start = shard.read(0, 8)
+    if tool := next((t for magic, t in _COMPRESSED.items() if start.startswith(magic)), ""):
         raise ValueError(
             f"shard {path} is compressed, so its members cannot be read one by one: {tool} it"
         )
     try:
-        scan = _Scan(file, size)
+        scan = _Scan(shard)
     except DAMAGE as error:
         raise ValueError(
             f"shard {path} is no tar ({one_line(error)}): fetch it again or leave it out"
@@ -187,9 +180,9 @@ def split_name(name: str) -> tuple[str, str]:
     return "/".join((*parts[:-1], stem)), ending.lower()
 
 
-def sample_name(path: pathlib.Path, member: str) -> str:
+def sample_name(path: str, member: str) -> str:
     """Return the name of a sample, unlike that of any other shard's."""
-    return f"{path.name}/{member.removeprefix('./')}"
+    return f"{path.rpartition('/')[2]}/{member.removeprefix('./')}"
 
 
 def name_in(header: bytes) -> str:
@@ -218,12 +211,12 @@ class _Headers:
 class _Scan:
     """The regular members of a tar that are whole; damaged ones are left out and noted."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self._file, self._size = file, size
+    def __init__(self, shard: ranges.Ranges):
+        self._shard, self._size, file = shard, shard.size, shard.open()
         if (first := file.read(BLOCK)).strip(b"\0") or not first:
             tarfile.TarInfo.frombuf(first, "utf-8", "replace")
         # It takes the first member at once and would fail: so it begins at the end.
-        file.seek(size)
+        file.seek(shard.size)
         self._tar = tarfile.TarFile(
             fileobj=_Headers(file), encoding="utf-8", errors="surrogateescape", ignore_zeros=True
         )
@@ -259,7 +252,7 @@ class _Scan:
 
     def _is_filler(self, place: int) -> bool:
         """Return True for an end mark, and for properties of all members."""
-        block = os.pread(self._file.fileno(), BLOCK, place)
+        block = self._shard.read(place, BLOCK)
         if len(block) == BLOCK and not block.strip(b"\0"):
             return True
         try:
@@ -285,4 +278,4 @@ class _Scan:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         with contextlib.suppress(ValueError):  # whoever started this will meet it, too
-            load(pathlib.Path(argument))
+            load(argument, open_shard(argument))

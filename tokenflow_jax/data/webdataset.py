@@ -1,25 +1,22 @@
 """Pictures and captions in WebDataset tars, read at random places without unpacking them.
 
-`data.path` names shards: one .tar, a folder of them, a pattern, or braces as in
-DIR/{00000..01023}.tar and DIR/{train,val}-{0..9}.tar. Beside a sample's picture lie, in any
-combination, its caption in .txt, a .json object with a caption as `jsonl` names it, and an integer
-label in .cls; so img2dataset writes them. `tar_index` says what a sample is.
+`data.path` names shards, local or remote, as `file_names` says. Beside a sample's picture lie, in
+any combination, its caption in .txt, a .json object with a caption as `jsonl` names it, and an
+integer label in .cls; so img2dataset writes them. `tar_index` says what a sample is.
 """
 
+import concurrent.futures
 import contextlib
 import functools
-import glob
-import itertools
 import os
-import pathlib
-import re
 import threading
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from tokenflow_jax.data import images, jsonl, tar_index
+from tokenflow_jax import remote
+from tokenflow_jax.data import file_names, images, jsonl, ranges, tar_index
 from tokenflow_jax.data.examples import (
     HELDOUT_NAMES,
     SPLITS,
@@ -31,10 +28,10 @@ from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, plain
 
 _OPEN_FILES = 64
-_MOST_SHARDS = 1_000_000
+_TARS = (".tar", ".tgz", ".tar.gz")
+_READERS = 16  # of shards, at the start
 _MOST_TEXT = 2**25  # bytes; `files.parse_json` refuses so many
 _NEAR = 2**16  # bytes that a sample may have beside its picture to be read at once
-_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class WebDatasetSource:
@@ -46,7 +43,9 @@ class WebDatasetSource:
         if split not in (*SPLITS, *HELDOUT_NAMES):
             raise ValueError(f"tar shards have no split {split!r}; one of {SPLITS}")
         paths = shard_paths(path)
-        self._shards = _opened(path, *((file, _state(file)) for file in paths))
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            versions = pool.map(lambda shard: tar_index.open_shard(shard).version, paths)
+            self._shards = _opened(path, *zip(paths, versions, strict=True))
         self.numbers = ("label",) if self._shards.rows["cls_at"].any() else ()
         split = "heldout" if split in HELDOUT_NAMES else split
         self._places = split_indices(self._shards.rows["held_out"], split, path, "pictures")
@@ -66,67 +65,28 @@ class WebDatasetSource:
         return self._shards.url(self._places[index])
 
 
-def shard_paths(path: str) -> list[pathlib.Path]:
+def shard_paths(path: str) -> list[str]:
     """Return the shards that `data.path` names, sorted within each pattern; at least one."""
-    if "://" in path or path.startswith("pipe:"):
-        raise ValueError(
-            f"data.path {path!r}: shards are read from local and mounted folders only; mount the "
-            "bucket or copy the shards"
-        )
     remedy = "name a .tar, a folder of them, or a pattern such as 'DIR/{00000..01023}.tar'"
-    found = []
-    for name in [path] if os.path.exists(path) else _expand(path):
-        if os.path.isdir(name):
-            files = sorted(pathlib.Path(name).glob("*.tar"))
-            if not files and (other := sorted(pathlib.Path(name).glob("*.t*gz"))):
-                raise ValueError(
-                    f"data.path {path!r} holds only compressed tars such as {other[0].name}: "
-                    "gunzip them, so that members can be read one by one"
-                )
-            found += files
-        elif os.path.exists(name) or not glob.has_magic(name):
-            found.append(pathlib.Path(name))
-        else:
-            found += map(pathlib.Path, sorted(glob.glob(name)))
-    if missing := [file for file in found if not file.exists()]:
+    if path.startswith("pipe:"):
+        raise ValueError(f"data.path {path!r}: programs are not run; {remedy}")
+    found = file_names.in_folder(path, _TARS) if remote.kind_of(path) == "folder" else []
+    if found and not any(name.endswith(".tar") for name in found):
+        other = plain(os.path.basename(found[0]))
         raise ValueError(
-            f"data.path {path!r}: {plain(str(missing[0]))} is missing, {len(missing)} of "
-            f"{len(found)} shards are; {remedy}"
+            f"data.path {path!r} holds only compressed tars such as {other}: gunzip them, so that "
+            "members can be read one by one"
         )
-    if not found:
-        raise ValueError(f"data.path {path!r} names no shards; {remedy}")
-    return found
-
-
-def _expand(path: str) -> list[str]:
-    """Return the names that braces stand for, as a shell expands them."""
-    parts = []
-    for number, part in enumerate(_BRACES.split(path)):
-        if number % 2 == 0:
-            parts.append([part])
-        elif ends := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", part):
-            first, last = map(int, ends.groups())
-            width = max(map(len, ends.groups())) if ends[1][0] == "0" or ends[2][0] == "0" else 0
-            some = range(first, last + 1) if first <= last else range(first, last - 1, -1)
-            parts.append([f"{i:0{width}d}" for i in some[: _MOST_SHARDS + 1]])
-        else:
-            parts.append(part.split(",") if "," in part else [f"{{{part}}}"])
-    if np.prod([float(len(part)) for part in parts]) > _MOST_SHARDS:
-        raise ValueError(f"data.path {path!r} names more than {_MOST_SHARDS:,} shards")
-    return ["".join(some) for some in itertools.product(*parts)]
-
-
-def _state(path: pathlib.Path) -> tuple[int, int]:
-    return tar_index.state_of(path.stat())
+    return file_names.expand(path, (".tar",), remedy, "shards")
 
 
 class _Shards:
     """The samples of some shards; any thread may read them."""
 
-    def __init__(self, data: str, paths: Sequence[pathlib.Path]):
+    def __init__(self, data: str, paths: Sequence[str]):
         self._paths = paths
         indexes = tar_index.load_all(paths)
-        self._states = [index.state for index in indexes]
+        self._versions = [index.version for index in indexes]
         counts = [len(index.rows["header"]) for index in indexes]
         self._firsts = np.concatenate([[0], np.cumsum(counts)])
         self.rows = {
@@ -151,20 +111,19 @@ class _Shards:
         self._file = functools.lru_cache(_OPEN_FILES)(self._open)
         self._lock = threading.Lock()
 
-    def _open(self, shard: int) -> BinaryIO:
+    def _open(self, shard: int) -> ranges.Ranges:
         file = tar_index.open_shard(self._paths[shard])
-        if tar_index.state_of(os.fstat(file.fileno())) != self._states[shard]:
+        if file.version != self._versions[shard]:
             raise ValueError(f"shard {self._paths[shard]} has changed since the start")
         return file
 
-    def _handle(self, shard: int) -> BinaryIO:
+    def _handle(self, shard: int) -> ranges.Ranges:
         with self._lock:  # else two threads would open it
             return self._file(shard)
 
     def _read(self, shard: int, begin: int, size: int) -> bytes:
         try:
-            file = self._handle(shard)
-            data = os.pread(file.fileno(), size, begin)  # threads do not share a position
+            data = self._handle(shard).read(begin, size)
         except (OSError, ValueError) as error:
             raise Broken("cannot be read", one_line(error)) from None
         if len(data) < size:
@@ -185,11 +144,10 @@ class _Shards:
         gaps = begins[1:] - ends[:-1]
         apart = (np.diff(shards) != 0) | (gaps < 0) | (gaps > _NEAR)
         for run in np.split(np.arange(len(rows)), np.flatnonzero(apart) + 1):
-            if len(run) and hasattr(os, "posix_fadvise"):  # Linux
+            if len(run):
                 begin, end = int(begins[run[0]]), int(ends[run[-1]])
                 with contextlib.suppress(OSError, ValueError):  # whoever reads will meet it
-                    file = self._handle(int(shards[run[0]]))
-                    os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+                    self._handle(int(shards[run[0]])).will_need(begin, end - begin)
 
     def url(self, row: int) -> str:
         """Return what a sample's .json says of its address, or raise Broken."""
@@ -246,6 +204,6 @@ def _described(txt: bytes = b"", json: bytes = b"", cls: bytes = b"") -> dict[st
 
 
 @functools.lru_cache(2)
-def _opened(data: str, *files: tuple[pathlib.Path, tuple[int, int]]) -> _Shards:
+def _opened(data: str, *files: tuple[str, str]) -> _Shards:
     """Return shards in their present state, shared by all splits."""
     return _Shards(data, [path for path, _ in files])

@@ -6,12 +6,12 @@ picture, and `lengths()` for grouped sampling. `prepare` turns a sample into a r
 
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat import insertion, templates
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE, Template, Turn
@@ -78,10 +78,10 @@ class JsonlConversations(LineSource):
     ):
         if split not in SPLITS:
             raise ValueError(f"a file of conversations has no split {split!r}: {SPLITS}")
-        file = pathlib.Path(path)
-        if not file.is_file():
+        file = os.fspath(path)
+        if remote.kind_of(file) != "file":
             raise ValueError(f"data.path {os.fspath(path)!r} is not a file of conversations")
-        self.name, self._allow_outside = file.name, allow_outside
+        self.name, self._allow_outside = os.path.basename(file), allow_outside
         super().__init__(file, "conversations", _describe, split, image_folder)
         if not len(self):
             raise ValueError(f"{file} has no conversations in split {split!r}")
@@ -151,7 +151,7 @@ def fit_image(image_HWC: np.ndarray, size: int, mode: str) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def read_image(name: str, root: pathlib.Path, allow_outside: bool) -> bytes:
+def read_image(name: str, root: str | os.PathLike, allow_outside: bool) -> bytes:
     """Return a picture's file, or raise Broken; see `images.read_file`."""
     try:
         return images.read_file(name, root, allow_outside)
