@@ -15,9 +15,10 @@ import numpy as np
 from tokenflow_jax import files
 from tokenflow_jax.data import tables
 from tokenflow_jax.data.examples import Broken
-from tokenflow_jax.messages import one_line, shown
+from tokenflow_jax.messages import one_line, printable, shown
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
+_LONGEST_NAME = 255
 _INDICES = ("_indices_files", "_indices_data_files")  # of today and of old versions
 
 
@@ -55,12 +56,14 @@ class ArrowRows:
                 raise ValueError(f"{about}: its splits are {shown(self.splits)}")
             self.files = [str(root / _name(about, split)) for split in self.splits]
         self._tables = [_Table(pathlib.Path(folder)) for folder in self.files]
-        found = [
-            tables.find_columns(
-                table.schema, str(table.first), image_column, conversations=conversations
-            )
-            for table in self._tables
-        ]
+        found = []
+        for table in self._tables:
+            with tables.naming(table.first, "data set"):
+                found.append(
+                    tables.find_columns(
+                        table.schema, str(table.first), image_column, conversations=conversations
+                    )
+                )
         self.columns = found[0]
         if odd := [file for file, other in zip(self.files, found, strict=True)
                    if other != self.columns]:  # fmt: skip
@@ -94,7 +97,8 @@ class ArrowRows:
 
 
 def _name(about: pathlib.Path, name: Any) -> str:
-    if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+    is_name = isinstance(name, str) and os.path.basename(name) == name == printable(name)
+    if not is_name or name in ("", ".", "..") or len(name) > _LONGEST_NAME:
         raise ValueError(f"{about}: {shown(name)} is not a name in its folder")
     return name
 

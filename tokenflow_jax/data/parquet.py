@@ -93,7 +93,7 @@ class ParquetRows:
         )
         with tables.naming(self.files[0]):
             schema = tables.pyarrow().parquet.read_schema(_source(self.files[0]))
-        self.columns = self._find(schema, self.files[0])
+            self.columns = self._find(schema, self.files[0])
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             indexes = list(pool.map(self._index, self.files, self._states))
         groups = [index["groups"] for index in indexes]
