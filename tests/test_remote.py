@@ -1,6 +1,7 @@
 """Remote files, on an emulator of an object store."""
 
 import errno
+import pathlib
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_store_that_refuses_is_an_error_of_access(bucket):
         code = 403
 
     with (
-        pytest.raises(PermissionError, match="access denied.*log in"),
+        pytest.raises(PermissionError, match=r"access denied.*log in"),
         remote.named_errors("gs://b"),
     ):
         raise Refused("no\nway")
@@ -59,10 +60,10 @@ def test_copies_are_fetched_once_and_again_when_changed(bucket, tmp_path, monkey
     assert copy.endswith("/model") and remote.local_copy(f"{bucket}/model/") == copy
     assert caplog.text.count("fetching") == 1
     for name in ("a.bin", "deep/b.bin", "config.json"):
-        assert open(f"{copy}/{name}", "rb").read() == name.encode() * 999
+        assert pathlib.Path(copy, name).read_bytes() == name.encode() * 999
     remote.write(f"{bucket}/model/a.bin", b"new")
     newer = remote.local_copy(f"{bucket}/model")
-    assert newer != copy and open(f"{newer}/a.bin", "rb").read() == b"new"
+    assert newer != copy and pathlib.Path(newer, "a.bin").read_bytes() == b"new"
     assert remote.local_copy(tmp_path / "nothing") == str(tmp_path / "nothing")
 
 

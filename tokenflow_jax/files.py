@@ -92,6 +92,12 @@ def parse_json(
     return value
 
 
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """Return an absolute path, local or remote."""
+    # etils 1.15 makes a local folder "gs:" of a bucket.
+    return epath.Path(path) if remote.is_remote(path) else epath.Path(path).absolute()
+
+
 def writable_folder(path: str | os.PathLike) -> epath.Path:
     """Create a folder unless it exists, and write a test file there.
 

@@ -38,8 +38,7 @@ def main(options: flags.FlagValues) -> int:
     stage = stages.make_stage(config, mesh.make_mesh(config.get("mesh") or {}))
     check_path(workdir)
     try:  # before minutes of loading
-        if "://" not in workdir:
-            files.writable_folder(workdir)
+        files.writable_folder(workdir)
     except OSError as error:
         log.error("%s", _workdir_problem(error.__cause__, workdir) or error)
         return _leave("its workdir cannot be written")

@@ -132,11 +132,21 @@ def kind_of(path: str | os.PathLike) -> str:
     return "file" if kind == "file" else "folder"
 
 
-def files_below(folder: str | os.PathLike, depth: int | None = None) -> list[str]:
-    """Return the sorted paths of files below a remote folder, relative to it; 1: right in it."""
+def names_in(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted names of what a folder, local or remote, holds."""
+    if not is_remote(folder):
+        return sorted(os.listdir(folder))
     store, name = store_of(folder)
     with named_errors(folder):
-        found = store.find(name, maxdepth=depth)
+        found = store.ls(name, detail=False)
+    return sorted({path.rstrip("/").rpartition("/")[2] for path in found} - {""})
+
+
+def files_below(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted paths of all files below a remote folder, relative to it."""
+    store, name = store_of(folder)
+    with named_errors(folder):
+        found = store.find(name)
     return sorted(file[len(name.rstrip("/")) + 1 :] for file in found if not file.endswith("/"))
 
 
@@ -147,10 +157,11 @@ def matching(pattern: str) -> list[str]:
         return sorted(map(store.unstrip_protocol, store.glob(name)))
 
 
-def local_copy(path: str | os.PathLike) -> str:
+def local_copy(path: str | os.PathLike, without: tuple[str, ...] = ()) -> str:
     """Return a local path as it is; of a remote file or folder, a copy that is fetched only once.
 
-    Copies are kept in `cache_folder()`; a file that has changed since is fetched again.
+    Copies are kept in `cache_folder()`; what has changed since is fetched again. Of a folder,
+    files with the endings `without` are left out.
     """
     path = os.fspath(path)
     if not is_remote(path):
@@ -158,7 +169,8 @@ def local_copy(path: str | os.PathLike) -> str:
     kind = kind_of(path)
     if not kind:
         raise FileNotFoundError(errno.ENOENT, "no such file or bucket", path)
-    names = files_below(path) if kind == "folder" else [""]
+    below = files_below(path) if kind == "folder" else [""]
+    names = [name for name in below if not name or not name.endswith(without)]
     if not 0 < len(names) <= _MOST_FILES:
         raise OSError(
             errno.E2BIG, f"a folder of {len(names):,} files, at most {_MOST_FILES:,}", path

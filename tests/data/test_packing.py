@@ -14,6 +14,7 @@ import pytest
 from picture_files import encode, picture, plain
 from PIL import Image
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import images, packing, prepare, records, sources
 from tokenflow_jax.data.packing import Packing
 
@@ -258,3 +259,39 @@ def test_wrong_flags(tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"format 'gif' is not one of .*; quality 0 is not within"):
         Packing("folder", str(src), format="gif", quality=0)
+
+
+def test_to_a_bucket(tmp_path, bucket):
+    src = folder(tmp_path / "src")
+    (src / "007.png").write_bytes(b"no picture")
+    options = ("folder", f"--src={src}", "--records_per_file=16", "--workers=1")
+    assert run(*options, f"--dst={tmp_path / 'local'}") == 0
+    for host in (1, 0):
+        assert not remote.kind_of(f"{bucket}/dataset.json")
+        assert run(*options, f"--dst={bucket}", f"--shard_index={host}", "--shard_count=2") == 0
+    found = {name: remote.RemoteFile(f"{bucket}/{name}").read() for name in remote.names_in(bucket)}
+    assert found == content(tmp_path / "local")
+    assert written(bucket) == written(tmp_path / "local")
+    assert run("cifar10", f"--src={src}", f"--dst={bucket}") == 2
+
+
+def test_from_a_bucket(tmp_path, bucket):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as pq
+
+    cells = pa.table({"image": pa.array([encode(plain(i)) for i in range(30)])})
+    pq.write_table(cells, tmp_path / "train-0.parquet", row_group_size=8)
+    (tmp_path / "saved").mkdir()
+    with pa.ipc.new_stream(str(tmp_path / "saved" / "x.arrow"), cells.schema) as out:
+        out.write_table(cells)
+    state = {"_data_files": [{"filename": "x.arrow"}]}
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    remote.upload(tmp_path / "train-0.parquet", f"{bucket}/data/train-0.parquet")
+    remote.upload(tmp_path / "saved", f"{bucket}/saved")
+    for kind, name, local in (
+        ("parquet", "", "train-0.parquet"), ("parquet", "data/train-*.parquet", "train-0.parquet"),
+        ("arrow", "saved", "saved"),
+    ):  # fmt: skip
+        near, far = (sources.open_source(kind, path, "all") for path in (
+            str(tmp_path / local), f"{bucket}/{name}".rstrip("/")))  # fmt: skip
+        assert [far[i] for i in range(30)] == [near[i] for i in range(30)]

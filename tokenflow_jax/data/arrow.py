@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.data import tables
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.messages import one_line, printable, shown
@@ -43,7 +43,8 @@ class ArrowRows:
     """The rows of the data sets of a folder, each of which counts as a file."""
 
     def __init__(self, path: str, image_column: str, conversations: bool):
-        root = pathlib.Path(path)
+        # A remote folder is fetched once: only local files can be memory-mapped.
+        root = pathlib.Path(remote.local_copy(path)) if path else pathlib.Path()
         if not path or not is_saved(root):
             raise ValueError(
                 f"data.path {path!r} is not a folder that save_to_disk of the package datasets "

@@ -5,7 +5,6 @@ Braces are expanded as a shell does it: DIR/{00000..01023}.tar, DIR/{train,val}-
 
 import glob
 import itertools
-import os
 import re
 
 import numpy as np
@@ -48,13 +47,9 @@ def expand(path: str, endings: tuple[str, ...], remedy: str, what: str = "files"
 
 def in_folder(folder: str, endings: tuple[str, ...]) -> list[str]:
     """Return the sorted paths of files in a folder, but not below, with one of some endings."""
-    if remote.is_remote(folder):
-        names = remote.files_below(folder, depth=1)
-    else:
-        names = sorted(os.listdir(folder))
     return [
         remote.join(folder, name)
-        for name in names
+        for name in remote.names_in(folder)
         if name.endswith(endings) and not name.startswith(".")
     ]
 

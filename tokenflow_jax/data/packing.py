@@ -13,13 +13,13 @@ import json
 import logging
 import multiprocessing
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tokenflow_jax import files
 from tokenflow_jax.data import images, parts, records, sources
@@ -104,19 +104,15 @@ class PartWriter(parts.PartWriter):
     def _publish(self, splits: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         notes = [_notes_of(file) for _, _, file in self._parts()]
         reasons: collections.Counter[str] = collections.Counter()
-        # Not `files.write_atomically`: several hosts may do so at once.
-        partial = self.folder / f".partial-{os.uname().nodename}-{os.getpid()}-{SKIPPED}"
         first = ""
         try:
-            with partial.open("wb") as out:
+            with records.write_at_once(self.folder / SKIPPED) as partial, partial.open("wb") as out:
                 for line in (line for path in notes for line in path.open("rb")):
                     out.write(line)
                     note = json.loads(line)
                     reasons[note["reason"]] += 1
                     first = first or f"{plain(note['name'])}: {note['reason']}"
-            partial.replace(self.folder / SKIPPED)
         except FileNotFoundError:
-            partial.unlink(missing_ok=True)
             if (self.folder / records.MANIFEST).exists():  # done before, or by another host
                 return
             raise
@@ -137,7 +133,7 @@ class PartWriter(parts.PartWriter):
             path.unlink(missing_ok=True)
 
 
-def _notes_of(file: pathlib.Path) -> pathlib.Path:
+def _notes_of(file: epath.Path) -> epath.Path:
     return file.with_name(f".skipped-{file.name}.jsonl")
 
 
@@ -183,7 +179,7 @@ def write_parts(
             raise
 
 
-def _log_part(file: pathlib.Path, count: int, skipped: dict[str, int], first: str) -> None:
+def _log_part(file: epath.Path, count: int, skipped: dict[str, int], first: str) -> None:
     more = f", {sum(skipped.values())} skipped {skipped}, such as {first}" if skipped else ""
     log.info("%s: %d pictures%s", file.name, count, more)
 

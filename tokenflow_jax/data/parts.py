@@ -5,17 +5,20 @@ A killed command continues with the parts that are missing; hosts take every `sh
 and need not communicate. Whoever finds all parts complete writes `dataset.json`.
 """
 
+import concurrent.futures
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from tokenflow_jax import files
+from etils import epath
+
+from tokenflow_jax import files, remote
 from tokenflow_jax.data import records
 from tokenflow_jax.messages import shown
 
-Part = tuple[str, range, pathlib.Path]  # split, examples, file
+_READERS = 16
+Part = tuple[str, range, epath.Path]  # split, examples, file
 
 
 class PartWriter:
@@ -46,7 +49,7 @@ class PartWriter:
                 f"shard_index {shard_index} of {shard_count} hosts, {records_per_file} records per "
                 "file: need 0 <= shard_index < shard_count and at least one record"
             )
-        self.folder = pathlib.Path(folder)
+        self.folder = epath.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         # Through JSON, so that it can be compared with the one on disk.
         plan = json.loads(json.dumps({**plan, "splits": splits, "per_file": records_per_file}))
@@ -64,7 +67,7 @@ class PartWriter:
                 f"them, or {self.remedy}"
             )
 
-    def _changes(self, path: pathlib.Path) -> list[str]:
+    def _changes(self, path: epath.Path) -> list[str]:
         """Return a line for every fact in which the plan on disk, if any, differs."""
         if not path.exists():
             return []
@@ -94,21 +97,23 @@ class PartWriter:
 
     def mine(self) -> list[Part]:
         """Return the missing parts of this host."""
-        index, count = self._shard
-        return [part for part in self._parts()[index::count] if not part[2].exists()]
+        (index, count), there = self._shard, set(remote.names_in(self.folder))
+        return [part for part in self._parts()[index::count] if part[2].name not in there]
 
-    def write(self, file: pathlib.Path, examples: Iterable[Mapping[str, Any]]) -> int:
+    def write(self, file: epath.Path, examples: Iterable[Mapping[str, Any]]) -> int:
         """Write one part, a file of `mine`, and return the number of its examples."""
         return write_part(file, examples)
 
     def finish(self) -> bool:
         """Write `dataset.json` and return True if all parts of all hosts are there."""
         parts = self._parts()
-        if not all(file.exists() for _, _, file in parts):
+        if not {file.name for _, _, file in parts} <= set(remote.names_in(self.folder)):
             return False
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            counts = list(pool.map(records.count_records, (file for _, _, file in parts)))
         splits: dict[str, dict[str, Any]] = {}
-        for split, _, file in parts:
-            if count := records.count_records(file):  # else all of its pictures were broken
+        for (split, _, file), count in zip(parts, counts, strict=True):
+            if count:  # else all of its pictures were broken
                 entry = splits.setdefault(split, {"records": 0, "files": []})
                 entry["records"] += count
                 entry["files"].append(file.name)
@@ -122,8 +127,8 @@ class PartWriter:
         records.write_manifest(self.folder, splits, about)
 
 
-def write_part(file: pathlib.Path, examples: Iterable[Mapping[str, Any]]) -> int:
-    """Write a file that appears when it is complete, and return the number of its examples."""
+def write_part(file: epath.Path, examples: Iterable[Mapping[str, Any]]) -> int:
+    """Write a file, local or remote, that appears when it is complete; count its examples."""
     with records.record_file(file) as out:
         for example in examples:
             out.write(example)

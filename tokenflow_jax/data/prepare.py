@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from tokenflow_jax import cli, files, log
+from tokenflow_jax import cli, files, log, remote
 from tokenflow_jax.data import cifar10, images, jsonl, records, sources
 from tokenflow_jax.data.packing import FORMATS, Packing, PartWriter, write_parts
 
@@ -121,6 +121,8 @@ def main(options: flags.FlagValues) -> None:
     if (options.shard_index is None) != (options.shard_count is None):
         raise ValueError("--shard_index and --shard_count go together")
     src, dst, kind = options.src, options.dst, options.kind
+    if remote.is_remote(dst) and kind in ("cifar10", "emoji"):
+        raise ValueError(f"--dst {dst}: {kind} is written to local disks only")
     files.writable_folder(pathlib.Path(dst).parent if kind == "emoji" else dst)
     if kind == "cifar10":
         counts = prepare_cifar10(src, dst, overwrite=options.overwrite)

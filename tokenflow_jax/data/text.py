@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_jax import remote
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, shown
 
@@ -90,16 +91,21 @@ class WordTokenizer(_BuiltIn):
         return " ".join(s for s in shown if not (skip_special_tokens and s in self._SPECIAL))
 
 
+# Endings of what a model's folder holds beside its text tokenizer.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+
+
 def load_text_tokenizer(name: str | os.PathLike) -> Any:
     """Open "bytes", "words", or a folder with the tokenizer of a Hugging Face model."""
     name = os.fspath(name)
     if name in (BYTES, WORDS):
         return ByteTokenizer() if name == BYTES else WordTokenizer()
-    if not os.path.isdir(name):
+    if remote.kind_of(name) != "folder":
         raise ValueError(
             f"text tokenizer {name!r} is not {BYTES!r}, {WORDS!r} or a folder; give the one "
             "that holds tokenizer.json or tokenizer.model of a Hugging Face model"
         )
+    name = remote.local_copy(name, without=_WEIGHTS)
     try:
         import transformers
     except ImportError as error:

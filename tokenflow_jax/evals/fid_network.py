@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.evals.frechet import Statistics
 from tokenflow_jax.log import log
 from tokenflow_jax.nets.inception import POOL_FEATURES, Inception
@@ -33,7 +33,7 @@ _CPU_BATCH = 8  # small enough for the caches: twice as fast as 100 on two CPU c
 
 def file_checksum(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open(remote.local_copy(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import safetensors.numpy
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalize
 from tokenflow_jax.nets.vit import ViT, ViTConfig
@@ -101,7 +101,7 @@ def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any],
       `about["std"]` the normalization of pictures in 0..1, `about["knn"]` its measured k-NN
       accuracy; params are nested float32 arrays for `nets.vit.ViT`.
     """
-    path = os.fspath(path or ASSET)
+    path = remote.local_copy(path or ASSET)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no teacher weights there; make them with tools/teacher/train.py")
     text, remedy = read_metadata(path).get(_KEY, ""), "; it is no file of tools/teacher/train.py"

@@ -25,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import bullets, one_line
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.train.checkpoint_info import CheckpointError, complete_steps, what_to_do
@@ -45,11 +45,13 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1")
         check_path(folder)
-        self.directory = epath.Path(folder).absolute() / "checkpoints"
+        self.directory = files.absolute(folder) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             # Orbax's own cleaning overlooks a directory that it was killed right after making.
             _remove_unfinished(self.directory)
+            if remote.is_remote(self.directory):
+                checkpoint_info.mark_copies(self.directory)
         checkpoint_info.check_newest(self.directory)
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -12,13 +12,14 @@ from typing import Any
 
 from etils import epath
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.train.run_config import upgrade, wrong_types
 
 FORMAT = 3
 _UNSEALED = 2  # has no "crc32"; read, but not written
 _STEP = re.compile("0|[1-9][0-9]*")
+_MARK = "commit_success.txt"  # Orbax's last file in a bucket, where it cannot rename a folder
 
 
 class CheckpointError(ValueError):
@@ -85,18 +86,41 @@ def complete_steps(root: epath.Path) -> list[int]:
 
 
 def _is_complete(path: epath.Path) -> bool:
-    return (path / "info").exists() and (path / "state").exists()
+    both = (path / "info").exists() and (path / "state").exists()
+    if not both or not remote.is_remote(path) or not _STEP.fullmatch(path.name):
+        return both
+    return (path / _MARK).exists() or _was_copied(path)
+
+
+def _was_copied(path: epath.Path) -> bool:
+    """Return True for a checkpoint in a bucket that was finished somewhere else, on a disk."""
+    try:
+        about = files.read_json(path / "_CHECKPOINT_METADATA")
+    except ValueError:
+        return False
+    return not (path / _MARK).exists() and bool(about.get("commit_timestamp_nsecs"))
+
+
+def mark_copies(root: epath.Path) -> None:
+    """Mark checkpoints that were copied into a bucket as finished: Orbax removes others there."""
+    for step in _steps(root):
+        if _was_copied(path := root / str(step)):
+            for part in (path / "info", path / "state", path):
+                (part / _MARK).write_text("copied")
 
 
 def _steps(root: epath.Path) -> list[int]:
     # A copy of a checkpoint may have any name, and other names may look like numbers.
-    return sorted(int(p.name) for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+    entries = root.iterdir() if root.exists() else ()  # object stores have no empty folders
+    return sorted(int(p.name) for p in entries if _STEP.fullmatch(p.name) and p.is_dir())
 
 
 def check_newest(root: epath.Path) -> None:
     """Raise CheckpointError if the newest checkpoint lacks a part: Orbax would go on from it."""
     steps = _steps(root)
     path = root / str(steps[-1]) if steps else None
+    if path and remote.is_remote(path) and not (path / _MARK).exists():
+        return  # a killed save, which Orbax removes
     if path and not _is_complete(path):
         raise CheckpointError(f"{path} is no complete checkpoint" + what_to_do(path))
 
@@ -118,7 +142,7 @@ def what_to_do(path: epath.Path) -> str:
 
 def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Path:
     """Find the checkpoint of a step, or the newest, from a workdir, its `checkpoints` or itself."""
-    path = epath.Path(path).absolute()
+    path = files.absolute(path)
     if _is_complete(path):
         if step is not None and str(step) != path.name:
             raise CheckpointError(f"{path} is the checkpoint of one step, but step={step} is asked")

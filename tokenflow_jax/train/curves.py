@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +13,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import shown
 
 _MOST_BYTES = 2**30  # of a history
 _GRID = re.compile(r"(.+)_([0-9]{7,19})\.png", re.DOTALL)
-
-
-def is_remote(path: str | epath.Path) -> bool:
-    """Tell whether a path is in an object store (gs://...), where files cannot grow."""
-    return "://" in str(path)
 
 
 def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
@@ -56,7 +53,8 @@ def _point(line: bytes, where: str) -> dict[str, Any]:
 
 def grid_files(images: epath.Path) -> list[tuple[str, int, epath.Path]]:
     """Return name, step and path of the grids in a folder, sorted; others may lie there, too."""
-    found = [(path, _GRID.fullmatch(path.name)) for path in sorted(images.iterdir())]
+    paths = sorted(images.iterdir()) if images.exists() else []
+    found = [(path, _GRID.fullmatch(path.name)) for path in paths]
     return [(grid[1], int(grid[2]), path) for path, grid in found if grid and path.is_file()]
 
 
@@ -84,9 +82,9 @@ class Writer:
             if step > resume_step:
                 path.unlink()
                 self.drawn.discard(step)
-        # Object stores cannot append: there each flush rewrites the file. A run
+        # Object stores, where files cannot grow: there each flush rewrites the file. A run
         # continues from a checkpoint, so a kill loses no line that is not computed again.
-        self._file = None if is_remote(workdir) else self._history_path.open("a")
+        self._file = None if remote.is_remote(workdir) else self._history_path.open("a")
         self._events = _Events(workdir / "tensorboard", resume_step)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -136,8 +134,12 @@ class Writer:
 
     def _rewrite(self) -> None:
         """Write the whole history beside and rename: a kill in between must not lose it."""
+        text = "".join(json.dumps(line) + "\n" for line in self.history)
+        if remote.is_remote(self._history_path):
+            remote.write(os.fspath(self._history_path), text.encode())
+            return
         rewritten = self._history_path.with_name("metrics.jsonl.new")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        rewritten.write_text(text)
         rewritten.replace(self._history_path)
 
 
@@ -154,8 +156,12 @@ class _Events:
         from tensorboardX.proto import event_pb2
 
         self._event, self._summary = event_pb2.Event, summary
-        record_writer.directory_check(str(folder))
-        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        # Object stores get the whole file at every flush.
+        self._folder = str(folder) if remote.is_remote(folder) else ""
+        self._local = tempfile.TemporaryDirectory() if self._folder else None
+        local = self._local.name if self._local else str(folder)
+        record_writer.directory_check(local)
+        self._file = event_file_writer.EventsWriter(f"{local}/events")
         self._flushed = time.monotonic()
         if resume_step:  # TensorBoard hides what an earlier start logged from there on
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -170,9 +176,14 @@ class _Events:
     def flush(self) -> None:
         self._file.flush()
         self._flushed = time.monotonic()
+        if self._local:
+            remote.upload(self._local.name, self._folder)
 
     def close(self) -> None:
         self._file.close()
+        if self._local:
+            remote.upload(self._local.name, self._folder)
+            self._local.cleanup()
 
     def _write(self, step: int, **content: Any) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **content))

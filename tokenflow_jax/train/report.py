@@ -187,7 +187,7 @@ def _cards(curves: Mapping[str, list[tuple[int, float]]]) -> str:
 
 def _grids(folder: epath.Path) -> str:
     grids: dict[str, list[tuple[int, epath.Path]]] = {}
-    for name, step, path in grid_files(folder) if folder.exists() else []:
+    for name, step, path in grid_files(folder):
         grids.setdefault(name, []).append((step, path))
     parts = []
     for name, entries in grids.items():

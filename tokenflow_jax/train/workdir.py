@@ -11,6 +11,7 @@ from typing import TextIO
 import jax
 from etils import epath
 
+from tokenflow_jax import files, remote
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import shown
 from tokenflow_jax.train.checkpoint_info import CheckpointError
@@ -25,8 +26,12 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 def check_path(path: str | os.PathLike) -> None:
     """Raise CheckpointError unless checkpoints can be written to a path and found again there."""
     text = os.fspath(path)
-    if not _REMOTE.match(text):
+    if not remote.is_remote(text):
         text = os.path.abspath(text)  # the current folder may have such a name
+    elif not text.startswith("gs://"):
+        raise CheckpointError(
+            f"checkpoints cannot be kept in {shown(text)}: Orbax writes them to disks and gs://"
+        )
     bad = _MISREAD.search(_REMOTE.sub("", text, count=1))
     try:
         text.encode()
@@ -65,10 +70,10 @@ class Lock:
 def lock(workdir: str | epath.Path) -> Iterator[Lock]:
     """Keep two runs from writing to one workdir; the kernel drops the lock of a killed process."""
     # Object stores have no locks; of several processes of one run the first one locks.
-    if "://" in os.fspath(workdir) or jax.process_index() != 0:
+    if remote.is_remote(workdir) or jax.process_index() != 0:
         yield Lock(epath.Path(workdir))
         return
-    workdir = epath.Path(workdir).absolute()
+    workdir = files.absolute(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with open(workdir / ".lock", "a") as file:
         try:

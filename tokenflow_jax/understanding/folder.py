@@ -6,10 +6,10 @@ fingerprint of the image tokenizer, as `tokenflow_fingerprint`.
 """
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from tokenflow_jax import remote
 from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.understanding.model import UnderstandingConfig
@@ -102,7 +102,7 @@ def convert(
         if config is None:
             config, fields = read_understanding_config(src)
         known = {"tokenizer": {"fingerprint": fields.get("tokenflow_fingerprint", "")}}
-        if any((pathlib.Path(src) / name).is_file() for name in _TEXT_TOKENIZERS):
+        if any(remote.kind_of(remote.join(src, name)) == "file" for name in _TEXT_TOKENIZERS):
             known["text_tokenizer"] = os.fspath(src)
     else:
         saved = checkpoint_info.read_info(checkpoint_info.find_checkpoint(src, step))["config"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.weights.formats import orbax as orbax_files
@@ -58,13 +58,14 @@ def is_torch(path: str | os.PathLike) -> bool:
     Any file is one, whatever its name; a folder if it holds no checkpoint of ours.
     """
     path = os.fspath(path)
-    if os.path.isdir(path):
+    kind = remote.kind_of(path)
+    if kind == "folder":
         try:
             checkpoint_info.find_checkpoint(path)
         except (checkpoint_info.CheckpointError, OSError):
-            return any(name.lower().endswith(WEIGHT_ENDINGS) for name in os.listdir(path))
+            return any(name.lower().endswith(WEIGHT_ENDINGS) for name in remote.names_in(path))
         return False
-    return os.path.exists(path) or path.lower().endswith(WEIGHT_ENDINGS)
+    return bool(kind) or path.lower().endswith(WEIGHT_ENDINGS)
 
 
 def convert(

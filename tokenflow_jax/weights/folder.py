@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import bullets
 from tokenflow_jax.weights.conversion import Written, cast, different_shapes
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
@@ -16,14 +16,14 @@ from tokenflow_jax.weights.rules import RuleTable, Tensors, flatten, torch_tenso
 
 def read_fields(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """Return the fields of the config.json in a folder or beside a file, and its path."""
-    path = pathlib.Path(path)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.exists():
+    folder = path if remote.kind_of(path) == "folder" else os.path.dirname(path)
+    file = remote.join(folder, "config.json")
+    if not remote.kind_of(file):
         raise ValueError(
             f"{file} is missing; give a folder in Hugging Face's format, with config.json and "
             ".safetensors files"
         )
-    return files.read_json(file, remedy="; fetch it again"), str(file)
+    return files.read_json(file, remedy="; fetch it again"), file
 
 
 def write_folder(

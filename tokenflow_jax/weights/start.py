@@ -1,7 +1,6 @@
 """Warm start: replace fresh parameters by those of another model or of a language model."""
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax import remote
 from tokenflow_jax.messages import bullets
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.train import optim
@@ -89,7 +89,7 @@ def is_language_model(path: str) -> bool:
     if gguf.is_gguf(path):
         return True
     if not conversion.is_torch(path):
-        return os.path.isfile(os.path.join(path, "config.json"))
+        return remote.kind_of(remote.join(path, "config.json")) == "file"
     try:
         names = open_state_dict(path)
     except ValueError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_jax import remote
 from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, read_block
 
@@ -66,8 +67,10 @@ class _Reader:
 
 def is_gguf(path: str | os.PathLike) -> bool:
     """Tell a GGUF file by its ending or its first bytes."""
-    if os.fspath(path).endswith(".gguf") or not os.path.isfile(path):
+    if os.fspath(path).endswith(".gguf") or remote.kind_of(path) != "file":
         return os.fspath(path).endswith(".gguf")
+    if remote.is_remote(path):
+        return remote.RemoteFile(path).read(0, 4) == b"GGUF"
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
 
@@ -78,7 +81,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, LazyTe
     Tensors are float32, (out, in) for matrices, and dequantized when they are read. A file that is
     missing, damaged, not GGUF 2 or 3, or with unknown tensor types is a ValueError.
     """
-    path = os.fspath(path)
+    path = remote.local_copy(path)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file, or no regular one")
     if (size := os.path.getsize(path)) < 24:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from tokenflow_jax import files
+from tokenflow_jax import files, remote
 from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.train import checkpoint, checkpoint_info, checksums, workdir
 from tokenflow_jax.train.checkpoint_info import CheckpointError
@@ -29,6 +29,8 @@ from tokenflow_jax.weights.rules import unflatten
 
 _CHUNK_BYTES = 4 * 2**20  # read and decompressed at once; more costs memory, less costs time
 _BATCH_BYTES = 16 * 2**20  # written at once, unless one array is larger
+# A checkpoint does not change: without these every read asks the store for what is known.
+_UNCHANGED = {"recheck_cached_data": False, "recheck_cached_metadata": False}
 # Arrays that no file holds are zeros: a few bytes may declare terabytes. Real weights take about
 # their size on disk.
 _FREE_BYTES, _MOST_UNFOLDING = 64 * 2**20, 200
@@ -53,8 +55,9 @@ def open_checkpoint(
         raise CheckpointError(f"{path} has none of {list(subtrees)}; it has {fields}")
 
     state = path / "state"
+    is_remote = remote.is_remote(state)
     declared = sum(_declared_bytes(info["arrays"][name], path) for name in names)
-    if "://" not in str(state):
+    if not is_remote:
         held = sum(p.stat().st_size for p in pathlib.Path(state).rglob("*"))
         if declared > _FREE_BYTES + _MOST_UNFOLDING * held:
             raise CheckpointError(
@@ -62,7 +65,7 @@ def open_checkpoint(
                 "incomplete or damaged, copy it again"
             )
     # Not a URL: "#", "%" and the like are part of a local name.
-    base = str(state) if "://" in str(state) else {"driver": "file", "path": f"{state}/"}
+    base = f"{state}/" if is_remote else {"driver": "file", "path": f"{state}/"}
     # One thread each, because every thread holds a chunk in memory.
     context = ts.Context({f"{kind}_concurrency": {"limit": 1} for kind in ("data_copy", "file_io")})
 
@@ -70,7 +73,8 @@ def open_checkpoint(
         # What Orbax does, for one array, without reading the whole tree's metadata for each.
         kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:
-            store = ts.open({"driver": "zarr", "kvstore": kvstore}, context=context, open=True)
+            spec = {"driver": "zarr", "kvstore": kvstore, **_UNCHANGED}
+            store = ts.open(spec, context=context, open=True)
             store, entry = store.result(), info["arrays"][name]
             if list(store.shape) != entry["shape"]:
                 raise ValueError(f"shape {store.shape}, not {entry['shape']}")
@@ -143,7 +147,7 @@ def save_weights(
     handler = _LazyHandler()
     registry = ocp.type_handlers.create_type_handler_registry((LazyTensor, handler))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    path = epath.Path(path).absolute()
+    path = files.absolute(path)
     workdir.check_path(path.with_name(path.name.removeprefix(".partial-")))
     try:
         tree_handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)

