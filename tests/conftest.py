@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import re
 import socket
 
 # Before any test imports jax: the suite must give the same figures on every machine.
@@ -47,7 +48,7 @@ def bucket_server():
 def bucket(bucket_server, request, tmp_path_factory, monkeypatch):
     """A folder in a bucket, gs://bucket/..., of this test, and a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    return f"gs://bucket/{request.node.nodeid.rpartition('::')[2]}"
+    return "gs://bucket/" + re.sub(r"\W", "_", request.node.name)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import cli, log, stages
+from tokenflow_jax import cli, log, remote, stages
 
 
 def main(options: flags.FlagValues) -> None:
@@ -37,9 +37,17 @@ def main(options: flags.FlagValues) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     log.hush_tensorstore()
     start = time.monotonic()
-    written = _convert(options)
+    if remote.is_remote(dst := options.dst):
+        if remote.kind_of(dst) and not options.overwrite:
+            raise FileExistsError(f"{dst} exists; give --overwrite to replace it")
+        with remote.staged(dst) as local:
+            options.dst = str(local)
+            written = _convert(options)
+            remote.remove(dst)
+    else:
+        written = _convert(options)
     print(
-        f"wrote {options.dst}: {written.weights} weights, {written.tensors} arrays, "
+        f"wrote {dst}: {written.weights} weights, {written.tensors} arrays, "
         f"{written.nbytes / 1e9:.2f} GB, {time.monotonic() - start:.0f} s"
     )
 

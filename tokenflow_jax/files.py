@@ -8,7 +8,7 @@ import pathlib
 import stat
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -20,6 +20,7 @@ _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large"
 _STILL_WRITTEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY)
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.2
+_REWRITE_S = 60.0
 # Bytes of JSON read at once: as Python objects they take up to 25 times as many.
 _MOST_JSON = 32 * 2**20
 
@@ -149,6 +150,36 @@ def remove(path: str | os.PathLike) -> None:
         time.sleep(_PAUSE_S)
         if time.monotonic() > deadline and path.exists():
             raise OSError(errno.EBUSY, "something keeps writing there", str(path))
+
+
+@contextlib.contextmanager
+def appended(path: str | os.PathLike) -> Iterator[Callable[[str], None]]:
+    """Yield a function that appends text to a file; others see it at once, remote in a minute."""
+    if not remote.is_remote(path):
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+
+            def write(text: str) -> None:
+                file.write(text)
+                file.flush()
+
+            yield write
+        return
+    # Remote files cannot grow: the whole is written again.
+    path = os.fspath(path)
+    parts = [remote.RemoteFile(path).read()] if remote.kind_of(path) else []
+    written = time.monotonic()
+
+    def keep(text: str) -> None:
+        nonlocal written
+        parts.append(text.encode("utf-8", "backslashreplace"))
+        if time.monotonic() - written > _REWRITE_S:
+            remote.write(path, b"".join(parts))
+            written = time.monotonic()
+
+    try:
+        yield keep
+    finally:
+        remote.write(path, b"".join(parts))
 
 
 @contextlib.contextmanager

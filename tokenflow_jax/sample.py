@@ -15,7 +15,6 @@ import functools
 import io
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
+from etils import epath
 
-from tokenflow_jax import cli, files
+from tokenflow_jax import cli, files, remote
 from tokenflow_jax.data import jsonl
 from tokenflow_jax.data.examples import Broken, check_text
 from tokenflow_jax.evals import pictures
@@ -56,14 +56,15 @@ def read_tasks(layout: str, prompts: Sequence[str], path: str | None) -> list[Ta
     if layout != "plain" and prompts:
         raise ValueError(f"--layout={layout} takes its prompts from --prompts alone")
     if layout == "dpg":
-        found = sorted(f for f in pathlib.Path(path).glob("*.txt") if not f.name.startswith("."))
+        names = remote.names_in(path) if remote.kind_of(path) == "folder" else []
+        found = [name for name in names if name.endswith(".txt") and not name.startswith(".")]
         if not found:
             raise ValueError(f"--prompts={path} is no folder with .txt files, one per prompt")
-        tasks = [Task(_read(file).strip(), file.stem) for file in found]
+        tasks = [Task(_read(remote.join(path, n)).strip(), n.removesuffix(".txt")) for n in found]
         if empty := [plain(task.name) for task in tasks if not task.prompt]:
             raise ValueError(f"--prompts: files in {path} are empty:\n{bullets(empty)}")
         return tasks
-    text = _read(pathlib.Path(path)) if path else ""
+    text = _read(path) if path else ""
     if layout == "geneval":
         rows = [(number, line) for number, _, line in jsonl.lines_of(io.BytesIO(text.encode()))]
         tasks = [
@@ -79,7 +80,7 @@ def read_tasks(layout: str, prompts: Sequence[str], path: str | None) -> list[Ta
     return tasks
 
 
-def _read(path: pathlib.Path) -> str:
+def _read(path: str) -> str:
     try:
         return files.read_bytes(path, _MOST).decode("utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: UTF-8, a pipe, gigabytes
@@ -127,7 +128,7 @@ def draw(
     if layout == "dpg" and images_per_prompt != 4:
         raise ValueError(f"DPG-Bench reads 2 x 2 grids: 4 pictures, not {images_per_prompt}")
     recipe.check(generator.config)
-    out = pathlib.Path(out)
+    out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     names = {task.name: _files(out, task, layout, images_per_prompt) for task in tasks}
     _write_recipe(generator.describe(recipe), tasks, names, out, layout, jax.process_index() == 0)
@@ -150,7 +151,7 @@ def draw(
     return done
 
 
-def _files(out: pathlib.Path, task: Task, layout: str, count: int) -> list[pathlib.Path]:
+def _files(out: epath.Path, task: Task, layout: str, count: int) -> list[epath.Path]:
     """Return the picture files of a prompt."""
     if layout == "dpg":
         return [out / f"{task.name}.png"]
@@ -159,14 +160,15 @@ def _files(out: pathlib.Path, task: Task, layout: str, count: int) -> list[pathl
     return [out / f"{task.name}{f'_{i}' if count > 1 else ''}.png" for i in range(count)]
 
 
-def _save(task: Task, grown: list[np.ndarray], files: list[pathlib.Path], layout: str) -> None:
+def _save(task: Task, grown: list[np.ndarray], files: list[epath.Path], layout: str) -> None:
     """Write the pictures of a prompt; `grown` holds them after each scale, or at the end only."""
     images = grown[-1]
     if layout == "dpg":
         images = pictures.grid(images.reshape(2, 2, *images.shape[1:]), gap=0)[None]
     if layout == "geneval":
         files[0].parent.mkdir(parents=True, exist_ok=True)
-        (files[0].parents[1] / "metadata.jsonl").write_text(task.about + "\n", encoding="utf-8")
+        about = files[0].parents[1] / "metadata.jsonl"
+        about.write_text(task.about + "\n", encoding="utf-8")
     for i, (image, file) in enumerate(zip(images, files, strict=True)):
         pictures.write_png(image, file)
         if len(grown) > 1 and layout == "plain":
@@ -177,8 +179,8 @@ def _save(task: Task, grown: list[np.ndarray], files: list[pathlib.Path], layout
 def _write_recipe(
     recipe: dict[str, Any],
     tasks: Sequence[Task],
-    names: dict[str, list[pathlib.Path]],
-    out: pathlib.Path,
+    names: dict[str, list[epath.Path]],
+    out: epath.Path,
     layout: str,
     is_first: bool,
 ) -> None:

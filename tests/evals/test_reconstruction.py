@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from etils import epath
 from PIL import Image
 from tiny import TINY
 
@@ -215,7 +216,7 @@ def test_a_full_disk_does_not_lose_the_figures(workdir, tmp_path, monkeypatch, c
     def write_text(path, *_, **__):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(pathlib.Path, "write_text", write_text)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", write_text)
     options = options_of(
         f"--checkpoint={workdir}", "--images=4", "--batch_size=4", f"--out={tmp_path / 'out'}"
     )

@@ -34,7 +34,7 @@ def test_asking(tmp_path):
     found = dict(understanding.ask(model, TASKS["pope"], QUESTIONS, tmp_path, batch_size=2))
     assert found == {"a": "Yes", "b": "Yes", "c": "no"}
     text, image = model.asked[0]
-    assert text.endswith("single word or phrase.") and image == tmp_path / "x.png"
+    assert text.endswith("single word or phrase.") and image == str(tmp_path / "x.png")
     assert model.asked[2][1] is None
     figures = understanding.score("pope", QUESTIONS, found)
     assert figures["accuracy"] == pytest.approx(1 / 3) and figures["questions"] == 3

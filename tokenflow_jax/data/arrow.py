@@ -36,7 +36,7 @@ def open_rows(path: str, image_column: str = "", conversations: bool = False) ->
 
 
 def is_saved(path: str | os.PathLike) -> bool:
-    return any(os.path.isfile(os.path.join(path, name)) for name in (STATE, SPLITS))
+    return any(remote.kind_of(remote.join(path, name)) == "file" for name in (STATE, SPLITS))
 
 
 class ArrowRows:

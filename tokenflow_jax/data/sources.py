@@ -51,12 +51,12 @@ class RecordSource:
 
     def __init__(self, path: str, split: str):
         # `split` is not used for a pattern, which names its files.
-        files, self.classes = _record_files(path, split)
-        if other := [file for file in files if "://" in file and not file.startswith("gs://")]:
+        if remote.is_remote(path) and not path.startswith("gs://"):
             raise ValueError(
-                f"data.path {path!r}: ArrayRecord is read from disks and gs:// only, not "
-                f"{plain(other[0])}; copy the data set, or read tars or Parquet from there"
+                f"data.path {path!r}: ArrayRecord is read from disks and gs:// only; copy the data "
+                "set, or read tars or Parquet from there"
             )
+        files, self.classes = _record_files(path, split)
         try:
             self._source = array_record_data_source.ArrayRecordDataSource(files)
         except (RuntimeError, ValueError) as error:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from absl import flags
 
-from tokenflow_jax import cli, log
+from tokenflow_jax import cli, log, remote
 from tokenflow_jax.data import images, jsonl, text
 from tokenflow_jax.data.chat import conversations, insertion, templates
 from tokenflow_jax.data.chat.templates import IMAGE, Template
@@ -54,7 +54,7 @@ class Checker:
 
     template: Template
     text_tokenizer: Any
-    folder: pathlib.Path  # that paths of images are relative to
+    folder: str | os.PathLike  # that paths of images are relative to
     vectors: int  # per image
     max_length: int  # of a conversation, vectors included
     decode: bool  # every picture; else it is enough that the file is there
@@ -97,7 +97,7 @@ class Checker:
         try:
             if self.decode:
                 conversations.load_image(conversations.read_image(*where), 8, "square")
-            elif not os.path.isfile(images.locate(*where)):
+            elif remote.kind_of(images.locate(*where)) != "file":
                 raise Broken("missing image", "there is no such file")
         except Broken as error:
             name = "" if shown(image) in error.detail else f"{shown(image)}: "
@@ -163,11 +163,11 @@ def _keep_checker(checker: Checker) -> None:
 def main(options: flags.FlagValues) -> int:
     """Print the faults of a file and return the exit code."""
     cli.require(options, "file")
-    path = pathlib.Path(options.file)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    folder = pathlib.Path(options.image_folder or path.parent)
-    if not folder.is_dir():
+    if remote.kind_of(options.file) != "file":
+        raise ValueError(f"{options.file} is not a file")
+    path = pathlib.Path(remote.local_copy(options.file))
+    folder = options.image_folder or os.path.dirname(options.file) or "."
+    if remote.kind_of(folder) != "folder":
         raise ValueError(f"--image_folder {folder} is not a folder")
     checker = Checker(
         templates.get_template(options.template, options.system),
@@ -188,7 +188,9 @@ def main(options: flags.FlagValues) -> int:
     kinds = collections.Counter(fault.reason for fault in faults)
     bad = len({fault.line for fault in faults if fault.skipped})
     summary = ", ".join(f"{n} {reason}" for reason, n in kinds.most_common()) or "no faults"
-    print(f"{path}: {count} conversations, {bad} of them are skipped in training ({summary})")
+    print(
+        f"{options.file}: {count} conversations, {bad} of them are skipped in training ({summary})"
+    )
     return 1 if faults else 0
 
 

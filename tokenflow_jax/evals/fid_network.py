@@ -8,13 +8,13 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from tokenflow_jax import files, remote
 from tokenflow_jax.evals.frechet import Statistics
@@ -103,7 +103,7 @@ class Reference:
     ):
         self.network, self.change = network, change
         self._batches = batches
-        self._folder = pathlib.Path(folder) if folder else None
+        self._folder = epath.Path(folder) if folder else None
         self._description = description
         self._known: dict[str, Statistics] = {}
 
@@ -153,19 +153,22 @@ class Distance:
         return self._statistics.over_processes().distance(originals)
 
 
-def write_statistics(path: pathlib.Path, statistics: Statistics, about: Mapping[str, Any]) -> None:
+def write_statistics(path: epath.Path, statistics: Statistics, about: Mapping[str, Any]) -> None:
     """Write statistics with a checksum; the file appears when it is complete."""
     text = json.dumps(about)
     arrays = {"count": statistics.count, "sum": statistics.sum_D, "outer": statistics.outer_DD}
+    np.savez(file := io.BytesIO(), **arrays, about=text, sha256=_checksum(statistics, text))
+    if remote.is_remote(path):
+        remote.write(os.fspath(path), file.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes of one host may write the same file at once, so each has its partial one.
     partial = path.with_name(f"{path.name}.{jax.process_index()}-{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays, about=text, sha256=_checksum(statistics, text))
-    os.replace(partial, path)
+    partial.write_bytes(file.getvalue())
+    partial.replace(path)
 
 
-def read_statistics(path: pathlib.Path, about: Mapping[str, Any]) -> Statistics:
+def read_statistics(path: epath.Path, about: Mapping[str, Any]) -> Statistics:
     """Read what `write_statistics` wrote; ValueError if damaged or about other images."""
     try:
         with zipfile.ZipFile(io.BytesIO(files.read_bytes(path, _MOST_BYTES))) as file:

@@ -1,12 +1,12 @@
 """The images of an evaluation: where they are, and each process's share of them."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import arrow, pipeline, records
 from tokenflow_jax.log import Progress
 from tokenflow_jax.messages import shown
@@ -24,8 +24,8 @@ def kind_of_data(path: str) -> str:
         return "parquet"
     if arrow.is_saved(path):
         return "arrow"
-    folder = pathlib.Path(path)
-    is_folder = folder.is_dir() and not (folder / records.MANIFEST).is_file()
+    is_set = bool(remote.kind_of(remote.join(path, records.MANIFEST)))
+    is_folder = remote.kind_of(path) == "folder" and not is_set
     return "folder" if is_folder else "array_record"
 
 

@@ -15,12 +15,12 @@ import functools
 import hashlib
 import json
 import math
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from tokenflow_jax import cli, files
 from tokenflow_jax.log import log
@@ -93,7 +93,7 @@ def main(options: flags.FlagValues) -> None:
     if reference and (note := fid_network.caution(int(figures["images"]))):
         notes = [note, *notes]
     print(_table(figures, about, notes), flush=True)  # before a full disk can lose it
-    out = pathlib.Path(options.out)
+    out = epath.Path(options.out)
     finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
     report = json.dumps({"figures": finite, **about}, indent=1)
     (out / "reconstruction.json").write_text(report, encoding="utf-8")

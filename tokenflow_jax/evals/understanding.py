@@ -16,14 +16,14 @@ import collections
 import functools
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 
-from tokenflow_jax import answer, cli, files
+from tokenflow_jax import answer, cli, files, remote
 from tokenflow_jax.data import images, jsonl
 from tokenflow_jax.data.examples import Broken, evenly_spaced
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
@@ -54,9 +54,9 @@ def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
 
 def _rows(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Yield number and object of the lines of a file, None for one that cannot be used."""
-    if not os.path.isfile(path):
+    if remote.kind_of(path) != "file":
         raise ValueError(f"{os.fspath(path)!r} is not a file")
-    with open(path, "rb") as file:
+    with open(remote.local_copy(path), "rb") as file:
         for number, _, line in jsonl.lines_of(file):
             try:
                 row = jsonl.parse_object(line)
@@ -120,16 +120,15 @@ def score(
 
 
 def picture_paths(
-    questions: Sequence[Question], folder: pathlib.Path, allow_outside: bool = False
-) -> list[pathlib.Path | None]:
+    questions: Sequence[Question], folder: str | os.PathLike, allow_outside: bool = False
+) -> list[str | None]:
     """Return the paths of the questions' pictures; ValueError lists those outside the folder."""
-    paths: list[pathlib.Path | None] = []
+    paths: list[str | None] = []
     problems = []
     for question in questions:
         try:
             name = question.get("image")
-            path = images.locate(name, folder, allow_outside) if name else None
-            paths.append(path and pathlib.Path(path))
+            paths.append(images.locate(name, folder, allow_outside) if name else None)
         except Broken as error:
             problems.append(f"question {shown(question['question_id'])}: {error}")
     if problems:
@@ -141,7 +140,7 @@ def ask(
     assistant: Any,
     task: Task,
     questions: Sequence[Question],
-    folder: pathlib.Path,
+    folder: str | os.PathLike,
     *,
     instruction: str | None = None,
     batch_size: int = 16,
@@ -162,25 +161,24 @@ def ask(
 
 
 def answers_to(
-    out: pathlib.Path,
+    out: str | os.PathLike,
     questions: Sequence[Question],
     assistant: Any,
     task: Task,
-    folder: pathlib.Path,
+    folder: str | os.PathLike,
     **options: Any,
 ) -> None:
     """Ask what the file `out` has no answer to, and append every answer; see `ask`."""
-    known = read_answers(out) if out.exists() else {}
+    known = read_answers(out) if remote.kind_of(out) else {}
     left = [q for q in questions if key_of(q) not in known]
-    with out.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with files.appended(out) as write:
         if known:
-            file.write("\n")  # a killed run may have left half a line
+            write("\n")  # a killed run may have left half a line
         for key, text in ask(assistant, task, left, folder, **options):
             identity, occurrence = key if isinstance(key, tuple) else (key, 0)
             row = {"question_id": identity, "answer": text}
             row |= {_OCCURRENCE: occurrence} if occurrence else {}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main(options: flags.FlagValues) -> None:
@@ -192,9 +190,9 @@ def main(options: flags.FlagValues) -> None:
         raise ValueError(f"missing {' and '.join(missing)}")
     everything = read_questions(options.file)
     questions = [everything[i] for i in evenly_spaced(len(everything), options.limit)]
-    out = pathlib.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
+    out = epath.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
     if asks:
-        folder = pathlib.Path(options.image_folder or pathlib.Path(options.file).parent)
+        folder = options.image_folder or epath.Path(options.file).parent
         picture_paths(questions, folder, options.allow_outside)  # before the model is loaded
         files.writable_folder(out.parent)
         answers_to(
