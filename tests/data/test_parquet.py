@@ -235,7 +235,7 @@ def test_row_groups_are_kept_up_to_a_limit(tmp_path, monkeypatch, caplog):
     path = write(tmp_path / "x.parquet", range(2000), group=20)
     rows = parquet.ParquetRows(path, "", False, parquet_states(path))
     size = rows._cache.get(0, ("image",)).nbytes
-    monkeypatch.setattr(parquet, "_MOST_KEPT", 4 * size)
+    monkeypatch.setattr(parquet, "MOST_KEPT", 4 * size)
     for row in np.random.default_rng(0).permutation(2000):
         rows.read(int(row), ["image"])
         assert sum(rows._cache._sizes.values()) == rows._cache._bytes <= 4 * size

@@ -14,8 +14,7 @@ import numpy as np
 
 from tokenflow_jax import files, remote
 from tokenflow_jax.data import tables
-from tokenflow_jax.data.examples import Broken
-from tokenflow_jax.messages import one_line, printable, shown
+from tokenflow_jax.messages import printable, shown
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 _LONGEST_NAME = 255
@@ -39,7 +38,7 @@ def is_saved(path: str | os.PathLike) -> bool:
     return any(remote.kind_of(remote.join(path, name)) == "file" for name in (STATE, SPLITS))
 
 
-class ArrowRows:
+class ArrowRows(tables.Rows):
     """The rows of the data sets of a folder, each of which counts as a file."""
 
     def __init__(self, path: str, image_column: str, conversations: bool):
@@ -70,31 +69,20 @@ class ArrowRows:
                    if other != self.columns]:  # fmt: skip
             raise ValueError(f"{odd[0]} has other columns than {self.files[0]}: name one as path")
         self.firsts = np.cumsum([0, *map(len, self._tables)])
-        paths = [
-            table.values(self.columns.path) if self.columns.path else [] for table in self._tables
-        ]
-        sets = zip(self.files, self._tables, paths, strict=True)
-        marks = [
-            tables.held_out_rows(os.path.basename(file), len(table), some)
-            for file, table, some in sets
-        ]
-        self._named = [named for named, _ in marks]
+        marks = []
+        for file, table in zip(self.files, self._tables, strict=True):
+            paths = table.values(self.columns.path) if self.columns.path else []
+            marks.append(tables.held_out_rows(file, len(table), paths))
+        self.named = [named for named, _ in marks]
         self.held_out = np.concatenate([held for _, held in marks])
 
-    def is_named(self, file: int) -> bool:
-        return self._named[file]
-
     def has_picture(self, row: int) -> bool:
-        """Return True unless the cell is empty."""
-        return self.read(row, [self.columns.image])[self.columns.image] not in (None, b"", [])
+        name = self.columns.image  # reading the picture costs nothing
+        return bool(name) and self.read(row, [name])[name] not in (None, b"", [])
 
-    def read(self, row: int, names: Sequence[str]) -> dict[str, Any]:
-        """Return the values of a row in some columns, or raise Broken."""
-        file, number = tables.place_of(self, row)
-        try:
-            return {name: self._tables[file].cell(number, name) for name in names}
-        except tables.damage() as error:
-            raise Broken("damaged record", f"{self.files[file]}: {one_line(error)}") from None
+    def _cells(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+        file, number = self.place_of(row)
+        return {name: self._tables[file].cell(number, name) for name in names}
 
 
 def _name(about: pathlib.Path, name: Any) -> str:

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,11 @@ import numpy as np
 
 from tokenflow_jax import remote
 from tokenflow_jax.data import file_names, folders, ranges, tables
-from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.kept import Columns, Kept
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, plain, shown
 
-_MOST_KEPT = 2**31  # bytes of row groups
+MOST_KEPT = 2**31  # bytes of row groups
 _OPEN_FILES = 64
 _KEEP_FROM = 1000  # rows; smaller files are indexed at every start
 _ROWS_PER_BYTE = 8  # at most, of a file that is not damaged
@@ -75,7 +75,7 @@ def _split_of(file: str) -> str:
     return folders.split_meant(re.split(r"[-_.]", os.path.basename(file))[0]) or ""
 
 
-class ParquetRows:
+class ParquetRows(tables.Rows):
     """The rows of some files, in their order."""
 
     def __init__(
@@ -97,7 +97,7 @@ class ParquetRows:
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             indexes = list(pool.map(self._index, self.files, self._states))
         groups = [index["groups"] for index in indexes]
-        self._named = [bool(index["named"].all()) for index in indexes]
+        self.named = [bool(index["named"].all()) for index in indexes]
         self.held_out = np.concatenate([index["held_out"] for index in indexes])
         self.firsts = np.cumsum([0, *(sum(some) for some in groups)])
         self._group_firsts = np.cumsum([0, *np.concatenate(groups)])
@@ -105,29 +105,14 @@ class ParquetRows:
         self._footer = functools.lru_cache(_OPEN_FILES)(self._read_footer)
         self._cache = _RowGroups(path, self._read_group)
 
-    def is_named(self, file: int) -> bool:
-        return self._named[file]
-
-    def has_picture(self, row: int) -> bool:
-        """Return True unless the cell is empty; only plain bytes are read for it."""
-        name = self.columns.image
-        return self.read(row, [self.columns.path or name])[name] not in (None, b"", [])
-
-    def read(self, row: int, names: Sequence[str]) -> dict[str, Any]:
-        """Return the values of a row in some columns, or raise Broken."""
+    def _cells(self, row: int, names: Sequence[str]) -> dict[str, Any]:
         group = int(np.searchsorted(self._group_firsts, row, side="right")) - 1
-        within = row - int(self._group_firsts[group])
-        try:
-            table = self._cache.get(group, tuple(names))
-            if table.num_rows != self._group_firsts[group + 1] - self._group_firsts[group]:
-                raise ValueError(f"row group {group} has {table.num_rows} rows")
-            return {
-                name: column[within].as_py()
-                for name, column in zip(table.column_names, table.columns, strict=True)
-            }
-        except tables.damage() as error:
-            file, _ = tables.place_of(self, row)
-            raise Broken("damaged record", f"{self.files[file]}: {one_line(error)}") from None
+        table = self._cache.get(group, tuple(names))
+        first, end = map(int, self._group_firsts[group : group + 2])
+        if table.num_rows != end - first:
+            raise ValueError(f"row group {group} has {table.num_rows} rows")
+        cells = zip(table.column_names, table.columns, strict=True)
+        return {name: column[row - first].as_py() for name, column in cells}
 
     def _read_footer(self, file: int) -> Any:
         return tables.pyarrow().parquet.read_metadata(_source(self.files[file]))
@@ -146,8 +131,8 @@ class ParquetRows:
 
     def _index(self, path: str, state: _State) -> Columns:
         """Return the rows per row group of a file and what decides on splits, kept or made."""
-        kind = f"parquet {_VERSION} {shown(self.columns)}"
-        kept = Kept(path, kind, state[1])
+        columns = zlib.crc32(repr(self.columns).encode(errors="surrogatepass"))
+        kept = Kept(path, f"parquet {_VERSION} {columns}", state[1])
         if found := kept.load(_INDEX, _fit):
             return found
         with tables.naming(path):
@@ -164,7 +149,7 @@ class ParquetRows:
             if min(groups, default=0) < 0 or rows > _ROWS_PER_BYTE * state[0]:
                 raise ValueError(f"{path} is damaged (row groups of {shown(groups)} rows)")
             paths = self._paths(path, reader)
-        named, held_out = tables.held_out_rows(os.path.basename(path), rows, paths)
+        named, held_out = tables.held_out_rows(path, rows, paths)
         index = {"groups": np.array(groups, np.int64), "held_out": held_out,
                  "named": np.array([named])}  # fmt: skip
         if rows >= _KEEP_FROM and (problem := kept.keep(index)):
@@ -193,7 +178,7 @@ def _fit(index: Columns) -> bool:
 
 
 class _RowGroups:
-    """Row groups read last, of at most _MOST_KEPT bytes; any thread may use them."""
+    """Row groups read last, of at most MOST_KEPT bytes; any thread may use them."""
 
     def __init__(self, path: str, read: Any):
         self._path, self._read = path, read
@@ -230,7 +215,7 @@ class _RowGroups:
         with self._lock:
             self._sizes[key] = table.nbytes
             self._bytes += table.nbytes
-            while self._bytes > _MOST_KEPT and len(self._sizes) > 1:
+            while self._bytes > MOST_KEPT and len(self._sizes) > 1:
                 old = next(other for other in self._kept if other in self._sizes)
                 self._bytes -= self._sizes.pop(old)
                 del self._kept[old]
@@ -248,6 +233,6 @@ class _RowGroups:
                         "with --config.data.shuffle_block=%d --config.data.shuffle_window=%d, "
                         "or write ArrayRecord with python -m tokenflow_jax.data.prepare parquet",
                         self._path, rows, self._rows_used / _JUDGED, rows,
-                        max(rows, _MOST_KEPT // (3 * max(size, 1))),
+                        max(rows, MOST_KEPT // (3 * max(size, 1))),
                     )  # fmt: skip
                 self._reads = self._again = self._rows_read = self._rows_used = 0

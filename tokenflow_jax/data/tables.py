@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes
 _URLS = ("url", "image_url", "img_url", "image_link", "link")
 _LABELS = ("label", "cls", "class", "class_id")
 _TURNS = ("conversations", "conversation", "messages")
+_EMPTY = (None, b"", [])
 _TEXTS = (*jsonl.CAPTION_KEYS, "tags")
 
 
@@ -180,61 +181,72 @@ def picture_of(value: Any) -> bytes:
     raise Broken("no picture", inside)
 
 
-class Rows(Protocol):
+class Rows:
     """The rows of some files, numbered from 0; any thread may read them."""
 
     columns: Columns
-    held_out: np.ndarray  # bool, per row: the split that `is_heldout` gives its name
     files: Sequence[str]
-    firsts: np.ndarray  # the number of each file's first row, and that of all rows
     splits: Sequence[str]  # that each file belongs to; "" unless files or folders are splits
+    firsts: np.ndarray  # the number of each file's first row, and that of all rows
+    held_out: np.ndarray  # bool, per row: the split that `is_heldout` gives its name
+    named: Sequence[bool]  # per file: paths of pictures name the rows
 
-    def is_named(self, file: int) -> bool: ...  # paths of pictures name the rows
+    def _cells(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+        raise NotImplementedError
 
-    def has_picture(self, row: int) -> bool: ...  # without reading it; may raise Broken
+    def read(self, row: int, names: Sequence[str]) -> dict[str, Any]:
+        """Return the values of a row in some columns, or raise Broken."""
+        try:
+            return self._cells(row, names)
+        except damage() as error:
+            file = self.files[self.place_of(row)[0]]
+            raise Broken("damaged record", f"{file}: {one_line(error)}") from None
 
-    def read(self, row: int, names: Sequence[str]) -> dict[str, Any]: ...  # may raise Broken
+    def has_picture(self, row: int) -> bool:
+        """Return True unless the cell is empty; where it can be, without reading the picture."""
+        name = self.columns.image
+        return bool(name) and self.read(row, [self.columns.path or name])[name] not in _EMPTY
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """Return the file of a row, and its number in it."""
+        file = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        return file, row - int(self.firsts[file])
+
+    def name_of(self, row: int) -> str:
+        file, number = self.place_of(row)
+        return _row_name(self.files[file], number)
+
+    def divided_into(self) -> list[str]:
+        """Return the splits that files or folders are, if there are several."""
+        names = list(dict.fromkeys(self.splits))
+        return names if len(names) > 1 and all(names) else []
+
+    def of_split(self, split: str, path: str, unit: str) -> np.ndarray:
+        """Return the rows of a split: that of the files, else the one that names decide on."""
+        names = self.divided_into()
+        if not names or split == "all":
+            if split not in (*SPLITS, *HELDOUT_NAMES):
+                raise ValueError(f"{path} has no split {split!r}; one of {SPLITS}")
+            meant = "heldout" if split in HELDOUT_NAMES else split
+            return split_indices(self.held_out, meant, path, unit)
+        usual = [split, *(HELDOUT_NAMES if split in HELDOUT_NAMES else ())]
+        part = next((name for name in usual if name in names), None)
+        if part is None:
+            raise ValueError(f"{path} has the splits {shown(names)}, none of which is {split!r}")
+        spans = zip(self.splits, self.firsts, self.firsts[1:], strict=False)
+        return np.concatenate([np.arange(a, b) for name, a, b in spans if name == part])
 
 
-def row_name(file: str, row: int) -> str:
-    return f"{file} row {row}"
+def _row_name(file: str, row: int) -> str:
+    return f"{os.path.basename(file)} row {row}"
 
 
 def held_out_rows(file: str, count: int, paths: Sequence[Any]) -> tuple[bool, np.ndarray]:
     """Return whether a file's rows are named by these paths, and which of them are held out."""
     # Paths that repeat, such as image.png everywhere, would all fall into the same split.
     named = 0 < count == len({path for path in paths if isinstance(path, str) and path})
-    names = paths if named else (row_name(file, row) for row in range(count))
+    names = paths if named else (_row_name(file, row) for row in range(count))
     return named, np.fromiter(map(is_heldout, names), bool, count)
-
-
-def split_rows(rows: Rows, split: str, path: str, unit: str = "pictures") -> np.ndarray:
-    """Return the rows of a split: that of the files, else the one that names decide on."""
-    names = divided_into(rows)
-    total = int(rows.firsts[-1])
-    if not names or split == "all":
-        if split not in (*SPLITS, *HELDOUT_NAMES):
-            raise ValueError(f"{path} has no split {split!r}; one of {SPLITS}")
-        meant = "heldout" if split in HELDOUT_NAMES else split
-        return split_indices(rows.held_out[:total], meant, path, unit)
-    usual = [split, *(HELDOUT_NAMES if split in HELDOUT_NAMES else ())]
-    part = next((name for name in usual if name in names), None)
-    if part is None:
-        raise ValueError(f"{path} has the splits {shown(names)}, none of which is {split!r}")
-    spans = zip(rows.splits, rows.firsts, rows.firsts[1:], strict=False)
-    return np.concatenate([np.arange(a, b) for name, a, b in spans if name == part])
-
-
-def divided_into(rows: Rows) -> list[str]:
-    """Return the splits that files or folders are, if there are several."""
-    names = list(dict.fromkeys(rows.splits))
-    return names if len(names) > 1 and all(names) else []
-
-
-def place_of(rows: Rows, row: int) -> tuple[int, int]:
-    """Return the file of a row, and its number in it."""
-    file = int(np.searchsorted(rows.firsts, row, side="right")) - 1
-    return file, row - int(rows.firsts[file])
 
 
 class TableSource:
@@ -244,8 +256,8 @@ class TableSource:
         self._rows, columns = rows, rows.columns
         self.classes = list(columns.classes)
         self.numbers = ("label",) if columns.label else ()
-        self.splits = divided_into(rows)
-        self._places = split_rows(rows, split, path)
+        self.splits = rows.divided_into()
+        self._places = rows.of_split(split, path, "pictures")
         self._wanted = [n for n in (columns.image, columns.label, *columns.texts) if n]
 
     def __len__(self) -> int:
@@ -253,13 +265,12 @@ class TableSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns, row = self._rows.columns, int(self._places[index])
-        file, number = place_of(self._rows, row)
-        name = row_name(os.path.basename(self._rows.files[file]), number)
+        name = self._rows.name_of(row)
         try:
             values = self._rows.read(row, self._wanted)
             data = picture_of(image := values[columns.image])
-            if self._rows.is_named(file):
-                name = (image[0] if isinstance(image, list) else image)["path"]
+            if self._rows.named[self._rows.place_of(row)[0]]:
+                name = image["path"]
             texts = {key.lower(): values[key] for key in columns.texts}
             example = {"name": name, **jsonl.captions_of(texts)}
             if columns.label:

@@ -27,7 +27,7 @@ class TableConversations:
         """Open a table of kind "parquet" or "arrow"."""
         self.name = os.path.basename(os.path.normpath(path))
         self._rows = _OPEN[kind](path, image_column, conversations=True)
-        self._places = tables.split_rows(self._rows, split, path, "conversations")
+        self._places = self._rows.of_split(split, path, "conversations")
         if not len(self):
             raise ValueError(f"{path} has no conversations in split {split!r}")
 
@@ -37,7 +37,7 @@ class TableConversations:
     def __getitem__(self, index: int) -> Sample:
         row, columns = int(self._places[index]), self._rows.columns
         # Without the pictures, which only the process that trains on them reads.
-        has_picture = bool(columns.image) and self._rows.has_picture(row)
+        has_picture = self._rows.has_picture(row)
         turns = self._rows.read(row, [columns.turns])[columns.turns]
         if not isinstance(turns, list) or not turns:
             raise Broken("no conversations", f"the row's turns are {shown(turns)}")
@@ -49,8 +49,7 @@ class TableConversations:
         return Sample(tuple(turns), f"row {row}" if has_picture else "", has_picture)
 
     def label(self, index: int) -> str:
-        file, row = tables.place_of(self._rows, int(self._places[index]))
-        return tables.row_name(os.path.basename(self._rows.files[file]), row)
+        return self._rows.name_of(int(self._places[index]))
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
