@@ -98,7 +98,7 @@ def test_a_killed_command_continues(tmp_path):
     dst = tmp_path / "dst"
     command = [sys.executable, "-m", "tokenflow_jax.data.prepare", *options, f"--dst={dst}"]
     process = subprocess.Popen(command, start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while not list(dst.glob("train-*.array_record")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
@@ -107,7 +107,10 @@ def test_a_killed_command_continues(tmp_path):
     assert 0 < len(done) < 4 and not (dst / "dataset.json").exists()
     while _alive(process.pid) and time.monotonic() < deadline:  # its workers end with it
         time.sleep(0.02)
-    assert not _alive(process.pid)
+    alive = _alive(process.pid)
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not alive
     assert run(*options, f"--dst={dst}") == 0
     assert all((dst / name).stat().st_mtime_ns == when for name, when in done.items())
     assert run(*options[:-1], f"--dst={tmp_path / 'whole'}", "--workers=1") == 0
