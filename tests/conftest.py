@@ -21,9 +21,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join((*_PATHS, os.environ.get("PYTHONPATH"
 
 # Where the bucket of `bucket` is served, for gcsfs, array_record and TensorStore, also in programs
 # that tests start. The last variable skips gcsfs' search for the kind of bucket.
-with socket.socket() as _socket:
-    _socket.bind(("127.0.0.1", 0))
-    _PORT = _socket.getsockname()[1]
+with socket.socket() as _bucket, socket.socket() as _hub:
+    _bucket.bind(("127.0.0.1", 0))
+    _hub.bind(("127.0.0.1", 0))
+    _PORT, _HUB_PORT = _bucket.getsockname()[1], _hub.getsockname()[1]
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_HUB_PORT}"
 for _name in (
     "STORAGE_EMULATOR_HOST",
     "CLOUD_STORAGE_EMULATOR_ENDPOINT",
@@ -57,3 +59,27 @@ def run_log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("tokenflow_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="tokenflow_jax"):
         yield
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """A stand-in for the Hugging Face hub, to which $HF_ENDPOINT points."""
+    import hub_server
+
+    served = hub_server.Hub(_HUB_PORT)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def models(hub_server, tmp_path_factory, monkeypatch):
+    """The stand-in for the hub, without models, and a cache of this test."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    from tokenflow_jax import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    hub_server.models.clear()
+    hub_server.requests.clear()
+    hub.fetch.cache_clear()
+    yield hub_server
+    hub.fetch.cache_clear()

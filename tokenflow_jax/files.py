@@ -32,6 +32,7 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
       ValueError: it is larger, or a device, a pipe or a folder; nothing was read.
       OSError: it is missing or cannot be read.
     """
+    path = remote.settled(path)
     if remote.is_remote(path):
         file = remote.RemoteFile(path)
         if file.size > most:
@@ -96,7 +97,8 @@ def parse_json(
 def absolute(path: str | os.PathLike) -> epath.Path:
     """Return an absolute path, local or remote."""
     # etils 1.15 makes a local folder "gs:" of a bucket.
-    return epath.Path(path) if remote.is_remote(path) else epath.Path(path).absolute()
+    path = epath.Path(remote.settled(path))
+    return path if remote.is_remote(path) else path.absolute()
 
 
 def writable_folder(path: str | os.PathLike) -> epath.Path:

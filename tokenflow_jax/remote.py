@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from tokenflow_jax import hub
 from tokenflow_jax.log import log, progress
 from tokenflow_jax.messages import one_line
 
@@ -117,8 +118,14 @@ class RemoteFile:
                 pass
 
 
+def settled(path: str | os.PathLike) -> str:
+    """Return a path; of a model on the hub, its copy in the hub's cache."""
+    return hub.fetch(os.fspath(path)) if hub.is_model(path) else os.fspath(path)
+
+
 def kind_of(path: str | os.PathLike) -> str:
     """Return what a path, local or remote, is: "file", "folder", "other", or "" for nothing."""
+    path = settled(path)
     if not is_remote(path):
         if os.path.isdir(path):
             return "folder"
@@ -134,6 +141,7 @@ def kind_of(path: str | os.PathLike) -> str:
 
 def names_in(folder: str | os.PathLike) -> list[str]:
     """Return the sorted names of what a folder, local or remote, holds."""
+    folder = settled(folder)
     if not is_remote(folder):
         return sorted(os.listdir(folder))
     store, name = store_of(folder)
@@ -163,6 +171,8 @@ def local_copy(path: str | os.PathLike, without: tuple[str, ...] = ()) -> str:
     Copies are kept in `cache_folder()`; what has changed since is fetched again. Of a folder,
     files with the endings `without` are left out.
     """
+    if hub.is_model(path):
+        return hub.fetch(os.fspath(path), without)
     path = os.fspath(path)
     if not is_remote(path):
         return path

@@ -231,15 +231,15 @@ def test_only_needed_columns_and_each_row_group_once(tmp_path, monkeypatch):
     assert sorted(read) == [(i, ["image"]) for i in range(5)]
 
 
-def test_row_groups_are_kept_up_to_a_limit(tmp_path, monkeypatch, caplog):
+def test_row_groups_are_kept_up_to_a_limit(tmp_path, caplog):
     path = write(tmp_path / "x.parquet", range(2000), group=20)
     rows = parquet.ParquetRows(path, "", False, parquet_states(path))
-    size = rows._cache.get(0, ("image",)).nbytes
-    monkeypatch.setattr(parquet, "MOST_KEPT", 4 * size)
+    size = rows.cache.get(0, ("image",)).nbytes
+    rows.cache.limit = 4 * size
     for row in np.random.default_rng(0).permutation(2000):
         rows.read(int(row), ["image"])
-        assert sum(rows._cache._sizes.values()) == rows._cache._bytes <= 4 * size
-        assert len(rows._cache._kept) <= 4
+        assert sum(rows.cache._sizes.values()) == rows.cache._bytes <= 4 * size
+        assert len(rows.cache._kept) <= 4
     assert caplog.text.count("train with --config.data.shuffle_block=20") == 1
     caplog.clear()
     rows = parquet.ParquetRows(path, "", False, parquet_states(path))

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from tokenflow_jax import files
-from tokenflow_jax.data import images, parquet, parts, records, sources
+from tokenflow_jax.data import images, parts, records, sources
 from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, evenly_spaced
 from tokenflow_jax.log import Progress, log
 from tokenflow_jax.messages import one_line, plain
@@ -59,9 +59,11 @@ class Packing:
             raise ValueError("; ".join(problems))
 
     def open(self, split: str) -> Any:
-        return sources.open_source(
-            self.kind, self.path, split, self.image_folder, self.allow_outside, self.image_column
-        )
+        where = self.image_folder, self.allow_outside, self.image_column
+        source = sources.open_source(self.kind, self.path, split, *where)
+        if hasattr(source, "read_in_order"):
+            source.read_in_order()
+        return source
 
     def splits(self) -> dict[str, Any]:
         """Return the splits as the source defines them; only "train" where nothing is held out."""
@@ -160,7 +162,7 @@ def write_parts(
     context = multiprocessing.get_context("spawn")  # threads of readers do not survive a fork
     count, stop = context.Value("q", 0), context.Event()
     with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=_start, initargs=(packing, workers, count, stop)
+        workers, context, initializer=_start, initargs=(packing, count, stop)
     ) as pool:
         left = {pool.submit(_write_apart, part): part[2] for part in todo}
         try:
@@ -187,9 +189,8 @@ def _log_part(file: epath.Path, count: int, skipped: dict[str, int], first: str)
 _worker: Any = None  # of this process: packing, its sources, counter, event
 
 
-def _start(packing: Packing, workers: int, *shared: Any) -> None:
+def _start(packing: Packing, *shared: Any) -> None:
     global _worker
-    parquet.MOST_KEPT //= workers
     _worker = packing, functools.lru_cache(packing.open), *shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells all to stop
     logging.disable()  # the first process has opened the same sources

@@ -22,7 +22,7 @@ from tokenflow_jax.data.kept import Columns, Kept
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, plain, shown
 
-MOST_KEPT = 2**31  # bytes of row groups
+_MOST_KEPT, _KEPT_IN_ORDER = 2**31, 2**28  # bytes of row groups
 _OPEN_FILES = 64
 _KEEP_FROM = 1000  # rows; smaller files are indexed at every start
 _ROWS_PER_BYTE = 8  # at most, of a file that is not damaged
@@ -39,6 +39,10 @@ class ParquetSource(tables.TableSource):
 
     def __init__(self, path: str, split: str = "all", image_column: str = ""):
         super().__init__(open_rows(path, image_column), split, path)
+
+    def read_in_order(self) -> None:
+        """Keep less, for a reader of one row behind the other."""
+        self._rows.cache.limit = _KEPT_IN_ORDER
 
 
 def open_rows(path: str, image_column: str = "", conversations: bool = False) -> "ParquetRows":
@@ -103,11 +107,11 @@ class ParquetRows(tables.Rows):
         self._group_firsts = np.cumsum([0, *np.concatenate(groups)])
         self._file_groups = np.cumsum([0, *map(len, groups)])  # the first group of each file
         self._footer = functools.lru_cache(_OPEN_FILES)(self._read_footer)
-        self._cache = _RowGroups(path, self._read_group)
+        self.cache = _RowGroups(path, self._read_group)
 
     def _cells(self, row: int, names: Sequence[str]) -> dict[str, Any]:
         group = int(np.searchsorted(self._group_firsts, row, side="right")) - 1
-        table = self._cache.get(group, tuple(names))
+        table = self.cache.get(group, tuple(names))
         first, end = map(int, self._group_firsts[group : group + 2])
         if table.num_rows != end - first:
             raise ValueError(f"row group {group} has {table.num_rows} rows")
@@ -178,10 +182,10 @@ def _fit(index: Columns) -> bool:
 
 
 class _RowGroups:
-    """Row groups read last, of at most MOST_KEPT bytes; any thread may use them."""
+    """Row groups read last, of at most `limit` bytes; any thread may use them."""
 
     def __init__(self, path: str, read: Any):
-        self._path, self._read = path, read
+        self._path, self._read, self.limit = path, read, _MOST_KEPT
         self._lock = threading.Lock()
         self._kept: collections.OrderedDict[Any, concurrent.futures.Future] = (
             collections.OrderedDict()
@@ -215,7 +219,7 @@ class _RowGroups:
         with self._lock:
             self._sizes[key] = table.nbytes
             self._bytes += table.nbytes
-            while self._bytes > MOST_KEPT and len(self._sizes) > 1:
+            while self._bytes > self.limit and len(self._sizes) > 1:
                 old = next(other for other in self._kept if other in self._sizes)
                 self._bytes -= self._sizes.pop(old)
                 del self._kept[old]
@@ -233,6 +237,6 @@ class _RowGroups:
                         "with --config.data.shuffle_block=%d --config.data.shuffle_window=%d, "
                         "or write ArrayRecord with python -m tokenflow_jax.data.prepare parquet",
                         self._path, rows, self._rows_used / _JUDGED, rows,
-                        max(rows, MOST_KEPT // (3 * max(size, 1))),
+                        max(rows, self.limit // (3 * max(size, 1))),
                     )  # fmt: skip
                 self._reads = self._again = self._rows_read = self._rows_used = 0

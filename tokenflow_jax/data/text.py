@@ -100,12 +100,12 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
     name = os.fspath(name)
     if name in (BYTES, WORDS):
         return ByteTokenizer() if name == BYTES else WordTokenizer()
-    if remote.kind_of(name) != "folder":
+    folder = remote.local_copy(name, without=_WEIGHTS)
+    if not os.path.isdir(folder):
         raise ValueError(
             f"text tokenizer {name!r} is not {BYTES!r}, {WORDS!r} or a folder; give the one "
             "that holds tokenizer.json or tokenizer.model of a Hugging Face model"
         )
-    name = remote.local_copy(name, without=_WEIGHTS)
     try:
         import transformers
     except ImportError as error:
@@ -115,7 +115,7 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
         ) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False
         )
         probe = tokenizer.decode(tokenizer.encode(_PROBE), skip_special_tokens=True)
     except Exception as error:  # a broken file can raise anything
