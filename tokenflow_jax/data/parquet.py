@@ -227,8 +227,8 @@ class _RowGroups:
             self._known.add(key)
             self._rows_read += table.num_rows
             if self._reads == _JUDGED:
-                # In an order of blocks, a row group is read for about half of its rows.
-                wasted = self._again > _JUDGED // 2 and 8 * self._rows_used < self._rows_read
+                # Blocks use about half of the rows that are read, what is held out a tenth.
+                wasted = self._again > _JUDGED // 2 and 16 * self._rows_used < self._rows_read
                 if wasted and not self._told:
                     self._told = True
                     rows, size = self._rows_read // _JUDGED, table.nbytes // max(table.num_rows, 1)
