@@ -19,3 +19,7 @@ def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return getattr(importlib.import_module(f"tokenflow_jax.{_PARTS[name]}.api"), name)
     raise AttributeError(f"module 'tokenflow_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

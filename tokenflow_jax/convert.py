@@ -28,7 +28,7 @@ from typing import Any
 from absl import flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import cli, log, remote, stages
+from tokenflow_jax import cli, hub, log, remote, stages
 
 
 def main(options: flags.FlagValues) -> None:
@@ -88,7 +88,9 @@ def _convert(options: flags.FlagValues) -> Any:
             f"--tokenizer goes with --part=understanding and a directory, not with "
             f"--part={options.part} and --dst={options.dst}: nothing there can note it"
         )
-    config = variants[options.variant] if options.variant else None
+    release = hub.release_of(options.src)
+    variant = options.variant or (release.variant if release else None)
+    config = variants.get(variant)
     how = {name: options[name].value for name in ("weights", "dtype", "step", "overwrite")}
     if understanding:
         from tokenflow_jax.understanding import folder
@@ -101,7 +103,7 @@ def _convert(options: flags.FlagValues) -> Any:
             tokenizer=_identify(options.tokenizer, options.tokenizer_variant),
             **how,
         )
-    if config is None and conversion.is_torch(options.src):
+    if config is None and not conversion.knows_itself(options.src):
         raise ValueError(
             f"{options.src} is a PyTorch checkpoint: say which model it holds, "
             f"--variant=one of {', '.join(variants)}"
@@ -117,7 +119,8 @@ def _identify(path: str | None, variant: str | None) -> dict[str, str] | None:
     from tokenflow_jax.weights import conversion
 
     part, config = stages.part("tokenizer"), None
-    if conversion.is_torch(path):
+    variant = variant or (release.variant if (release := hub.release_of(path)) else None)
+    if variant or not conversion.knows_itself(path):
         if variant not in part.variants:
             raise ValueError(
                 f"{path} is a PyTorch checkpoint: say which model it holds, "

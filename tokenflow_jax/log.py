@@ -62,9 +62,9 @@ def set_up(verbose: bool = True) -> None:
 
 
 class Progress:
-    """Log the rate and the remaining time of long work every few seconds."""
+    """Log the rate of long work, and the remaining time if known, every few seconds."""
 
-    def __init__(self, task: str, total: int, unit: str = "images"):
+    def __init__(self, task: str, total: int | None, unit: str = "images"):
         self._task, self._total, self._unit = task, total, unit
         self._start = self._last = time.monotonic()
         self._offset = 0
@@ -80,6 +80,9 @@ class Progress:
             return
         self._last = now
         rate = (done - self._offset) / (now - self._start)
+        if self._total is None:
+            log.info("%s: %d, %.1f %s/s", self._task, done, rate, self._unit)
+            return
         eta = duration((self._total - done) / rate)
         log.info(
             "%s: %d of %d, %.1f %s/s, eta %s",

@@ -35,6 +35,8 @@ def main(options: flags.FlagValues) -> int:
 
     loop.LoopOptions.from_config(config)
     refuse_old_keys(config)
+    with config.unlocked():
+        config.config_file = config_flag.name(options)  # for model cards
     stage = stages.make_stage(config, mesh.make_mesh(config.get("mesh") or {}))
     check_path(workdir)
     try:  # before minutes of loading

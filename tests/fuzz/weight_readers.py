@@ -11,14 +11,17 @@ import ml_dtypes
 import numpy as np
 
 from tests.fuzz.readers import Files, Reader, collect
+from tests.helpers.tiny import TINY, random_params
 from tokenflow_jax.evals import fid_network
 from tokenflow_jax.evals.frechet import Statistics
 from tokenflow_jax.nets import lpips as lpips_net
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.teacher import load_shipped, save_shipped
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.understanding.folder import read_understanding_config
 from tokenflow_jax.weights import language_model
-from tokenflow_jax.weights.conversion import is_torch
+from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.conversion import is_torch, open_source
 from tokenflow_jax.weights.formats import orbax
 from tokenflow_jax.weights.formats.gguf import read_gguf
 from tokenflow_jax.weights.formats.pickles import load_numpy_pickle
@@ -28,6 +31,7 @@ from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import in_memory
 from tokenflow_jax.weights.names import lpips
 from tokenflow_jax.weights.names.decoder import gguf_config_fields, gguf_tensors
+from tokenflow_jax.weights.pretrained import save_folder
 
 _MOST_READ = 2**28  # bytes of tensors of one input
 STATE = {
@@ -60,6 +64,19 @@ def _read_state_dicts(path: pathlib.Path) -> None:
 def _safetensors(folder: pathlib.Path) -> list[Files]:
     write_safetensors(folder / "m.safetensors", STATE)
     return [collect(folder)]
+
+
+def _pretrained(folder: pathlib.Path) -> list[Files]:
+    rows = {"n": 1}
+    save_folder(folder / "m", PART, TINY, random_params(TINY, 0), {"data": {}}, rows, UNKNOWN)
+    (folder / "m" / "README.md").unlink()
+    return [collect(folder / "m")]
+
+
+def _read_pretrained(folder: pathlib.Path) -> None:
+    for path in (folder, folder / "model.safetensors"):
+        source = open_source(path, PART)
+        Trained(str(path), None, source.weights, source.saved).facts()
 
 
 def _torch(folder: pathlib.Path) -> list[Files]:
@@ -210,6 +227,9 @@ READERS = {
         _safetensors,
         lambda folder: _read_state_dicts(folder / "m.safetensors"),
         {".safetensors": "safetensors"},
+    ),
+    "pretrained": Reader(
+        _pretrained, _read_pretrained, {".json": "json", ".safetensors": "safetensors"}
     ),
     "torch": Reader(_torch, lambda folder: _read_state_dicts(folder / "m.pt"), {".pt": "zip"}),
     "jit": Reader(_jit, lambda folder: _read_state_dicts(folder / "m.pt"), {".pt": "zip"}),

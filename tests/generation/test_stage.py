@@ -1,6 +1,8 @@
 """The stage around the step, on a shrunken quickstart: runs, resuming, starts, what fits what."""
 
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import tiny as tiny_config
 from config_files import generation as configs
 
 import tokenflow_jax as tfx
-from tokenflow_jax import encode, preflight, stages
+from tokenflow_jax import convert, encode, preflight, stages
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.generation.stage import GenerationStage
@@ -151,6 +153,75 @@ def test_a_checkpoint_says_all_about_itself(trained):
     assert drawn.images.shape == (2, 16, 16, 3) and drawn.images.dtype == np.uint8
     assert drawn.recipe["tokenizer"]["fingerprint"] == generator.tokenizer.fingerprint
     json.dumps(drawn.recipe)
+
+
+def test_runs_may_move(tokenizer, data, tmp_path, monkeypatch):
+    """As a whole and under another name; they are loaded from anywhere."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    shutil.copytree(tokenizer, "runs/quickstart")
+    config = tiny("runs/quickstart", data, total_steps=1)
+    loop.train_and_evaluate(config, "runs/generation", make(config))
+    codes = tfx.Generator.load("runs/generation").generate("red apple", seed=1).codes
+    monkeypatch.chdir("/")
+    place = tmp_path / "work" / "runs"
+    for new in (place, tmp_path / "runs", tmp_path / "kept"):  # still there, moved, renamed
+        place = place.rename(new)
+        found = tfx.Generator.load(place / "generation")
+        np.testing.assert_array_equal(found.generate("red apple", seed=1).codes, codes)
+    os.rename(tmp_path / "kept" / "quickstart", tmp_path / "kept" / "q")
+    with pytest.raises(ValueError, match=r"'runs/quickstart' of .*looked for it in .*kept"):
+        tfx.Generator.load(tmp_path / "kept" / "generation")
+
+
+def test_a_saved_model_is_complete(trained, tokenizer, data, tmp_path, monkeypatch):
+    """Bit-equal weights and codes from the folder alone; it starts a run, and converts."""
+    workdir, state = trained
+    generator = tfx.Generator.load(workdir)
+    generator.save_pretrained(tmp_path / "a" / "mine")
+    with pytest.raises(FileExistsError):
+        generator.save_pretrained(tmp_path / "a" / "mine")
+    generator.save_pretrained(tmp_path / "a" / "mine", overwrite=True)
+    os.rename(tmp_path / "a", tmp_path / "b")
+    folder = tmp_path / "b" / "mine"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "config.json", "images", "model.safetensors", "tokenizer",
+    ]  # fmt: skip
+    monkeypatch.chdir("/")
+    loaded = tfx.Generator.from_pretrained(folder)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, generator.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.tokenizer.params, generator.tokenizer.params)
+    assert (loaded.config, loaded.recipe) == (generator.config, generator.recipe)
+    one, two = (g.generate(["red apple", ""], seed=3) for g in (generator, loaded))
+    np.testing.assert_array_equal(one.codes, two.codes)
+    np.testing.assert_array_equal(np.stack(one.pictures), two.images)
+    assert len(repr(loaded).splitlines()) <= 3
+    card = (folder / "README.md").read_text()
+    history = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = {key: value for line in history for key, value in line.items()}
+    assert f"| rank_unseen | {last['eval/rank_unseen']:.4g} |" in card and "4 of 4" in card
+    loaded.save_pretrained(tmp_path / "b" / "again")
+    again = (tmp_path / "b" / "again" / "README.md").read_text()
+    assert "| rank_unseen |" in again and "Pictures" not in again
+
+    stage = make(tiny(str(folder / "tokenizer"), data, init_from=str(folder)))
+    fresh, text = stage.warm_start(stage.init())
+    jax.tree.map(np.testing.assert_array_equal, fresh.params, state.params)
+    assert text == f"raw weights of {folder}"
+    run = ["--part=generation", f"--src={folder}", f"--dst={tmp_path / 'x.pt'}", "--to=torch"]
+    assert convert.run(run) == 0
+    found = tfx.Generator.load(tmp_path / "x.pt", folder / "tokenizer")
+    jax.tree.map(np.testing.assert_array_equal, found.params, generator.params)
+
+
+def test_an_exported_file_knows_its_tokenizers(trained, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    run = ["--part=generation", f"--src={trained[0]}", f"--dst={file}", "--to=torch"]
+    assert convert.run(run) == 0
+    one, two = (tfx.Generator.load(p).generate("dog", seed=2).codes for p in (trained[0], file))
+    np.testing.assert_array_equal(one, two)
+    with pytest.raises(ValueError, match="does not hold variant '7b'"):
+        tfx.Generator.load(file, variant="7b")
 
 
 def test_another_tokenizer_is_refused(trained, tokenizer, data, tmp_path):

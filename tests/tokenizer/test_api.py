@@ -1,19 +1,24 @@
 """The public API: parity with the reference through files, and clear errors."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny as tiny_config
 import torch_states
 from golden import weights
 from golden.loading import GOLDEN, images_uint8, manifest
+from PIL import Image
 
 import tokenflow_jax as tfx
+from tokenflow_jax.data.images import center_crop
 from tokenflow_jax.tokenizer import api
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.names import PART, tokenizer_buffers, tokenizer_table
+from tokenflow_jax.weights import pretrained
 from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 
@@ -101,8 +106,15 @@ def test_nothing_recompiles_for_the_same_shape(tiny, pictures):
 @pytest.mark.parametrize(
     "images,message",
     [
-        (np.zeros((1, 20, 20, 3), np.uint8), r"\(batch, 16, 16, 3\)"),
-        (np.zeros((16, 16, 3), np.uint8), "16, 16, 3"),
+        (
+            np.zeros((1, 20, 20, 3), np.float32) - 0.5,
+            r"20.*floats are not resized; .*\(16, 16, 3\)",
+        ),
+        (np.zeros((16, 16), np.uint8), r"shape \(16, 16\).*give uint8 \(height, width, 3\)"),
+        (np.zeros((2, 3, 16, 16), np.uint8), r"channels come last.*transpose\(0, 2, 3, 1\)"),
+        (np.zeros((3, 16, 16), np.float32), r"channels come last.*transpose\(1, 2, 0\)"),
+        (np.zeros((2, 16, 16, 4), np.uint8), r"shape \(2, 16, 16, 4\).*give"),
+        (np.zeros((2, 16, 16, 3), object), "dtype object: give pictures .* as a list"),
         (np.full((1, 16, 16, 3), 200.0), r"span 200 to 200.*give uint8"),
         (np.full((1, 16, 16, 3), np.nan, np.float32), r"not \[-1, 1\]"),
         (np.zeros((1, 16, 16, 3), np.int64), "dtype int64"),
@@ -161,14 +173,166 @@ def test_loading_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "images", [[], [[1]], "x.png", None, 3.0, [np.zeros((64, 64, 3), np.uint8)]]
+    ("images", "message"),
+    [
+        ([], "no images: the list is empty"),
+        (iter([]), "no images"),
+        ([[1]], r"picture 0 is \[1\]: give a PIL image, a path"),
+        ("x.png", r"picture 'x\.png': cannot be read"),
+        ("https://host/x.png", "an address: fetch it first"),
+        (None, "images are None: give a PIL image"),
+        (3.0, "images are 3.0"),
+        ({"a": 1}, "images are {'a': 1}"),
+        ([np.zeros((16, 16, 3), np.uint8), b"GIF8"], "picture 1 <class 'bytes'>: "),
+        ([np.zeros((3, 16, 16), np.uint8)], "picture 0 of shape .*channels come last"),
+        ([np.zeros((1, 16, 16, 3), np.uint8)], r"picture 0 of shape .*give \(height, width, 3\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "picture 0: too small"),
+    ],
 )
-def test_what_is_no_array_of_images_is_named(tiny, images):
-    with pytest.raises(ValueError, match=r"images of shape .*takes an array \(batch"):
+def test_what_is_no_image_is_named(tiny, images, message):
+    with pytest.raises(ValueError, match=message) as error:
         tiny.encode(images)
+    assert "\n" not in str(error.value)
 
 
 def test_an_empty_batch_is_refused(tiny):
     size = tiny.config.image_size
     with pytest.raises(ValueError, match=r"images of shape \(0, "):
         tiny.encode(np.zeros((0, size, size, 3), np.uint8))
+
+
+class Tensor:
+    """An array of another library, such as a tensor of PyTorch on the CPU."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """The same picture, 30 x 24, in every kind that is taken, and what evaluation makes of it."""
+    array = np.random.default_rng(1).integers(0, 256, (24, 30, 3), np.uint8)
+    image, path = Image.fromarray(array), tmp_path / "a.png"
+    image.save(path)
+    rgba = Image.fromarray(np.dstack([array, np.full((24, 30), 255, np.uint8)]))
+    kinds = [image, path, str(path), path.read_bytes(), bytearray(path.read_bytes()), array,
+             jnp.asarray(array), Tensor(array), rgba, Image.open(path)]  # fmt: skip
+    return kinds, center_crop(array, 16)
+
+
+def test_one_picture_of_any_kind(tiny, kinds):
+    """Its codes are those of the crop that evaluation makes, in a batch of one."""
+    kinds, cropped = kinds
+    expected = np.asarray(tiny.encode(cropped[None]))
+    for kind in kinds:
+        codes = tiny.encode(kind)
+        assert codes.shape == (1, 21)
+        np.testing.assert_array_equal(codes, expected)
+    with pytest.raises(ValueError, match="30 x 24 pixels, the model takes 16 x 16"):
+        tiny.encode(kinds[0], resize=False)
+    np.testing.assert_array_equal(tiny.encode(cropped, resize=False), expected)
+
+
+def test_any_number_streams_in_batches_of_one_program(tiny, kinds, pictures):
+    """Lists and generators mix kinds and sizes; no more is read than a few batches."""
+    kinds, _ = kinds
+    mixed = [*kinds, *pictures, pictures[0] / np.float32(127.5) - 1]
+    expected = [np.asarray(tiny.encode(one))[0] for one in mixed]
+    taken = []
+
+    def stream():
+        for one in mixed:
+            taken.append(len(steps))
+            yield one
+
+    steps, run = [], tiny.compiled["encode"]
+    tiny.compiled["encode"] = lambda *arrays: steps.append(arrays[1].shape) or run(*arrays)
+    try:
+        codes = tiny.encode(stream(), batch_size=5)
+    finally:
+        tiny.compiled["encode"] = run
+    np.testing.assert_array_equal(codes, expected)
+    assert steps == [(5, 16, 16, 3)] * 3
+    assert taken == [0] * 5 + [1] * 5 + [2] * 3
+    array = np.concatenate([pictures, pictures, pictures[:1]])
+    np.testing.assert_array_equal(tiny.encode(array, batch_size=2), tiny.encode(array))
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        tiny.encode(array, batch_size=0)
+
+
+def test_the_range_of_a_batch_is_that_of_all_its_pictures(tiny, pictures):
+    """A bright one is no reason to ask; alone it is."""
+    batch = pictures.astype(np.float32) / 127.5 - 1
+    batch[1] = np.abs(batch[1])
+    codes = tiny.encode(batch)
+    np.testing.assert_array_equal(tiny.encode(batch, batch_size=1), codes)
+    with pytest.raises(ValueError, match=r"picture 1: .*say value_range"):
+        tiny.encode(list(batch))
+
+
+def test_pictures_come_back_as_pil(tiny, kinds):
+    kinds, _ = kinds
+    codes = tiny.encode(kinds[:3])
+    made = tiny.to_images(codes, batch_size=2)
+    expected = np.clip(127.5 * np.asarray(tiny.decode(codes)) + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(np.stack(made), expected)
+    single, several = tiny.reconstruct(kinds[0]), tiny.reconstruct([kinds[0]])
+    assert isinstance(single, Image.Image) and isinstance(several, list)
+    np.testing.assert_array_equal(single, expected[0])
+    np.testing.assert_array_equal(several[0], expected[0])
+    blurry = tiny.reconstruct(kinds[0], scales=2)
+    np.testing.assert_array_equal(blurry, tiny.to_images(codes[:1, :5])[0])
+    for scales in (0, 4):
+        with pytest.raises(ValueError, match=f"scales={scales}: this tokenizer has 1 to 3"):
+            tiny.reconstruct(kinds[0], scales=scales)
+
+
+def test_pure_functions_for_jit(tiny, pictures):
+    """They equal the methods under jit with a sharding and under vmap."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "data")
+    places = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    encode = jax.jit(tiny.encode_fn, in_shardings=(None, places), out_shardings=places)
+    codes = encode(tiny.params, pictures)
+    assert codes.sharding == places
+    np.testing.assert_array_equal(codes, tiny.encode(pictures))
+    every = jax.vmap(lambda image: tiny.encode_fn(tiny.params, image[None])[0])
+    np.testing.assert_array_equal(every(pictures), codes)
+    codes = np.asarray(codes)
+    for part in (codes, codes[:, :5]):
+        decoded = jax.jit(tiny.decode_fn)(tiny.params, part)
+        np.testing.assert_allclose(decoded, tiny.decode(part), atol=1e-5)
+    features = jax.jit(tiny.features_fn)(tiny.params, codes)
+    np.testing.assert_allclose(features, tiny.features(codes), atol=1e-6)
+
+
+def test_repr_is_short_and_dir_knows_the_public_names(tiny):
+    assert 1 <= len(repr(tiny).splitlines()) <= 3 and "21 codes of 32" in repr(tiny)
+    assert set(tfx.__all__) <= set(dir(tfx))
+
+
+def test_a_saved_tokenizer_is_loaded_bit_for_bit(tiny, pictures, tmp_path, monkeypatch):
+    """Also in shards; an interrupted write leaves nothing."""
+    tiny.save_pretrained(tmp_path / "mine")
+    save_folder = functools.partial(pretrained.save_folder, shard_bytes=3000)
+    monkeypatch.setattr(api, "save_folder", save_folder)
+    tiny.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    for name in ("mine", "mine/model.safetensors", "shards", "shards/model.safetensors.index.json"):
+        loaded = tfx.Tokenizer.from_pretrained(tmp_path / name)
+        assert loaded.config == TINY
+        jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny.params)
+    np.testing.assert_array_equal(loaded.encode(pictures), tiny.encode(pictures))
+    with pytest.raises(FileExistsError, match="mine exists"):
+        tiny.save_pretrained(tmp_path / "mine")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pretrained, "write_card", full)
+    with pytest.raises(OSError, match="free some space"):
+        tiny.save_pretrained(tmp_path / "mine", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "shards"]
+    assert tfx.Tokenizer.load(tmp_path / "mine").config == TINY

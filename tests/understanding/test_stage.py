@@ -280,6 +280,22 @@ def test_answers_over_several_devices(trained, assistant, picture):
     assert result == {"split": True, "found": [*several, several[0]]}
 
 
+def test_a_saved_assistant_answers_alike(assistant, picture, tmp_path, monkeypatch):
+    """From the folder alone, which also holds the tokenizers and how pictures are prepared."""
+    assistant.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir("/")
+    loaded = tfx.Assistant.from_pretrained(tmp_path / "mine")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, assistant.params)
+    for name in ("config", "template", "image_mode", "max_length"):
+        assert getattr(loaded, name) == getattr(assistant, name)
+    wanted = assistant.answer("What?", picture, max_new=8)
+    assert loaded.answer("What?", picture, max_new=8) == wanted
+    assert loaded.answer("What?", picture.read_bytes(), max_new=8) == wanted
+    assert len(repr(loaded).splitlines()) <= 3
+    with pytest.raises(ValueError, match="a picture of dtype float64: give uint8"):
+        loaded.answer("What?", np.zeros((16, 16, 3)))
+
+
 def test_likelihood(assistant, picture):
     """Of several rows at once as of one; higher for what training has labels for than for noise."""
     rows = [("What?", picture, "n7"), ("What?", None, "zzzzzzzz")]

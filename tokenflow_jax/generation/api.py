@@ -1,7 +1,8 @@
 """The public Python API of generation: prompts to pictures.
 
 generator = tfx.Generator.load("runs/generation")
-pictures = generator.generate(["red apple", "dog face"], seed=1).images      # uint8
+drawn = generator.generate(["red apple", "dog face"], seed=1)
+drawn.pictures[0].save("apple.png")     # PIL; drawn.images is uint8 (2, H, H, 3)
 """
 
 import dataclasses
@@ -14,17 +15,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
+from tokenflow_jax.evals.pictures import to_pil
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer, variant_config
-from tokenflow_jax.tokenizer.loading import load_model
+from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.pretrained import Pretrained
 
 _LARGEST_BATCH = 64
 _to_uint8 = jax.jit(to_uint8)
@@ -35,9 +40,14 @@ class Generated(NamedTuple):
     codes: np.ndarray  # int32 (B, N), coarse to fine
     recipe: dict[str, Any]  # JSON-able: all that it takes to sample the same again
 
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The images as PIL images."""
+        return to_pil(self.images)
 
-@dataclasses.dataclass(frozen=True)
-class Generator:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Generator(Pretrained):
     """A trained generation model with its two tokenizers.
 
     Everything compiles once per number of images (powers of two) and length of prompts.
@@ -53,6 +63,7 @@ class Generator:
     # Holds `params`; None if one device has all of them. All processes of a training run's mesh
     # must sample together.
     device_mesh: mesh.Mesh | None = None
+    trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
 
     @classmethod
     def load(
@@ -70,11 +81,11 @@ class Generator:
         """Load a generation model, spread over all devices of this process.
 
         Args:
-          path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
-            wrote, or a PyTorch checkpoint.
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` or
+            `save_pretrained` wrote, or a PyTorch checkpoint.
           tokenizer: the image tokenizer that the model was trained with, or its path.
-          text_tokenizer: "bytes", "words" or a folder; training runs record both tokenizers.
-          variant, tokenizer_variant: the models in a PyTorch checkpoint and a PyTorch tokenizer.
+          text_tokenizer: "bytes", "words" or a folder; models of ours record both tokenizers.
+          variant, tokenizer_variant: the models in PyTorch files that are not of ours.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
@@ -89,7 +100,7 @@ class Generator:
         model = load_model(
             path,
             PART,
-            variant_config(path, variant, VARIANTS),
+            conversion.variant_config(path, variant, VARIANTS),
             tokenizer=tokenizer,
             tokenizer_variant=tokenizer_variant,
             weights=None if ema else "raw",
@@ -112,11 +123,22 @@ class Generator:
             prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), length),
             recipe=Recipe(**{name: sampling[name] for name in known & sampling.keys()}),
             dtype=model.dtype,
-            source={"checkpoint": path, "weights": model.weights},
+            source={"checkpoint": path, "weights": model.trained.weights},
             device_mesh=model.device_mesh,
+            trained=model.trained,
         )
         generator.check()
         return generator
+
+    from_pretrained = load
+
+    def _save(self, folder: str | os.PathLike, **options: Any) -> None:
+        more = {
+            "data": {"max_length": self.prompts.budget},
+            "sampling": dataclasses.asdict(self.recipe),
+        }
+        text_tokenizer = self.prompts.text_tokenizer
+        save_language_model(self, folder, PART, more, text_tokenizer, **options)
 
     def check(self) -> None:
         """Raise ValueError naming all differences between the model and its tokenizers."""
@@ -141,6 +163,9 @@ class Generator:
         other = dataclasses.replace(self, params=params)
         other.__dict__["_compiled"] = self._compiled
         return other
+
+    def __repr__(self) -> str:
+        return describe("Generator", self, self.prompts.text_tokenizer)
 
     @property
     def codebooks(self) -> Codebooks:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import ml_collections
@@ -110,3 +111,5 @@ class CodeStage(Stage):
         with config.unlocked():
             config.model = ml_collections.ConfigDict(model)
             config.tokenizer.fingerprint = identity["fingerprint"]
+            path = config.tokenizer.path  # as given, and from anywhere
+            config.tokenizer.absolute_path = path if "://" in path else os.path.abspath(path)

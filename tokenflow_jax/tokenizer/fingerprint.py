@@ -29,5 +29,16 @@ def fingerprint(config: TokenizerConfig, arrays: Mapping[str, Any]) -> str:
     for name, array in sorted(arrays.items()):
         if name.split("/")[0] in _PARTS:
             array = np.ascontiguousarray(data(array), np.float32)
-            digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+            digest.update(f"{name} {array.shape}".encode())
+            digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()[:16]
+
+
+def identity(config: TokenizerConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record that data sets of codes and models trained on codes keep of a tokenizer."""
+    return {
+        "fingerprint": fingerprint(config, arrays),
+        "codebook_size": config.codebook_size,
+        "scales": list(config.scales),
+        "image_size": config.image_size,
+    }

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from tokenflow_jax import hub
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.train import checkpoint_info
-from tokenflow_jax.weights.conversion import is_torch
+from tokenflow_jax.weights.conversion import is_torch, knows_itself, open_source
 
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
@@ -45,12 +47,16 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
     suffices where only shapes matter.
     """
     path, variant = tokenizer.path, tokenizer.variant
+    if not variant and (release := hub.release_of(path)):
+        variant = release.variant
     if variant:
         if variant not in VARIANTS:
             raise ValueError(
                 f"tokenizer.variant {variant!r} is unknown; the variants are {sorted(VARIANTS)}"
             )
         return VARIANTS[variant]
+    if path and is_torch(path) and knows_itself(path):
+        return open_source(path, PART).config
     if not path or is_torch(path):
         raise ValueError(
             f"tokenizer.path {path!r}: say which model it is with --config.tokenizer.variant=, one "

@@ -1,6 +1,8 @@
 """Load a language model together with the image tokenizer that it was trained on."""
 
 import os
+import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,12 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from tokenflow_jax import files, remote
 from tokenflow_jax.data.captions.codes import check_tokenizer
+from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
 from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.card import Trained
 from tokenflow_jax.weights.part import Part
+from tokenflow_jax.weights.pretrained import save_folder
 from tokenflow_jax.weights.rules import unflatten
+
+_TEXT = "text_tokenizer"  # a subfolder of a saved model
+_TEXT_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "chat_template.jinja", "config.json",
+)  # fmt: skip
 
 
 class TrainedModel(NamedTuple):
@@ -23,7 +36,7 @@ class TrainedModel(NamedTuple):
     dtype: str  # of computation and parameters
     tokenizer: Tokenizer
     saved: Mapping[str, Any]  # the training run's whole config, or what else is known
-    weights: str  # "ema" or "raw"
+    trained: Trained
     device_mesh: mesh.Mesh | None  # holds the parameters; None if one device has all of them
 
 
@@ -47,14 +60,17 @@ def load_model(
       known: "tokenizer" and "data", for a model whose checkpoint holds no training config.
       weights: "ema", "raw", or None for EMA if there is one. For the others see `Generator.load`.
     """
-    dtype = resolve_dtype(dtype)
+    dtype, path = resolve_dtype(dtype), remote.settled(path)
     source = conversion.open_source(path, part, config, weights=weights, step=step)
     saved = source.saved or known or {}
     tokenizer = find_tokenizer(path, saved.get("tokenizer", {}), tokenizer, tokenizer_variant)
+    if name := saved.get("text_tokenizer"):
+        saved = {**saved, "text_tokenizer": find_text_tokenizer(path, name)}
+    trained = Trained.of(path, source)
     device_mesh, held = mesh.answering_mesh(), jnp.dtype(dtype)
     arrays = ((name, np.asarray(t.read(), held)) for name, t in source.arrays.items())
     params = unflatten(mesh.place_parameters(arrays, device_mesh))
-    return TrainedModel(source.config, params, dtype, tokenizer, saved, source.weights, device_mesh)
+    return TrainedModel(source.config, params, dtype, tokenizer, saved, trained, device_mesh)
 
 
 def resolve_dtype(name: str) -> str:
@@ -72,21 +88,117 @@ def find_tokenizer(
     tokenizer: str | os.PathLike | Tokenizer | None = None,
     variant: str | None = None,
 ) -> Tokenizer:
-    """Load the image tokenizer that a model was trained with, and check its fingerprint."""
-    if tokenizer is None:
-        tokenizer, variant = known.get("path"), variant or known.get("variant")
-        if not tokenizer:
-            raise ValueError(
-                f"{model} does not record where the image tokenizer is that it was trained with: "
-                "give its path (--tokenizer=)"
-            )
-    if not isinstance(tokenizer, Tokenizer):
-        if not epath.Path(tokenizer).exists():
-            raise ValueError(
-                f"the image tokenizer {os.fspath(tokenizer)!r} of {model} does not exist; give its "
-                "path (--tokenizer=)"
-            )
-        tokenizer = Tokenizer.load(tokenizer, variant or None)
+    """Load the image tokenizer that a model was trained with, and check its fingerprint.
+
+    Without a `tokenizer` it is looked for in the places of `_places`; the first one that fits is
+    taken.
+    """
+    variant = variant or known.get("variant") or None
+    if isinstance(tokenizer, Tokenizer):
+        return _checked(model, known, tokenizer)
+    path = known.get("path") if tokenizer is None else os.fspath(tokenizer)
+    problems: list[ValueError] = []
+    places = _places(model, "tokenizer", known) if tokenizer is None else [path]
+    for place in places:
+        if remote.kind_of(place):
+            try:
+                return _checked(model, known, Tokenizer.load(place, variant))
+            except ValueError as error:
+                problems.append(error)
+    if problems:
+        raise problems[0]
+    looked = f"; looked for it in {', '.join(map(str, places))}" if tokenizer is None else ""
+    if not path:
+        raise ValueError(
+            f"{model} does not record where the image tokenizer is that it was trained with: "
+            f"give its path (--tokenizer=){looked}"
+        )
+    raise ValueError(
+        f"the image tokenizer {path!r} of {model} does not exist; give its path "
+        f"(--tokenizer=){looked}"
+    )
+
+
+def _checked(model: str, known: Mapping[str, Any], tokenizer: Tokenizer) -> Tokenizer:
     if known.get("fingerprint"):
         check_tokenizer(model, known, tokenizer.identity)
     return tokenizer
+
+
+def find_text_tokenizer(model: str, name: str) -> str:
+    """Return the folder of a model's text tokenizer where it is now, or a built-in one's name."""
+    if name in (BYTES, WORDS):
+        return name
+    places = _places(model, _TEXT, {"path": name})
+    return next((os.fspath(place) for place in places if place.is_dir()), name)
+
+
+def _places(model: str, inside: str, known: Mapping[str, Any]) -> list[epath.Path]:
+    """Return where a checkpoint's tokenizer may be, the likeliest first.
+
+    These are a subfolder of the checkpoint, of its workdir or of a file's folder; the path that was
+    recorded; the same from the folders above the workdir, with which it may have moved; and a
+    neighbor of the workdir.
+    """
+    top = files.absolute(model)
+    roots = [top if top.is_dir() else top.parent]
+    if roots[0].parent.name == "checkpoints":
+        roots.append(roots[0].parent.parent)
+    places = [root / inside for root in roots]
+    workdir, path = roots[-1], known.get("path")
+    if path:
+        places.append(epath.Path(path))
+        if known.get("absolute_path"):
+            places.append(epath.Path(known["absolute_path"]))
+        if not places[len(roots)].is_absolute():
+            places += [folder / path for folder in (workdir, *list(workdir.parents)[:3])]
+        places.append(workdir.parent / epath.Path(path).name)
+    unique: dict[str, epath.Path] = {}
+    for place in places:
+        unique.setdefault(os.path.normpath(files.absolute(place)), place)
+    return [*unique.values()]
+
+
+def save_language_model(
+    model: Any,
+    path: str | os.PathLike,
+    part: Part,
+    more: Mapping[str, Any],
+    text_tokenizer: Any,
+    **options: Any,
+) -> None:
+    """Write a generator or an assistant with both its tokenizers; see `save_folder`."""
+    source = name = getattr(text_tokenizer, "name_or_path", "")
+    parts = {"tokenizer": model.tokenizer.save_pretrained}
+    if name not in (BYTES, WORDS):
+        source = remote.local_copy(source, without=(".safetensors", ".bin"))
+        found = [file for file in _TEXT_FILES if os.path.isfile(os.path.join(source, file))]
+        if not found:
+            raise ValueError(f"the folder {source!r} has no files of the text tokenizer anymore")
+
+        def copy(folder: pathlib.Path) -> None:
+            folder.mkdir()
+            for file in found:
+                shutil.copyfile(os.path.join(source, file), folder / file)
+
+        parts[_TEXT], name = copy, _TEXT
+    tokenizer = {"path": "tokenizer", **model.tokenizer.identity}
+    more = {"tokenizer": tokenizer, "text_tokenizer": name, **more}
+    lm = model.config.lm
+    rows = {
+        "layers, width": f"{lm.layers}, {lm.width}",
+        "vocabulary": lm.vocabulary_size,
+        "image tokenizer": f"tokenizer/, fingerprint {tokenizer['fingerprint']}",
+        "text tokenizer": name,
+    }
+    what = (part, model.config, model.params, more, rows, model.trained)
+    save_folder(path, *what, parts=parts, **options)
+
+
+def describe(kind: str, model: Any, text_tokenizer: Any) -> str:
+    """Return the repr of a language model."""
+    lm, text = model.config.lm, getattr(text_tokenizer, "name_or_path", "?")
+    return (
+        f"{kind} of {lm.layers} layers of {lm.width}, {count_parameters(model.params):,} "
+        f"parameters, {model.dtype}, text tokenizer {text},\n  image tokenizer: {model.tokenizer!r}"
+    )

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tokenflow_jax.nets.encoders import encoder_kind
+from tokenflow_jax.tokenizer.fingerprint import identity
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.weights.names import encoders
 from tokenflow_jax.weights.part import Part
@@ -144,4 +145,5 @@ PART = Part(
     table=tokenizer_table,
     template=tokenizer_template,
     buffers=tokenizer_buffers,
+    identify=lambda config, arrays: {"tokenizer": identity(config, arrays)},
 )

@@ -53,7 +53,8 @@ _TYPES = {
     **dict.fromkeys(("model", "data", "tokenizer", "sampling"), (dict,)),
     **dict.fromkeys(("text_tokenizer", "data.template", "data.system"), (str, type(None))),
     **dict.fromkeys(("tokenizer.path", "tokenizer.variant"), (str, type(None))),
-    **dict.fromkeys(("tokenizer.fingerprint", "data.image_mode"), (str, type(None))),
+    **dict.fromkeys(("tokenizer.fingerprint", "tokenizer.absolute_path"), (str, type(None))),
+    "data.image_mode": (str, type(None)),
     "data.max_length": (int,),
 }
 

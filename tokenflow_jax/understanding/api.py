@@ -10,7 +10,7 @@ chat.ask("Can one eat it?")
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +19,15 @@ import numpy as np
 
 from tokenflow_jax.data.chat import conversations, insertion, questions, templates
 from tokenflow_jax.data.chat.templates import GPT, Template, Turn
+from tokenflow_jax.data.pictures import Picture, read_picture
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
-from tokenflow_jax.tokenizer.loading import load_model
+from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
 from tokenflow_jax.understanding.answer import Decoding, answer, start, step
-from tokenflow_jax.understanding.chat import Chat, Picture, as_list, human_turn, read_picture
-from tokenflow_jax.understanding.folder import read_understanding_config
+from tokenflow_jax.understanding.chat import Chat, as_list, human_turn
+from tokenflow_jax.understanding.folder import torch_config
 from tokenflow_jax.understanding.model import (
-    VARIANTS,
     Understanding,
     UnderstandingConfig,
     feature_channels,
@@ -35,14 +35,15 @@ from tokenflow_jax.understanding.model import (
     visual_features,
 )
 from tokenflow_jax.understanding.names import PART
-from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.pretrained import Pretrained
 
 _ROUND = 64  # prompts are padded to a multiple, so that few programs are compiled
 _REPLACEMENT = "\ufffd"  # decodes an incomplete character
 
 
-@dataclasses.dataclass(frozen=True)
-class Assistant:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Assistant(Pretrained):
     """A language model that reads pictures through a tokenizer."""
 
     config: UnderstandingConfig
@@ -54,6 +55,7 @@ class Assistant:
     dtype: str = "float32"  # of the language model's computation
     max_length: int = 2048  # tokens of a conversation, images and answer included
     device_mesh: mesh.Mesh | None = None  # holds `params`; None if one device has all of them
+    trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
 
     def __post_init__(self):
         own, strategy = self.tokenizer.config, self.config.strategy
@@ -87,8 +89,8 @@ class Assistant:
         """Load a model, spread over all devices of this process.
 
         Args:
-          path: a training workdir, one of its checkpoints, a directory that `tokenflow_jax.convert`
-            wrote, or a folder in the released layout.
+          path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` or
+            `save_pretrained` wrote, or a folder in the released layout.
           variant: one of `understanding.model.VARIANTS`, for PyTorch weights without a config.json.
           tokenizer, tokenizer_variant: the image tokenizer or its path; the model in a PyTorch one.
           text_tokenizer: a folder or "bytes"; a folder in the released layout holds its own.
@@ -101,7 +103,7 @@ class Assistant:
           ValueError: weights that do not fit, or a setting that is known from nowhere.
         """
         path = os.fspath(path)
-        config, known = _torch_config(path, variant)
+        config, known = torch_config(path, variant)
         model = load_model(
             path,
             PART,
@@ -117,7 +119,7 @@ class Assistant:
         if not text_tokenizer:
             raise ValueError(f"{path} does not name the text tokenizer that it reads: give it")
         if system is None and data.get("own_system"):
-            system = data["system"]
+            system = data.get("system")
         return cls(
             config=model.config,
             params=model.params,
@@ -128,7 +130,19 @@ class Assistant:
             dtype=model.dtype,
             max_length=max(data.get("max_length", 0), 2048),
             device_mesh=model.device_mesh,
+            trained=model.trained,
         )
+
+    from_pretrained = load
+
+    def _save(self, folder: str | os.PathLike, **options: Any) -> None:
+        conversation = {"template": self.template.name, "system": self.template.system}
+        pictures = {"image_mode": self.image_mode, "max_length": self.max_length}
+        data = {**conversation, "own_system": True, **pictures}
+        save_language_model(self, folder, PART, {"data": data}, self.text_tokenizer, **options)
+
+    def __repr__(self) -> str:
+        return describe("Assistant", self, self.text_tokenizer)
 
     @property
     def vectors(self) -> int:
@@ -159,8 +173,12 @@ class Assistant:
 
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
         """Return what the language model reads of pictures of any size: float32 (images, N, C)."""
-        size = self.tokenizer.config.image_size
-        arrays = [conversations.fit_image(read_picture(p), size, self.image_mode) for p in pictures]
+        size, arrays = self.tokenizer.config.image_size, []
+        for picture in pictures:
+            image_HWC = read_picture(picture)
+            if image_HWC.dtype != np.uint8:
+                raise ValueError(f"a picture of dtype {image_HWC.dtype}: give uint8 (H, W, 3)")
+            arrays.append(conversations.fit_image(image_HWC, size, self.image_mode))
         codes_BL = self.tokenizer.encode(np.stack(arrays))
         return np.asarray(self._compiled["features"](codes_BL, self.tokenizer.codebooks))
 
@@ -185,7 +203,7 @@ class Assistant:
 
         Args:
           question: a text, or a list of them.
-          image: a picture or several; for a list of questions one entry each, None for no picture.
+          image: a picture or several, uint8; for a list of questions one entry each, or None.
           max_new: tokens of an answer at most.
           temperature: 0 takes the most likely token.
           top_k, top_p, seed: filters, of which 0 is off, and seed of the draws.
@@ -195,7 +213,7 @@ class Assistant:
         """
         single = isinstance(question, str)
         asked = [question] if single else list(question)
-        shown = [image] if single else list(image or [None] * len(asked))
+        shown = [image] if single else [None] * len(asked) if image is None else list(image)
         if len(shown) != len(asked):
             raise ValueError(f"{len(asked)} questions and {len(shown)} images: give one for each")
         pictures = [as_list(i) for i in shown]
@@ -278,18 +296,3 @@ class Assistant:
         arrays = [batch[name] for name in ("ids", "labels", "places", "segments")]
         found = self._compiled["likelihood"](self.params, *arrays, self._row_features(own))
         return list(zip(*(np.asarray(x).tolist() for x in found), strict=True))
-
-
-def _torch_config(
-    path: str, variant: str | None
-) -> tuple[UnderstandingConfig | None, Mapping[str, Any]]:
-    """Return the config of PyTorch weights and what is known of their tokenizers."""
-    if not conversion.is_torch(path):
-        return None, {}
-    if variant is not None:
-        if variant not in VARIANTS:
-            raise ValueError(f"variant {variant!r}: one of {', '.join(VARIANTS)}")
-        return VARIANTS[variant], {}
-    config, fields = read_understanding_config(path)
-    fingerprint = fields.get("tokenflow_fingerprint", "")
-    return config, {"tokenizer": {"fingerprint": fingerprint}, "text_tokenizer": path}

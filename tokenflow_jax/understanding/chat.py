@@ -1,19 +1,11 @@
 """Conversations with an assistant: questions and pictures as turns."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from tokenflow_jax.data import images
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
-from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.data.pictures import Picture, is_single
 from tokenflow_jax.data.text import encodable
-from tokenflow_jax.messages import shown
-
-Picture = Any  # a path, a PIL image, or uint8 (H, W, 3)
 
 
 class Chat:
@@ -56,10 +48,10 @@ class Chat:
         return "".join(self.stream(question, image, **options))
 
 
-def as_list(image: Picture | Sequence[Picture] | None) -> list[Picture]:
+def as_list(image: Picture | Iterable[Picture] | None) -> list[Picture]:
     if image is None:
         return []
-    return list(image) if isinstance(image, list | tuple) else [image]
+    return list(image) if isinstance(image, Iterable) and not is_single(image) else [image]
 
 
 def human_turn(question: str, pictures: int) -> Turn:
@@ -67,21 +59,3 @@ def human_turn(question: str, pictures: int) -> Turn:
     if not text and not pictures:
         raise ValueError("the question is empty")
     return HUMAN, f"{IMAGE}\n" * pictures + text
-
-
-def read_picture(picture: Picture) -> np.ndarray:
-    """Read a path, PIL image or array as uint8 (H, W, 3)."""
-    try:
-        if isinstance(picture, str | os.PathLike):
-            return images.decode(images.read_file(picture))
-        if isinstance(picture, Image.Image):
-            return images.to_rgb(picture)
-    except (OSError, SyntaxError, Image.DecompressionBombError, Broken) as error:
-        name = picture if isinstance(picture, Image.Image) else os.fspath(picture)
-        raise ValueError(f"picture {shown(name)}: {error}") from error
-    array = np.asarray(picture)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise ValueError(
-            f"a picture of shape {array.shape} and dtype {array.dtype}: give uint8 (H, W, 3)"
-        )
-    return array

@@ -11,8 +11,7 @@ from typing import Any
 
 from tokenflow_jax import remote
 from tokenflow_jax.messages import one_line, shown
-from tokenflow_jax.train import checkpoint_info
-from tokenflow_jax.understanding.model import UnderstandingConfig
+from tokenflow_jax.understanding.model import VARIANTS, UnderstandingConfig
 from tokenflow_jax.understanding.names import PART
 from tokenflow_jax.weights import conversion, language_model
 from tokenflow_jax.weights.conversion import Written
@@ -49,6 +48,21 @@ def read_understanding_config(
     return config, fields
 
 
+def torch_config(
+    path: str, variant: str | None
+) -> tuple[UnderstandingConfig | None, Mapping[str, Any]]:
+    """Return the config of PyTorch weights and what is known of their tokenizers."""
+    if variant is None and conversion.knows_itself(path):
+        return None, {}
+    if variant is not None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant {variant!r}: one of {', '.join(VARIANTS)}")
+        return VARIANTS[variant], {}
+    config, fields = read_understanding_config(path)
+    fingerprint = fields.get("tokenflow_fingerprint", "")
+    return config, {"tokenizer": {"fingerprint": fingerprint}, "text_tokenizer": path}
+
+
 def save_understanding_model(
     path: str | os.PathLike,
     config: UnderstandingConfig,
@@ -70,8 +84,6 @@ def save_understanding_model(
     return write_folder(path, fields, arrays, PART.table(config), PART.template(config), **options)
 
 
-# What a checkpoint of ours notes besides the model: the tokenizers it goes with.
-_KEPT = ("tokenizer", "text_tokenizer", "data")
 # Any of these files shows that a folder holds a text tokenizer, too.
 _TEXT_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -97,17 +109,18 @@ def convert(
       tokenizer: "path", "variant" and "fingerprint" of the image tokenizer that the model reads;
         a source that is known to read another one is a ValueError.
     """
-    if conversion.is_torch(src):
-        fields: Mapping[str, Any] = {}
-        if config is None:
-            config, fields = read_understanding_config(src)
-        known = {"tokenizer": {"fingerprint": fields.get("tokenflow_fingerprint", "")}}
+    fields: Mapping[str, Any] = {}
+    if config is None and not conversion.knows_itself(src):
+        config, fields = read_understanding_config(src)
+    which, how = {"weights": weights, "step": step}, {"dtype": dtype, "overwrite": overwrite}
+    source = conversion.open_source(src, PART, config, **which)
+    own = source.saved.get("tokenizer", {}).get("fingerprint") or ""
+    known: dict[str, Any] = {}
+    if not source.saved:
+        own = fields.get("tokenflow_fingerprint", "")
+        known["tokenizer"] = {"fingerprint": own}
         if any(remote.kind_of(remote.join(src, name)) == "file" for name in _TEXT_TOKENIZERS):
             known["text_tokenizer"] = os.fspath(src)
-    else:
-        saved = checkpoint_info.read_info(checkpoint_info.find_checkpoint(src, step))["config"]
-        known = {name: saved[name] for name in _KEPT if name in saved}
-    own = known.get("tokenizer", {}).get("fingerprint", "")
     if tokenizer is not None:
         if own and own != tokenizer["fingerprint"]:
             raise ValueError(
@@ -115,9 +128,7 @@ def convert(
                 f"{tokenizer['path']} has {tokenizer['fingerprint']}: its codes mean something else"
             )
         own, known["tokenizer"] = tokenizer["fingerprint"], dict(tokenizer)
-    which, how = {"weights": weights, "step": step}, {"dtype": dtype, "overwrite": overwrite}
     if not folder:
         return conversion.convert(src, dst, PART, config, more=known, **which, **how)
-    source = conversion.open_source(src, PART, config, **which)
     written = save_understanding_model(dst, source.config, source.arrays, fingerprint=own, **how)
     return written._replace(weights=source.weights)

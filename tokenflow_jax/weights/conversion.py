@@ -4,7 +4,6 @@ Everything is a mapping of lazy tensors: a source is opened as our arrays by pat
 written from them. Memory holds one of our arrays and the tensors that it is made of.
 """
 
-import dataclasses
 import hashlib
 import os
 import re
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import files, remote
+from tokenflow_jax import files, hub, remote
 from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.train import checkpoint_info
+from tokenflow_jax.weights import record
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.formats.torch import (
@@ -28,7 +28,13 @@ from tokenflow_jax.weights.formats.torch import (
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory
 from tokenflow_jax.weights.part import Part
-from tokenflow_jax.weights.rules import Tensors, flatten, flax_arrays, torch_tensors
+from tokenflow_jax.weights.rules import (
+    CheckpointMismatch,
+    Tensors,
+    flatten,
+    flax_arrays,
+    torch_tensors,
+)
 
 TORCH_FILES = (".pt", ".safetensors")  # the endings that are written
 
@@ -41,7 +47,8 @@ class Source(NamedTuple):
     buffers: Tensors  # what a PyTorch file holds beyond them, by torch name
     weights: str  # "ema" or "raw"
     files: tuple[str, ...] = ()  # the PyTorch files that hold them
-    saved: Mapping[str, Any] = {}  # the whole config of the run that wrote a checkpoint of ours
+    saved: Mapping[str, Any] = {}  # the config of the run that wrote it, or a file's record of that
+    step: int | None = None  # of a checkpoint of ours
 
 
 class Written(NamedTuple):
@@ -68,6 +75,26 @@ def is_torch(path: str | os.PathLike) -> bool:
     return bool(kind) or path.lower().endswith(WEIGHT_ENDINGS)
 
 
+def knows_itself(path: str | os.PathLike) -> bool:
+    """Tell whether weights record which model they are: checkpoints and files of ours do."""
+    return not is_torch(path) or record.read_record(path) is not None
+
+
+def variant_config(path: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
+    """Return the config of a named or released variant; None for a model that records its own."""
+    if variant is None and (release := hub.release_of(path)):
+        variant = release.variant
+    if variant is None and knows_itself(path):
+        return None
+    if variant not in variants:
+        kind = "a PyTorch checkpoint" if is_torch(path) else "a checkpoint of ours"
+        raise ValueError(
+            f"{path} is {kind}: say which model it holds, variant=one of {sorted(variants)} "
+            f"(got {variant!r})"
+        )
+    return variants[variant]
+
+
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
@@ -86,15 +113,15 @@ def convert(
       src: a PyTorch checkpoint (see `open_state_dict`), a training workdir, one of its
         checkpoints, or what this function wrote.
       dst: a `.safetensors` file; a `.pt` file, which will hold {"model": state_dict}; otherwise a
-        directory that `Tokenizer.load` and `config.init_from` take.
+        directory that `Tokenizer.load` and `config.init_from` take. All of them record the model.
       part: which model it is.
-      config: of the model; only a PyTorch checkpoint needs it.
+      config: of the model; only a PyTorch checkpoint that does not record it needs one.
       weights: "ema", "raw", or None for EMA when there is one.
       dtype: of the parameters: "float32", "bfloat16" or "float16"; None keeps the source's.
         Buffers stay as they are.
       step: which checkpoint of a workdir; the newest when None.
       overwrite: replace what is at `dst`, once the new one is complete.
-      more: further entries of the config that a directory of ours notes.
+      more: further entries of what is recorded.
 
     Raises:
       CheckpointMismatch: names, shapes or types that do not fit, all of them.
@@ -103,28 +130,30 @@ def convert(
       OSError: the target exists or cannot be written.
     """
     source = open_source(src, part, config, weights=weights, step=step)
+    written = {path: cast(tensor, dtype) for path, tensor in source.arrays.items()}
+    about = record.make_record(part.stage, source.config, source.saved, more)
     with files.write_atomically(dst, overwrite) as partial:
         if os.fspath(dst).endswith(TORCH_FILES):
             lacking = part.buffers(source.config)
-            parameters = torch_tensors(source.arrays, part.table(source.config))
-            tensors = {name: cast(tensor, dtype) for name, tensor in parameters.items()}
+            tensors = torch_tensors(written, part.table(source.config))
             tensors |= {name: in_memory(name, array) for name, array in lacking.items()}
             tensors |= source.buffers
+            about |= part.identify(source.config, written)
             if os.fspath(dst).endswith(".pt"):
-                write_torch_zip(partial, {"model": tensors})
+                own = {"record": in_memory("record", record.to_array(about))}
+                write_torch_zip(partial, {"model": tensors, record.KEY: own})
             else:
-                write_safetensors(partial, tensors)
+                write_safetensors(partial, tensors, {record.KEY: record.to_text(about)})
         else:
-            tensors = {f"params/{path}": cast(t, dtype) for path, t in source.arrays.items()}
+            tensors = {f"params/{path}": tensor for path, tensor in written.items()}
             for name, tensor in source.buffers.items():
                 tensors["buffers/" + name.replace(".", "/")] = tensor
-            saved_config = {"model": dataclasses.asdict(source.config), "stage": part.stage}
-            about = {
+            origin = {
                 "weights": source.weights,
                 "path": os.path.basename(os.path.normpath(src)),
                 "sha256": {os.path.basename(file): _sha256(file) for file in source.files},
             }
-            orbax_files.save_weights(partial, tensors, saved_config | dict(more or {}), about)
+            orbax_files.save_weights(partial, tensors, about, origin)
     return Written(source.weights, len(tensors), sum(t.nbytes for t in tensors.values()))
 
 
@@ -143,36 +172,32 @@ def open_source(
 
 
 def _open_torch(path: str | os.PathLike, part: Part, config: Any, weights: str | None) -> Source:
-    if config is None:
+    saved = record.read_record(path) or {}
+    if saved:
+        config = _recorded_config(path, part, saved, config)
+    elif config is None:
         raise ValueError(f"{path} is a PyTorch checkpoint: say which variant it holds")
-    states = open_state_dicts(path)
+    states = {key: state for key, state in open_state_dicts(path).items() if key != record.KEY}
     found = find_weights(states)
     if not any(found.values()):
         found = {"raw": open_state_dict(path)}
     weights = _choose(path, found, weights)
-    state, table = part.check(found[weights], config), part.table(config)
+    try:
+        state, table = part.check(found[weights], config), part.table(config)
+    except CheckpointMismatch:
+        raise
+    except ValueError as error:  # a model that PyTorch's names cannot express
+        raise ValueError(f"{path}: {error}") from None
     buffers = {name: tensor for name, tensor in state.items() if table.is_buffer(name)}
     arrays = flax_arrays(state, table, part.template(config))
-    return Source(config, arrays, buffers, weights, found[weights].files)
+    return Source(config, arrays, buffers, weights, found[weights].files, saved)
 
 
 def _open_ours(
     path: str | os.PathLike, part: Part, config: Any, weights: str | None, step: int | None
 ) -> Source:
     info, tensors = orbax_files.open_checkpoint(path, step, ("params", "ema", "buffers"))
-    stage = info["config"].get("stage")
-    if stage != part.stage:
-        raise ValueError(f"{path} is a checkpoint of stage {shown(stage)}, not of {part.stage!r}")
-    try:
-        _check_sizes(info["config"]["model"])
-        saved = part.config_class(**info["config"]["model"])
-        template = part.template(saved)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config.model is damaged ({one_line(error)})") from None
-    if config is not None and saved != config:
-        raise ValueError(
-            f"{path} does not hold {part.describe(config)}, but {part.describe(saved)}"
-        )
+    config = _recorded_config(path, part, info["config"], config)
 
     def field(name: str) -> Tensors:
         start = f"{name}/"
@@ -181,10 +206,32 @@ def _open_ours(
     found = {"ema": field("ema"), "raw": field("params")}
     weights = _choose(path, found, weights)
     arrays = found[weights]
-    if wrong := different_shapes(arrays, template):
+    if wrong := different_shapes(arrays, part.template(config)):
         raise ValueError(f"{path} does not fit its own config:\n{bullets(wrong)}")
     buffers = {name.replace("/", "."): tensor for name, tensor in field("buffers").items()}
-    return Source(saved, arrays, buffers, weights, saved=info["config"])
+    step = info["step"] if isinstance(info["step"], int) else None
+    return Source(config, arrays, buffers, weights, saved=info["config"], step=step)
+
+
+def _recorded_config(
+    path: str | os.PathLike, part: Part, saved: Mapping[str, Any], config: Any
+) -> Any:
+    """Return the hyper-parameters that a checkpoint records; ValueError if they are not `config`.
+
+    A `config` of None accepts any.
+    """
+    stage = saved.get("stage")
+    if stage != part.stage:
+        raise ValueError(f"{path} is a checkpoint of stage {shown(stage)}, not of {part.stage!r}")
+    try:
+        _check_sizes(saved["model"])
+        own = part.config_class(**saved["model"])
+        part.template(own)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config.model is damaged ({one_line(error)})") from None
+    if config is not None and own != config:
+        raise ValueError(f"{path} does not hold {part.describe(config)}, but {part.describe(own)}")
+    return own
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ from tokenflow_jax.weights.formats.safetensors import write_safetensors
 from tokenflow_jax.weights.lazy import in_memory
 from tokenflow_jax.weights.rules import RuleTable, Tensors, flatten, torch_tensors
 
+SHARD_BYTES = 5 * 10**9
+
 
 def read_fields(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     """Return the fields of the config.json in a folder or beside a file, and its path."""
@@ -34,7 +36,7 @@ def write_folder(
     template: Mapping[str, Any],
     *,
     dtype: str | None = None,
-    shard_bytes: int = 5 * 10**9,
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Written:
     """Write config.json and weights; the folder appears when it is complete.
@@ -50,13 +52,18 @@ def write_folder(
     fields = {**fields, "torch_dtype": str(tensors["model.embed_tokens.weight"].dtype)}
     with files.write_atomically(path, overwrite) as partial:
         partial.mkdir(parents=True)
-        _write_json(partial / "config.json", fields)
-        _write_shards(partial, tensors, shard_bytes)
+        write_json(partial / "config.json", fields)
+        write_shards(partial, tensors, shard_bytes)
     return Written("raw", len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
-def _write_shards(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> None:
-    """Write one file, or several with Hugging Face's index."""
+def write_shards(
+    folder: pathlib.Path,
+    tensors: Tensors,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one file, or several with Hugging Face's index, each with the same metadata."""
     shards: list[Tensors] = [{}]
     for name, tensor in tensors.items():
         size = sum(t.nbytes for t in shards[-1].values())
@@ -64,17 +71,17 @@ def _write_shards(folder: pathlib.Path, tensors: Tensors, shard_bytes: int) -> N
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0])
+        write_safetensors(folder / "model.safetensors", shards[0], metadata)
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard)
+        write_safetensors(folder / file, shard, metadata)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,8 @@ class Part:
     template: Callable[[Any], Mapping[str, Any]]  # nested shapes of the parameters
     # Arrays that a strict load in PyTorch needs beyond the parameters.
     buffers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    # What a file records of these weights (config, arrays by our paths).
+    identify: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = lambda config, arrays: {}
 
     def describe(self, config: Any) -> str:
         """Return the variant's name, or the config itself if it has none."""

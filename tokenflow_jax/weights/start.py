@@ -79,7 +79,7 @@ def load_model(
     """
     if is_language_model(path):
         return take_language_model(path, config.lm, params, shardings, lm_ids)
-    own = config if conversion.is_torch(path) else None
+    own = None if conversion.knows_itself(path) else config
     source = conversion.open_source(path, part, own)
     return take(source.arrays, path, params, shardings), f"{source.weights} weights of {path}"
 
@@ -90,6 +90,8 @@ def is_language_model(path: str) -> bool:
         return True
     if not conversion.is_torch(path):
         return remote.kind_of(remote.join(path, "config.json")) == "file"
+    if conversion.knows_itself(path):
+        return False
     try:
         names = open_state_dict(path)
     except ValueError:

@@ -71,14 +71,16 @@ def _tensor(name: str, entry: Mapping[str, Any], path: str, offset: int) -> Lazy
 
 
 def write_safetensors(
-    path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTensor]
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray | LazyTensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write arrays or lazy tensors by name; one lazy tensor is in memory at a time."""
+    """Write arrays or lazy tensors by name, and texts; one lazy tensor is in memory at a time."""
     codes = {dtype: code for code, dtype in _DTYPES.items()}
     unknown = [f"{n}: {tensor.dtype}" for n, tensor in state.items() if tensor.dtype not in codes]
     if unknown:
         raise ValueError(f"{path}: convert dtypes that .safetensors lacks:\n{bullets(unknown)}")
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, tensor in state.items():
         start, offset = offset, offset + tensor.nbytes
         extent = {"shape": list(tensor.shape), "data_offsets": [start, offset]}
