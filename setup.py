@@ -35,6 +35,8 @@ EXTRAS = {
     "tensorflow": ["tensorflow-datasets>=4.9.10", "importlib_resources", "tensorflow"],
     # Text tokenizers of the language models.
     "text": ["transformers>=5", "jinja2>=3.1"],
+    # Parquet files, and data sets that Hugging Face's `datasets` saved to disk.
+    "parquet": ["pyarrow>=17"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # Paths on gs:// and s3://.
     "gcs": ["etils[epath-gcs]>=1.14"],
@@ -55,6 +57,7 @@ EXTRAS["test"] = [
     "gcp-storage-emulator",
     *EXTRAS["gcs"],
     *EXTRAS["hub"],
+    *EXTRAS["parquet"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],
 ]

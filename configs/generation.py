@@ -69,10 +69,11 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.text_tokenizer = ""  # LLaMA-2's folder; or bytes or words, which need no files
 
     config.data = ConfigDict()
-    config.data.name = "jsonl"  # webdataset, array_record, codes (of tokenflow_jax.encode), emoji
+    config.data.name = "jsonl"  # webdataset, parquet, arrow, array_record, codes, emoji
     config.data.path = ""  # captions.jsonl, tars, or the folder of a data set
     config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
+    config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.min_side = 8  # pixels; smaller pictures are left out
     config.data.max_aspect = 50  # more elongated pictures are left out
     config.data.min_caption = 0  # characters; shorter captions are left out

@@ -88,9 +88,10 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.trainable = ()  # patterns of parameters that train; () all of them
 
     config.data = ConfigDict()
-    config.data.name = "tfds"  # emoji, folder, array_record, tfds or webdataset
-    config.data.path = "imagenet2012"  # folder, ArrayRecord or tar files, or TFDS name[:version]
+    config.data.name = "tfds"  # emoji, folder, array_record, tfds, webdataset, parquet, arrow
+    config.data.path = "imagenet2012"  # folder, files or pattern, or TFDS name[:version]
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
+    config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.min_side = 8  # pixels; smaller pictures are left out
     config.data.max_aspect = 50  # more elongated pictures are left out
     config.data.shuffle_block = 0  # neighbours that stay close when shuffled; 0: none do

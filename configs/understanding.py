@@ -88,11 +88,12 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.text_tokenizer = ""  # the language model's folder, or bytes
 
     config.data = ConfigDict()
-    config.data.name = "jsonl"  # or emoji
-    config.data.path = ""  # the file of conversations
+    config.data.name = "jsonl"  # or parquet, arrow, emoji
+    config.data.path = ""  # the file or files of conversations
     config.data.eval_path = ""  # another one, of what is held out; "" takes a split of the first
     config.data.image_folder = ""  # where the paths of images begin; the file's folder
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
+    config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.split = "train"
     config.data.eval_split = "heldout"
     config.data.questions = ()  # of emoji: kind, name, words, check; () all

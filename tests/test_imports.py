@@ -49,6 +49,7 @@ MAY_USE = {
         "PIL",
         "absl",
         "array_record",
+        "pyarrow",
         "tensorflow_datasets",
         "etils",
         "transformers",

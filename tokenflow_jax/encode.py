@@ -52,6 +52,7 @@ def main(options: flags.FlagValues) -> None:
                 cache_megabytes=0,  # every picture is seen once
                 image_folder=options.image_folder,
                 allow_outside=options.allow_outside,
+                image_column=options.image_column,
             )
         )
         for split in options.splits
@@ -113,14 +114,15 @@ def encode(
 
 
 def define_flags(define: cli.Define) -> None:
-    kinds = ["", "emoji", "folder", "jsonl", "array_record", "tfds", "webdataset"]
+    kinds = ["emoji", "folder", "jsonl", "array_record", "tfds", "webdataset", "parquet", "arrow"]
     define.string("checkpoint", None, "A workdir, one of its checkpoints, or a PyTorch file.")
     define.string("variant", None, "Which model a PyTorch file holds.")
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
-    define.enum("data", "", kinds, "Kind of data set; detected from --path by default.")
+    define.enum("data", "", ["", *kinds], "Kind of data set; detected from --path by default.")
     define.string("path", "", "Where the pictures are; the emoji by default.")
     define.string("image_folder", "", "jsonl: where paths of images begin.")
     define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
+    define.string("image_column", "", "parquet, arrow: column of the pictures; found by default.")
     define.list("splits", ["train", "heldout"], "Which parts of the data set.")
     define.string("out", None, "Folder of the new data set.")
     define.integer("batch_size", 64, "Pictures at a time, per process.", 1)

@@ -8,7 +8,7 @@ import pytest
 from picture_files import encode, picture, plain
 from PIL import Image
 
-from tokenflow_jax.data import folders, images, records, sources
+from tokenflow_jax.data import folders, images, prepare, records, sources
 from tokenflow_jax.data.examples import Broken
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -202,7 +202,9 @@ def test_file_that_vanished_is_a_broken_picture(tmp_path):
 
 
 def test_unknown_kind_of_source():
-    with pytest.raises(ValueError, match=r"'imagenet' is not one of \['array_record', 'emoji'"):
+    with pytest.raises(
+        ValueError, match=r"'imagenet' is not one of \['array_record', 'arrow', 'emoji'"
+    ):
         sources.open_source("imagenet", "", "train")
 
 
@@ -327,6 +329,17 @@ def test_tfds_prepared_data(prepared):
     assert len(sources.TFDSSource(str(prepared), "train[:50%]")) == 3
     with pytest.raises(ValueError, match="no split 'validation'"):
         sources.TFDSSource(str(prepared), "validation")
+
+
+def test_tfds_data_become_records(prepared, tmp_path):
+    dst = tmp_path / "records"
+    assert prepare.run(["tfds", f"--src={prepared}", f"--dst={dst}"]) == 0
+    found, real = (
+        sources.open_source(*where, "train")
+        for where in (("array_record", str(dst)), ("tfds", str(prepared)))
+    )
+    assert [found[i] for i in range(6)] == [real[i] for i in range(6)]
+    assert found.classes == ["even", "odd"]
 
 
 def test_tfds_data_of_another_format_names_the_remedy(prepared):

@@ -5,16 +5,20 @@ import json
 import os
 import pathlib
 import tarfile
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from tests.fuzz.readers import Files, Reader, collect
 from tokenflow_jax import sample
-from tokenflow_jax.data import cifar10, images, records
+from tokenflow_jax.data import arrow, cifar10, images, records
+from tokenflow_jax.data.arrow import ArrowSource
 from tokenflow_jax.data.chat.conversations import JsonlConversations
+from tokenflow_jax.data.chat.tabular import TableConversations
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.data.jsonl import JsonlSource
+from tokenflow_jax.data.parquet import ParquetSource
 from tokenflow_jax.data.sources import RecordSource
 from tokenflow_jax.data.webdataset import WebDatasetSource
 from tokenflow_jax.evals import understanding
@@ -91,7 +95,11 @@ def _conversations(folder: pathlib.Path) -> list[Files]:
 
 
 def _read_conversations(folder: pathlib.Path) -> None:
-    source = JsonlConversations(folder / "chat.jsonl")
+    _turns(JsonlConversations(folder / "chat.jsonl"))
+
+
+def _turns(source) -> None:
+    """Read every conversation and its picture."""
     for index in range(len(source)):
         try:
             if image := source[index].image:
@@ -159,6 +167,49 @@ def _read_tars(folder: pathlib.Path) -> None:
     _items(WebDatasetSource(str(folder / "s.tar")))
 
 
+def _table() -> Any:
+    import pyarrow as pa  # its absence leaves the other readers
+
+    picture = {"bytes": _picture(), "path": "a.png"}
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    row = {"image": picture, "label": 1, "caption": "a cat", "tags": ["t"], "conversations": turns}
+    rows = [row, row | {"image": picture | {"path": "b.png"}}, row | {"image": None}]
+    return pa.Table.from_pylist(rows)
+
+
+def _parquets(folder: pathlib.Path) -> list[Files]:
+    import pyarrow.parquet as pq
+
+    seeds = []
+    for options in ({}, {"compression": "none", "use_dictionary": False}, {"row_group_size": 1}):
+        pq.write_table(_table(), folder / "t.parquet", **options)
+        seeds.append(collect(folder))
+    return seeds
+
+
+def _read_parquet(folder: pathlib.Path) -> None:
+    _items(ParquetSource(str(folder / "t.parquet")))
+    _turns(TableConversations("parquet", str(folder / "t.parquet")))
+
+
+def _arrows(folder: pathlib.Path) -> list[Files]:
+    import pyarrow as pa
+
+    table = _table()
+    for name, rows in (("t.arrow", table), ("i.arrow", pa.table({"indices": [2, 0, 1]}))):
+        with pa.ipc.new_stream(str(folder / name), rows.schema) as out:
+            out.write_table(rows)
+    state = {"_data_files": [{"filename": "t.arrow"}], "_indices_files": [{"filename": "i.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
+    return [collect(folder)]
+
+
+def _read_arrow(folder: pathlib.Path) -> None:
+    arrow.open_rows.cache_clear()
+    _items(ArrowSource(str(folder)))
+    _turns(TableConversations("arrow", str(folder)))
+
+
 READERS = {
     "dataset": Reader(_dataset, _read_dataset, {".json": "json"}),
     "record": Reader(
@@ -175,6 +226,8 @@ READERS = {
         {".jsonl": "lines"},
     ),
     "tars": Reader(_tars, _read_tars),
+    "parquet": Reader(_parquets, _read_parquet),
+    "arrow": Reader(_arrows, _read_arrow, {".json": "json"}),
     "conversations": Reader(_conversations, _read_conversations, {".jsonl": "lines"}),
     "picture": Reader(
         lambda folder: [{"picture": _picture(kind)} for kind in _FORMATS], _read_picture

@@ -7,8 +7,8 @@ from collections.abc import Callable
 Files = dict[str, bytes]
 NAMES = (
     "safetensors", "torch", "jit", "pickle", "gguf", "shards", "config", "checkpoint", "fid",
-    "pretrained", "teacher", "lpips", "dataset", "record", "captions", "tars", "conversations",
-    "picture", "questions", "answers", "metrics", "prompts", "cifar10",
+    "pretrained", "teacher", "lpips", "dataset", "record", "captions", "tars", "parquet", "arrow",
+    "conversations", "picture", "questions", "answers", "metrics", "prompts", "cifar10",
 )  # fmt: skip
 
 

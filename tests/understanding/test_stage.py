@@ -88,6 +88,21 @@ def trained(tokenizer, chats, tmp_path_factory):
     return str(workdir), run(tiny(tokenizer, chats), workdir)
 
 
+def test_a_table_of_conversations_trains_alike(tokenizer, chats, trained, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [json.loads(line) for line in pathlib.Path(chats).read_text().splitlines()]
+    for row in rows:
+        file = pathlib.Path(chats).with_name(row["image"])
+        data = file.read_bytes() if file.exists() else None
+        row["image"] = {"bytes": data, "path": file.name}
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "chats.parquet", row_group_size=16)
+    table = {"data.name": "parquet", "data.path": str(tmp_path / "chats.parquet")}
+    state = run(tiny(tokenizer, chats, **table), str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, state.params, trained[1].params)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_valid(variant):

@@ -52,7 +52,9 @@ class FolderSource:
                 + (", and links to folders outside need allow_outside" if outside else "")
             )
         subfolders = {name.split("/")[0] for name in names if "/" in name}  # those with pictures
-        divided = split != "all" and _are_splits(root, subfolders)
+        are_splits = _are_splits(root, subfolders)
+        self.splits = sorted({split_meant(name) or "" for name in subfolders if are_splits})
+        divided = split != "all" and are_splits
         if split != "all" and not divided:
             _warn_of_deep_splits(root, names)
         # Of all splits: a class must have the same number in each.
@@ -86,7 +88,7 @@ class FolderSource:
         return {"name": name, **label, "bytes": data}
 
 
-def _split_meant(folder: str) -> str | None:
+def split_meant(folder: str) -> str | None:
     """Return the split that a folder's name usually means: of "Train2017", "train"."""
     word = re.sub(r"(?<=[a-z])(19|20)[0-9]{2}$", "", folder.lower())
     word = _SYNONYMS.get(word, word)
@@ -95,12 +97,12 @@ def _split_meant(folder: str) -> str | None:
 
 def _seem_splits(named: Set[str]) -> bool:
     # Not "train" alone, which may well be a class of vehicles among other classes.
-    several = len(named) > 1 and "train" in map(_split_meant, named)
+    several = len(named) > 1 and "train" in map(split_meant, named)
     return several or any(name.lower() not in _USUAL_SPLITS for name in named)
 
 
 def _are_splits(root: str, subfolders: Set[str]) -> bool:
-    named = {name for name in subfolders if _split_meant(name)}
+    named = {name for name in subfolders if split_meant(name)}
     if named != subfolders and _seem_splits(named):
         log.warning(
             "%s: %s are taken as classes, not as splits, because %s hold pictures too; if they are "
@@ -113,7 +115,7 @@ def _are_splits(root: str, subfolders: Set[str]) -> bool:
 def _warn_of_deep_splits(root: str, names: Iterable[str]) -> None:
     inner = defaultdict(set)  # first folder -> folders in it that are named as splits
     for first, second in {tuple(n.split("/", 2)[:2]) for n in names if n.count("/") > 1}:
-        if _split_meant(second):
+        if split_meant(second):
             inner[first].add(second)
     found = [f"{first}/{name}" for first in sorted(inner) for name in sorted(inner[first])
              if _seem_splits(inner[first])]  # fmt: skip
@@ -127,10 +129,10 @@ def _warn_of_deep_splits(root: str, names: Iterable[str]) -> None:
 def _split_folder(root: str, subfolders: Set[str], split: str) -> str:
     meant: dict[str, str] = {}
     for folder in sorted(subfolders):
-        other = meant.setdefault(_split_meant(folder) or "", folder)
+        other = meant.setdefault(split_meant(folder) or "", folder)
         if other != folder:
             raise ValueError(
-                f"{root}: {other!r} and {folder!r} both mean split {_split_meant(folder)!r}; move "
+                f"{root}: {other!r} and {folder!r} both mean split {split_meant(folder)!r}; move "
                 "one away, or name one as data.path"
             )
     for name in [split] if split == "train" else [split, *HELDOUT_NAMES]:

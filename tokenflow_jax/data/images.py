@@ -151,15 +151,46 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def _halve(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Halve by averaging as long as both sides stay at least this long."""
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
 def _shrink(image: Image.Image, short_side: int) -> Image.Image:
     """Resize to a short side: halvings by averaging, then one bicubic."""
-    while min(image.size) >= 2 * short_side:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = _halve(image, short_side, short_side)
     if min(image.size) == short_side:
         return image
     scale = short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def fit_within(image_HWC: np.ndarray, longest_side: int) -> np.ndarray:
+    """Shrink to a longest side as `center_crop` does; a picture that is smaller stays as it is."""
+    height, width = image_HWC.shape[:2]
+    scale = longest_side / max(width, height)
+    if scale >= 1:
+        return image_HWC
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = _halve(Image.fromarray(image_HWC), *size)
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def encode(image_HWC: np.ndarray, kind: str, quality: int) -> bytes:
+    """Return a picture as a file, JPEG or WEBP of a quality from 1 to 100, or else PNG."""
+    kind, out = kind if kind in ("JPEG", "WEBP") else "PNG", io.BytesIO()
+    options = {} if kind == "PNG" else {"quality": quality}
+    Image.fromarray(image_HWC).save(out, kind, **options)
+    return out.getvalue()
+
+
+def kind_of(data: bytes) -> str:
+    """Return PIL's name of the format of a picture that can be decoded."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return image.format or ""
 
 
 def center_crop(image_HWC: np.ndarray, size: int) -> np.ndarray:

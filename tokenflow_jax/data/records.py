@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
 
 from tokenflow_jax import files, remote
 from tokenflow_jax.data.examples import Broken, check_example
@@ -95,7 +96,7 @@ def unpack(record: bytes) -> dict[str, Any]:
     return check_example(example)
 
 
-def count_records(path: pathlib.Path) -> int:
+def count_records(path: os.PathLike) -> int:
     reader = array_record_module.ArrayRecordReader(str(path))
     count = reader.num_records()
     reader.close()
@@ -161,12 +162,27 @@ def file_name(split: str, number: int, count: int) -> str:
     return f"{split}-{number:05d}-of-{count:05d}.array_record"
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    # Not `files.write_atomically`: several hosts may do so at once and would share its partial.
-    partial = path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
+def write_json(path: os.PathLike, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    with write_at_once(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def write_at_once(path: os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield a partial file that becomes `path`, local or remote; hosts may do so at once."""
+    # `files.write_atomically` has one partial name for all.
+    if remote.is_remote(path):
+        with remote.staged(os.fspath(path)) as partial:
+            yield partial
+        return
+    path = pathlib.Path(path)
+    partial = path.with_name(f".partial-{os.uname().nodename}-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -194,7 +210,7 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any] | None:
     return about
 
 
-def write_manifest(folder: pathlib.Path, splits: Mapping[str, Any], about: Mapping) -> None:
+def write_manifest(folder: epath.Path, splits: Mapping[str, Any], about: Mapping) -> None:
     """Write the `dataset.json` that makes a folder a data set."""
     write_json(folder / MANIFEST, {"format": MAGIC.decode(), "splits": splits, **about})
 

@@ -15,9 +15,11 @@ from array_record.python import array_record_data_source
 
 from tokenflow_jax import remote
 from tokenflow_jax.data import file_names, records
+from tokenflow_jax.data.arrow import ArrowSource
 from tokenflow_jax.data.examples import SPLITS, Broken, check_example, is_heldout
 from tokenflow_jax.data.folders import FolderSource
 from tokenflow_jax.data.jsonl import JsonlSource
+from tokenflow_jax.data.parquet import ParquetSource
 from tokenflow_jax.data.webdataset import WebDatasetSource
 from tokenflow_jax.messages import one_line, plain, shown
 
@@ -118,6 +120,7 @@ class TFDSSource:
         except (tfds.core.DatasetNotFoundError, ValueError) as error:
             raise ValueError(f"TFDS data set {name!r}: {one_line(error)}") from error
         features = builder.info.features
+        self.splits = list(builder.info.splits or ())
         self._image = _only(features, tfds.features.Image, "image")
         if not self._image:
             raise ValueError(
@@ -175,7 +178,12 @@ def _tfds_data(builder: Any, name: str, split: str, decoders: dict[str, Any]) ->
 
 
 def open_source(
-    name: str, path: str, split: str, image_folder: str = "", allow_outside: bool = False
+    name: str,
+    path: str,
+    split: str,
+    image_folder: str = "",
+    allow_outside: bool = False,
+    image_column: str = "",
 ) -> Any:
     """Open a source that is not empty; the arguments are those of `pipeline.DataConfig`."""
     kinds = {
@@ -185,6 +193,8 @@ def open_source(
         "array_record": lambda: RecordSource(path, split),
         "tfds": lambda: TFDSSource(path, split),
         "webdataset": lambda: WebDatasetSource(path, split),
+        "parquet": lambda: ParquetSource(path, split, image_column),
+        "arrow": lambda: ArrowSource(path, split, image_column),
     }
     if name not in kinds:
         raise ValueError(f"data.name {name!r} is not one of {sorted(kinds)}")

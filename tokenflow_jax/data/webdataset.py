@@ -60,6 +60,10 @@ class WebDatasetSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._shards.sample(self._places[index])
 
+    def url(self, index: int) -> str:
+        """Return the address that a picture came from, "" if it is not known."""
+        return self._shards.url(self._places[index])
+
 
 def shard_paths(path: str) -> list[str]:
     """Return the shards that `data.path` names, sorted within each pattern; at least one."""
@@ -144,6 +148,14 @@ class _Shards:
                 begin, end = int(begins[run[0]]), int(ends[run[-1]])
                 with contextlib.suppress(OSError, ValueError):  # whoever reads will meet it
                     self._handle(int(shards[run[0]])).will_need(begin, end - begin)
+
+    def url(self, row: int) -> str:
+        """Return what a sample's .json says of its address, or raise Broken."""
+        shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        place, size = (int(self.rows[f"json_{name}"][row]) for name in ("at", "size"))
+        if not place or size > _MOST_TEXT:
+            return ""
+        return jsonl.url_of(jsonl.parse_object(self._read(shard, place * tar_index.BLOCK, size)))
 
     def sample(self, row: int) -> dict[str, Any]:
         """Return an example, or raise Broken."""

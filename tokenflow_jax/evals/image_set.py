@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tokenflow_jax import remote
-from tokenflow_jax.data import pipeline, records
+from tokenflow_jax.data import arrow, pipeline, records
 from tokenflow_jax.log import Progress
 from tokenflow_jax.messages import shown
 
@@ -20,6 +20,10 @@ def kind_of_data(path: str) -> str:
         return "emoji"
     if path.endswith(".tar"):
         return "webdataset"
+    if path.endswith(".parquet"):
+        return "parquet"
+    if arrow.is_saved(path):
+        return "arrow"
     is_set = bool(remote.kind_of(remote.join(path, records.MANIFEST)))
     is_folder = remote.kind_of(path) == "folder" and not is_set
     return "folder" if is_folder else "array_record"

@@ -157,7 +157,7 @@ def _table(figures: Mapping[str, float], about: Mapping[str, Any], notes: Sequen
 
 
 def define_flags(define: cli.Define) -> None:
-    kinds = ["", "emoji", "folder", "array_record", "tfds", "webdataset"]
+    kinds = ["", "emoji", "folder", "array_record", "tfds", "webdataset", "parquet", "arrow"]
     define.string("checkpoint", None, "A workdir, a checkpoint of ours, or a PyTorch file.")
     define.string("variant", None, "Which model a PyTorch file holds, such as b.")
     define.bool("ema", True, "Take the moving average of the weights if there is one.")

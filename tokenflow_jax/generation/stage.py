@@ -159,6 +159,7 @@ class GenerationStage(CodeStage):
             flip=False,
             image_folder=data.image_folder,
             allow_outside=data.allow_outside,
+            image_column=data.image_column,
             min_side=data.min_side,
             max_aspect=data.max_aspect,
             min_caption=data.min_caption,

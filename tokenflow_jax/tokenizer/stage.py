@@ -164,6 +164,7 @@ class TokenizerStage(Stage):
             shuffle_block=data.shuffle_block,
             shuffle_window=data.shuffle_window,
             allow_outside=data.allow_outside,
+            image_column=data.image_column,
         )
 
     def final_notes(self) -> list[str]:

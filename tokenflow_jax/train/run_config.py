@@ -26,6 +26,7 @@ BEFORE = {
     "data.max_caption": 0,
     "data.shuffle_block": 0,
     "data.shuffle_window": 16_384,
+    "data.image_column": "",
 }
 
 

@@ -127,6 +127,7 @@ class UnderstandingStage(CodeStage):
             path=data.eval_path if held_out and data.eval_path else data.path,
             image_folder=data.image_folder,
             allow_outside=data.allow_outside,
+            image_column=data.image_column,
             split=split,
             questions=tuple(self.config.eval.questions if held_out else data.questions),
             together=data.together and not held_out,

@@ -4,22 +4,18 @@ A data set of codes is an ArrayRecord data set (`data.records`) whose `dataset.j
 fingerprint of the tokenizer that wrote it. Reading checks it: codes of another tokenizer look like
 codes and mean something else.
 
-`python -m tokenflow_jax.encode` writes one, part by part. A part is a file of a fixed range of
-pictures that appears under its name only when it is complete. A killed command continues with the
-first part that is missing; hosts take every `shard_count`-th part and need not communicate.
+`python -m tokenflow_jax.encode` writes one, part by part, see `parts`.
 """
 
-import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tokenflow_jax.data import records, sources
+from tokenflow_jax.data import parts, records, sources
 from tokenflow_jax.data.examples import Broken, Skipped
-from tokenflow_jax.files import read_json
 from tokenflow_jax.messages import shown
 
 PLAN = "encoding.json"
@@ -118,82 +114,7 @@ def check_tokenizer(path: Any, written_by: Mapping[str, Any], used: Mapping[str,
     )
 
 
-class PartWriter:
+class PartWriter(parts.PartWriter):
     """A writer of the parts of one data set of codes that fall to one host."""
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        plan: Mapping[str, Any],  # JSON-able facts; the same on all hosts and runs
-        splits: Mapping[str, int],  # name -> number of pictures
-        *,
-        records_per_file: int = 10_000,
-        shard_index: int = 0,
-        shard_count: int = 1,
-    ):
-        """Start a data set, or continue one; CodesError where it was started with another plan."""
-        if not 0 <= shard_index < shard_count or records_per_file < 1:
-            raise ValueError(
-                f"shard_index {shard_index} of {shard_count} hosts, {records_per_file} records per "
-                "file: need 0 <= shard_index < shard_count and at least one record"
-            )
-        self.folder = pathlib.Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Through JSON, so that it can be compared with the one on disk.
-        plan = json.loads(json.dumps({**plan, "splits": splits, "per_file": records_per_file}))
-        self._plan, self._shard = plan, (shard_index, shard_count)
-        path = self.folder / PLAN
-        if (self.folder / records.MANIFEST).exists() and not path.exists():
-            raise CodesError(f"{self.folder} holds another data set; choose another folder")
-        if not path.exists():
-            records.write_json(path, plan)
-        old = read_json(path, remedy="; choose another folder")
-        changed = [
-            f"{key} was {shown(old.get(key))} and is {shown(plan.get(key))}"
-            for key in sorted(old.keys() | plan.keys())
-            if old.get(key) != plan.get(key)
-        ]
-        if changed:
-            raise CodesError(
-                f"{self.folder} was started with other settings: {'; '.join(changed)}. Restore "
-                "them, or choose another folder"
-            )
-
-    def _parts(self) -> list[tuple[str, range, pathlib.Path]]:
-        """Return the parts of all hosts: split, pictures, file."""
-        parts, size = [], self._plan["per_file"]
-        for split, count in self._plan["splits"].items():
-            starts = range(0, count, size)
-            for i, start in enumerate(starts):
-                file = self.folder / records.file_name(split, i, len(starts))
-                parts.append((split, range(start, min(count, start + size)), file))
-        return parts
-
-    def mine(self) -> list[tuple[str, range, pathlib.Path]]:
-        """Return the missing parts of this host: split, pictures, file."""
-        index, count = self._shard
-        return [part for part in self._parts()[index::count] if not part[2].exists()]
-
-    def write(self, file: pathlib.Path, examples: Iterable[Mapping[str, Any]]) -> int:
-        """Write one part, a file of `mine`, and return the number of its examples."""
-        with records.record_file(file) as out:
-            for example in examples:
-                out.write(example)
-        return out.count
-
-    def finish(self) -> bool:
-        """Write `dataset.json` and return True if all parts of all hosts are there."""
-        parts = self._parts()
-        if not all(file.exists() for _, _, file in parts):
-            return False
-        splits: dict[str, dict[str, Any]] = {}
-        for split, _, file in parts:
-            if count := records.count_records(file):  # else all of its pictures were broken
-                entry = splits.setdefault(split, {"records": 0, "files": []})
-                entry["records"] += count
-                entry["files"].append(file.name)
-        if not splits:
-            raise CodesError(f"{self.folder}: not one picture was usable")
-        about = {k: v for k, v in self._plan.items() if k not in ("splits", "per_file")}
-        records.write_manifest(self.folder, splits, about)
-        return True
+    plan_name, error = PLAN, CodesError

@@ -24,6 +24,7 @@ from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, grouping, insertion
 from tokenflow_jax.data.chat.conversations import JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
+from tokenflow_jax.data.chat.tabular import TableConversations
 from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.dealing import NumberedBatches
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
@@ -36,7 +37,7 @@ _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next e
 class ConversationConfig:
     """One data set of conversations and the way they become arrays."""
 
-    name: str  # "emoji" or "jsonl"
+    name: str  # "emoji", "jsonl", "parquet" or "arrow"
     path: str = ""  # the file of conversations; not used by "emoji"
     image_folder: str = ""  # that paths of images are relative to; the file's folder when empty
     split: str = "train"  # or "heldout" or "all"
@@ -54,11 +55,12 @@ class ConversationConfig:
     order: str = "random"  # of an epoch; or "grouped" by kind and length
     threads: int = 0  # for preparing batches; 0 takes one per core, at most 32
     allow_outside: bool = False  # read pictures outside the folder, by path or link
+    image_column: str = ""  # of "parquet" and "arrow"; found by name and type when empty
 
     def __post_init__(self):
         problems = []
         choices = {
-            "name": ("emoji", "jsonl"), "image_mode": conversations.IMAGE_MODES,
+            "name": ("emoji", "jsonl", "parquet", "arrow"), "image_mode": conversations.IMAGE_MODES,
             "order": ("random", "grouped"), "template": tuple(TEMPLATES),
         }  # fmt: skip
         for field, allowed in choices.items():
@@ -87,6 +89,10 @@ class Conversations:
         self.source: Any
         if config.name == "emoji":
             self.source = EmojiConversations(config.split, config.questions, config.together)
+        elif config.name != "jsonl":
+            self.source = TableConversations(
+                config.name, config.path, config.split, config.image_column
+            )
         else:
             self.source = JsonlConversations(
                 config.path, config.split, config.image_folder, config.allow_outside
