@@ -72,6 +72,8 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.data.name = "jsonl"  # webdataset, parquet, arrow, array_record, codes, emoji
     config.data.path = ""  # captions.jsonl, tars, or the folder of a data set
     config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
+    # name=mixture: several sources, a line each: "WEIGHT NAME PATH [key=value ...]".
+    config.data.mixture = ()
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
     config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.min_side = 8  # pixels; smaller pictures are left out

@@ -92,6 +92,8 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.data.path = ""  # the file or files of conversations
     config.data.eval_path = ""  # another one, of what is held out; "" takes a split of the first
     config.data.image_folder = ""  # where the paths of images begin; the file's folder
+    # name=mixture: several sources, a line each: "WEIGHT NAME PATH [key=value ...]".
+    config.data.mixture = ()
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
     config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.split = "train"

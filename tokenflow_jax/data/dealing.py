@@ -28,7 +28,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from tokenflow_jax.data.block_order import block_order
+from tokenflow_jax.data import stream_order
+from tokenflow_jax.data.mixture import Plan
+from tokenflow_jax.log import log
 from tokenflow_jax.messages import shown
 
 Example = Mapping[str, np.ndarray]
@@ -68,8 +70,9 @@ class DealtBatches(_Batches):
     def __init__(
         self,
         make: Callable[[int, np.random.Generator], Example | None],  # item -> arrays; None: broken
-        count: int,  # of items
+        count: int | Mapping[str, int],  # of items; of a mixture, of each source by name
         *,
+        weights: Sequence[float] = (),  # of the sources of a mixture
         batch_size: int,  # examples of this share
         seed: int,  # of the order and of the generators
         shard_index: int = 0,
@@ -82,15 +85,19 @@ class DealtBatches(_Batches):
         will_need: Callable[[np.ndarray], None] | None = None,  # told the items of a mix, sorted
     ):
         """Start at the beginning of the stream; nothing is made before the first `next`."""
-        check_share(shard_index, shard_count, count)
+        self._mixture = dict(count) if isinstance(count, Mapping) else None
+        self._counts = list(count.values()) if isinstance(count, Mapping) else [count]
+        check_share(shard_index, shard_count, sum(self._counts))
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
-        self._make, self._count, self._batch_size, self._seed = make, count, batch_size, seed
+        self._make, self._batch_size, self._seed = make, batch_size, seed
         self._share = shard_index
         self._blocks = [shuffle_block, shuffle_window] if shuffle_block else 0
         self._stream = {
-            **(identity or {}), "pictures": count, "seed": seed, _BLOCKS: self._blocks,
+            **(identity or {}), "pictures": sum(self._counts), "seed": seed, _BLOCKS: self._blocks,
+            **({"sources": self._mixture} if self._mixture else {}),
         }  # fmt: skip
+        self._plan = Plan(weights, seed) if self._mixture else None
         self._options = read_options(threads, buffer)
         self._will_need = will_need or (lambda items: None)
         self._deal = _Deal(0, shard_count, batch_size)
@@ -111,6 +118,7 @@ class DealtBatches(_Batches):
             "share": self._share,
             "done": self._done,
             "ahead": sorted(self._ahead),
+            **({"plan": self._plan.state()} if self._plan else {}),
         }
 
     def set_state(self, states: States) -> None:
@@ -123,6 +131,18 @@ class DealtBatches(_Batches):
         first = states[0]
         old = _Deal(first["origin"], first["shares"], first["block"])
         new = dataclasses.replace(old, shares=self._deal.shares, block=self._deal.block)
+        plan = Plan.from_state(first["plan"], self._seed) if self._plan else None
+        if plan and plan.weights != self._plan.weights:
+            # Another order from the first place on that no share has passed; the few places before
+            # it that some have not passed are left out.
+            origin = max(old.place(share, state["done"]) for share, state in by_share.items())
+            log.info("weights of the mixture %s -> %s", plan.weights, self._plan.weights)
+            self._plan = Plan(self._plan.weights, self._seed, origin, plan.given(origin))
+            self._deal, self._done = dataclasses.replace(new, origin=origin), 0
+            self._ahead = frozenset()
+            self.close()
+            return
+        self._plan = plan
         if new == old and self._share in by_share:
             self._deal, self._done = old, by_share[self._share]["done"]
             self._ahead = frozenset(first["ahead"])
@@ -141,24 +161,24 @@ class DealtBatches(_Batches):
     def _dataset(self) -> grain.IterDataset:
         # Not self: its readers must not keep it alive.
         ahead, make, deal, share = self._ahead, self._make, self._deal, self._share
-        will_need = self._will_need
+        will_need, plan = self._will_need, self._plan
+        firsts = np.concatenate([[0], np.cumsum(self._counts)])
 
         def example(place_and_item: tuple[int, int], rng: np.random.Generator):
             place, item = place_and_item
             made = None if place in ahead else make(int(item), rng)
             return None if made is None else {**made, _PLACE: np.int64(place)}
 
-        def announce(place: int, items: np.ndarray) -> None:
-            blocks = (np.arange(len(items)) + place - deal.origin) // deal.block
-            will_need(np.sort(items[(blocks >= 0) & (blocks % deal.shares == share)]))
+        def announce(source: int, first: int, items: np.ndarray) -> None:
+            numbers = np.arange(len(items)) + first
+            places = plan.places(source, first, len(items)) if plan else numbers
+            blocks = (places - deal.origin) // deal.block
+            own = (blocks >= 0) & (blocks % deal.shares == share)
+            will_need(np.sort(items[own]) + firsts[source])
 
-        if self._blocks:
-            order = block_order(self._count, *self._blocks, self._seed, announce)
-            places = grain.MapDataset.range(0, sys.maxsize).seed(self._seed)
-            numbered = places.map(lambda place: (place, order(int(place))))
-        else:
-            items = grain.MapDataset.source(np.arange(self._count)).seed(self._seed)
-            numbered = items.shuffle().repeat().map_with_index(lambda place, item: (place, item))
+        numbered = stream_order.numbered_items(
+            self._counts, self._seed, self._blocks, plan, announce
+        )
         # random_map's generator follows from (seed, place): dealt out only behind it.
         stream = numbered.random_map(example)
         numbers = grain.MapDataset.range(self._done, sys.maxsize)

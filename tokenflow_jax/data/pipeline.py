@@ -8,7 +8,7 @@ Evaluation: every picture once, in order, center-cropped, broken ones and paddin
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -24,6 +24,7 @@ from tokenflow_jax.data.examples import (
     fitting_captions,
     notes_on,
 )  # fmt: skip
+from tokenflow_jax.data.mixture import Mixed
 
 AUGMENTATIONS = ("random_crop", "center")
 
@@ -151,10 +152,13 @@ class Decoded:
             else:
                 self._cache[index] = example
 
-    def arrays(self, example: dict[str, Any], image_HWC: np.ndarray) -> dict[str, np.ndarray]:
+    def arrays(
+        self, example: dict[str, Any], image_HWC: np.ndarray, numbers: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the arrays, the same in all examples of a data set; -1 for a missing number."""
-        numbers = {key: np.int32(example.get(key, -1)) for key in self.source.numbers}
-        return {"image": np.ascontiguousarray(image_HWC), **numbers}
+        names = self.source.numbers if numbers is None else numbers
+        found = {name: np.int32(example.get(name, -1)) for name in names}
+        return {"image": np.ascontiguousarray(image_HWC), **found}
 
 
 _OPEN: dict[DataConfig, Decoded] = {}
@@ -187,7 +191,46 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
     "group", int32 (B,), -1 for a picture without.
     """
     decoded = opened(config)
-    size = config.image_size
+    return DealtBatches(
+        _augmenter(config, decoded.source.numbers),
+        len(decoded),
+        identity={"data": f"{config.name} {config.split}"},
+        will_need=decoded.will_need,
+        **_reading(config),
+        **options,
+    )
+
+
+def mixed_batches(
+    configs: Mapping[str, DataConfig], weights: Sequence[float], **options: int
+) -> DealtBatches:
+    """Return batches of several data sets by name; "source", int32 (B,), is a picture's data set.
+
+    They are read and shuffled as the first one says. For the rest see `train_batches`.
+    """
+    sets = {name: opened(config) for name, config in configs.items()}
+    numbers = sorted({number for decoded in sets.values() for number in decoded.source.numbers})
+    makes = [_augmenter(config, numbers) for config in configs.values()]
+    mixed = Mixed(makes, [len(decoded) for decoded in sets.values()])
+    return DealtBatches(
+        mixed.make,
+        dict(zip(sets, mixed.counts, strict=True)),
+        weights=weights,
+        identity={"data": "mixture"},
+        will_need=mixed.telling([decoded.will_need for decoded in sets.values()]),
+        **_reading(next(iter(configs.values()))),
+        **options,
+    )
+
+
+def _reading(config: DataConfig) -> dict[str, int]:
+    names = ("threads", "buffer", "shuffle_block", "shuffle_window")
+    return {name: getattr(config, name) for name in names}
+
+
+def _augmenter(config: DataConfig, numbers: Sequence[str]) -> Callable[..., Example | None]:
+    """Return the function that makes the training arrays of an example."""
+    decoded, size = opened(config), config.image_size
 
     def augmented(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         if (example := decoded[index]) is None:
@@ -196,19 +239,10 @@ def train_batches(config: DataConfig, **options: int) -> DealtBatches:
             image = images.random_crop(example["image"], size, rng)
         else:
             image = images.center_crop(example["image"], size)
-        return decoded.arrays(example, images.random_flip(image, rng) if config.flip else image)
+        image = images.random_flip(image, rng) if config.flip else image
+        return decoded.arrays(example, image, numbers)
 
-    return DealtBatches(
-        augmented,
-        len(decoded),
-        identity={"data": f"{config.name} {config.split}"},
-        threads=config.threads,
-        buffer=config.buffer,
-        shuffle_block=config.shuffle_block,
-        shuffle_window=config.shuffle_window,
-        will_need=decoded.will_need,
-        **options,
-    )
+    return augmented
 
 
 def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str, np.ndarray]]:

@@ -59,7 +59,12 @@ class GenerationStage(CodeStage):
     @property
     def encodes(self) -> bool:
         """The step makes the codes of its images."""
-        return self.config.data.name != "codes" and self.config.data.encode == "step"
+        from_disk = {data.name == "codes" for _, data in self.data_sources.values()}
+        if self.config.data.encode != "step":
+            return False
+        if len(from_disk) > 1:
+            raise ValueError("data.mixture: pictures beside codes need --config.data.encode=once")
+        return from_disk == {False}
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -76,6 +81,7 @@ class GenerationStage(CodeStage):
             trainable=self.trainable,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
+            sources=self.sources,
             loss_tokens=config.loss_tokens,
         )
 
@@ -93,12 +99,13 @@ class GenerationStage(CodeStage):
     @property
     def batch_shapes(self) -> PyTree:
         """Shapes of a global batch."""
-        prefix = self.batch_array(jnp.int32, self.prompts.prefix_length)
+        arrays = {"prefix": self.batch_array(jnp.int32, self.prompts.prefix_length)}
+        if self.sources:
+            arrays["source"] = self.batch_array(jnp.int32)
         if self.encodes:
             side = self.tokenizer_config.image_size
-            return {"prefix": prefix, "image": self.batch_array(jnp.uint8, side, side, 3)}
-        codes = self.batch_array(jnp.int32, self.model_config.pyramid.tokens)
-        return {"prefix": prefix, "codes": codes}
+            return {**arrays, "image": self.batch_array(jnp.uint8, side, side, 3)}
+        return {**arrays, "codes": self.batch_array(jnp.int32, self.model_config.pyramid.tokens)}
 
     def sampling(self, images: int) -> Program:
         """Return the sampler as a program: guided, one pass, prompts as long as they may be."""
@@ -127,14 +134,15 @@ class GenerationStage(CodeStage):
         """Load the tokenizer, open the data and make its codes unless the step does."""
         config = self.config
         self.check_sources("FOLDER of LLaMA-2 (its tokenizer files), or 'bytes' or 'words'")
-        self._captions = captions.CaptionConfig(config.data.captions, config.data.drop_rate)
         self._recipe = Recipe(**config.sampling)
         self._recipe.check(self.model_config)
         self.open_tokenizer()
         self.frozen = self.place(self._frozen(self.tokenizer.params))
         self._encode = functools.cache(lambda: encoding.image_encoder(self.tokenizer))
-        self._train_set = self._examples(config.data.split)
-        self._eval_set = self._examples(config.data.eval_split)
+        sources = [data for _, data in self.data_sources.values()]
+        self._train_sets = [self._examples(data, data.split) for data in sources]
+        self._captions = [captions.CaptionConfig(d.captions, d.drop_rate) for d in sources]
+        self._eval_set = self._examples(sources[0], sources[0].eval_split)
         self.notes += [
             f"image tokenizer {config.tokenizer.path}, fingerprint {self.tokenizer.fingerprint}; "
             f"text tokenizer {config.text_tokenizer}, {config.data.max_length} ids per prompt",
@@ -142,9 +150,8 @@ class GenerationStage(CodeStage):
         ]
         return self
 
-    def _examples(self, split: str) -> captions.Examples:
+    def _examples(self, data: Any, split: str) -> captions.Examples:
         """Open a split: codes from disk or memory, or pictures for the step to encode."""
-        data = self.config.data
         if data.name == "codes":
             try:
                 return CodeRecords(data.path, split, self.tokenizer.identity)
@@ -173,26 +180,29 @@ class GenerationStage(CodeStage):
     @property
     def data_set(self) -> Any:
         """The opened training data."""
-        return self._train_set
+        return self._train_sets[0]
 
     def data(self) -> Any:
         """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
-        return captions.train_batches(
-            self._train_set,
-            self._captions,
-            self.prompts,
-            batch_size=self.config.batch_size // shares,
-            seed=self.config.seed,
-            shard_index=share,
-            shard_count=shares,
-            shuffle_block=self.config.data.shuffle_block,
-            shuffle_window=self.config.data.shuffle_window,
-        )
+        options = {
+            "batch_size": self.config.batch_size // shares,
+            "seed": self.config.seed,
+            "shard_index": share,
+            "shard_count": shares,
+            "shuffle_block": self.config.data.shuffle_block,
+            "shuffle_window": self.config.data.shuffle_window,
+        }
+        sets = zip(self._train_sets, self._captions, strict=True)
+        if self.sources:
+            weights = [weight for weight, _ in self.data_sources.values()]
+            named = dict(zip(self.sources, sets, strict=True))
+            return captions.mixed_batches(named, weights, self.prompts, **options)
+        return captions.train_batches(*next(sets), self.prompts, **options)
 
     def final_notes(self) -> list[str]:
         """Return lines about skipped pictures and prompts that were cut."""
-        notes = captions.skipped_notes(self._train_set, self._eval_set)
+        notes = captions.skipped_notes(*self._train_sets, self._eval_set)
         return [*notes, *self.prompts.cut_notes()]
 
     def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
@@ -234,7 +244,7 @@ class GenerationStage(CodeStage):
             self.between_batches()
         figures = {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2], "images": sums[2]}
         if int(state.step) == self.config.total_steps and options.retrieval:
-            for name, examples in (("trained", self._train_set), ("unseen", self._eval_set)):
+            for name, examples in (("trained", self._train_sets[0]), ("unseen", self._eval_set)):
                 found = retrieval.caption_retrieval(
                     self._generator.with_params(weights),
                     self._recipe,

@@ -25,6 +25,7 @@ from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
+from tokenflow_jax.train.by_source import means_by_source, sums_by_source
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -85,6 +86,7 @@ class Trainer:
     ema_decay: float = 0.0  # of the moving average of weights; 0 keeps none
     accumulate: int = 1  # microbatches per step
     loss_tokens: int = 4096  # positions whose logits a device holds at the same time
+    sources: tuple[str, ...] = ()  # names of what batches mix; each gets its own curve
 
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Run one optimization step; to be jitted with `state` donated.
@@ -93,7 +95,7 @@ class Trainer:
           state: the run's state.
           frozen: {"tokenizer": params}: its codebooks, and its encoders where batches hold images.
           batch: {"prefix": int32 (B, P)} and "codes" int32 (B, N) or "image" uint8 (B, H, H, 3), of
-            the global batch.
+            the global batch; of a mixture also "source", int32 (B,).
 
         Returns:
           The new state, and scalar metrics ("loss/...", "accuracy/...", "scale/...").
@@ -106,12 +108,14 @@ class Trainer:
             def loss(params):
                 if self.trainable is not None:
                     params = optim.freeze(params, self.trainable)
-                return self.loss(params, frozen, *rows, labels)
+                return self.loss(params, frozen, *rows[:2], labels, *rows[2:])
 
             return carry, jax.grad(loss, has_aux=True)(state.params), ()
 
-        _, sums, _ = accumulate(microbatch, (prefix_BP, codes_BN), self.accumulate)
+        rows = (prefix_BP, codes_BN, batch["source"]) if self.sources else (prefix_BP, codes_BN)
+        _, sums, _ = accumulate(microbatch, rows, self.accumulate)
         gradients, metrics = jax.tree.map(lambda x: x / self.accumulate, sums)
+        metrics |= means_by_source("image", metrics.pop("sources", {}))
         metrics["gradient_norm/all"] = optax.tree.norm(gradients)
         params, opt_state = optim.update(self.optimizer, gradients, state.opt_state, state.params)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
@@ -133,11 +137,15 @@ class Trainer:
         prefix_BP: jax.Array,
         codes_BN: jax.Array,
         text_labels: jax.Array,
+        source_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Metrics]:
         """Return the loss of a batch, and its metrics; `text_labels` divides the text's loss."""
         losses = self.token_losses(params, frozen, prefix_BP, codes_BN)
         image = total = jnp.mean(losses.image * self._weights(losses.image.shape[1]))
         metrics = {"loss/image": image}
+        if source_B is not None:
+            each_B = losses.image.mean(axis=1)
+            metrics["sources"] = sums_by_source(each_B, source_B, self.sources)
         if losses.text is not None:
             text = losses.text.sum() / text_labels
             total += self.losses.text_weight * text

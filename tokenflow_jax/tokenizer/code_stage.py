@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 import optax
 
+from tokenflow_jax.data import mixture
 from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh
@@ -47,6 +48,16 @@ class CodeStage(Stage):
     def tokenizer_config(self) -> TokenizerConfig:
         """The frozen tokenizer's hyper-parameters."""
         return frozen.find_config(self.config.tokenizer)
+
+    @functools.cached_property
+    def data_sources(self) -> dict[str, tuple[float, Any]]:
+        """Weight and settings of each source of the data; see `data.mixture.settings`."""
+        return mixture.settings(self.config.data)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of a mixture; () without one."""
+        return tuple(filter(None, self.data_sources))
 
     def with_own_choices(self, fields: dict[str, Any]) -> Any:
         """Return the model's hyper-parameters, the run's own choices for the decoder included."""

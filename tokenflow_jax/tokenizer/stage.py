@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from tokenflow_jax.data import pipeline
+from tokenflow_jax.data import mixture, pipeline
 from tokenflow_jax.nets.discriminator import make_discriminator
 from tokenflow_jax.nets.lpips import LPIPS, lpips_template
 from tokenflow_jax.nets.pixels import to_float
@@ -77,6 +78,7 @@ class TokenizerStage(Stage):
             trainable=self.trainable,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
+            sources=self.sources,
             seed=config.seed,
         )
 
@@ -99,7 +101,8 @@ class TokenizerStage(Stage):
     def batch_shapes(self) -> PyTree:
         """Shape of a global batch."""
         size = self.model_config.image_size
-        return {"image": self.batch_array(jnp.uint8, size, size, 3)}
+        source = {"source": self.batch_array(jnp.int32)} if self.sources else {}
+        return {"image": self.batch_array(jnp.uint8, size, size, 3), **source}
 
     @property
     def parts(self) -> dict[str, PyTree]:
@@ -131,13 +134,13 @@ class TokenizerStage(Stage):
         self.notes += mesh.describe_whole(self.state_shapes, self.mesh)
 
         options = config.eval
-        for data_set in (self._train_set, self._eval_set):
+        for data_set in (*self._train_sets.values(), self._eval_set):
             pipeline.opened(data_set)  # a wrong path is an error at once
         lpips_params = self._whole(self.frozen["lpips"]) if lpips else None
         self._evaluation = Evaluation(
             self.model,
             options,
-            self._train_set,
+            next(iter(self._train_sets.values())),
             self._eval_set,
             lpips_params,
             lambda: self.between_batches(),
@@ -147,16 +150,31 @@ class TokenizerStage(Stage):
         return self
 
     @functools.cached_property
-    def _train_set(self) -> pipeline.DataConfig:
-        data = self.config.data
-        return self._data_config(data.split, data.augment, data.flip)
+    def _sources(self) -> dict[str, tuple[float, ml_collections.ConfigDict]]:
+        return mixture.settings(self.config.data)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of a mixture; () without one."""
+        return tuple(filter(None, self._sources))
+
+    @functools.cached_property
+    def _train_sets(self) -> dict[str, pipeline.DataConfig]:
+        return {
+            name: self._data_config(data, data.split, data.augment, data.flip)
+            for name, (_, data) in self._sources.items()
+        }
 
     @functools.cached_property
     def _eval_set(self) -> pipeline.DataConfig:
-        return self._data_config(self.config.data.eval_split, "center", False)
+        """What is held out; of a mixture, of the first source."""
+        _, data = next(iter(self._sources.values()))
+        return self._data_config(data, data.eval_split, "center", False)
 
-    def _data_config(self, split: str, augment: str, flip: bool) -> pipeline.DataConfig:
-        data, size = self.config.data, self.model_config.image_size
+    def _data_config(
+        self, data: ml_collections.ConfigDict, split: str, augment: str, flip: bool
+    ) -> pipeline.DataConfig:
+        size = self.model_config.image_size
         return pipeline.DataConfig(
             *(data.name, data.path, split, size, augment, flip),
             min_side=data.min_side,
@@ -169,23 +187,26 @@ class TokenizerStage(Stage):
 
     def final_notes(self) -> list[str]:
         """Return lines about skipped pictures."""
-        return pipeline.skipped_notes(self._train_set, self._eval_set)
+        return pipeline.skipped_notes(*self._train_sets.values(), self._eval_set)
 
     @property
     def data_set(self) -> pipeline.Decoded:
         """The opened training data."""
-        return pipeline.opened(self._train_set)
+        return pipeline.opened(next(iter(self._train_sets.values())))
 
     def data(self) -> Any:
         """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
-        return pipeline.train_batches(
-            self._train_set,
-            batch_size=self.config.batch_size // shares,
-            seed=self.config.seed,
-            shard_index=share,
-            shard_count=shares,
-        )
+        options = {
+            "batch_size": self.config.batch_size // shares,
+            "seed": self.config.seed,
+            "shard_index": share,
+            "shard_count": shares,
+        }
+        if self.sources:
+            weights = [weight for weight, _ in self._sources.values()]
+            return pipeline.mixed_batches(self._train_sets, weights, **options)
+        return pipeline.train_batches(*self._train_sets.values(), **options)
 
     def init(self) -> TrainState:
         """Return random weights, the encoder from its teacher, and k-means codebooks if asked."""

@@ -36,6 +36,7 @@ from tokenflow_jax.tokenizer.state import CodebookConfig, Discriminator, LossCon
 from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
+from tokenflow_jax.train.by_source import means_by_source, sums_by_source
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -56,6 +57,7 @@ class Trainer:
     trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
     ema_decay: float = 0.0  # of the moving average of weights; 0 keeps none
     accumulate: int = 1  # microbatches per step
+    sources: tuple[str, ...] = ()  # names of what batches mix; each gets its own curve
     seed: int = 0  # of all the randomness in the steps
 
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
@@ -64,7 +66,7 @@ class Trainer:
         Args:
           state: the run's state.
           frozen: {"teacher": params, "lpips": params}, as far as the modules are there.
-          batch: {"image": uint8 (B, H, H, 3)}, global.
+          batch: {"image": uint8 (B, H, H, 3)}, global; of a mixture also "source", int32 (B,).
 
         Returns:
           The new state, and scalar metrics ("loss/...", "gradient_norm/...", "usage/...", ...).
@@ -79,6 +81,9 @@ class Trainer:
             microbatch, batch["image"], self.accumulate, batch_stats, dropout_key
         )
         gradients, metrics = jax.tree.map(lambda x: x / self.accumulate, sums)
+        if self.sources:
+            sums = sums_by_source(tokens["error"], batch["source"], self.sources)
+            metrics |= means_by_source("reconstruction", sums)
         usage = state.usage.update(tokens["codes"], scales, keep_S)
         state, norms = self._apply(state.replace(usage=usage), gradients, batch_stats)
         state = self._move_codebook(state, tokens, keep_S, revive_key)
@@ -142,6 +147,8 @@ class Trainer:
                 "adversarial/weight": weight,
                 "adversarial/adaptive": jnp.float32(adaptive),
             }
+        if self.sources:
+            tokens["error"] = self._error(images_BHWC, rec_BHWC).mean(axis=(1, 2, 3))
         (generator_gradients,) = pull_back((image_gradient, jnp.ones_like(code_loss)))
         gradients = {"generator": generator_gradients, "discriminator": discriminator_gradients}
         return batch_stats, (gradients, metrics | {"loss/total": total}), tokens
@@ -204,12 +211,15 @@ class Trainer:
         )
         return {"distance/semantic": semantic, "distance/pixel": pixel}
 
+    def _error(self, images_BHWC, rec_BHWC):
+        error_BHWC = rec_BHWC - images_BHWC
+        return jnp.abs(error_BHWC) if self.losses.pixel == "l1" else error_BHWC**2
+
     def _pixel_losses(self, frozen, images_BHWC, rec_BHWC, key):
         """Return reconstruction and perceptual loss, their gradient at rec_BHWC, and metrics."""
 
         def loss(rec_BHWC):
-            error = rec_BHWC - images_BHWC
-            reconstruction = jnp.mean(jnp.abs(error) if self.losses.pixel == "l1" else error**2)
+            reconstruction = jnp.mean(self._error(images_BHWC, rec_BHWC))
             perceptual = jnp.float32(0)
             if self.lpips is not None:
                 dropout_key = key if self.losses.perceptual_dropout else None

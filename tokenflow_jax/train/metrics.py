@@ -33,7 +33,8 @@ class Averages:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def add(self, scalars: Mapping[str, float]) -> None:
-        """Add one step's scalars; a key may be absent from some steps."""
+        """Add one step's scalars; a key may be absent from some steps, or NaN for a source."""
+        scalars = {k: v for k, v in scalars.items() if v == v or not k.startswith("source/")}
         self._sums.update(scalars)
         self._counts.update(scalars.keys())
 

@@ -22,6 +22,7 @@ import numpy as np
 from tokenflow_jax.data import images, pipeline, sources
 from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
+from tokenflow_jax.data.mixture import Mixed
 from tokenflow_jax.data.text import PromptEncoder
 
 FIELDS = ("caption", "tags", "group")
@@ -131,6 +132,39 @@ def train_batches(
     A batch has "prefix", int32 (B, P), and "image", uint8 (B, size, size, 3), or "codes", int32
     (B, L).
     """
+    return DealtBatches(
+        _drawer(examples, captions, prompts),
+        len(examples),
+        identity={"data": examples.name},
+        will_need=getattr(examples, "will_need", None),
+        **options,
+    )
+
+
+def mixed_batches(
+    sets: Mapping[str, tuple[Examples, CaptionConfig]],
+    weights: Sequence[float],
+    prompts: PromptEncoder,
+    **options: int,
+) -> DealtBatches:
+    """Return batches of several data sets by name; "source", int32 (B,), is a pair's data set."""
+    makes = [_drawer(examples, captions, prompts) for examples, captions in sets.values()]
+    mixed = Mixed(makes, [len(examples) for examples, _ in sets.values()])
+    tell = [getattr(examples, "will_need", None) for examples, _ in sets.values()]
+    return DealtBatches(
+        mixed.make,
+        dict(zip(sets, mixed.counts, strict=True)),
+        weights=weights,
+        identity={"data": "mixture"},
+        will_need=mixed.telling(tell),
+        **options,
+    )
+
+
+def _drawer(
+    examples: Examples, captions: CaptionConfig, prompts: PromptEncoder
+) -> Callable[..., dict[str, np.ndarray] | None]:
+    """Return the function that makes a pair with a caption drawn for it."""
     guard = Guard(examples.skipped, _PAIR)
 
     def draw(index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
@@ -138,13 +172,7 @@ def train_batches(
         guard.check(row is not None)
         return row
 
-    return DealtBatches(
-        draw,
-        len(examples),
-        identity={"data": examples.name},
-        will_need=getattr(examples, "will_need", None),
-        **options,
-    )
+    return draw
 
 
 def eval_batches(
