@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data.chat import batches as conversation_batches
-from tokenflow_jax.data.chat.batches import ConversationConfig, Conversations
+from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.train import optim

@@ -101,6 +101,6 @@ def test_the_stage_hands_the_choice_to_its_data():
     config.data.min_side, config.data.max_aspect = 99, 3
     config.data.shuffle_block, config.data.shuffle_window = 64, 4096
     stage = TokenizerStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
-    found = stage._data_config("train", "center", False)
+    (found,) = stage._train_sets.values()
     assert found.allow_outside and (found.min_side, found.max_aspect) == (99, 3)
     assert (found.shuffle_block, found.shuffle_window) == (64, 4096)

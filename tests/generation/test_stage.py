@@ -356,3 +356,14 @@ def test_preflight_knows_the_stage():
     assert fits and "sampling on" in text and "codebooks" in text and "optimizer" not in text
     with pytest.raises(ValueError, match="cannot be split over 8 devices"):
         preflight.report(config, parse_topology("h100:8"), sample=9)
+
+
+def test_a_mixture_of_pictures_and_codes(tokenizer, data, tmp_path):
+    changes = {"data.name": "mixture", "data.mixture": ("1 emoji as=drawn", f"2 codes '{data}'")}
+    config = tiny(tokenizer, data, **changes, **{"data.encode": "step"})
+    with pytest.raises(ValueError, match=r"data\.encode=once"):
+        make(config)
+    config.data.mixture = ("1 emoji split=heldout as=drawn drop_rate=0.5", "2 emoji as=whole")
+    loop.train_and_evaluate(config, tmp_path, make(config))
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert "source/drawn/image" in lines and "source/whole/image" in lines

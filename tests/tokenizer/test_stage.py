@@ -17,7 +17,8 @@ from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.evaluate import Evaluation
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.stage import TokenizerStage
-from tokenflow_jax.train import loop
+from tokenflow_jax.train import curves, loop
+from tokenflow_jax.train.checkpoint import CheckpointError
 
 
 def make(config):
@@ -147,3 +148,28 @@ def test_kmeans_start_uses_the_data():
     assert not np.array_equal(state.params["pixel_codebook"], plain.params["pixel_codebook"])
     norms = np.linalg.norm(state.params["pixel_codebook"], axis=-1)
     np.testing.assert_allclose(norms, 1, rtol=1e-4)
+
+
+def test_a_mixture_has_a_curve_for_each_source_and_goes_on_with_other_weights(tmp_path, caplog):
+    lines = ("1 emoji as=faces", "3 emoji split=heldout as=others")
+    config = tiny_config(**{"data.name": "mixture", "data.mixture": lines})
+    loop.train_and_evaluate(config, tmp_path / "a", make(config))
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "2", tmp_path / "b" / "checkpoints" / "2")
+    state = loop.train_and_evaluate(config, tmp_path / "b", make(config)).state
+    whole = tfx.Tokenizer.load(tmp_path / "a", ema=False).params["pixel_codebook"]
+    np.testing.assert_array_equal(state.params["pixel_codebook"], whole)
+    history = curves.read_history(tmp_path / "a" / "metrics.jsonl")
+    found = {k: v for line in history for k, v in line.items()}
+    faces, others = (found[f"source/{n}/reconstruction"] for n in ("faces", "others"))
+    # Means over steps of means within steps: not exactly between the two.
+    total = found["loss/reconstruction"]
+    assert 0 < 0.95 * min(faces, others) <= total <= 1.05 * max(faces, others)
+    config.data.mixture = ("9 emoji as=faces", "1 emoji split=heldout as=others")
+    config.total_steps = 6
+    loop.train_and_evaluate(config, tmp_path / "b", make(config))
+    assert "weights of the mixture [1.0, 3.0] -> [9.0, 1.0]" in caplog.text
+    assert "config.data.mixture" in caplog.text
+    config.data.mixture = ("9 emoji as=faces", "1 emoji as=more")
+    config.total_steps = 8
+    with pytest.raises(CheckpointError, match="sources was"):
+        loop.train_and_evaluate(config, tmp_path / "b", make(config))

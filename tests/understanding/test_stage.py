@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 import tokenflow_jax as tfx
 from tokenflow_jax import answer
-from tokenflow_jax.data.chat.batches import ConversationConfig
+from tokenflow_jax.data.chat.opened import ConversationConfig
 from tokenflow_jax.data.chat.templates import get_template
 from tokenflow_jax.messages import printable
 from tokenflow_jax.nets.lm import LMConfig
@@ -375,3 +376,25 @@ def test_a_converted_model_answers_alike(trained, assistant, picture, tokenizer,
     ]  # fmt: skip
     assert answer.run([*flags, f"--image={picture}", "--question=What?"]) == 0
     assert capsys.readouterr().out == f"{printable(wanted)}\n"
+
+
+def test_a_mixture_trains_on_all_its_sources(tokenizer, chats, tmp_path):
+    lines = ("1 emoji questions=kind as=kinds", f"3 jsonl '{chats}' as=chats")
+    changes = {"data.name": "mixture", "data.mixture": lines, "data.encode": "step"}
+    config = tiny(tokenizer, chats, **changes)
+    whole = loop.train_and_evaluate(config, tmp_path / "a", make(config)).state
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "2", tmp_path / "b" / "checkpoints" / "2")
+    again = loop.train_and_evaluate(config, tmp_path / "b", make(config)).state
+    same = jax.tree.map(np.array_equal, whole.params, again.params)
+    assert all(jax.tree.leaves(same))
+    history = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").open()]
+    found = {k: v for line in history for k, v in line.items()}
+    kinds, others = found["source/kinds/loss"], found["source/chats/loss"]
+    assert min(kinds, others) < found["loss/total"] < max(kinds, others)
+    config.data.encode, config.pack = "once", 2
+    config.data.buckets = ()
+    loop.train_and_evaluate(config, tmp_path / "c", make(config))
+    assert "source/kinds/loss" in (tmp_path / "c" / "metrics.jsonl").read_text()
+    config.data.order = "grouped"
+    with pytest.raises(ValueError, match=r"data\.order of a mixture"):
+        make(config)

@@ -30,7 +30,6 @@ import numpy as np
 
 from tokenflow_jax.data import stream_order
 from tokenflow_jax.data.mixture import Plan
-from tokenflow_jax.log import log
 from tokenflow_jax.messages import shown
 
 Example = Mapping[str, np.ndarray]
@@ -131,18 +130,16 @@ class DealtBatches(_Batches):
         first = states[0]
         old = _Deal(first["origin"], first["shares"], first["block"])
         new = dataclasses.replace(old, shares=self._deal.shares, block=self._deal.block)
-        plan = Plan.from_state(first["plan"], self._seed) if self._plan else None
-        if plan and plan.weights != self._plan.weights:
-            # Another order from the first place on that no share has passed; the few places before
-            # it that some have not passed are left out.
+        if self._plan:
+            # With other weights another order begins at the first place that no share has passed;
+            # the few places before it that some have not passed are left out.
             origin = max(old.place(share, state["done"]) for share, state in by_share.items())
-            log.info("weights of the mixture %s -> %s", plan.weights, self._plan.weights)
-            self._plan = Plan(self._plan.weights, self._seed, origin, plan.given(origin))
-            self._deal, self._done = dataclasses.replace(new, origin=origin), 0
-            self._ahead = frozenset()
-            self.close()
-            return
-        self._plan = plan
+            self._plan = self._plan.resumed(first["plan"], origin)
+            if self._plan.origin == origin and first["plan"]["origin"] != origin:
+                self._deal, self._done = dataclasses.replace(new, origin=origin), 0
+                self._ahead = frozenset()
+                self.close()
+                return
         if new == old and self._share in by_share:
             self._deal, self._done = old, by_share[self._share]["done"]
             self._ahead = frozenset(first["ahead"])
@@ -214,13 +211,16 @@ class NumberedBatches(_Batches):
 
     def __init__(
         self,
-        make: Callable[[int], Any],
+        make: Callable[[int, Plan | None], Any],
         *,
         identity: Mapping[str, Any],
         threads: int = 0,
         buffer: int = 8,
+        plan: Plan | None = None,  # of a mixture
+        per_batch: int = 1,  # places of the plan in a batch
     ):
         self._make, self._stream = make, dict(identity)
+        self._plan, self._per_batch = plan, per_batch
         self._options = read_options(threads, buffer)
         self._next = 0
 
@@ -231,16 +231,21 @@ class NumberedBatches(_Batches):
 
     def get_state(self) -> dict[str, Any]:
         """Return the JSON-able position, the same in all processes."""
-        return {"stream": self._stream, "next": self._next}
+        plan = {"plan": self._plan.state()} if self._plan else {}
+        return {"stream": self._stream, "next": self._next, **plan}
 
     def set_state(self, states: States) -> None:
         """Continue at a position; see `DealtBatches.set_state`, any one state is enough."""
-        self._next = _checked(states, self._stream)[0]["next"]
+        state = _checked(states, self._stream)[0]
+        self._next = state["next"]
+        if self._plan:
+            self._plan = self._plan.resumed(state["plan"], self._next * self._per_batch)
         self.close()
 
     def _dataset(self) -> grain.IterDataset:
         numbers = grain.MapDataset.range(self._next, sys.maxsize)
-        return numbers.map(self._make).to_iter_dataset(self._options)
+        make, plan = self._make, self._plan
+        return numbers.map(lambda number: make(number, plan)).to_iter_dataset(self._options)
 
 
 def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:

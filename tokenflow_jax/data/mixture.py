@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_jax.log import log
 from tokenflow_jax.messages import shown
 
 BLOCK = 4096  # places; weights are rounded to that
@@ -143,12 +144,19 @@ class Plan:
         return [start + block * count + int(extra) for start, count, extra in each]
 
     def state(self) -> dict[str, Any]:
-        """Return what `from_state` needs, JSON-able."""
+        """Return what `resumed` needs, JSON-able."""
         return {"weights": self.weights, "origin": self.origin, "starts": self.starts}
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], seed: int) -> "Plan":
-        return cls(state["weights"], seed, state["origin"], state["starts"])
+    def resumed(self, state: Mapping[str, Any], place: int) -> "Plan":
+        """Return the plan of a state or, where its weights were others, this one from `place` on.
+
+        `place` is the first that nobody has passed.
+        """
+        saved = Plan(state["weights"], self._seed, state["origin"], state["starts"])
+        if saved.weights == self.weights:
+            return saved
+        log.info("weights of the mixture %s -> %s", saved.weights, self.weights)
+        return Plan(self.weights, self._seed, place, saved.given(place))
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
@@ -173,6 +181,10 @@ class Mixed:
         """Return the data set of an item, and the item's number there."""
         source = int(np.searchsorted(self._firsts, item, side="right")) - 1
         return source, int(item - self._firsts[source])
+
+    def first(self, source: int) -> int:
+        """Return the number of a data set's first item."""
+        return int(self._firsts[source])
 
     def make(self, item: int, rng: np.random.Generator) -> dict[str, Any] | None:
         """Return an example with its "source", or None for a broken one."""

@@ -9,6 +9,7 @@ share a row, so nothing recompiles.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from tokenflow_jax.nets.resize import area_resize, bicubic_resize
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.tokenizer.pyramid import Scales, features_from_codes
 from tokenflow_jax.tokenizer.quantizer import Codebooks
+from tokenflow_jax.train.by_source import sums_by_source
 
 PROJECTORS = ("mlp2x_gelu", "linear")
 # Which code features the language model reads (the paper's table 8).
@@ -190,16 +192,26 @@ class Understanding(nn.Module):
         segments_BL: jax.Array,
         features_BMNC: jax.Array,
         tokens: int = 4096,  # positions whose logits a device holds at a time
-    ) -> dict[str, jax.Array]:
-        """Return sums of "loss" (cross entropy), "labels", and "right" ones, which rank first."""
+        source_BM: jax.Array | None = None,  # of each segment, a place in `sources`
+        sources: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
+        """Return sums of "loss" (cross entropy), "labels", and "right" ones, which rank first.
+
+        With `source_BM` also "sources", the losses and labels of each.
+        """
         losses_BL, right_BL, next_BL = self._token_losses(
             ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens
         )
-        return {
+        sums = {
             "loss": losses_BL.sum(),
             "labels": (next_BL >= 0).sum().astype(jnp.float32),
             "right": right_BL.sum().astype(jnp.float32),
         }
+        if source_BM is not None:
+            own_BL = jnp.take_along_axis(source_BM, jnp.maximum(segments_BL - 1, 0), axis=1)
+            labels_BL = (next_BL >= 0).astype(jnp.float32)
+            sums["sources"] = sums_by_source(losses_BL, own_BL, sources, labels_BL)
+        return sums
 
     def likelihood(
         self,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data.chat import batches, insertion, questions
-from tokenflow_jax.data.chat.batches import ConversationConfig, Conversations
+from tokenflow_jax.data.chat.mixed import MixedConversations
+from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.evals.vqa_text import normalize
 from tokenflow_jax.parallel import mesh
@@ -70,6 +71,7 @@ class UnderstandingStage(CodeStage):
             trainable=self.trainable,
             accumulate=self.config.accumulate,
             loss_tokens=self.config.loss_tokens,
+            sources=self.sources,
         )
 
     @property
@@ -85,6 +87,8 @@ class UnderstandingStage(CodeStage):
         """Shapes of a global batch of the longest rows."""
         names, length = ("ids", "labels", "places", "segments"), self.config.data.max_length
         shapes = {name: self.batch_array(jnp.int32, self.pack * length) for name in names}
+        if self.sources:
+            shapes["source"] = self.batch_array(jnp.int32, self.pack)
         if self.images:
             return shapes | {"image_index": self.batch_array(jnp.int32, self.pack)}
         side = self.tokenizer_config.image_size
@@ -95,10 +99,16 @@ class UnderstandingStage(CodeStage):
         config = self.config
         self.check_sources("FOLDER of the language model, or 'bytes'")
         self.open_tokenizer()
-        self._train_set = Conversations(self._data_config(config.data.split))
-        self._eval_set = Conversations(
-            self._data_config(config.data.eval_split, held_out=True), config.eval.examples or None
-        )
+        sets = [
+            Conversations(self._data_config(data, data.split))
+            for _, data in self.data_sources.values()
+        ]
+        weights = [weight for weight, _ in self.data_sources.values()]
+        mixed = dict(zip(self.sources, sets, strict=False))
+        self._train_set = MixedConversations(mixed, weights) if mixed else sets[0]
+        _, first = next(iter(self.data_sources.values()))
+        held_out = self._data_config(first, first.eval_split, held_out=True)
+        self._eval_set = Conversations(held_out, config.eval.examples or None)
         batches.check_usable(self._train_set)
         encoder = self.place(encoder_params(self.tokenizer.params))
         self.frozen = {"tokenizer": encoder}
@@ -120,8 +130,7 @@ class UnderstandingStage(CodeStage):
         ]
         return self
 
-    def _data_config(self, split: str, held_out: bool = False) -> ConversationConfig:
-        data = self.config.data
+    def _data_config(self, data: Any, split: str, held_out: bool = False) -> ConversationConfig:
         return ConversationConfig(
             name=data.name,
             path=data.eval_path if held_out and data.eval_path else data.path,

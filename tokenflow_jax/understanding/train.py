@@ -22,6 +22,7 @@ from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
+from tokenflow_jax.train.by_source import means_by_source
 from tokenflow_jax.understanding.model import Understanding, visual_features
 
 PyTree = Any
@@ -46,6 +47,7 @@ class Trainer:
     trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
     accumulate: int = 1  # microbatches per step
     loss_tokens: int = 4096  # positions whose logits a device holds at the same time
+    sources: tuple[str, ...] = ()  # names of what batches mix; each gets its own curve
 
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Run one optimization step; to be jitted with `state` donated.
@@ -78,6 +80,7 @@ class Trainer:
             "labels": sums["labels"],
             "filled": jnp.mean(batch["segments"] > 0, dtype=jnp.float32),
             "gradient_norm/all": optax.tree.norm(gradients),
+            **means_by_source("loss", sums.get("sources", {})),
         }
         params, opt_state = optim.update(self.optimizer, gradients, state.opt_state, state.params)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -113,6 +116,8 @@ class Trainer:
             batch["segments"],
             self.features(frozen, batch),
             self.loss_tokens,
+            batch.get("source"),
+            self.sources,
             method="loss",
         )
 

@@ -13,9 +13,9 @@ from picture_files import encode, picture
 from tokenflow_jax.data import sources, validate
 from tokenflow_jax.data.chat import batches as conversation_batches
 from tokenflow_jax.data.chat import conversations
-from tokenflow_jax.data.chat.batches import ConversationConfig, Conversations
 from tokenflow_jax.data.chat.conversations import fit_image
 from tokenflow_jax.data.chat.emoji import KIND_QUESTION, KINDS, EmojiConversations
+from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE
 from tokenflow_jax.data.examples import Broken
 

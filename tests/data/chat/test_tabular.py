@@ -7,7 +7,7 @@ import pytest
 from picture_files import encode, plain
 
 from tokenflow_jax.data.chat import batches as conversation_batches
-from tokenflow_jax.data.chat.batches import ConversationConfig, Conversations
+from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.data.chat.tabular import TableConversations
 from tokenflow_jax.data.chat.templates import GPT, HUMAN
 from tokenflow_jax.data.examples import Broken

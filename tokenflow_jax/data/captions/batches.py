@@ -22,6 +22,7 @@ import numpy as np
 from tokenflow_jax.data import images, pipeline, sources
 from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
+from tokenflow_jax.data.masked import masked_batches
 from tokenflow_jax.data.mixture import Mixed
 from tokenflow_jax.data.text import PromptEncoder
 
@@ -178,7 +179,7 @@ def _drawer(
 def eval_batches(
     examples: Examples, prompts: PromptEncoder, **options: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield every pair once, in order, with its main caption; see `pipeline.masked_batches`.
+    """Yield every pair once, in order, with its main caption; see `masked.masked_batches`.
 
     Broken pairs and padding have a blank array and an empty prompt.
     """
@@ -188,7 +189,7 @@ def eval_batches(
             raise Broken("no caption", str(example.get("name", "")))
         return caption
 
-    return pipeline.masked_batches(
+    return masked_batches(
         lambda index: _pair(examples, prompts, index, caption_of),
         len(examples),
         blank={"prefix": prompts.encode(""), examples.array: examples.blank},

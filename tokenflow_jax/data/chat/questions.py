@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenflow_jax.data.chat import insertion, templates
-from tokenflow_jax.data.chat.batches import Conversations
+from tokenflow_jax.data.chat.opened import Conversations
 from tokenflow_jax.data.chat.templates import GPT, IMAGE, Template, Turn
 
 
