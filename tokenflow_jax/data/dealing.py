@@ -20,6 +20,7 @@ are not done yet: no item is lost or seen twice, and where none was broken the b
 #   another: after a restart some would be lost or seen twice.
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -211,7 +212,7 @@ class NumberedBatches(_Batches):
 
     def __init__(
         self,
-        make: Callable[[int, Plan | None], Any],
+        make: Callable[..., Any],  # of a number and, for a mixture, `plan`
         *,
         identity: Mapping[str, Any],
         threads: int = 0,
@@ -244,8 +245,8 @@ class NumberedBatches(_Batches):
 
     def _dataset(self) -> grain.IterDataset:
         numbers = grain.MapDataset.range(self._next, sys.maxsize)
-        make, plan = self._make, self._plan
-        return numbers.map(lambda number: make(number, plan)).to_iter_dataset(self._options)
+        make = functools.partial(self._make, plan=self._plan) if self._plan else self._make
+        return numbers.map(make).to_iter_dataset(self._options)
 
 
 def _checked(states: States, stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -228,7 +228,7 @@ def test_an_image_folder_elsewhere_and_byte_order_marks(tmp_path):
 
 def test_captions_that_vanish_later_end_the_training(tmp_path):
     examples = jsonl(tmp_path / "d")
-    examples._decoded._room = -1  # as for a data set that does not fit
+    examples.decoded._room = -1  # as for a data set that does not fit
     batches = train(examples)
     take(batches, 9)
     for path in (tmp_path / "d").glob("*.png"):

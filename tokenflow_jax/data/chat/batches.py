@@ -98,7 +98,7 @@ def train_batches(
     # Empty batches do train: momentum and decay go on.
     guard = Guard(data.skipped, "conversation", _MOST_EMPTY * batch_size // shard_count)
 
-    def make(number: int, plan: Plan | None) -> dict[str, np.ndarray]:
+    def make(number: int, plan: Plan | None = None) -> dict[str, np.ndarray]:
         positions = range(number * batch_size, (number + 1) * batch_size)
         places = [data.sample_at(place, plan, seed, batch_size) for place in positions]
         batch = collate(data, places, (shard_index, shard_count), pixels=pixels)
