@@ -74,6 +74,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.data.image_folder = ""  # jsonl: where the paths of images begin; "" its own folder
     # name=mixture: several sources, a line each: "WEIGHT NAME PATH [key=value ...]".
     config.data.mixture = ()
+    config.data.threads = 0  # that read and decode; 0: one per core, at most 32, or 32 if remote
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
     config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.min_side = 8  # pixels; smaller pictures are left out

@@ -92,6 +92,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.data.path = "imagenet2012"  # folder, files or pattern, or TFDS name[:version]
     # name=mixture: several sources, a line each: "WEIGHT NAME PATH [key=value ...]".
     config.data.mixture = ()
+    config.data.threads = 0  # that read and decode; 0: one per core, at most 32, or 32 if remote
     config.data.allow_outside = False  # read pictures outside the folder, by path or link
     config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.min_side = 8  # pixels; smaller pictures are left out

@@ -401,7 +401,7 @@ def test_reading_outside_the_folder_does_not_make_other_data():
 def test_runs_from_before_limits_and_blocks_go_on():
     config = tokenizer.get_config().to_dict()
     old = {**config, "data": {k: v for k, v in config["data"].items() if f"data.{k}" not in BEFORE}}
-    assert len(config["data"]) - len(old["data"]) == 5
+    assert len(config["data"]) - len(old["data"]) == 7
     check_config_change(old, config, "checkpoint")
     for key in ("min_side", "shuffle_block"):
         changed = {**config, "data": {**config["data"], key: 64}}

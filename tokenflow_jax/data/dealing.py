@@ -21,7 +21,6 @@ are not done yet: no item is lost or seen twice, and where none was broken the b
 
 import dataclasses
 import functools
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -98,7 +97,7 @@ class DealtBatches(_Batches):
             **({"sources": self._mixture} if self._mixture else {}),
         }  # fmt: skip
         self._plan = Plan(weights, seed) if self._mixture else None
-        self._options = read_options(threads, buffer)
+        self._options = stream_order.read_options(threads, buffer)
         self._will_need = will_need or (lambda items: None)
         self._deal = _Deal(0, shard_count, batch_size)
         self._done = 0  # number of its places that this share has passed
@@ -222,7 +221,7 @@ class NumberedBatches(_Batches):
     ):
         self._make, self._stream = make, dict(identity)
         self._plan, self._per_batch = plan, per_batch
-        self._options = read_options(threads, buffer)
+        self._options = stream_order.read_options(threads, buffer)
         self._next = 0
 
     def __next__(self) -> Any:
@@ -274,12 +273,6 @@ def check_share(share: int, shares: int, count: int) -> None:
             f"shard_index {share} of shard_count {shares} with {count} pictures: need "
             "0 <= shard_index < shard_count <= pictures"
         )
-
-
-def read_options(threads: int, buffer: int) -> grain.ReadOptions:
-    return grain.ReadOptions(
-        num_threads=threads or min(os.cpu_count() or 1, 32), prefetch_buffer_size=buffer
-    )
 
 
 def _remaining(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from tokenflow_jax.data.dealing import Example, check_share, read_options
+from tokenflow_jax.data.dealing import Example, check_share
 from tokenflow_jax.data.examples import Skipped, evenly_spaced
+from tokenflow_jax.data.stream_order import read_options
 
 
 def masked_batches(

@@ -23,6 +23,7 @@ from tokenflow_jax.data.examples import (
 )  # fmt: skip
 from tokenflow_jax.data.masked import masked_batches
 from tokenflow_jax.data.mixture import Mixed
+from tokenflow_jax.data.stream_order import threads_for
 
 AUGMENTATIONS = ("random_crop", "center")
 
@@ -46,7 +47,7 @@ class DataConfig:
     max_caption: int = 0  # the same of longer ones; 0: no limit
     shuffle_block: int = 0  # neighbours that stay close, see `block_order`; 0: none do
     shuffle_window: int = 16_384  # pictures that are mixed at a time
-    threads: int = 0  # for decoding; 0 takes one per core, at most 32
+    threads: int = 0  # for decoding; 0 takes one per core, at most 32, or 32 if `path` is remote
     buffer: int = 256  # cropped pictures kept ready
     cache_megabytes: int = 256  # a data set that fits, decoded, is decoded once
     image_folder: str = ""  # for "jsonl": the folder of its images; the file's own when empty
@@ -222,8 +223,9 @@ def mixed_batches(
 
 
 def _reading(config: DataConfig) -> dict[str, int]:
-    names = ("threads", "buffer", "shuffle_block", "shuffle_window")
-    return {name: getattr(config, name) for name in names}
+    names = ("buffer", "shuffle_block", "shuffle_window")
+    threads = threads_for(config.threads, config.path)
+    return {"threads": threads, **{name: getattr(config, name) for name in names}}
 
 
 def _augmenter(config: DataConfig, numbers: Sequence[str]) -> Callable[..., Example | None]:
@@ -260,7 +262,7 @@ def eval_batches(config: DataConfig, **options: int | None) -> Iterator[dict[str
         cropped,
         len(decoded),
         blank=decoded.arrays({}, black),
-        threads=config.threads,
+        threads=threads_for(config.threads, config.path),
         buffer=config.buffer,
         skipped=decoded.skipped,
         **options,

@@ -1,6 +1,7 @@
 """The endless stream of places and items, before it is dealt: every epoch in another order."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from tokenflow_jax.data.block_order import block_order
 from tokenflow_jax.data.mixture import Plan
+from tokenflow_jax.remote import is_remote
 
+_MOST_THREADS = 32
 _SEEDS_APART = 1_000_003  # sources of a mixture have orders of their own
 Announce = Callable[[int, int, np.ndarray], None]
 
@@ -47,3 +50,14 @@ def numbered_items(
         return place, int(firsts[source] + orders[source](number))
 
     return places.map(at)
+
+
+def threads_for(threads: int, *paths: str) -> int:
+    """Return the number of threads for data at some paths: many wait for a remote store at once."""
+    return threads or (_MOST_THREADS if any(map(is_remote, paths)) else 0)
+
+
+def read_options(threads: int, buffer: int) -> grain.ReadOptions:
+    return grain.ReadOptions(
+        num_threads=threads or min(os.cpu_count() or 1, _MOST_THREADS), prefetch_buffer_size=buffer
+    )

@@ -11,6 +11,7 @@ import numpy as np
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
+from tokenflow_jax.data.stream_order import threads_for
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
 from tokenflow_jax.evals import pictures
 from tokenflow_jax.generation import retrieval
@@ -185,6 +186,7 @@ class GenerationStage(CodeStage):
     def data(self) -> Any:
         """Return this process's share of the training batches."""
         share, shares = mesh.batch_share(self.mesh, self.config.batch_size)
+        paths = [data.path for _, data in self.data_sources.values()]
         options = {
             "batch_size": self.config.batch_size // shares,
             "seed": self.config.seed,
@@ -192,6 +194,7 @@ class GenerationStage(CodeStage):
             "shard_count": shares,
             "shuffle_block": self.config.data.shuffle_block,
             "shuffle_window": self.config.data.shuffle_window,
+            "threads": threads_for(self.config.data.threads, *paths),
         }
         sets = zip(self._train_sets, self._captions, strict=True)
         if self.sources:

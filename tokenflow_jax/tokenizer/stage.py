@@ -181,6 +181,7 @@ class TokenizerStage(Stage):
             max_aspect=data.max_aspect,
             shuffle_block=data.shuffle_block,
             shuffle_window=data.shuffle_window,
+            threads=data.threads,
             allow_outside=data.allow_outside,
             image_column=data.image_column,
         )

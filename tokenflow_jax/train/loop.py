@@ -89,7 +89,8 @@ FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that t
 # These only decide what is recorded when.
 FREE_KEYS = (
     "log_every", "eval_every", "image_every", "checkpoint_every", "keep_checkpoints", "eval",
-    "init_from", "workdir", "mesh", "data.allow_outside", "tokenizer.absolute_path", "config_file",
+    "init_from", "workdir", "mesh", "data.allow_outside", "data.threads", "tokenizer.absolute_path",
+    "config_file",
 )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ BEFORE = {
     "data.shuffle_block": 0,
     "data.shuffle_window": 16_384,
     "data.image_column": "",
+    "data.mixture": [],
+    "data.threads": 0,
 }
 
 

@@ -150,6 +150,7 @@ class UnderstandingStage(CodeStage):
             pack=1 if held_out else self.pack,
             buckets=tuple(data.buckets),
             order=data.order,
+            threads=data.threads,
         )
 
     def _compiled(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:

@@ -21,6 +21,7 @@ from tokenflow_jax.data.chat.opened import Conversations
 from tokenflow_jax.data.dealing import NumberedBatches
 from tokenflow_jax.data.examples import Guard
 from tokenflow_jax.data.mixture import Plan
+from tokenflow_jax.data.stream_order import threads_for
 
 _MOST_EMPTY = 32  # batches in a row
 _Data = Conversations | MixedConversations
@@ -115,7 +116,7 @@ def train_batches(
             "seed": seed,
             **({"sources": data.counts} if mixed else {}),
         },
-        threads=data.config.threads,
+        threads=threads_for(data.config.threads, data.config.path, data.config.image_folder),
         plan=Plan(data.weights, seed) if mixed else None,
         per_batch=batch_size,
     )
