@@ -73,7 +73,7 @@ class _Ending(DealtBatches):
     """Data that somebody forgot to repeat."""
 
     def __next__(self):
-        if self.get_state()["done"] >= self._count:
+        if self.get_state()["done"] >= self._counts[0]:
             raise StopIteration
         return super().__next__()
 
