@@ -3,13 +3,14 @@
 import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import toy_stage
 from read_weights import load_for_inference
 from toy_runs import assert_same_end, start
 
 from tokenflow_jax import remote
-from tokenflow_jax.train import curves, workdir
+from tokenflow_jax.train import checkpoint, curves, workdir
 from tokenflow_jax.train.checkpoint_info import CheckpointError, find_checkpoint
 
 
@@ -81,3 +82,23 @@ def test_only_gs_holds_checkpoints(bucket):
         workdir.check_path(f"{bucket}/run[1]")
     with pytest.raises(CheckpointError, match=f"{bucket}/none holds no checkpoint"):
         find_checkpoint(f"{bucket}/none")
+
+
+def test_a_save_that_the_store_refuses_is_tried_again(bucket, on_disk, monkeypatch, caplog):
+    save, failures = ocp.CheckpointManager.save, []
+
+    def fail_twice(self, step, **options):
+        if step == 20 and len(failures) < 2:
+            failures.append(step)
+            remote.write(f"{self.directory}/20/state/left", b"half")
+            raise ValueError("503 try again")
+        return save(self, step, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail_twice)
+    toy_stage.run(f"{bucket}/run")
+    assert failures == [20, 20] and "saving step 20 is tried again (503 try again)" in caplog.text
+    assert_same_end(f"{bucket}/run", on_disk)
+    monkeypatch.setattr(checkpoint, "_TRIES", 1)
+    failures.clear()
+    with pytest.raises(ValueError, match="503"):
+        toy_stage.run(f"{bucket}/other")

@@ -26,11 +26,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from tokenflow_jax import files, remote
+from tokenflow_jax.log import log
 from tokenflow_jax.messages import bullets, one_line
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.train.checkpoint_info import CheckpointError, complete_steps, what_to_do
 from tokenflow_jax.train.checksums import compare_arrays, describe_arrays
 from tokenflow_jax.train.workdir import check_path
+
+_TRIES = 3  # of a save to a bucket
 
 
 class Checkpoints:
@@ -97,8 +100,19 @@ class Checkpoints:
             "state": ocp.args.StandardSave(state),
             "info": ocp.args.JsonSave(checkpoint_info.seal(info)),
         }
+        args = ocp.args.Composite(**items)
         with self._explained_write_errors(step):
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            for left in reversed(range(_TRIES)):
+                try:
+                    self._manager.save(step, args=args, force=True)
+                    break
+                except (OSError, ValueError, RuntimeError) as error:
+                    # Stores fail now and then. Several processes would have to agree on this.
+                    remote_and_alone = remote.is_remote(self.directory) and jax.process_count() == 1
+                    if not left or not remote_and_alone:
+                        raise
+                    log.warning("saving step %d is tried again (%s)", step, one_line(error))
+                    files.remove(self.path(step))
 
     def wait(self) -> None:
         """Wait until a save in the background is complete; raise as `save` does."""
