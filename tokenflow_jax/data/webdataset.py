@@ -89,9 +89,10 @@ class _Shards:
         self._versions = [index.version for index in indexes]
         counts = [len(index.rows["header"]) for index in indexes]
         self._firsts = np.concatenate([[0], np.cumsum(counts)])
-        self.rows = {
-            name: np.concatenate([index.rows[name] for index in indexes]) for name in tar_index.ROWS
-        }
+        # One record per sample: as Python numbers it is had in one call.
+        self.rows = np.empty(self._firsts[-1], list(tar_index.ROWS.items()))
+        for name in tar_index.ROWS:
+            self.rows[name] = np.concatenate([index.rows[name] for index in indexes])
         for path, index, count in zip(paths, indexes, counts, strict=True):
             for note in index.notes:
                 log.warning("shard %s is %s; fetch it again", path, one_line(note))
@@ -132,7 +133,7 @@ class _Shards:
 
     def will_need(self, rows: np.ndarray) -> None:
         """Ask the system to read sorted rows ahead, neighbours at once."""
-        at = {name: column[rows].astype(np.int64) for name, column in self.rows.items()}
+        at = {name: self.rows[name][rows].astype(np.int64) for name in tar_index.ROWS}
         begins = at["header"] * tar_index.BLOCK
         ends = begins
         for kind in tar_index.KINDS:
@@ -160,7 +161,7 @@ class _Shards:
     def sample(self, row: int) -> dict[str, Any]:
         """Return an example, or raise Broken."""
         shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        at = {name: int(column[row]) for name, column in self.rows.items()}
+        at = dict(zip(tar_index.ROWS, self.rows[row].item(), strict=True))
         places = {"header": at["header"] * tar_index.BLOCK}
         sizes = {"header": at["picture_at"] * tar_index.BLOCK - places["header"]}
         for kind in tar_index.KINDS:
