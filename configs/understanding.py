@@ -88,7 +88,7 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.text_tokenizer = ""  # the language model's folder, or bytes
 
     config.data = ConfigDict()
-    config.data.name = "jsonl"  # or parquet, arrow, emoji
+    config.data.name = "jsonl"  # or parquet, arrow, webdataset, emoji
     config.data.path = ""  # the file or files of conversations
     config.data.eval_path = ""  # another one, of what is held out; "" takes a split of the first
     config.data.image_folder = ""  # where the paths of images begin; the file's folder

@@ -60,9 +60,13 @@ class WebDatasetSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._shards.sample(self._places[index])
 
+    def described(self, index: int) -> dict[str, Any]:
+        """Return the .json of a sample, {} if it has none, or raise Broken."""
+        return self._shards.described(self._places[index])
+
     def url(self, index: int) -> str:
         """Return the address that a picture came from, "" if it is not known."""
-        return self._shards.url(self._places[index])
+        return jsonl.url_of(self.described(index))
 
 
 def shard_paths(path: str) -> list[str]:
@@ -150,13 +154,13 @@ class _Shards:
                 with contextlib.suppress(OSError, ValueError):  # whoever reads will meet it
                     self._handle(int(shards[run[0]])).will_need(begin, end - begin)
 
-    def url(self, row: int) -> str:
-        """Return what a sample's .json says of its address, or raise Broken."""
+    def described(self, row: int) -> dict[str, Any]:
+        """Return a sample's .json, {} if it has none, or raise Broken."""
         shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
         place, size = (int(self.rows[f"json_{name}"][row]) for name in ("at", "size"))
         if not place or size > _MOST_TEXT:
-            return ""
-        return jsonl.url_of(jsonl.parse_object(self._read(shard, place * tar_index.BLOCK, size)))
+            return {}
+        return jsonl.parse_object(self._read(shard, place * tar_index.BLOCK, size))
 
     def sample(self, row: int) -> dict[str, Any]:
         """Return an example, or raise Broken."""

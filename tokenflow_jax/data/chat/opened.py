@@ -12,10 +12,11 @@ from tokenflow_jax.data import text
 from tokenflow_jax.data.chat import conversations, grouping
 from tokenflow_jax.data.chat.conversations import JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
-from tokenflow_jax.data.chat.tabular import TableConversations
+from tokenflow_jax.data.chat.tabular import TableConversations, TarConversations
 from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.examples import Broken, Skipped, notes_on
 
+_KINDS = ("emoji", "jsonl", "parquet", "arrow", "webdataset")
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
 
 
@@ -23,7 +24,7 @@ _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next e
 class ConversationConfig:
     """One data set of conversations and the way they become arrays."""
 
-    name: str  # "emoji", "jsonl", "parquet" or "arrow"
+    name: str  # "emoji", "jsonl", "parquet", "arrow" or "webdataset"
     path: str = ""  # the file of conversations; not used by "emoji"
     image_folder: str = ""  # that paths of images are relative to; the file's folder when empty
     split: str = "train"  # or "heldout" or "all"
@@ -46,7 +47,7 @@ class ConversationConfig:
     def __post_init__(self):
         problems = []
         choices = {
-            "name": ("emoji", "jsonl", "parquet", "arrow"), "image_mode": conversations.IMAGE_MODES,
+            "name": _KINDS, "image_mode": conversations.IMAGE_MODES,
             "order": ("random", "grouped"), "template": tuple(TEMPLATES),
         }  # fmt: skip
         for field, allowed in choices.items():
@@ -75,6 +76,8 @@ class Conversations:
         self.source: Any
         if config.name == "emoji":
             self.source = EmojiConversations(config.split, config.questions, config.together)
+        elif config.name == "webdataset":
+            self.source = TarConversations(config.path, config.split)
         elif config.name != "jsonl":
             self.source = TableConversations(
                 config.name, config.path, config.split, config.image_column
