@@ -79,7 +79,7 @@ def assert_same_run(workdir, reference):
             np.testing.assert_array_equal(mine, other, err_msg=name)
         else:
             np.testing.assert_allclose(mine, other, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
-    histories = [curves.read_history(w / "metrics.jsonl") for w in (workdir, reference)]
+    histories = [curves.read_history(f"{w}/metrics.jsonl") for w in (workdir, reference)]
     losses = [
         {line["step"]: line["loss/total"] for line in curve if "loss/total" in line}
         for curve in histories
@@ -149,3 +149,8 @@ def test_sigterm_saves_everywhere_and_a_process_that_hangs_is_told(uninterrupted
     both[1].communicate()
     finish(start("toy", tmp_path, processes=4))
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_two_processes_keep_their_run_in_a_bucket(uninterrupted, bucket):
+    finish(start("toy", f"{bucket}/run", processes=2))
+    assert_same_run(f"{bucket}/run", uninterrupted)
