@@ -84,6 +84,14 @@ def settings(data: Any) -> dict[str, tuple[float, Any]]:
     }
 
 
+def from_settings(kind: type, data: Any, **given: Any) -> Any:
+    """Return a dataclass made of the settings of a data set, as far as it has them, and others."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name in data]
+    values = {name: data[name] for name in names}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**values | given)
+
+
 def _like(known: Any, text: str, where: str) -> Any:
     """Return a value of the type of the one that it replaces."""
     try:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.data import pipeline
+from tokenflow_jax.data import mixture, pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
 from tokenflow_jax.data.stream_order import threads_for
@@ -158,20 +158,9 @@ class GenerationStage(CodeStage):
                 return CodeRecords(data.path, split, self.tokenizer.identity)
             except CodesError as error:
                 raise CodesError(f"data.path: {error}") from error
-        config = pipeline.DataConfig(
-            name=data.name,
-            path=data.path,
-            split=split,
-            image_size=self.tokenizer.config.image_size,
-            augment="center",
-            flip=False,
-            image_folder=data.image_folder,
-            allow_outside=data.allow_outside,
-            image_column=data.image_column,
-            min_side=data.min_side,
-            max_aspect=data.max_aspect,
-            min_caption=data.min_caption,
-            max_caption=data.max_caption,
+        size = self.tokenizer.config.image_size
+        config = mixture.from_settings(
+            *(pipeline.DataConfig, data), split=split, image_size=size, augment="center", flip=False
         )
         images = captions.Pictures(config)
         if self.encodes:

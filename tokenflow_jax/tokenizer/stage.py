@@ -174,17 +174,9 @@ class TokenizerStage(Stage):
     def _data_config(
         self, data: ml_collections.ConfigDict, split: str, augment: str, flip: bool
     ) -> pipeline.DataConfig:
+        given = {"split": split, "augment": augment, "flip": flip}
         size = self.model_config.image_size
-        return pipeline.DataConfig(
-            *(data.name, data.path, split, size, augment, flip),
-            min_side=data.min_side,
-            max_aspect=data.max_aspect,
-            shuffle_block=data.shuffle_block,
-            shuffle_window=data.shuffle_window,
-            threads=data.threads,
-            allow_outside=data.allow_outside,
-            image_column=data.image_column,
-        )
+        return mixture.from_settings(pipeline.DataConfig, data, image_size=size, **given)
 
     def final_notes(self) -> list[str]:
         """Return lines about skipped pictures."""

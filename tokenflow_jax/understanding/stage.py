@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax.data import mixture
 from tokenflow_jax.data.chat import batches, insertion, questions
 from tokenflow_jax.data.chat.mixed import MixedConversations
 from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
@@ -131,26 +132,18 @@ class UnderstandingStage(CodeStage):
         return self
 
     def _data_config(self, data: Any, split: str, held_out: bool = False) -> ConversationConfig:
-        return ConversationConfig(
-            name=data.name,
+        return mixture.from_settings(
+            ConversationConfig,
+            data,
             path=data.eval_path if held_out and data.eval_path else data.path,
-            image_folder=data.image_folder,
-            allow_outside=data.allow_outside,
-            image_column=data.image_column,
             split=split,
             questions=tuple(self.config.eval.questions if held_out else data.questions),
             together=data.together and not held_out,
-            template=data.template,
             system=data.system if data.own_system else None,
             text_tokenizer=self.config.text_tokenizer,
-            image_mode=data.image_mode,
             image_size=self.tokenizer_config.image_size,
             vectors=self.vectors,
-            max_length=data.max_length,
             pack=1 if held_out else self.pack,
-            buckets=tuple(data.buckets),
-            order=data.order,
-            threads=data.threads,
         )
 
     def _compiled(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
