@@ -97,8 +97,17 @@ def parse_json(
 def absolute(path: str | os.PathLike) -> epath.Path:
     """Return an absolute path, local or remote."""
     # etils 1.15 makes a local folder "gs:" of a bucket.
-    path = epath.Path(remote.settled(path))
+    path = as_path(remote.settled(path))
     return path if remote.is_remote(path) else path.absolute()
+
+
+def as_path(path: str | os.PathLike) -> epath.Path:
+    """Return a path, local or remote; ValueError for a scheme that etils does not know."""
+    remote.is_remote(path)  # ValueError for half of a scheme
+    try:
+        return epath.Path(path)
+    except KeyError:
+        raise ValueError(f"{os.fspath(path)!r}: use gs://, s3:// or a path here") from None
 
 
 def writable_folder(path: str | os.PathLike) -> epath.Path:
@@ -107,13 +116,13 @@ def writable_folder(path: str | os.PathLike) -> epath.Path:
     Raises:
       OSError: one of these fails, as it would after the work whose result goes there.
     """
-    if remote.is_remote(path):
-        test = remote.join(path, f".test-{os.uname().nodename}-{os.getpid()}")
-        remote.write(test, b"")
-        remote.remove(test)
-        return epath.Path(path)
-    path = epath.Path(path)
+    path = as_path(path)
     try:
+        if remote.is_remote(path):
+            test = remote.join(path, f".test-{os.uname().nodename}-{os.getpid()}")
+            remote.write(test, b"")
+            remote.remove(test)
+            return path
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(bytes(4096))
@@ -199,7 +208,6 @@ def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterat
     if remote.is_remote(path):
         with remote.staged(os.fspath(path)) as partial:
             yield partial
-            remote.remove(os.fspath(path))
         return
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
