@@ -193,3 +193,14 @@ def test_names_of_data_files(bucket):
     for path in ("c-*.tar", "c-{0..9}.tar", "none"):
         with pytest.raises(ValueError, match="remedy"):
             names(path)
+
+
+def test_what_is_removed_is_no_pattern(bucket):
+    for name in ("run[1]/x", "run1/x", "run*/x", "run2/x"):
+        remote.write(f"{bucket}/{name}", b"")
+    remote.remove(f"{bucket}/run*")
+    remote.remove(f"{bucket}/run[1]/x")
+    assert remote.names_in(bucket) == ["run1", "run2"]
+    for name in ("run[1]", "run*", "run#1"):
+        with pytest.raises(ValueError, match=r"choose another folder"):
+            files.writable_folder(f"{bucket}/{name}")

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import stat
 import tempfile
 import time
@@ -17,6 +18,8 @@ from tokenflow_jax import remote
 from tokenflow_jax.messages import one_line, shown
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
+# In a bucket, etils takes "[" for a pattern, array_record "#" for a version.
+_MISREAD = re.compile(r"[\[\]*?#]")
 _STILL_WRITTEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY)
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.2
@@ -115,8 +118,14 @@ def writable_folder(path: str | os.PathLike) -> epath.Path:
 
     Raises:
       OSError: one of these fails, as it would after the work whose result goes there.
+      ValueError: it is in a bucket, and has a name that some library reads otherwise.
     """
     path = as_path(path)
+    if remote.is_remote(path) and (bad := _MISREAD.search(os.fspath(path))):
+        raise ValueError(
+            f"{os.fspath(path)!r} cannot be written because of {bad.group()!r} in its name: choose "
+            "another folder"
+        )
     try:
         if remote.is_remote(path):
             test = remote.join(path, f".test-{os.uname().nodename}-{os.getpid()}")

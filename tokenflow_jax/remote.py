@@ -277,8 +277,11 @@ def remove(path: str) -> None:
     store, name = store_of(path)
     if "/" not in name.strip("/"):
         raise ValueError(f"{path!r} is a whole bucket, which is not removed: name a path in it")
-    with named_errors(path), contextlib.suppress(FileNotFoundError):
-        store.rm(name, recursive=True)
+    # Not `rm`, which takes "*" and "[" for patterns.
+    with named_errors(path), concurrent.futures.ThreadPoolExecutor(_CONNECTIONS) as do:
+        for removed in [do.submit(store.rm_file, file) for file in store.find(name)]:
+            with contextlib.suppress(FileNotFoundError):
+                removed.result()
 
 
 @contextlib.contextmanager
