@@ -211,7 +211,14 @@ def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterat
     Raises:
       FileExistsError: `path` exists and `overwrite` is false.
       OSError: it cannot be written; what existed is intact.
+      ValueError: it is nothing that can be replaced: empty, the current folder, a model of the hub.
     """
+    if remote.hub.is_model(path):
+        raise ValueError(f"{os.fspath(path)}: write a folder; push_to_hub uploads to the hub")
+    here = pathlib.Path.cwd()
+    full = pathlib.Path(os.path.abspath(path))
+    if not remote.is_remote(path) and full in (here, *here.parents):
+        raise ValueError(f"{os.fspath(path)!r} is the current folder or above it: name another one")
     if remote.kind_of(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists; give --overwrite to replace it")
     if remote.is_remote(path):
