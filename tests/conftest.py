@@ -48,9 +48,14 @@ def bucket_server():
 
 @pytest.fixture
 def bucket(bucket_server, request, tmp_path_factory, monkeypatch):
-    """A folder in a bucket, gs://bucket/..., of this test, and a cache folder of its own."""
+    """A folder in a bucket, gs://bucket/..., of this test, and a cache folder of its own.
+
+    The test fails where anything takes the address for a path and makes a local folder "gs:".
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    return "gs://bucket/" + re.sub(r"\W", "_", request.node.name)
+    monkeypatch.chdir(here := tmp_path_factory.mktemp("here"))
+    yield "gs://bucket/" + re.sub(r"\W", "_", request.node.name)
+    assert not [path for path in here.rglob("*") if path.name.endswith(":")]
 
 
 @pytest.fixture(autouse=True)

@@ -120,3 +120,21 @@ def test_reading_a_folder_keeps_no_file_open(tmp_path):
         with pytest.raises(OSError, match="Is a directory"):
             files.read_bytes(tmp_path, 10)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "mine").touch()
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    for path in ("", ".", "..", tmp_path / "a", "/"):
+        with (
+            pytest.raises(ValueError, match="is the current folder or above it"),
+            files.write_atomically(path, overwrite=True) as partial,
+        ):
+            partial.mkdir()
+    assert (tmp_path / "a" / "b" / "mine").exists()
+    with (
+        pytest.raises(ValueError, match="push_to_hub uploads"),
+        files.write_atomically("hf://me/model"),
+    ):
+        pass

@@ -47,7 +47,7 @@ def test_a_folder_is_fetched_without_doubles(models):
         ("hf://me/none", "no such model, or it is private: log in"),
         ("hf://me/model@v9/a.pt", "no such revision"),
         ("hf://me/model/b.pt", "no such file"),
-        ("hf://me/model/folder", "has no folder 'folder'"),
+        ("hf://me/model/folder", "has no file or folder 'folder'"),
         ("hf://model", "name a model as hf://OWNER/NAME"),
         ("hf://me/mo del/x.pt", "name a model as hf://OWNER/NAME"),
     ],
@@ -57,6 +57,22 @@ def test_what_the_hub_does_not_have_is_named(models, path, text):
     with pytest.raises((OSError, ValueError), match=text) as error:
         remote.local_copy(path)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_without_a_dot_folders_with_one_and_revisions_with_slashes(models):
+    main = {"LICENSE": b"text", "v1.0/config.json": b"{}", "v1.0/[x].pt": b"", "w.pt": b"main"}
+    branches = {"refs/pr/1": {"w.pt": b"pr"}, "feature/x": {"w.pt": b"feature"}}
+    models.models["me/model"] = {"main": main, **branches}
+    assert read(remote.local_copy("hf://me/model/LICENSE")) == b"text"
+    assert remote.names_in("hf://me/model/v1.0") == ["[x].pt", "config.json"]
+    assert read(remote.local_copy("hf://me/model@refs/pr/1/w.pt")) == b"pr"
+    assert read(remote.local_copy("hf://me/model@feature%2Fx/w.pt")) == b"feature"
+
+
+def test_a_hub_cannot_write_outside_its_cache(models, tmp_path):
+    models.models["me/model"] = {"main": {"../../../../x.pt": b"", "ok.json": b"{}"}}
+    with pytest.raises(OSError, match=r"hf://me/model: Invalid filename"):
+        remote.local_copy("hf://me/model")
 
 
 def test_a_folder_is_uploaded(models, tmp_path):

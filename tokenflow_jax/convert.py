@@ -43,7 +43,6 @@ def main(options: flags.FlagValues) -> None:
         with remote.staged(dst) as local:
             options.dst = str(local)
             written = _convert(options)
-            remote.remove(dst)
     else:
         written = _convert(options)
     print(

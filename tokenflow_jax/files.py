@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import stat
 import tempfile
 import time
@@ -17,6 +18,8 @@ from tokenflow_jax import remote
 from tokenflow_jax.messages import one_line, shown
 
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
+# In a bucket, etils takes "[" for a pattern, array_record "#" for a version.
+_MISREAD = re.compile(r"[\[\]*?#]")
 _STILL_WRITTEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.EBUSY)
 _PATIENCE_S = 30.0
 _PAUSE_S = 0.2
@@ -97,8 +100,17 @@ def parse_json(
 def absolute(path: str | os.PathLike) -> epath.Path:
     """Return an absolute path, local or remote."""
     # etils 1.15 makes a local folder "gs:" of a bucket.
-    path = epath.Path(remote.settled(path))
+    path = as_path(remote.settled(path))
     return path if remote.is_remote(path) else path.absolute()
+
+
+def as_path(path: str | os.PathLike) -> epath.Path:
+    """Return a path, local or remote; ValueError for a scheme that etils does not know."""
+    remote.is_remote(path)  # ValueError for half of a scheme
+    try:
+        return epath.Path(path)
+    except KeyError:
+        raise ValueError(f"{os.fspath(path)!r}: use gs://, s3:// or a path here") from None
 
 
 def writable_folder(path: str | os.PathLike) -> epath.Path:
@@ -106,14 +118,20 @@ def writable_folder(path: str | os.PathLike) -> epath.Path:
 
     Raises:
       OSError: one of these fails, as it would after the work whose result goes there.
+      ValueError: it is in a bucket, and has a name that some library reads otherwise.
     """
-    if remote.is_remote(path):
-        test = remote.join(path, f".test-{os.uname().nodename}-{os.getpid()}")
-        remote.write(test, b"")
-        remote.remove(test)
-        return epath.Path(path)
-    path = epath.Path(path)
+    path = as_path(path)
+    if remote.is_remote(path) and (bad := _MISREAD.search(os.fspath(path))):
+        raise ValueError(
+            f"{os.fspath(path)!r} cannot be written because of {bad.group()!r} in its name: choose "
+            "another folder"
+        )
     try:
+        if remote.is_remote(path):
+            test = remote.join(path, f".test-{os.uname().nodename}-{os.getpid()}")
+            remote.write(test, b"")
+            remote.remove(test)
+            return path
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(bytes(4096))
@@ -193,13 +211,19 @@ def write_atomically(path: str | os.PathLike, overwrite: bool = False) -> Iterat
     Raises:
       FileExistsError: `path` exists and `overwrite` is false.
       OSError: it cannot be written; what existed is intact.
+      ValueError: it is nothing that can be replaced: empty, the current folder, a model of the hub.
     """
+    if remote.hub.is_model(path):
+        raise ValueError(f"{os.fspath(path)}: write a folder; push_to_hub uploads to the hub")
+    here = pathlib.Path.cwd()
+    full = pathlib.Path(os.path.abspath(path))
+    if not remote.is_remote(path) and full in (here, *here.parents):
+        raise ValueError(f"{os.fspath(path)!r} is the current folder or above it: name another one")
     if remote.kind_of(path) and not overwrite:
         raise FileExistsError(f"{os.fspath(path)} exists; give --overwrite to replace it")
     if remote.is_remote(path):
         with remote.staged(os.fspath(path)) as partial:
             yield partial
-            remote.remove(os.fspath(path))
         return
     path = pathlib.Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)

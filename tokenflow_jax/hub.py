@@ -6,8 +6,10 @@ HF_ENDPOINT) and its login hold here, too, and no token passes through this pack
 
 import contextlib
 import functools
+import glob
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +18,9 @@ from tokenflow_jax.messages import one_line, shown
 
 _SCHEME = "hf://"
 _OTHER_KINDS = ("datasets/", "spaces/", "buckets/")  # fsspec opens those
-_PATH = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/]+))?(/(?P<inside>.+?))?/*")
+_PATH = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/\w+/[^/]+|[^/]+))?(/(?P<inside>.+?))?/*"
+)
 # Other forms of the weights that a folder has as .safetensors.
 _DOUBLES = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "onnx/*",
             "original/*")  # fmt: skip
@@ -89,8 +93,12 @@ def fetch(path: str, without: tuple[str, ...] = ()) -> str:
     with _plain_errors(path):
         import huggingface_hub
 
-        if inside and "." in inside.rpartition("/")[2]:
-            return huggingface_hub.hf_hub_download(repo, inside, revision=revision)
+        missing = None
+        if "." in inside.rpartition("/")[2]:  # a file, as a rule
+            try:
+                return huggingface_hub.hf_hub_download(repo, inside, revision=revision)
+            except huggingface_hub.errors.EntryNotFoundError as error:
+                missing = error
         log.info("fetching %s into the hub's cache, unless it is there", path)
         ignored = [f"*{ending}" for ending in without]
         if not without and _has_safetensors(repo, revision, inside):
@@ -98,12 +106,12 @@ def fetch(path: str, without: tuple[str, ...] = ()) -> str:
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=[f"{inside}/*"] if inside else None,
+            allow_patterns=[name := glob.escape(inside), f"{name}/*"] if inside else None,
             ignore_patterns=ignored,
         )
-    found = os.path.join(folder, inside) if inside else folder
-    if not os.path.isdir(found):
-        raise OSError(f"{path}: {repo} has no folder {shown(inside)}")
+        found = os.path.join(folder, inside) if inside else folder
+        if not os.path.exists(found):
+            raise missing or OSError(f"{repo} has no file or folder {shown(inside)}")
     return found
 
 
@@ -140,7 +148,8 @@ def _parse(path: str) -> tuple[str, str | None, str]:
     match = _PATH.fullmatch(path.removeprefix(_SCHEME))
     if not match:
         raise ValueError(f"{path!r}: name a model as hf://OWNER/NAME[@REVISION][/FILE]")
-    return match["repo"], match["revision"], match["inside"] or ""
+    revision = match["revision"] and urllib.parse.unquote(match["revision"])
+    return match["repo"], revision, match["inside"] or ""
 
 
 def _has_safetensors(repo: str, revision: str | None, inside: str) -> bool:

@@ -42,7 +42,9 @@ def main(options: flags.FlagValues) -> int:
     try:  # before minutes of loading
         files.writable_folder(workdir)
     except OSError as error:
-        log.error("%s", _workdir_problem(error.__cause__, workdir) or error)
+        cause = error.__cause__
+        problem = isinstance(cause, OSError) and _workdir_problem(cause, workdir)
+        log.error("%s", problem or error)
         return _leave("its workdir cannot be written")
     stage.open()
     try:

@@ -6,11 +6,15 @@ Object stores answer with many kinds of errors. Here each is an OSError with one
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import hashlib
+import logging
 import os
 import pathlib
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from tokenflow_jax import hub
@@ -21,10 +25,14 @@ _CHUNK = 16 * 2**20  # bytes of a range that is fetched at once
 _CONNECTIONS = 8
 _PACKAGES = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "hf": "hub"}  # scheme -> extra of setup.py
 _MOST_FILES = 10_000  # of a folder that is fetched
+_HALF = re.compile(r"(gs|gcs|s3|hf):(?!//)")  # as a path it would make a local folder "gs:"
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    return "://" in os.fspath(path)
+    path = os.fspath(path)
+    if half := _HALF.match(path):
+        raise ValueError(f"{path!r}: write {half.group()}// (a local folder needs another name)")
+    return "://" in path
 
 
 def join(folder: str | os.PathLike, *names: str) -> str:
@@ -56,7 +64,8 @@ def named_errors(path: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, ValueError) and "rotocol not known" in str(error):
             raise ValueError(f"{path}: {one_line(error)}; use gs://, s3:// or a path") from error
         code = str(getattr(error, "code", "") or getattr(error, "status", ""))
-        if code in ("401", "403") or "auth" in type(error).__module__:
+        refused = code in ("401", "403") or str(error).startswith("Forbidden")  # gcsfs says so
+        if refused or "auth" in type(error).__module__:
             raise PermissionError(
                 errno.EACCES, f"access denied ({one_line(error)}); log in to the store", path
             ) from error
@@ -70,10 +79,14 @@ def store_of(path: str | os.PathLike) -> tuple[Any, str]:
     """Return fsspec's file system of a path, and the path as that names it; not cached listings."""
     import fsspec  # here: most runs need none
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is raised anyway
     for scheme in ("gcs", "gs", "s3"):  # other hosts write, too
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     with named_errors(path):
-        return fsspec.core.url_to_fs(os.fspath(path))
+        store, name = fsspec.core.url_to_fs(os.fspath(path))
+    if not name.strip("/"):
+        raise ValueError(f"{os.fspath(path)!r} names no bucket: write gs://BUCKET/PATH")
+    return store, name
 
 
 class RemoteFile:
@@ -110,12 +123,15 @@ class RemoteFile:
             data = self.read(begin, _CHUNK)
             if len(data) != min(_CHUNK, self.size - begin):
                 raise OSError(errno.EIO, "became shorter while it was fetched", self.path)
-            os.pwrite(file.fileno(), data, begin)
+            if os.pwrite(file.fileno(), data, begin) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         begins = range(0, self.size, _CHUNK)
         with open(target, "wb") as file, concurrent.futures.ThreadPoolExecutor(_CONNECTIONS) as do:
             for _ in progress(do.map(copy, begins), len(begins), f"fetching {self.path}", "parts"):
                 pass
+        if RemoteFile(self.path).version != self.version:
+            raise OSError(errno.EIO, "was written again while it was fetched: try again", self.path)
 
 
 def settled(path: str | os.PathLike) -> str:
@@ -147,7 +163,9 @@ def names_in(folder: str | os.PathLike) -> list[str]:
     store, name = store_of(folder)
     with named_errors(folder):
         found = store.ls(name, detail=False)
-    return sorted({path.rstrip("/").rpartition("/")[2] for path in found} - {""})
+    # Some stores list an object of no bytes that stands for the folder itself.
+    own = {path.rstrip("/") for path in found} - {name.rstrip("/")}
+    return sorted(path.rpartition("/")[2] for path in own)
 
 
 def files_below(folder: str | os.PathLike) -> list[str]:
@@ -183,18 +201,45 @@ def local_copy(path: str | os.PathLike, without: tuple[str, ...] = ()) -> str:
     names = [name for name in below if not name or not name.endswith(without)]
     if not 0 < len(names) <= _MOST_FILES:
         raise OSError(
-            errno.E2BIG, f"a folder of {len(names):,} files, at most {_MOST_FILES:,}", path
+            errno.E2BIG, f"{len(names):,} files to fetch, need 1 to {_MOST_FILES:,}", path
         )
     files = {name: RemoteFile(join(path, name) if name else path) for name in names}
     versions = "".join(f"{name}\0{file.version}\n" for name, file in files.items())
     key = hashlib.sha256(f"{path}\n{versions}".encode()).hexdigest()[:16]
     copy = cache_folder() / "files" / key / path.rstrip("/").rpartition("/")[2]
-    if copy.exists():
-        return str(copy)
+    if not copy.exists():
+        try:
+            with _alone(copy.parent) as alone:
+                if not copy.exists():  # another process may have fetched it meanwhile
+                    for left in copy.parent.glob(".partial-*") if alone else ():  # by a kill
+                        shutil.rmtree(left, ignore_errors=True)
+                    _fetch_all(path, files, copy)
+        except OSError as error:
+            if error.filename and is_remote(str(error.filename)):
+                raise
+            raise OSError(
+                f"{path} cannot be copied into {copy.parent} ({error.strerror}): free some space "
+                "or set XDG_CACHE_HOME to another folder"
+            ) from error
+    return str(copy)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[bool]:
+    """Create a folder, wait for processes in here with it; False where there are no locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+def _fetch_all(path: str, files: Mapping[str, RemoteFile], copy: pathlib.Path) -> None:
     total = sum(file.size for file in files.values())
     log.info("fetching %s, %.1f MB, into %s", path, total / 1e6, copy)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may fetch the same: each has a folder of its own, the first one stays.
     with tempfile.TemporaryDirectory(dir=copy.parent, prefix=".partial-") as partial:
         for name, file in files.items():
             target = pathlib.Path(partial, "copy", name)
@@ -202,9 +247,11 @@ def local_copy(path: str | os.PathLike, without: tuple[str, ...] = ()) -> str:
                 raise OSError(errno.EINVAL, f"{name!r} would be written outside", path)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.fetch(target)
-        with contextlib.suppress(OSError):
+        try:
             os.rename(pathlib.Path(partial, "copy"), copy)
-    return str(copy)
+        except OSError:  # without locks, the first one stays
+            if not copy.exists():
+                raise
 
 
 def upload(source: str | os.PathLike, path: str) -> None:
@@ -228,14 +275,21 @@ def write(path: str, data: bytes) -> None:
 def remove(path: str) -> None:
     """Remove a remote file or folder, if it exists."""
     store, name = store_of(path)
-    with named_errors(path), contextlib.suppress(FileNotFoundError):
-        store.rm(name, recursive=True)
+    if "/" not in name.strip("/"):
+        raise ValueError(f"{path!r} is a whole bucket, which is not removed: name a path in it")
+    # Not `rm`, which takes "*" and "[" for patterns.
+    with named_errors(path), concurrent.futures.ThreadPoolExecutor(_CONNECTIONS) as do:
+        for removed in [do.submit(store.rm_file, file) for file in store.find(name)]:
+            with contextlib.suppress(FileNotFoundError):
+                removed.result()
 
 
 @contextlib.contextmanager
 def staged(path: str) -> Iterator[pathlib.Path]:
-    """Yield a local name; what the block writes there is uploaded to `path` when it succeeds."""
+    """Yield a local name; what the block writes there replaces `path` when it succeeds."""
     with tempfile.TemporaryDirectory(prefix="tokenflow_jax-") as folder:
         local = pathlib.Path(folder, path.rstrip("/").rpartition("/")[2])
         yield local
+        if local.is_dir() or kind_of(path) == "folder":  # a file is replaced in one step
+            remove(path)
         upload(local, path)

@@ -49,6 +49,7 @@ def test_shares_are_those_of_the_weights():
         assert plan.given(place) == [before[source] for source in range(3)]
     rare = mixture.Plan([1.0, 1e-9], seed=1)
     assert rare.counts == [mixture.BLOCK - 1, 1]
+    assert mixture.Plan([1e308, 1e308], seed=1).counts == [mixture.BLOCK // 2] * 2
 
 
 @pytest.mark.parametrize("block", [0, 5])
@@ -134,12 +135,17 @@ def test_lines_are_parsed_or_refused():
     assert first.changes == {"min_side": 64}
     assert second.label == "emoji_2"
     assert second.changes == {"flip": False, "captions": ("{tags}", "{caption}")}
+    for path in ("data/year=2024/x.parquet", "year=2024/x.parquet", "gs://b/x=1/y"):
+        assert mixture.parse([f"1 parquet {path}"], known)[0].path == path
+    with pytest.raises(ValueError, match="5,000 sources, the limit is 2,048"):
+        mixture.parse(["1 emoji"] * 5000, known)
     for line, text in {
+        "1 emoji as=": "as= needs a name",
         "emoji": "write 'WEIGHT NAME PATH",
         "x emoji": "write 'WEIGHT NAME PATH",
         "0 emoji": "above 0",
         "nan emoji": "above 0",
-        "1 emoji sides=3": "'sides=3' sets none of captions, flip, min_side, split",
+        "1 emoji sides=3": "'sides=3' sets none of as, captions, flip, min_side, split",
         "1 emoji min_side=big": "min_side is 'big', not like 8",
         "1 emoji 'x": "write",
     }.items():

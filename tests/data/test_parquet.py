@@ -88,6 +88,38 @@ def test_columns_are_found_by_name_and_type(tmp_path, name, kind):
     assert found[4]["name"] == ("4.png" if kind == STRUCT else "x.parquet row 4")
 
 
+@pytest.mark.parametrize(
+    "column", [pa.binary_view(), pa.dictionary(pa.int32(), pa.binary()), pa.list_(pa.binary())]
+)
+def test_pictures_and_texts_of_other_types(tmp_path, column):
+    cells = [encode(plain(i)) for i in range(3)]
+    cells = [[cell] for cell in cells] if pa.types.is_list(column) else cells
+    file = write(
+        tmp_path / "a.parquet", image=pa.array(cells, column),
+        text=pa.array(["a", None, "c"], pa.string_view()),
+    )  # fmt: skip
+    found = everything(file)
+    assert [value_of(example) for example in found] == [0, 1, 2]
+    assert [example.get("caption") for example in found] == ["a", None, "c"]
+
+
+def test_a_file_may_lack_all_texts_of_a_column(tmp_path):
+    cells = [encode(plain(i)) for i in range(2)]
+    write(tmp_path / "a.parquet", image=cells, text=["a", "b"])
+    write(tmp_path / "b.parquet", image=cells, text=pa.nulls(2))
+    captions = [example.get("caption") for example in everything(tmp_path)]
+    assert captions == ["a", "b", None, None]
+
+
+def test_a_store_that_did_not_answer_is_asked_again(tmp_path, monkeypatch):
+    source = ParquetSource(write(tmp_path / "a.parquet"))
+    with monkeypatch.context() as broken:
+        broken.setattr(parquet, "_state", lambda path: exec("raise OSError('timeout')"))
+        with pytest.raises(Broken, match="timeout"):
+            source[0]
+    assert value_of(source[0]) == 0
+
+
 def test_the_column_can_be_named(tmp_path):
     small, large = (pa.array([encode(plain(i, side)) for i in range(4)]) for side in (8, 16))
     path = write(tmp_path / "x.parquet", thumbnail=small, photo=large)

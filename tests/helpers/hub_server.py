@@ -38,9 +38,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.hub.requests.append(self.path)
-        path = urllib.parse.unquote(self.path.split("?")[0])
-        if found := _MODEL.fullmatch(path):
-            files = self._files(found[1], found[4] or "main")
+        if found := _MODEL.fullmatch(self.path.split("?")[0]):
+            files = self._files(found[1], urllib.parse.unquote(found[4] or "main"))
             if files is None:
                 return
             if found[3] == "tree":
@@ -88,16 +87,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return known[revision]
 
     def _file(self):
-        path = urllib.parse.unquote(self.path.split("?")[0])
+        path = self.path.split("?")[0]
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
         if not found:
             return self._error("EntryNotFound")
-        files = self._files(found[1], found[2])
+        _, revision, name = map(urllib.parse.unquote, found.groups())
+        files = self._files(found[1], revision)
         if files is None:
             return None
-        if found[3] not in files:
+        if name not in files:
             return self._error("EntryNotFound", _sha(files))
-        data = files[found[3]]
+        data = files[name]
         self.send_response(200)
         self.send_header("ETag", f'"{_sha(data)}"')
         self.send_header("X-Repo-Commit", _sha(files))

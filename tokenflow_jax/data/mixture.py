@@ -7,7 +7,7 @@ the source of a place, and how many of its examples came before, follow from the
 import dataclasses
 import functools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,9 @@ def parse(lines: Sequence[str], known: Mapping[str, Any]) -> list[Source]:
     Raises:
       ValueError: a line is not of the form, or has an unknown key or a wrong value.
     """
-    sources, keys = [], {*known} - {"name", "path", "mixture"}
+    sources, keys = [], {*known, "as"} - {"name", "path", "mixture"}
+    if len(lines) > BLOCK // 2:
+        raise ValueError(f"data.mixture has {len(lines):,} sources, the limit is {BLOCK // 2:,}")
     for number, line in enumerate(lines, 1):
         where = f"data.mixture, line {number} {shown(line)}"
         try:
@@ -50,17 +52,25 @@ def parse(lines: Sequence[str], known: Mapping[str, Any]) -> list[Source]:
             raise ValueError(f"{where}: write {_FORM}") from None
         if not 0 < weight < np.inf:
             raise ValueError(f"{where}: its weight must be above 0")
-        path = rest.pop(0) if rest and "=" not in rest[0] else ""
+        path = "" if not rest or _sets(rest[0], keys) else rest.pop(0)
         changes = dict(word.split("=", 1) for word in rest if "=" in word)
         label = changes.pop("as", f"{name}_{number}")
-        if unknown := [word for word in rest if word.split("=")[0] not in {*keys, "as"}]:
+        if unknown := [word for word in rest if word.split("=")[0] not in keys]:
             raise ValueError(f"{where}: {shown(unknown[0])} sets none of {', '.join(sorted(keys))}")
+        if not label:
+            raise ValueError(f"{where}: as= needs a name")
         values = {key: _like(known[key], text, f"{where}: {key}") for key, text in changes.items()}
         sources.append(Source(weight, name, path, label, values))
     labels = [source.label for source in sources]
     if len({*labels}) < len(labels):
         raise ValueError(f"data.mixture: the names {shown(labels)} are not different; give as=NAME")
     return sources
+
+
+def _sets(word: str, keys: Set[str]) -> bool:
+    """Tell key=value from a path, which may have folders such as year=2024."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and (key in keys or "/" not in word)
 
 
 def settings(data: Any) -> dict[str, tuple[float, Any]]:
@@ -170,6 +180,7 @@ class Plan:
 def _shares(weights: Sequence[float]) -> list[int]:
     """Return how many places of a block each source has: at least one, by largest remainder."""
     exact = np.asarray(weights, np.float64)
+    exact = exact / exact.max()  # before the sum, which may be beyond all numbers
     exact = exact / exact.sum() * (BLOCK - len(exact))
     counts = np.floor(exact).astype(int)
     for source in np.argsort(counts - exact, kind="stable")[: BLOCK - len(exact) - counts.sum()]:

@@ -143,9 +143,13 @@ class ParquetRows(tables.Rows):
             reader = tables.pyarrow().parquet.ParquetFile(_source(path))
             columns = self._find(reader.schema_arrow, path)
             if columns != self.columns:
+                pairs = zip(columns._fields, columns, self.columns, strict=True)
+                other = [
+                    f"{key} {own!r}, not {first!r}" for key, own, first in pairs if own != first
+                ]
                 raise ValueError(
-                    f"{path} has other columns ({shown(columns)}) than {self.files[0]} "
-                    f"({shown(self.columns)}): leave it out, or rewrite it"
+                    f"{path} has other columns than {self.files[0]} ({shown('; '.join(other))}): "
+                    "leave it out, or rewrite it"
                 )
             footer = reader.metadata
             groups = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
@@ -210,6 +214,8 @@ class _RowGroups:
                 table = self._read(group, names)
             except BaseException as error:  # whoever waits for it meets it
                 future.set_exception(error)
+                with self._lock:  # a store that did not answer may do so later
+                    del self._kept[key]
             else:
                 future.set_result(table)
                 self._make_room(key, table)

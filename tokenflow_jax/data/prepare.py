@@ -121,8 +121,8 @@ def main(options: flags.FlagValues) -> None:
     if (options.shard_index is None) != (options.shard_count is None):
         raise ValueError("--shard_index and --shard_count go together")
     src, dst, kind = options.src, options.dst, options.kind
-    if remote.is_remote(dst) and kind in ("cifar10", "emoji"):
-        raise ValueError(f"--dst {dst}: {kind} is written to local disks only")
+    if kind in ("cifar10", "emoji") and (far := [p for p in (src, dst) if remote.is_remote(p)]):
+        raise ValueError(f"{far[0]}: {kind} is read from and written to local disks only")
     files.writable_folder(pathlib.Path(dst).parent if kind == "emoji" else dst)
     if kind == "cifar10":
         counts = prepare_cifar10(src, dst, overwrite=options.overwrite)

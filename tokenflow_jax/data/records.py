@@ -32,7 +32,7 @@ from etils import epath
 
 from tokenflow_jax import files, remote
 from tokenflow_jax.data.examples import Broken, check_example
-from tokenflow_jax.messages import shown
+from tokenflow_jax.messages import one_line, shown
 
 MAGIC = b"TFX1"
 MANIFEST = "dataset.json"
@@ -97,9 +97,16 @@ def unpack(record: bytes) -> dict[str, Any]:
 
 
 def count_records(path: os.PathLike) -> int:
-    reader = array_record_module.ArrayRecordReader(str(path))
-    count = reader.num_records()
-    reader.close()
+    """Return the number of records of a file, or raise OSError."""
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError) as error:
+        raise OSError(
+            f"{path} is no whole ArrayRecord file ({one_line(error)}): remove it and run "
+            "the same again"
+        ) from error
     return count
 
 

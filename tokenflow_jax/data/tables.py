@@ -84,7 +84,9 @@ def _holds_pictures(kind: Any) -> bool:
         return _holds_pictures(kind.value_type)
     if is_.is_struct(kind):
         return any(field.name == "bytes" and _holds_pictures(field.type) for field in kind)
-    return is_.is_binary(kind) or is_.is_large_binary(kind)
+    if is_.is_dictionary(kind):
+        kind = kind.value_type
+    return is_.is_binary(kind) or is_.is_large_binary(kind) or is_.is_binary_view(kind)
 
 
 def _holds_text(kind: Any) -> bool:
@@ -93,7 +95,9 @@ def _holds_text(kind: Any) -> bool:
         return _holds_text(kind.value_type)
     if is_.is_dictionary(kind):
         kind = kind.value_type
-    return is_.is_string(kind) or is_.is_large_string(kind)
+    # Of a file without any text in a column, pandas writes the type null.
+    views = is_.is_string_view(kind) or is_.is_null(kind)
+    return is_.is_string(kind) or is_.is_large_string(kind) or views
 
 
 def _features(schema: Any) -> dict[str, Mapping[str, Any]]:

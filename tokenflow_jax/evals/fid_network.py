@@ -103,7 +103,7 @@ class Reference:
     ):
         self.network, self.change = network, change
         self._batches = batches
-        self._folder = epath.Path(folder) if folder else None
+        self._folder = files.as_path(folder) if folder else None
         self._description = description
         self._known: dict[str, Statistics] = {}
 

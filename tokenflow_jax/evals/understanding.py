@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from tokenflow_jax import answer, cli, files, remote
 from tokenflow_jax.data import images, jsonl
@@ -190,9 +189,9 @@ def main(options: flags.FlagValues) -> None:
         raise ValueError(f"missing {' and '.join(missing)}")
     everything = read_questions(options.file)
     questions = [everything[i] for i in evenly_spaced(len(everything), options.limit)]
-    out = epath.Path(options.predictions or options.out or f"{options.file}.answers.jsonl")
+    out = files.as_path(options.predictions or options.out or f"{options.file}.answers.jsonl")
     if asks:
-        folder = options.image_folder or epath.Path(options.file).parent
+        folder = options.image_folder or os.path.dirname(options.file) or "."
         picture_paths(questions, folder, options.allow_outside)  # before the model is loaded
         files.writable_folder(out.parent)
         answers_to(

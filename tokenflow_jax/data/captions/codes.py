@@ -8,12 +8,12 @@ codes and mean something else.
 """
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import parts, records, sources
 from tokenflow_jax.data.examples import Broken, Skipped
 from tokenflow_jax.messages import shown
@@ -78,7 +78,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
     """Return what a finished data set of codes says about its tokenizer, or raise CodesError."""
     manifest = records.read_manifest(path)
     if manifest is None:
-        plan = (pathlib.Path(path) / PLAN).is_file()
+        plan = remote.kind_of(remote.join(path, PLAN)) == "file"
         remedy = "run the same encode command again to finish it" if plan else (
             "write one with python -m tokenflow_jax.encode"
         )  # fmt: skip

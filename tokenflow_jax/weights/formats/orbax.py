@@ -64,8 +64,11 @@ def open_checkpoint(
                 f"{path} declares {declared:,} bytes of arrays in {held:,} bytes of files; it is "
                 "incomplete or damaged, copy it again"
             )
-    # Not a URL: "#", "%" and the like are part of a local name.
-    base = f"{state}/" if is_remote else {"driver": "file", "path": f"{state}/"}
+    # Not a URL: "#", "%" and the like are part of a name.
+    base = {"driver": "file", "path": f"{state}/"}
+    if is_remote:
+        bucket, _, inside = f"{state}/".removeprefix("gs://").partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": inside}
     # One thread each, because every thread holds a chunk in memory.
     context = ts.Context({f"{kind}_concurrency": {"limit": 1} for kind in ("data_copy", "file_io")})
 
