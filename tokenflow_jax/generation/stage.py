@@ -35,6 +35,10 @@ class GenerationStage(CodeStage):
     """Trains the model that draws pictures; its config is `configs/generation.py`."""
 
     name, part = "generation", PART
+    # The codes' columns of the head are new, and so are norms that a language model lacks.
+    beside_adapters = (
+        "projector", "level_embedding", "position_embedding", "lm/head", r"lm/.*norm\d?/scale",
+    )  # fmt: skip
     headline = ("loss/total", "accuracy/codes")
 
     @functools.cached_property
@@ -54,7 +58,7 @@ class GenerationStage(CodeStage):
     @functools.cached_property
     def model(self) -> Generation:
         """The generation model."""
-        return Generation(self.model_config, self.dtype)
+        return self.adapted(Generation(self.model_config, self.dtype))
 
     @property
     def encodes(self) -> bool:
@@ -74,6 +78,7 @@ class GenerationStage(CodeStage):
             prefix_length=prompts.prefix_length,
             tokenizer=TokenFlow(self.tokenizer_config) if self.encodes else None,
             trainable=self.trainable,
+            adapters=self.adapters,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
             loss_tokens=config.loss_tokens,
@@ -251,6 +256,7 @@ class GenerationStage(CodeStage):
             self._recipe,
             str(self.dtype),
             device_mesh=self.mesh,
+            model=self.model,
         )
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:

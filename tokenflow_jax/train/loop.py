@@ -82,7 +82,7 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
 
 
 # A change of these makes another run: the saved position or the weights would be misread.
-IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data", "text_tokenizer")
+IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data", "text_tokenizer", "lora")
 FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that the model reads
 # These only decide what is recorded when.
 FREE_KEYS = (
