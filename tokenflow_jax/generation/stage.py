@@ -27,6 +27,7 @@ from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train.stage import Program
+from tokenflow_jax.weights import quantized
 
 PyTree = Any
 
@@ -105,12 +106,16 @@ class GenerationStage(CodeStage):
         codes = self.batch_array(jnp.int32, self.model_config.pyramid.tokens)
         return {"prefix": prefix, "codes": codes}
 
-    def sampling(self, images: int) -> Program:
-        """Return the sampler as a program: guided, one pass, prompts as long as they may be."""
+    def sampling(self, images: int, weights_dtype: str = "") -> Program:
+        """Return the sampler as a program: guided, prompts as long as they may be, plain weights.
+
+        `weights_dtype` is as for `Generator.load`.
+        """
         mesh.check_batch_size(images, self.mesh)
         length, rows = self.prompts.prefix_length, self.batch_sharding
         whole = mesh.replicated(self.mesh)
-        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), self.parameters)
+        model = quantized.model_of(Generation(self.model_config, self.dtype), weights_dtype)
+        held = quantized.shapes_of(model, self.dtype)
         codebooks = Codebooks.of(TOKENIZER.template(self.tokenizer_config)).params()
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
         parts = {
@@ -124,7 +129,7 @@ class GenerationStage(CodeStage):
             ),
         }
         passes = tuple(map(tuple, self.config.sampling.passes))
-        function = Sampler(self.model, self.prompts.pad_id, passes)
+        function = Sampler(model, self.prompts.pad_id, passes)
         arguments = (parts["parameters"], Codebooks.of(parts["codebooks"]), *parts["prompts"])
         return Program(function, jax.jit(function), arguments, parts)
 

@@ -201,9 +201,9 @@ class Trainer:
 
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
-        params = self.model.init_params(key) if params is None else params
-        if self.adapters:
-            params = self.adapters.store(params)
+        if params is None:
+            model = self.model
+            params = self.adapters.init(model, key) if self.adapters else model.init_params(key)
         trained = self.parts.take(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

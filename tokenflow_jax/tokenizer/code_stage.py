@@ -88,8 +88,8 @@ class CodeStage(Stage):
         """Shapes of the model's parameters."""
         if not self.adapters:
             return self.part.template(self.model_config)
-        init = lambda key: self.adapters.store(self.model.init_params(key))  # noqa: E731
-        return jax.eval_shape(init, jax.random.key(0))
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda key: self.adapters.init(self.model, key), key)
 
     @property
     def eval_rows(self) -> int:

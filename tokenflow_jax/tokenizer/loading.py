@@ -73,13 +73,8 @@ def load_model(
     device_mesh, held = mesh.answering_mesh(), jnp.dtype(dtype)
     floats = held if not weights_dtype else None  # a quantized kernel is rounded once
     arrays = ((name, np.asarray(t.read(), floats)) for name, t in source.arrays.items())
-    model = module(source.config, held)
+    model = quantized.model_of(module(source.config, held), weights_dtype)
     if weights_dtype:
-        if weights_dtype not in quantized.KINDS:
-            raise ValueError(
-                f"weights_dtype {weights_dtype!r}: one of {', '.join(quantized.KINDS)}"
-            )
-        model = quantized.quantized_model(model, weights_dtype)
         like = quantized.shapes_of(model, held)
         placed = mesh.place_parameters(quantized.pieces(arrays, like), device_mesh)
         params = quantized.assemble(placed, like)

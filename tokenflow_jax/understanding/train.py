@@ -125,8 +125,8 @@ class Trainer:
 
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
-        params = self.model.init_params(key) if params is None else params
-        if self.adapters:
-            params = self.adapters.store(params)
+        if params is None:
+            model = self.model
+            params = self.adapters.init(model, key) if self.adapters else model.init_params(key)
         opt_state = self.optimizer.init(self.parts.take(params))
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state)

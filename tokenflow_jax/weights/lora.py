@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -95,7 +96,26 @@ class Adapters:
                 rules.append(qwix.QuantizationRule(**options))
         return qwix.quantize_model(model, qwix.LoraProvider(rules), methods=model.runs_decoder)
 
-    def check(self, params: PyTree) -> None:
+    def trains(self, name: str) -> bool:
+        """Tell whether the parameter of a path trains."""
+        return is_adapter(name) or any(re.match(pattern, name) for pattern in self.trainable)
+
+    def init(self, model: Any, key: jax.Array) -> PyTree:
+        """Return random weights of what `model` gave: adapters float32, frozen ones as kept."""
+        params = model.clone(dtype=jnp.float32).init_params(key)  # else qwix mixes dtypes
+        self._check(params)
+        kept = self.config.weights
+        kept = jnp.dtype(kept if kept in FLOATS[1:] else self.dtype)
+
+        def leaf(name: str, leaf: Any) -> Any:
+            if is_quantized(leaf):  # a scale's dtype is that of the kernels that are computed with
+                return quantized.stored(leaf.replace(array=leaf.array.astype(self.dtype)))
+            fixed = name.endswith(_STORED) and not self.trains(name)
+            return leaf.astype(kept) if fixed else leaf
+
+        return unflatten({name: leaf(name, x) for name, x in flatten(params).items()})
+
+    def _check(self, params: PyTree) -> None:
         """Raise ValueError for patterns that match nothing, or what cannot train."""
         names, problems = flatten(params), []
         for pattern in self.trainable:
@@ -107,23 +127,6 @@ class Adapters:
                 problems.append(f"trainable: {pattern!r} matches {fixed[0]}, which is quantized")
         if problems:
             raise ValueError("; ".join(problems))
-
-    def trains(self, name: str) -> bool:
-        """Tell whether the parameter of a path trains."""
-        return is_adapter(name) or any(re.match(pattern, name) for pattern in self.trainable)
-
-    def store(self, params: PyTree) -> PyTree:
-        """Return fresh float32 parameters with the frozen ones in the dtype they are kept in."""
-        kept = self.config.weights
-        kept = jnp.dtype(kept if kept in FLOATS[1:] else self.dtype)
-
-        def leaf(name: str, leaf: Any) -> Any:
-            if is_quantized(leaf):  # a scale's dtype is that of the kernels that are computed with
-                return quantized.stored(leaf.replace(array=leaf.array.astype(self.dtype)))
-            fixed = name.endswith(_STORED) and not self.trains(name)
-            return leaf.astype(kept) if fixed else leaf
-
-        return unflatten({name: leaf(name, x) for name, x in flatten(params).items()})
 
     def take(self, params: PyTree) -> PyTree:
         """Return the parameters that train."""

@@ -50,8 +50,12 @@ def settings(lm: LMConfig, layer: str, kind: str) -> dict[str, Any]:
     return {**path, "weight_qtype": kind, "tile_size": tile}
 
 
-def quantized_model(model: Any, kind: str) -> Any:
-    """Return a model whose parameters are a plain one's with quantized kernels."""
+def model_of(model: Any, kind: str) -> Any:
+    """Return a model that takes a plain one's parameters with kernels of a kind; "" are floats."""
+    if not kind:
+        return model
+    if kind not in KINDS:
+        raise ValueError(f"weights_dtype {kind!r}: one of {', '.join(KINDS)}, or none")
     qwix = import_qwix()
     rules = [qwix.QuantizationRule(**settings(model.config.lm, n, kind)) for n in LINEAR]
     return qwix.quantize_model(model, qwix.PtqProvider(rules), methods=model.runs_decoder)
