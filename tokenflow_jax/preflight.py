@@ -118,6 +118,8 @@ def _tpu_devices(topology: Topology) -> list[Any]:
 
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.chips == 1:  # by default a host has several
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # libtpu's own kinds, whose text says what is wrong

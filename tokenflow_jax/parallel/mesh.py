@@ -47,12 +47,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embed/embedding", ("vocabulary", "embed")),
     ("head/kernel", ("embed", "vocabulary")),
 )
-# Arrays that stand beside or for a kernel (`weights.lora`, `weights.quantized`): end of the path ->
-# which of the kernel's two axes they have.
-_OF_A_KERNEL = {
-    "_lora_a": (True, False), "_lora_b": (False, True), "/array/qvalue": (True, True),
-    "/array/scale": (True, True),
-}  # fmt: skip
+# A quantized kernel's integers and scales are split as the kernel is.
+_QUANTIZED = re.compile("/array/(qvalue|scale)$")
 # Smaller arrays stay whole: gathering one costs more than a copy on every device.
 LEAST_SPLIT = 2**12
 
@@ -150,12 +146,8 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         even = size % math.prod(mesh.shape[a] for a in axes) == 0
         return axes if axes and even else None
 
-    ending = next((end for end in _OF_A_KERNEL if path.endswith(end)), "")
-    path = path.removesuffix(ending)
+    path = _QUANTIZED.sub("", path)
     for pattern, names in PARAMETER_AXES:
-        if ending:
-            kept = _OF_A_KERNEL[ending]
-            names = [name if own else None for name, own in zip(names, kept, strict=False)]
         layers = len(shape) - len(names)
         if layers >= 0 and re.search(f"(^|/){pattern}$", path):
             return PartitionSpec(*[None] * layers, *map(mesh_axes, names, shape[layers:]))
