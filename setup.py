@@ -42,6 +42,8 @@ EXTRAS = {
     "gcs": ["etils[epath-gcs]>=1.14"],
     # Models named hf://OWNER/NAME.
     "hub": ["huggingface_hub>=0.30"],
+    # Adapters (config.lora) and quantized weights.
+    "lora": ["qwix>=0.1.8"],
     "s3": ["etils[epath-s3]>=1.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
@@ -58,6 +60,7 @@ EXTRAS["test"] = [
     *EXTRAS["gcs"],
     *EXTRAS["hub"],
     *EXTRAS["parquet"],
+    *EXTRAS["lora"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],
 ]

@@ -81,6 +81,12 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.init_from = ""
     config.trainable = ()  # patterns of parameters that train; () all of them
 
+    config.lora = ConfigDict()  # needs qwix
+    config.lora.rank = 0  # of adapters, which train in place of the decoder; 0: none
+    config.lora.alpha = 16.0  # adapters are scaled by alpha / rank
+    config.lora.modules = ()  # layers with adapters: q, k, v, out, gate, up, down; () all of them
+    config.lora.weights = "auto"  # frozen ones: auto (as computed with), float32, int8, int4, nf4
+
     config.tokenizer = ConfigDict()  # the frozen tokenizer of images
     config.tokenizer.path = ""  # a workdir, a checkpoint of ours, or a PyTorch file
     config.tokenizer.variant = ""  # which model a PyTorch file holds

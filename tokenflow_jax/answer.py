@@ -73,7 +73,7 @@ def load_assistant(options: flags.FlagValues) -> Any:
     from tokenflow_jax.understanding.api import Assistant  # here, so that --help is quick
 
     names = ("tokenizer", "tokenizer_variant", "text_tokenizer", "template", "system",
-             "image_mode", "step", "dtype")  # fmt: skip
+             "image_mode", "step", "dtype", "weights_dtype")  # fmt: skip
     known = {name: options[name].value for name in names}
     return Assistant.load(options.checkpoint, options.variant, **known)
 
@@ -89,6 +89,7 @@ def define_assistant_flags(define: cli.Define) -> None:
     define.string("system", None, "What conversations begin with, instead of the template's.")
     define.enum("image_mode", None, ["pad", "square"], "As in training; a training run knows it.")
     define.enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Compute in.")
+    define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of the decoder's layers.")
 
 
 def define_flags(define: cli.Define) -> None:

@@ -41,14 +41,16 @@ class Compiled(NamedTuple):
 def main(options: flags.FlagValues) -> int:
     """Print the report and return the exit code."""
     topology = parse_topology(options.topology or "")
-    fits, text, program = report(options.config, topology, options.sample)
+    fits, text, program = report(options.config, topology, options.sample, options.weights_dtype)
     if options.hlo and program:
         pathlib.Path(options.hlo).write_text(program, encoding="utf-8")
     print(text)
     return 0 if fits else 1
 
 
-def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str, str]:
+def report(
+    config: Any, topology: Topology, sample: int = 0, weights_dtype: str = ""
+) -> tuple[bool, str, str]:
     """Compile a config's step, or drawing `sample` pictures, for a topology and describe it.
 
     Returns True if it fits, the description, and the compiled program's text.
@@ -67,9 +69,12 @@ def report(config: Any, topology: Topology, sample: int = 0) -> tuple[bool, str,
     if sample:
         if config.stage != "generation":
             raise ValueError(f"--sample is for the stage generation, this is {config.stage}")
+    elif weights_dtype:
+        raise ValueError("--weights_dtype is for --sample; training has --config.lora.weights")
+    if sample:
         config.batch_size = sample
     stage = stages.make_stage(config, device_mesh, "tpu" if chip.tpu else "gpu")
-    program = stage.sampling(sample) if sample else stage.program
+    program = stage.sampling(sample, weights_dtype) if sample else stage.program
     held = {name: costs.shard_bytes(tree) for name, tree in program.parts.items()}
     arguments, total = program.arguments, sum(held.values())
     abstract = device_mesh.abstract_mesh if chip.tpu else device_mesh
@@ -113,6 +118,8 @@ def _tpu_devices(topology: Topology) -> list[Any]:
 
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.chips == 1:  # by default a host has several
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # libtpu's own kinds, whose text says what is wrong
@@ -238,6 +245,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("topology", None, "CHIP:SHAPE such as v5p:4x4x4, two slices 2*v5e:16x16, or GPUs "
                   "h100:64.")  # fmt: skip
     define.integer("sample", 0, "Pictures to draw at a time, instead of training (generation).")
+    define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of --sample's decoder layers.")
     define.string("hlo", None, "File for the compiled program's text.")
 
 

@@ -226,7 +226,8 @@ def main(options: flags.FlagValues) -> None:
     files.writable_folder(options.out)
     from tokenflow_jax.generation.api import Generator
 
-    names = ("text_tokenizer", "variant", "tokenizer_variant", "ema", "step", "dtype")
+    names = ("text_tokenizer", "variant", "tokenizer_variant", "ema", "step", "dtype",
+             "weights_dtype")  # fmt: skip
     known = {name: options[name].value for name in names}
     generator = Generator.load(options.checkpoint, options.tokenizer, **known)
     draw(
@@ -250,6 +251,7 @@ def define_flags(define: cli.Define) -> None:
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
     define.bool("ema", True, "Take the moving average of the weights if there is one.")
     define.enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Compute in.")
+    define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of the decoder's layers.")
     define.string("tokenizer", None, "The image tokenizer; a training run knows it.")
     define.string("tokenizer_variant", None, "Which model a PyTorch tokenizer holds.")
     define.string("text_tokenizer", None, "A folder, bytes or words; a training run knows it.")

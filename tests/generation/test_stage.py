@@ -25,6 +25,7 @@ from tokenflow_jax.train import loop
 from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.train.optim import OptimizerConfig
 from tokenflow_jax.train.stage import LoopOptions
+from tokenflow_jax.weights import quantized, rules
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model
 from tokenflow_jax.weights.start import extend_vocabulary
 
@@ -76,6 +77,38 @@ def trained(tokenizer, data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = tiny(tokenizer, data)
     return workdir, loop.train_and_evaluate(config, workdir, make(config)).state
+
+
+def test_adapters_average_and_draw_as_their_merged_weights(trained, tokenizer, data, tmp_path):
+    """The average follows what trains; the run's own samples are those of the merged model."""
+    config = tiny(tokenizer, data, init_from=str(trained[0]), **{"lora.rank": 2})
+    config.ema_decay, config.optimizer.learning_rate = 0.5, 1e-2
+    stage = make(config)
+    state = loop.train_and_evaluate(config, tmp_path, stage).state
+    frozen = "lm/blocks/mlp/up/kernel"
+    assert frozen not in rules.flatten(state.ema) and frozen in rules.flatten(state.params)
+    for name in ("lm/head/kernel", "lm/blocks/norm1/scale", "level_embedding", f"{frozen}_lora_b"):
+        assert not np.array_equal(rules.flatten(state.ema)[name], rules.flatten(state.params)[name])
+    own = stage._generator.with_params(stage.weights(state))
+    loaded = tfx.Generator.load(tmp_path)
+    draw = ["red apple", "dog face"], [0, 1], stage._recipe
+    np.testing.assert_array_equal(own.codes(*draw), loaded.codes(*draw))
+    embedding = loaded.params["lm"]["embed"]["embedding"]
+    np.testing.assert_array_equal(embedding, trained[1].params["lm"]["embed"]["embedding"])
+
+
+def test_quantized_weights_draw(trained):
+    """A model of int8 draws what its dequantized weights do; it is not saved."""
+    plain = tfx.Generator.load(trained[0])
+    drawn = tfx.Generator.load(trained[0], weights_dtype="int8")
+    kernel = drawn.params["lm"]["blocks"]["mlp"]["up"]["kernel"]
+    up = quantized.dequantize(kernel.array.qvalue, kernel.array.scale, "int8")
+    old = np.asarray(plain.params["lm"]["blocks"]["mlp"]["up"]["kernel"])
+    assert 0 < np.abs(up - old).max() <= np.abs(old).max() / 250
+    codes = drawn.codes(["red apple"], [0], drawn.recipe)
+    assert codes.shape == plain.codes(["red apple"], [0], plain.recipe).shape
+    with pytest.raises(ValueError, match="without weights_dtype to save it"):
+        drawn.save_pretrained(trained[0] / "saved")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,6 +1,7 @@
 """Run by test_understanding_sharding.py with eight fake devices; prints one JSON object.
 
-For every mesh, "slice,data,fsdp,tensor" or "one": the losses of three steps and greedy answers.
+For every mesh, "slice,data,fsdp,tensor" or "one", with ":KIND" for adapters beside weights of that
+kind: the losses of three steps and greedy answers.
 """
 
 import functools
@@ -18,6 +19,7 @@ from tokenflow_jax.train import optim
 from tokenflow_jax.understanding.answer import Decoding, answer
 from tokenflow_jax.understanding.model import Understanding, UnderstandingConfig
 from tokenflow_jax.understanding.train import Trainer
+from tokenflow_jax.weights.lora import Adapters, LoraConfig
 
 mesh.LEAST_SPLIT = 64  # so that the tiny model is split at all
 CONFIG = UnderstandingConfig(
@@ -40,14 +42,21 @@ def batch_of(rng, side):
 
 
 def run(name):
+    name, _, kind = name.partition(":")
     if name == "one":
         device_mesh = mesh.make_mesh({"data": 1}, jax.devices()[:1])
     else:
         device_mesh = mesh.make_mesh(dict(zip(mesh.AXES, map(int, name.split(",")), strict=True)))
     rng = np.random.default_rng(0)
     optimizer = optim.make_optimizer(optim.OptimizerConfig(learning_rate=1e-2), 100)
-    model = Understanding(CONFIG)
-    trainer = Trainer(model, TokenFlow(TokenizerConfig()), optimizer, accumulate=1)
+    model, adapters = Understanding(CONFIG), None
+    if kind:
+        options = LoraConfig(4, weights=kind)
+        adapters = Adapters(options, ("projector",), np.dtype(np.float32))
+        model = adapters.model(model)
+    trainer = Trainer(
+        model, TokenFlow(TokenizerConfig()), optimizer, adapters=adapters, accumulate=1
+    )
     state = trainer.init(jax.random.key(0))
     place = mesh.shardings(state, device_mesh)
     state = jax.tree.map(jax.device_put, state, place)
@@ -65,11 +74,14 @@ def run(name):
     prompt = {**batch_of(rng, "left"), "features": table[:, None]}
     del prompt["labels"]
     decoding = Decoding(6, (3,), 0)
+    params = state.params
+    if adapters:
+        params = adapters.join(params, adapters.take(params))
     greedy = functools.partial(answer, model, key=jax.random.key(0), decoding=decoding)
     ids = mesh.bind(
         device_mesh,
         jax.jit(lambda p, q: greedy(p, q), in_shardings=(place.params, split), out_shardings=whole),
-    )(state.params, jax.device_put(prompt, split))
+    )(params, jax.device_put(prompt, split))
     parts = [x.sharding.spec for x in jax.tree.leaves(state.params)]
     return {
         "losses": losses,

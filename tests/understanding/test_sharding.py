@@ -14,9 +14,12 @@ MESHES = ("1,8,1,1", "1,1,8,1", "1,2,2,2")
 
 
 @pytest.mark.slow
-def test_steps_and_answers_are_the_same():
+@pytest.mark.parametrize("kind", ["", ":auto", ":int8", ":nf4"])
+def test_steps_and_answers_are_the_same(kind):
+    """Also with adapters beside frozen weights, quantized or not."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    command = [sys.executable, str(HELPERS / "understanding_sharding_program.py"), "one", *MESHES]
+    names = [name + kind for name in ("one", *MESHES)]
+    command = [sys.executable, str(HELPERS / "understanding_sharding_program.py"), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     one, *others = json.loads(done.stdout.splitlines()[-1])

@@ -224,6 +224,34 @@ def test_starts(trained, tokenizer, chats, tmp_path):
         stage.warm_start(stage.init())
 
 
+def test_adapters_start_from_a_run_and_resume(trained, tokenizer, chats, tmp_path):
+    """Stopped after two of four steps, the run goes on bit for bit; it is loaded merged."""
+    workdir, base = trained
+    options = {"lora.rank": 2, "lora.alpha": 1.0, "lora.weights": "nf4"}
+    with pytest.raises(ValueError, match=r"lora\.rank=2 adapts a trained model"):
+        make(tiny(tokenizer, chats, **options)).init()
+    options["init_from"] = workdir
+    whole = run(tiny(tokenizer, chats, **options), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
+    again = run(tiny(tokenizer, chats, **options), tmp_path / "again")
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(CheckpointError, match=r"config\.lora\.rank: 2 -> 3"):
+        run(tiny(tokenizer, chats, **{**options, "lora.rank": 3}), tmp_path / "again")
+
+    loaded = tfx.Assistant.load(tmp_path / "whole")
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(base.params)
+    kernel = loaded.params["lm"]["blocks"]["mlp"]["up"]["kernel"]
+    old = base.params["lm"]["blocks"]["mlp"]["up"]["kernel"]
+    assert 0 < np.abs(kernel - old).max() < 0.2 * np.abs(old).max()
+    # The whole first run is the base of adapters, and of those on adapters.
+    stage = make(tiny(tokenizer, chats, **{**options, "init_from": str(tmp_path / "whole")}))
+    fresh, _ = stage.warm_start(stage.init())
+    projector = fresh.params["projector"]
+    jax.tree.map(np.testing.assert_array_equal, projector, whole.params["projector"])
+
+
 @pytest.mark.slow
 def test_another_tokenizer_is_refused(trained, chats, tmp_path):
     workdir, _ = trained

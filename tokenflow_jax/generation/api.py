@@ -64,6 +64,7 @@ class Generator(Pretrained):
     # must sample together.
     device_mesh: mesh.Mesh | None = None
     trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
+    model: Generation | None = None  # runs `params`; None: the plain one
 
     @classmethod
     def load(
@@ -77,6 +78,7 @@ class Generator(Pretrained):
         ema: bool = True,
         step: int | None = None,
         dtype: str = "auto",
+        weights_dtype: str = "",
     ) -> "Generator":
         """Load a generation model, spread over all devices of this process.
 
@@ -89,6 +91,8 @@ class Generator(Pretrained):
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+          weights_dtype: of the decoder's linear layers, if not `dtype`: "int8" halves a bfloat16
+            model's memory; "int4", "nf4" quarter it and cost accuracy. Needs qwix.
 
         Raises:
           CodesError: the tokenizer is not the one that the model was trained with.
@@ -100,12 +104,14 @@ class Generator(Pretrained):
         model = load_model(
             path,
             PART,
+            Generation,
             conversion.variant_config(path, variant, VARIANTS),
             tokenizer=tokenizer,
             tokenizer_variant=tokenizer_variant,
             weights=None if ema else "raw",
             step=step,
             dtype=dtype,
+            weights_dtype=weights_dtype,
         )
         text_tokenizer = text_tokenizer or model.saved.get("text_tokenizer")
         length = model.saved.get("data", {}).get("max_length", 128)
@@ -126,6 +132,7 @@ class Generator(Pretrained):
             source={"checkpoint": path, "weights": model.trained.weights},
             device_mesh=model.device_mesh,
             trained=model.trained,
+            model=model.model,
         )
         generator.check()
         return generator
@@ -178,7 +185,7 @@ class Generator(Pretrained):
     def _sampler(self, passes: tuple[tuple[int, float], ...]) -> Callable[..., jax.Array]:
         """Return the jitted sampling loop; made once for every choice of passes."""
         if passes not in self._compiled:
-            model = Generation(self.config, jnp.dtype(self.dtype))
+            model = self.model or Generation(self.config, jnp.dtype(self.dtype))
             sampler = Sampler(model, self.prompts.pad_id, passes)
             if self.device_mesh is None:
                 self._compiled[passes] = jax.jit(sampler)

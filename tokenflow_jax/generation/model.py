@@ -138,6 +138,8 @@ class Generation(nn.Module):
     config: GenerationConfig
     dtype: jnp.dtype = jnp.float32
 
+    runs_decoder = ("__call__", "losses", "decode")  # methods that run its linear layers
+
     def setup(self):
         cfg = self.config
         self.lm = Decoder(cfg.lm, self.dtype)

@@ -28,6 +28,7 @@ from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train.stage import Program
+from tokenflow_jax.weights import quantized
 
 PyTree = Any
 
@@ -36,6 +37,10 @@ class GenerationStage(CodeStage):
     """Trains the model that draws pictures; its config is `configs/generation.py`."""
 
     name, part = "generation", PART
+    # The codes' columns of the head are new, and so are norms that a language model lacks.
+    beside_adapters = (
+        "projector", "level_embedding", "position_embedding", "lm/head", r"lm/.*norm\d?/scale",
+    )  # fmt: skip
     headline = ("loss/total", "accuracy/codes")
 
     @functools.cached_property
@@ -55,7 +60,7 @@ class GenerationStage(CodeStage):
     @functools.cached_property
     def model(self) -> Generation:
         """The generation model."""
-        return Generation(self.model_config, self.dtype)
+        return self.adapted(Generation(self.model_config, self.dtype))
 
     @property
     def encodes(self) -> bool:
@@ -80,6 +85,7 @@ class GenerationStage(CodeStage):
             prefix_length=prompts.prefix_length,
             tokenizer=TokenFlow(self.tokenizer_config) if self.encodes else None,
             trainable=self.trainable,
+            adapters=self.adapters,
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
             sources=self.sources,
@@ -108,12 +114,16 @@ class GenerationStage(CodeStage):
             return {**arrays, "image": self.batch_array(jnp.uint8, side, side, 3)}
         return {**arrays, "codes": self.batch_array(jnp.int32, self.model_config.pyramid.tokens)}
 
-    def sampling(self, images: int) -> Program:
-        """Return the sampler as a program: guided, one pass, prompts as long as they may be."""
+    def sampling(self, images: int, weights_dtype: str = "") -> Program:
+        """Return the sampler as a program: guided, prompts as long as they may be, plain weights.
+
+        `weights_dtype` is as for `Generator.load`.
+        """
         mesh.check_batch_size(images, self.mesh)
         length, rows = self.prompts.prefix_length, self.batch_sharding
         whole = mesh.replicated(self.mesh)
-        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype), self.parameters)
+        model = quantized.model_of(Generation(self.model_config, self.dtype), weights_dtype)
+        held = quantized.shapes_of(model, self.dtype)
         codebooks = Codebooks.of(TOKENIZER.template(self.tokenizer_config)).params()
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
         parts = {
@@ -127,7 +137,7 @@ class GenerationStage(CodeStage):
             ),
         }
         passes = tuple(map(tuple, self.config.sampling.passes))
-        function = Sampler(self.model, self.prompts.pad_id, passes)
+        function = Sampler(model, self.prompts.pad_id, passes)
         arguments = (parts["parameters"], Codebooks.of(parts["codebooks"]), *parts["prompts"])
         return Program(function, jax.jit(function), arguments, parts)
 
@@ -259,6 +269,7 @@ class GenerationStage(CodeStage):
             self._recipe,
             str(self.dtype),
             device_mesh=self.mesh,
+            model=self.model,
         )
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:

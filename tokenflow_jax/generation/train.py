@@ -26,6 +26,7 @@ from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
 from tokenflow_jax.train.by_source import means_by_source, sums_by_source
+from tokenflow_jax.weights.lora import Adapters
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -63,7 +64,7 @@ class LossConfig:
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything a run carries from step to step; `ema`, the average of `params`, may be None."""
+    """Everything a run carries from step to step; `ema`, of what trains, may be None."""
 
     step: jax.Array
     params: PyTree
@@ -83,6 +84,7 @@ class Trainer:
     prefix_length: int
     tokenizer: TokenFlow | None = None  # the frozen one, in float32; None when batches hold codes
     trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
+    adapters: Adapters | None = None  # instead of `trainable`
     ema_decay: float = 0.0  # of the moving average of weights; 0 keeps none
     accumulate: int = 1  # microbatches per step
     loss_tokens: int = 4096  # positions whose logits a device holds at the same time
@@ -103,26 +105,32 @@ class Trainer:
         prefix_BP, codes_BN = batch["prefix"], self.codes(frozen, batch)
         # Captions differ in length: each label weighs the same, in whatever microbatch it is.
         labels = jnp.maximum(jnp.sum(prefix_BP[:, 1:] != self.pad_id), 1) / self.accumulate
+        trained = self.parts.take(state.params)
 
         def microbatch(carry, rows, key):
-            def loss(params):
-                if self.trainable is not None:
-                    params = optim.freeze(params, self.trainable)
+            def loss(trained):
+                params = self.parts.join(state.params, trained)
                 return self.loss(params, frozen, *rows[:2], labels, *rows[2:])
 
-            return carry, jax.grad(loss, has_aux=True)(state.params), ()
+            return carry, jax.grad(loss, has_aux=True)(trained), ()
 
         rows = (prefix_BP, codes_BN, batch["source"]) if self.sources else (prefix_BP, codes_BN)
         _, sums, _ = accumulate(microbatch, rows, self.accumulate)
         gradients, metrics = jax.tree.map(lambda x: x / self.accumulate, sums)
         metrics |= means_by_source("image", metrics.pop("sources", {}))
         metrics["gradient_norm/all"] = optax.tree.norm(gradients)
-        params, opt_state = optim.update(self.optimizer, gradients, state.opt_state, state.params)
+        trained, opt_state = optim.update(self.optimizer, gradients, state.opt_state, trained)
+        params = self.parts.put(state.params, trained)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
         if self.ema_decay:
-            ema = optax.incremental_update(params, state.ema, 1 - self.ema_decay)
+            ema = optax.incremental_update(trained, state.ema, 1 - self.ema_decay)
             state = state.replace(ema=ema)
         return state, metrics
+
+    @property
+    def parts(self) -> optim.Whole | Adapters:
+        """What the optimizer sees of the parameters."""
+        return self.adapters or optim.Whole(self.trainable)
 
     def codes(self, frozen: PyTree, batch: PyTree) -> jax.Array:
         """Return the codes of a batch: its own, or those of its images."""
@@ -201,10 +209,13 @@ class Trainer:
 
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
-        params = self.model.init_params(key) if params is None else params
+        if params is None:
+            model = self.model
+            params = self.adapters.init(model, key) if self.adapters else model.init_params(key)
+        trained = self.parts.take(params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=self.optimizer.init(params),
-            ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
+            opt_state=self.optimizer.init(trained),
+            ema=jax.tree.map(jnp.copy, trained) if self.ema_decay else None,
         )

@@ -47,6 +47,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embed/embedding", ("vocabulary", "embed")),
     ("head/kernel", ("embed", "vocabulary")),
 )
+# A quantized kernel's integers and scales are split as the kernel is.
+_QUANTIZED = re.compile("/array/(qvalue|scale)$")
 # Smaller arrays stay whole: gathering one costs more than a copy on every device.
 LEAST_SPLIT = 2**12
 
@@ -144,6 +146,7 @@ def partition(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         even = size % math.prod(mesh.shape[a] for a in axes) == 0
         return axes if axes and even else None
 
+    path = _QUANTIZED.sub("", path)
     for pattern, names in PARAMETER_AXES:
         layers = len(shape) - len(names)
         if layers >= 0 and re.search(f"(^|/){pattern}$", path):

@@ -5,6 +5,7 @@ import functools
 import os
 from typing import Any
 
+import jax
 import ml_collections
 import optax
 
@@ -16,8 +17,9 @@ from tokenflow_jax.tokenizer import frozen
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.train import optim
-from tokenflow_jax.train.stage import Stage
+from tokenflow_jax.train.stage import Stage, State
 from tokenflow_jax.weights import start
+from tokenflow_jax.weights.lora import Adapters, LoraConfig
 from tokenflow_jax.weights.part import Part
 
 PyTree = Any
@@ -31,9 +33,11 @@ class CodeStage(Stage):
     Attributes:
       part: the model, as the stage's `names` describe it.
       tokenizer: set by `open_tokenizer`.
+      beside_adapters: patterns of what trains beside LoRA's adapters, unless config.trainable says.
     """
 
     part: Part
+    beside_adapters: tuple[str, ...] = ("projector",)
     tokenizer: Tokenizer
     frozen_name = "frozen tokenizer"
 
@@ -64,6 +68,26 @@ class CodeStage(Stage):
         own = {name: self.config[name] for name in _OF_A_RUN}
         return self.part.config_class(**{**fields, "lm": LMConfig(**{**fields["lm"], **own})})
 
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """LoRA's adapters; None without."""
+        options = LoraConfig(**self.config.get("lora", {}))
+        if not options.rank:
+            return None
+        patterns = tuple(self.config.trainable) or self.beside_adapters
+        if self.model_config.lm.tied_head and any("lm/head" in p for p in patterns):
+            patterns += ("lm/embed",)
+        return Adapters(options, patterns, self.dtype)
+
+    def adapted(self, model: Any) -> Any:
+        """Return the stage's model, with adapters if there are any."""
+        return self.adapters.model(model) if self.adapters else model
+
+    @functools.cached_property
+    def trainable(self) -> PyTree | None:
+        """Marks of the parameters that train; None when all do, or with adapters."""
+        return None if self.adapters else super().trainable
+
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the parameters that train."""
@@ -73,13 +97,35 @@ class CodeStage(Stage):
     @property
     def parameters(self) -> PyTree:
         """Shapes of the model's parameters."""
-        return self.part.template(self.model_config)
+        if not self.adapters:
+            return self.part.template(self.model_config)
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda key: self.adapters.init(self.model, key), key)
 
     @property
     def eval_rows(self) -> int:
         """Rows of a batch of evaluation: the config's, or a few more that the devices can share."""
         size = self.config.eval.batch_size
         return size + -size % mesh.batch_parts(self.mesh)
+
+    def init(self) -> State:
+        """Return the state from scratch, sharded; adapters need weights to begin with."""
+        if self.adapters and not self.config.init_from:
+            raise ValueError(
+                f"config.lora.rank={self.adapters.config.rank} adapts a trained model: name it, "
+                "--config.init_from= (a language model or a run), or train all with a rank of 0"
+            )
+        return super().init()
+
+    def averaged(self, params: PyTree) -> PyTree:
+        return self.adapters.take(params) if self.adapters else params
+
+    def weights(self, state: State) -> PyTree:
+        """Return the weights to evaluate: the moving average where there is one."""
+        weights = super().weights(state)
+        if not self.adapters:
+            return weights
+        return self.adapters.join(state.params, self.adapters.take(weights))
 
     def load_parameters(self, params: PyTree, lm_ids: int | None = None) -> tuple[PyTree, str]:
         """Return the weights of config.init_from: a language model or a model of this stage."""

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,11 @@ from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
-from tokenflow_jax.weights import conversion
+from tokenflow_jax.weights import conversion, quantized
 from tokenflow_jax.weights.card import Trained
 from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.pretrained import save_folder
-from tokenflow_jax.weights.rules import unflatten
+from tokenflow_jax.weights.rules import flatten, unflatten
 
 _TEXT = "text_tokenizer"  # a subfolder of a saved model
 _TEXT_FILES = (
@@ -38,11 +38,13 @@ class TrainedModel(NamedTuple):
     saved: Mapping[str, Any]  # the training run's whole config, or what else is known
     trained: Trained
     device_mesh: mesh.Mesh | None  # holds the parameters; None if one device has all of them
+    model: Any  # the Linen module that runs the parameters
 
 
 def load_model(
     path: str,
     part: Part,
+    module: Callable[[Any, jnp.dtype], Any],
     config: Any = None,
     known: Mapping[str, Any] | None = None,
     *,
@@ -51,11 +53,12 @@ def load_model(
     weights: str | None = None,
     step: int | None = None,
     dtype: str = "auto",
+    weights_dtype: str = "",
 ) -> TrainedModel:
     """Load a language model, spread over all devices of this process, and its image tokenizer.
 
     Args:
-      part: the stage's, from its `names`.
+      part, module: the stage's, from its `names` and `model`.
       config: of the model, if `path` is a PyTorch checkpoint.
       known: "tokenizer" and "data", for a model whose checkpoint holds no training config.
       weights: "ema", "raw", or None for EMA if there is one. For the others see `Generator.load`.
@@ -68,9 +71,16 @@ def load_model(
         saved = {**saved, "text_tokenizer": find_text_tokenizer(path, name)}
     trained = Trained.of(path, source)
     device_mesh, held = mesh.answering_mesh(), jnp.dtype(dtype)
-    arrays = ((name, np.asarray(t.read(), held)) for name, t in source.arrays.items())
-    params = unflatten(mesh.place_parameters(arrays, device_mesh))
-    return TrainedModel(source.config, params, dtype, tokenizer, saved, trained, device_mesh)
+    floats = held if not weights_dtype else None  # a quantized kernel is rounded once
+    arrays = ((name, np.asarray(t.read(), floats)) for name, t in source.arrays.items())
+    model = quantized.model_of(module(source.config, held), weights_dtype)
+    if weights_dtype:
+        like = quantized.shapes_of(model, held)
+        placed = mesh.place_parameters(quantized.pieces(arrays, like), device_mesh)
+        params = quantized.assemble(placed, like)
+    else:
+        params = unflatten(mesh.place_parameters(arrays, device_mesh))
+    return TrainedModel(source.config, params, dtype, tokenizer, saved, trained, device_mesh, model)
 
 
 def resolve_dtype(name: str) -> str:
@@ -168,6 +178,11 @@ def save_language_model(
     **options: Any,
 ) -> None:
     """Write a generator or an assistant with both its tokenizers; see `save_folder`."""
+    if any(map(quantized.is_quantized, flatten(model.params).values())):
+        raise ValueError(
+            "this model's weights were quantized when they were loaded: load it without "
+            "weights_dtype to save it"
+        )
     source = name = getattr(text_tokenizer, "name_or_path", "")
     parts = {"tokenizer": model.tokenizer.save_pretrained}
     if name not in (BYTES, WORDS):

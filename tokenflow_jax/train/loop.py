@@ -82,7 +82,7 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
 
 
 # A change of these makes another run: the saved position or the weights would be misread.
-IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data", "text_tokenizer")
+IDENTITY_KEYS = ("stage", "seed", "batch_size", "model", "data", "text_tokenizer", "lora")
 # Its weights may change; that its sources stay is checked with the position in the data.
 MIXTURE = "data.mixture"
 FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that the model reads

@@ -161,6 +161,28 @@ def matching(params: PyTree, patterns: tuple[str, ...]) -> PyTree:
     return jax.tree.map(lambda name: any(re.match(p, name) for p in patterns), paths)
 
 
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """What an optimizer sees of the parameters: all, of which unmarked ones get no gradient.
+
+    `weights.lora.Adapters` is the other kind, whose optimizer sees only what trains.
+    """
+
+    trainable: PyTree | None = None
+
+    def take(self, params: PyTree) -> PyTree:
+        """Return what the optimizer updates and the moving average follows."""
+        return params
+
+    def put(self, params: PyTree, trained: PyTree) -> PyTree:
+        """Return the parameters with what `take` gave replaced."""
+        return trained
+
+    def join(self, params: PyTree, trained: PyTree) -> PyTree:
+        """Return what the model computes with, as a function of `trained`."""
+        return trained if self.trainable is None else freeze(trained, self.trainable)
+
+
 def freeze(params: PyTree, trainable: PyTree) -> PyTree:
     """Stop the gradient of unmarked parameters, so that their backward pass is never built."""
     return jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, trainable)

@@ -29,6 +29,10 @@ BEFORE = {
     "data.image_column": "",
     "data.mixture": [],
     "data.threads": 0,
+    "lora.rank": 0,
+    "lora.alpha": 16.0,
+    "lora.modules": [],
+    "lora.weights": "auto",
 }
 
 
@@ -52,7 +56,7 @@ def upgrade(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # Of what programs read in the config of a checkpoint, which anybody may have written.
 _TYPES = {
-    **dict.fromkeys(("model", "data", "tokenizer", "sampling"), (dict,)),
+    **dict.fromkeys(("model", "data", "tokenizer", "sampling", "lora"), (dict,)),
     **dict.fromkeys(("text_tokenizer", "data.template", "data.system"), (str, type(None))),
     **dict.fromkeys(("tokenizer.path", "tokenizer.variant"), (str, type(None))),
     **dict.fromkeys(("tokenizer.fingerprint", "tokenizer.absolute_path"), (str, type(None))),

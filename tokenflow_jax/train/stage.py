@@ -184,8 +184,12 @@ class Stage(abc.ABC):
         """Replace the weights, and the moving average by copies of them."""
         state = state.replace(params=params)
         if getattr(state, "ema", None) is not None:
-            state = state.replace(ema=jax.tree.map(jnp.copy, params))
+            state = state.replace(ema=jax.tree.map(jnp.copy, self.averaged(params)))
         return state
+
+    def averaged(self, params: PyTree) -> PyTree:
+        """Return the parameters that a moving average follows: all of them."""
+        return params
 
     def weights(self, state: State) -> PyTree:
         """Return the weights to evaluate: the moving average where there is one."""

@@ -56,6 +56,7 @@ class Assistant(Pretrained):
     max_length: int = 2048  # tokens of a conversation, images and answer included
     device_mesh: mesh.Mesh | None = None  # holds `params`; None if one device has all of them
     trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
+    model: Understanding | None = None  # runs `params`; None: the plain one
 
     def __post_init__(self):
         own, strategy = self.tokenizer.config, self.config.strategy
@@ -85,6 +86,7 @@ class Assistant(Pretrained):
         image_mode: str | None = None,
         step: int | None = None,
         dtype: str = "auto",
+        weights_dtype: str = "",
     ) -> "Assistant":
         """Load a model, spread over all devices of this process.
 
@@ -97,6 +99,8 @@ class Assistant(Pretrained):
           template, system, image_mode: as in training; runs record these and the tokenizers.
           step: checkpoint of a workdir; the newest by default.
           dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+          weights_dtype: of the decoder's linear layers, if not `dtype`: "int8" halves a bfloat16
+            model's memory; "int4", "nf4" quarter it and cost accuracy. Needs qwix.
 
         Raises:
           CodesError: the tokenizer is not the one that the model was trained with.
@@ -107,12 +111,14 @@ class Assistant(Pretrained):
         model = load_model(
             path,
             PART,
+            Understanding,
             config,
             known,
             tokenizer=tokenizer,
             tokenizer_variant=tokenizer_variant,
             step=step,
             dtype=dtype,
+            weights_dtype=weights_dtype,
         )
         data = model.saved.get("data", {})
         text_tokenizer = text_tokenizer or model.saved.get("text_tokenizer")
@@ -131,6 +137,7 @@ class Assistant(Pretrained):
             max_length=max(data.get("max_length", 0), 2048),
             device_mesh=model.device_mesh,
             trained=model.trained,
+            model=model.model,
         )
 
     from_pretrained = load
@@ -151,7 +158,7 @@ class Assistant(Pretrained):
     @functools.cached_property
     def _compiled(self) -> dict[str, Callable]:
         """Jitted functions of (params, ...), and "features" of (codes, codebooks)."""
-        model = Understanding(self.config, jnp.dtype(self.dtype))
+        model = self.model or Understanding(self.config, jnp.dtype(self.dtype))
 
         def likelihood(params, *arrays):
             return model.apply({"params": params}, *arrays, method="likelihood")

@@ -129,6 +129,9 @@ class Understanding(nn.Module):
     config: UnderstandingConfig
     dtype: jnp.dtype = jnp.float32
 
+    # Methods that run the decoder's linear layers.
+    runs_decoder = ("__call__", "loss", "likelihood", "next_token")
+
     def setup(self):
         cfg = self.config
         self.projector = Projector(cfg.projector, cfg.lm.width, self.dtype)

@@ -60,7 +60,7 @@ class UnderstandingStage(CodeStage):
     @functools.cached_property
     def model(self) -> Understanding:
         """The understanding model."""
-        return Understanding(self.model_config, self.dtype)
+        return self.adapted(Understanding(self.model_config, self.dtype))
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -70,6 +70,7 @@ class UnderstandingStage(CodeStage):
             tokenizer=TokenFlow(self.tokenizer_config),
             optimizer=self.optimizer,
             trainable=self.trainable,
+            adapters=self.adapters,
             accumulate=self.config.accumulate,
             loss_tokens=self.config.loss_tokens,
             sources=self.sources,
@@ -211,18 +212,18 @@ class UnderstandingStage(CodeStage):
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return the held-out loss, and how often the first answer is that of the data."""
-        sums = Counter()
+        sums, params = Counter(), self.weights(state)
         for batch in batches.eval_batches(self._eval_set, batch_size=self.eval_rows, pixels=False):
             batch["features"] = self._eval_table[batch.pop("image_index")[:, 0]]
-            sums.update(jax.tree.map(float, self._loss(state.params, self._global(batch))))
+            sums.update(jax.tree.map(float, self._loss(params, self._global(batch))))
             self.between_batches()
         labels = max(sums["labels"], 1.0)
         figures = {"loss": sums["loss"] / labels, "accuracy": sums["right"] / labels}
         if self.config.eval.max_new and self._asked:
-            self._answers = list(self._answer(state.params))
+            self._answers = list(self._answer(params))
             figures["exact_match"] = self._exact(self._answers)
         if int(state.step) == self.config.total_steps and self._answers:
-            figures["exact_match_other_images"] = self._exact(list(self._answer(state.params, 1)))
+            figures["exact_match_other_images"] = self._exact(list(self._answer(params, 1)))
             counts = Counter(normalize(asked.answer) for asked in self._asked)
             figures["largest_answer"] = counts.most_common(1)[0][1] / len(self._asked)
         return figures
@@ -275,7 +276,7 @@ class UnderstandingStage(CodeStage):
         if not self._asked or not self.config.eval.max_new:
             return {}
         if not self._answers:
-            self._answers = list(self._answer(state.params))
+            self._answers = list(self._answer(self.weights(state)))
         cells = []
         for i in self._spread(self.config.eval.grid_images):
             image = self._eval_set.image(self._asked[i].image) if self._asked[i].image else None

@@ -24,6 +24,7 @@ from tokenflow_jax.train import optim
 from tokenflow_jax.train.accumulate import accumulate
 from tokenflow_jax.train.by_source import means_by_source
 from tokenflow_jax.understanding.model import Understanding, visual_features
+from tokenflow_jax.weights.lora import Adapters
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -45,6 +46,7 @@ class Trainer:
     tokenizer: TokenFlow  # the frozen one, in float32
     optimizer: optax.GradientTransformation
     trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
+    adapters: Adapters | None = None  # instead of `trainable`
     accumulate: int = 1  # microbatches per step
     loss_tokens: int = 4096  # positions whose logits a device holds at the same time
     sources: tuple[str, ...] = ()  # names of what batches mix; each gets its own curve
@@ -60,15 +62,14 @@ class Trainer:
         Returns:
           The new state, and scalar metrics; "filled" is the share of positions without padding.
         """
+        trained = self.parts.take(state.params)
 
         def microbatch(carry, rows, key):
-            def loss(params):
-                if self.trainable is not None:
-                    params = optim.freeze(params, self.trainable)
-                sums = self.loss(params, frozen, rows)
+            def loss(trained):
+                sums = self.loss(self.parts.join(state.params, trained), frozen, rows)
                 return sums["loss"], sums
 
-            return carry, jax.grad(loss, has_aux=True)(state.params), ()
+            return carry, jax.grad(loss, has_aux=True)(trained), ()
 
         # Labels are unevenly spread over microbatches: sums, not means, weight all of them alike.
         _, (gradients, sums), _ = accumulate(microbatch, batch, self.accumulate)
@@ -82,8 +83,14 @@ class Trainer:
             "gradient_norm/all": optax.tree.norm(gradients),
             **means_by_source("loss", sums.get("sources", {})),
         }
-        params, opt_state = optim.update(self.optimizer, gradients, state.opt_state, state.params)
+        trained, opt_state = optim.update(self.optimizer, gradients, state.opt_state, trained)
+        params = self.parts.put(state.params, trained)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    @property
+    def parts(self) -> optim.Whole | Adapters:
+        """What the optimizer sees of the parameters."""
+        return self.adapters or optim.Whole(self.trainable)
 
     def features(self, frozen: PyTree, batch: PyTree) -> jax.Array:
         """Return the vectors of a batch's images, float32 (B, M, N, C).
@@ -123,5 +130,8 @@ class Trainer:
 
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
-        params = self.model.init_params(key) if params is None else params
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        if params is None:
+            model = self.model
+            params = self.adapters.init(model, key) if self.adapters else model.init_params(key)
+        opt_state = self.optimizer.init(self.parts.take(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)

@@ -27,6 +27,7 @@ from tokenflow_jax.weights.formats.torch import (
 )
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory
+from tokenflow_jax.weights.lora import merged
 from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.rules import (
     CheckpointMismatch,
@@ -206,6 +207,8 @@ def _open_ours(
     found = {"ema": field("ema"), "raw": field("params")}
     weights = _choose(path, found, weights)
     arrays = found[weights]
+    if info["config"].get("lora", {}).get("rank"):  # an average follows only what trains
+        arrays = merged(found["raw"] | arrays, info["config"]["lora"])
     if wrong := different_shapes(arrays, part.template(config)):
         raise ValueError(f"{path} does not fit its own config:\n{bullets(wrong)}")
     buffers = {name.replace("/", "."): tensor for name, tensor in field("buffers").items()}

@@ -17,7 +17,9 @@ from tokenflow_jax.weights.formats import gguf
 from tokenflow_jax.weights.formats.torch import open_state_dict
 from tokenflow_jax.weights.language_model import load_language_model, read_config
 from tokenflow_jax.weights.lazy import data
+from tokenflow_jax.weights.lora import is_adapter
 from tokenflow_jax.weights.part import Part
+from tokenflow_jax.weights.quantized import is_quantized, quantize
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 PyTree = Any
@@ -40,18 +42,23 @@ def take(
 ) -> PyTree:
     """Replace parameters by arrays (lazy or not) of the same paths and shapes, one at a time.
 
-    The replaced `params` are freed; those that match a pattern of `fresh` stay. `path`
+    The replaced `params` are freed; adapters stay, and what matches a pattern of `fresh`. `path`
     and `remedy` go into the error, which lists all arrays that are missing or of another shape.
     """
     ours, places = flatten(params), flatten(shardings)
     kept = flatten(optim.matching(params, fresh)) if fresh else {}
-    wanted = {name: array for name, array in ours.items() if not kept.get(name)}
+    wanted = {n: array for n, array in ours.items() if not kept.get(n) and not is_adapter(n)}
     check_fit(arrays, path, wanted, remedy)
-    taken = {
-        name: jax.device_put(np.asarray(data(arrays[name]), array.dtype), places[name])
-        for name, array in wanted.items()
-    }
+    taken = {name: _put(data(arrays[name]), array, places[name]) for name, array in wanted.items()}
     return unflatten(ours | taken)
+
+
+def _put(array: np.ndarray, like: Any, place: Any) -> Any:
+    """Put a parameter where `like` is, in its dtype or quantized as it is."""
+    if is_quantized(like):
+        return jax.device_put(quantize(array, like), place)
+    kind = jnp if isinstance(array, jax.Array) else np
+    return jax.device_put(kind.asarray(array, like.dtype), place)
 
 
 def check_fit(
@@ -121,11 +128,12 @@ def take_language_model(
         if name not in ours or array.shape != ours[name].shape:
             shape = ours[name].shape if name in ours else None
             raise ValueError(f"{path}: {name} is {array.shape} there, {shape} in config.model.lm")
-        taken[name] = jax.device_put(jnp.asarray(array, ours[name].dtype), places[name])
+        taken[name] = _put(array, ours[name], places[name])
 
     found, _ = load_language_model(path, place=place)
     if ids is None:
-        missing = [name for name in ours if name.startswith("lm/") and name not in taken]
+        own = [name for name in ours if name.startswith("lm/") and not is_adapter(name)]
+        missing = [name for name in own if name not in taken]
         if missing:
             raise ValueError(f"{path} lacks what config.model.lm has:\n{bullets(missing)}")
         return unflatten(ours | taken), f"language model {path}, the projector from scratch"

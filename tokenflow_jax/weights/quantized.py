@@ -1,0 +1,157 @@
+"""Decoders whose linear layers hold few bits per weight, through qwix.
+
+int8 has one scale per output channel, int4 and nf4 (QLoRA's 4-bit floats) one per tile of inputs,
+too. Layers turn their kernels back into the dtype of the computation when they use them, so a
+quantized model computes what its dequantized weights would. qwix puts a kernel's integers and
+scales where the kernel was: one leaf of a flattened tree, whose arrays are
+`.../kernel/array/qvalue` and `.../kernel/array/scale`.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.weights.rules import flatten, unflatten
+
+PyTree = Any
+KINDS = ("int8", "int4", "nf4")
+LAYERS = "lm/blocks"
+LINEAR = ("attention/q", "attention/k", "attention/v", "attention/out", "mlp/gate", "mlp/up",
+          "mlp/down")  # fmt: skip
+ARRAYS = ("array/qvalue", "array/scale")  # of a quantized kernel
+_TILE = 64  # inputs that share a scale, as in QLoRA (arXiv 2305.14314)
+
+
+def import_qwix() -> Any:
+    """Return the module; ValueError says how to install it."""
+    try:
+        import qwix
+    except ImportError:
+        raise ValueError(
+            "LoRA and quantized weights need qwix: pip install 'tokenflow_jax[lora]'"
+        ) from None
+    return qwix
+
+
+def settings(lm: LMConfig, layer: str, kind: str) -> dict[str, Any]:
+    """Return the fields of a qwix rule for one of LINEAR; kind "" leaves it as it is."""
+    path = {"module_path": re.escape(f"{LAYERS}/{layer}")}
+    if not kind:
+        return path
+    inputs = {"attention/out": lm.heads * lm.head_channels, "mlp/down": lm.mlp_width}
+    tile = math.gcd(_TILE, inputs.get(layer, lm.width)) if kind != "int8" else None
+    return {**path, "weight_qtype": kind, "tile_size": tile}
+
+
+def model_of(model: Any, kind: str) -> Any:
+    """Return a model that takes a plain one's parameters with kernels of a kind; "" are floats."""
+    if not kind:
+        return model
+    if kind not in KINDS:
+        raise ValueError(f"weights_dtype {kind!r}: one of {', '.join(KINDS)}, or none")
+    qwix = import_qwix()
+    rules = [qwix.QuantizationRule(**settings(model.config.lm, n, kind)) for n in LINEAR]
+    return qwix.quantize_model(model, qwix.PtqProvider(rules), methods=model.runs_decoder)
+
+
+def shapes_of(model: Any, dtype: jnp.dtype) -> PyTree:
+    """Return the shapes of a model's parameters, floats in `dtype`."""
+    shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+
+    def leaf(x: Any) -> Any:
+        own = dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, own)
+
+    return jax.tree.map(leaf, shapes)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Tell a leaf of a flattened tree that is a quantized kernel."""
+    return hasattr(leaf, "how")
+
+
+def stored(leaf: Any) -> Any:
+    """Return a quantized kernel as checkpoints hold it: TensorStore has int4, but no uint4."""
+    return _cast(leaf, jnp.uint4, jnp.int4)
+
+
+def used(leaf: Any) -> Any:
+    """Return a quantized kernel as qwix takes it, from what `stored` made of it."""
+    return _cast(leaf, jnp.int4, jnp.uint4) if leaf.array.qtype == "nf4" else leaf
+
+
+def _cast(leaf: Any, old: Any, new: Any) -> Any:
+    qvalue = leaf.array.qvalue
+    if qvalue.dtype != old:
+        return leaf
+    if isinstance(qvalue, np.ndarray):
+        qvalue = qvalue.view(new)
+    else:
+        qvalue = jax.lax.bitcast_convert_type(qvalue, new)
+    return leaf.replace(array=leaf.array.replace(qvalue=qvalue))
+
+
+def quantize(array: np.ndarray, like: Any) -> Any:
+    """Quantize a kernel of all layers (L, in, out), or of one (in, out), as `like` is."""
+    # Layer by layer: qwix.quantize_params would take the axis of the layers for the inputs.
+    layers = array if array.ndim == 3 else array[None]
+    how = like.how
+    tiles = tuple(how.tiled_axes.items())
+    run = _quantizer(how.qtype, tuple(how.channelwise_axes), tiles, jnp.dtype(like.dtype))
+    parts = [jax.tree.map(np.asarray, run(jnp.asarray(layer, jnp.float32))) for layer in layers]
+    joined = jax.tree.map(lambda *x: np.stack(x), *parts) if array.ndim == 3 else parts[0]
+    leaf = like.replace(array=joined)
+    return stored(leaf) if like.array.qvalue.dtype == jnp.int4 else leaf
+
+
+@functools.cache
+def _quantizer(kind: str, channels: tuple, tiles: tuple, dtype: jnp.dtype) -> Any:
+    options = {"channelwise_axes": channels, "tiled_axes": dict(tiles), "scale_dtype": dtype}
+    return jax.jit(functools.partial(import_qwix().quantize, qtype=kind, **options))
+
+
+def dequantize(qvalue: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarray:
+    """Return the float32 kernels (L, in, out) that a quantized one stands for."""
+    qwix = import_qwix()
+
+    def layer(qvalue: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        if kind == "nf4":
+            qvalue = qvalue.view(jnp.uint4)
+        array = qwix.QArray(jnp.asarray(qvalue), jnp.asarray(scale), None, kind)
+        return np.asarray(qwix.dequantize(array), np.float32)
+
+    return np.stack([layer(*pair) for pair in zip(qvalue, scale, strict=True)])
+
+
+def pieces(arrays: Iterable[tuple[str, np.ndarray]], like: PyTree) -> Iterator[tuple[str, Any]]:
+    """Quantize what `like` has quantized among (path, array) pairs; yield paths of its arrays."""
+    leaves = flatten(like)
+    for name, array in arrays:
+        if is_quantized(leaves[name]):
+            found = quantize(array, leaves[name]).array
+            yield from zip(_names(name), (found.qvalue, found.scale), strict=True)
+        else:
+            yield name, array.astype(leaves[name].dtype)
+
+
+def assemble(placed: Mapping[str, Any], like: PyTree) -> PyTree:
+    """Return the parameters of what `pieces` yielded."""
+
+    def leaf(name: str, leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return placed[name]
+        qvalue, scale = (placed[part] for part in _names(name))
+        return leaf.replace(array=leaf.array.replace(qvalue=qvalue, scale=scale))
+
+    return unflatten({name: leaf(name, x) for name, x in flatten(like).items()})
+
+
+def _names(name: str) -> list[str]:
+    return [f"{name}/{part}" for part in ARRAYS]
