@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,13 @@ class Tensor:
         return self.array
 
 
+class Reopened(io.BytesIO):
+    """An open file that tests read several times."""
+
+    def read(self):
+        return self.getvalue()
+
+
 @pytest.fixture
 def kinds(tmp_path):
     """The same picture, 30 x 24, in every kind that is taken, and what evaluation makes of it."""
@@ -220,6 +228,7 @@ def kinds(tmp_path):
     rgba = Image.fromarray(np.dstack([array, np.full((24, 30), 255, np.uint8)]))
     kinds = [image, path, str(path), path.read_bytes(), bytearray(path.read_bytes()), array,
              jnp.asarray(array), Tensor(array), rgba, Image.open(path)]  # fmt: skip
+    kinds += [Reopened(path.read_bytes())]
     return kinds, center_crop(array, 16)
 
 
