@@ -212,13 +212,6 @@ class Tensor:
         return self.array
 
 
-class Reopened(io.BytesIO):
-    """An open file that tests read several times."""
-
-    def read(self):
-        return self.getvalue()
-
-
 @pytest.fixture
 def kinds(tmp_path):
     """The same picture, 30 x 24, in every kind that is taken, and what evaluation makes of it."""
@@ -228,7 +221,6 @@ def kinds(tmp_path):
     rgba = Image.fromarray(np.dstack([array, np.full((24, 30), 255, np.uint8)]))
     kinds = [image, path, str(path), path.read_bytes(), bytearray(path.read_bytes()), array,
              jnp.asarray(array), Tensor(array), rgba, Image.open(path)]  # fmt: skip
-    kinds += [Reopened(path.read_bytes())]
     return kinds, center_crop(array, 16)
 
 
@@ -236,7 +228,7 @@ def test_one_picture_of_any_kind(tiny, kinds):
     """Its codes are those of the crop that evaluation makes, in a batch of one."""
     kinds, cropped = kinds
     expected = np.asarray(tiny.encode(cropped[None]))
-    for kind in kinds:
+    for kind in [*kinds, io.BytesIO(kinds[3])]:  # the last one is an open file
         codes = tiny.encode(kind)
         assert codes.shape == (1, 21)
         np.testing.assert_array_equal(codes, expected)

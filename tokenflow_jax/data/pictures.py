@@ -13,7 +13,8 @@ from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.messages import one_line, shown
 
-# A PIL image, a path, the bytes of a file, an open file, or an array (H, W, 3) of NumPy, JAX or PyTorch.
+# A PIL image, a path, the bytes of a file, an open file, or an array (H, W, 3) of NumPy, JAX or
+# PyTorch.
 Picture = Any
 _FILES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, io.IOBase)
 _KINDS = "a PIL image, a path, the bytes of a file, an array (height, width, 3)"
