@@ -3,6 +3,8 @@
 import errno
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -204,3 +206,18 @@ def test_what_is_removed_is_no_pattern(bucket):
     for name in ("run[1]", "run*", "run#1"):
         with pytest.raises(ValueError, match=r"choose another folder"):
             files.writable_folder(f"{bucket}/{name}")
+
+
+def test_others_write_and_stores_fall_silent(bucket):
+    """In a program that begins with a path of etils, which makes a file system of its own."""
+    program = f"""
+from tokenflow_jax import files, remote
+folder = files.as_path("{bucket}/a")
+files.as_path("{bucket}/a/1").write_text("")
+seen = [path.name for path in folder.iterdir()]
+remote.write("{bucket}/a/2", b"")
+print(seen, [path.name for path in folder.iterdir()])
+print(remote.store_of("{bucket}")[0].requests_timeout.sock_read)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["['1'] ['1', '2']", "60.0"], done.stderr

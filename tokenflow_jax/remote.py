@@ -1,38 +1,24 @@
-"""Remote files, gs://, s3:// and whatever else fsspec opens: read in place, fetched, written.
-
-Object stores answer with many kinds of errors. Here each is an OSError with one line and the path.
-"""
+"""Remote files, gs://, s3:// and whatever else fsspec opens: read in place, fetched, written."""
 
 import concurrent.futures
 import contextlib
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from tokenflow_jax import hub
 from tokenflow_jax.log import log, progress
-from tokenflow_jax.messages import one_line
+from tokenflow_jax.stores import is_remote, named_errors, store_of
 
 _CHUNK = 16 * 2**20  # bytes of a range that is fetched at once
 _CONNECTIONS = 8
-_PACKAGES = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "hf": "hub"}  # scheme -> extra of setup.py
 _MOST_FILES = 10_000  # of a folder that is fetched
-_HALF = re.compile(r"(gs|gcs|s3|hf):(?!//)")  # as a path it would make a local folder "gs:"
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    path = os.fspath(path)
-    if half := _HALF.match(path):
-        raise ValueError(f"{path!r}: write {half.group()}// (a local folder needs another name)")
-    return "://" in path
 
 
 def join(folder: str | os.PathLike, *names: str) -> str:
@@ -46,47 +32,6 @@ def cache_folder() -> pathlib.Path:
     """Return the user's folder for what can be fetched or made again."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(cache, "tokenflow_jax")
-
-
-@contextlib.contextmanager
-def named_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Raise whatever a store answers as an OSError, or as ValueError where a package is missing."""
-    path = os.fspath(path)
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such file or bucket", path) from error
-    except ImportError as error:
-        extra = _PACKAGES.get(path.split("://")[0])
-        remedy = f": pip install 'tokenflow_jax[{extra}]'" if extra else ""
-        raise ValueError(f"{path}: {one_line(error)}{remedy}") from error
-    except Exception as error:
-        if isinstance(error, ValueError) and "rotocol not known" in str(error):
-            raise ValueError(f"{path}: {one_line(error)}; use gs://, s3:// or a path") from error
-        code = str(getattr(error, "code", "") or getattr(error, "status", ""))
-        refused = code in ("401", "403") or str(error).startswith("Forbidden")  # gcsfs says so
-        if refused or "auth" in type(error).__module__:
-            raise PermissionError(
-                errno.EACCES, f"access denied ({one_line(error)}); log in to the store", path
-            ) from error
-        if isinstance(error, OSError) and error.filename == path:
-            raise
-        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        raise OSError(number, one_line(error), path) from error
-
-
-def store_of(path: str | os.PathLike) -> tuple[Any, str]:
-    """Return fsspec's file system of a path, and the path as that names it; not cached listings."""
-    import fsspec  # here: most runs need none
-
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what is raised anyway
-    for scheme in ("gcs", "gs", "s3"):  # other hosts write, too
-        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    with named_errors(path):
-        store, name = fsspec.core.url_to_fs(os.fspath(path))
-    if not name.strip("/"):
-        raise ValueError(f"{os.fspath(path)!r} names no bucket: write gs://BUCKET/PATH")
-    return store, name
 
 
 class RemoteFile:

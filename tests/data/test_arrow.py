@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from picture_files import encode, plain
 
+from tokenflow_jax import remote
 from tokenflow_jax.data import arrow, pipeline, sources
 from tokenflow_jax.data.arrow import ArrowSource
 from tokenflow_jax.data.examples import Broken
@@ -139,3 +140,14 @@ def test_places_outside_the_file_are_broken_rows(tmp_path):
         with pytest.raises(Broken, match="damaged record"):
             source[index]
     assert source[3]["name"] == "3.png" and source[6]["name"] == "6.png"
+
+
+def test_only_a_data_set_is_fetched_from_a_bucket(tmp_path, bucket):
+    write(tmp_path / "one", table(range(9)))
+    remote.upload(tmp_path / "one", f"{bucket}/one")
+    remote.write(f"{bucket}/other/large.bin", b"")
+    for path in (f"{bucket}/other", f"{bucket}/none"):
+        with pytest.raises(ValueError, match="is not a folder that save_to_disk"):
+            ArrowSource(path, "all")
+    assert not (remote.cache_folder() / "files").exists()
+    assert values(f"{bucket}/one") == list(range(9))

@@ -114,7 +114,7 @@ def test_a_file_may_lack_all_texts_of_a_column(tmp_path):
 def test_a_store_that_did_not_answer_is_asked_again(tmp_path, monkeypatch):
     source = ParquetSource(write(tmp_path / "a.parquet"))
     with monkeypatch.context() as broken:
-        broken.setattr(parquet, "_state", lambda path: exec("raise OSError('timeout')"))
+        broken.setattr(parquet, "_state", lambda path: int("timeout"))
         with pytest.raises(Broken, match="timeout"):
             source[0]
     assert value_of(source[0]) == 0
@@ -183,7 +183,9 @@ def test_other_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"z\.parquet has the columns \['words'\]: none holds pic"):
         ParquetSource(str(tmp_path / "z.parquet"))
     write(tmp_path / "b.parquet", picture=pa.array([b"x"]))
-    with pytest.raises(ValueError, match=r"b\.parquet has other columns .* than .*a\.parquet"):
+    with pytest.raises(
+        ValueError, match=r"b\.parquet has other columns than .*'picture', not 'image'"
+    ):
         ParquetSource(str(tmp_path / "{a,b}.parquet"))
     with pytest.raises(ValueError, match=r"c\.parquet is missing"):
         ParquetSource(str(tmp_path / "c.parquet"))

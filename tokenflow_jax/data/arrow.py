@@ -42,13 +42,13 @@ class ArrowRows(tables.Rows):
     """The rows of the data sets of a folder, each of which counts as a file."""
 
     def __init__(self, path: str, image_column: str, conversations: bool):
-        # A remote folder is fetched once: only local files can be memory-mapped.
-        root = pathlib.Path(remote.local_copy(path)) if path else pathlib.Path()
-        if not path or not is_saved(root):
+        if not path or not is_saved(path):
             raise ValueError(
                 f"data.path {path!r} is not a folder that save_to_disk of the package datasets "
                 f"wrote: neither {STATE} nor {SPLITS} is there"
             )
+        # A remote folder is fetched once: only local files can be memory-mapped.
+        root = pathlib.Path(remote.local_copy(path))
         self.files, self.splits = [str(root)], [""]
         if (about := root / SPLITS).is_file():
             self.splits = files.read_json(about, keys=("splits",))["splits"]

@@ -144,9 +144,7 @@ class ParquetRows(tables.Rows):
             columns = self._find(reader.schema_arrow, path)
             if columns != self.columns:
                 pairs = zip(columns._fields, columns, self.columns, strict=True)
-                other = [
-                    f"{key} {own!r}, not {first!r}" for key, own, first in pairs if own != first
-                ]
+                other = [f"{key} {a!r}, not {b!r}" for key, a, b in pairs if a != b]
                 raise ValueError(
                     f"{path} has other columns than {self.files[0]} ({shown('; '.join(other))}): "
                     "leave it out, or rewrite it"

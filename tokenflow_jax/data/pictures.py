@@ -1,5 +1,6 @@
 """Pictures as people have them: files, bytes, PIL images and arrays, one or many."""
 
+import io
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -12,9 +13,10 @@ from tokenflow_jax.data import images
 from tokenflow_jax.data.examples import Broken
 from tokenflow_jax.messages import one_line, shown
 
-# A PIL image, a path, the bytes of a file, or an array (H, W, 3) of NumPy, JAX or PyTorch.
+# A PIL image, a path, the bytes of a file, an open file, or an array (H, W, 3) of NumPy, JAX or
+# PyTorch.
 Picture = Any
-_FILES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+_FILES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, io.IOBase)
 _KINDS = "a PIL image, a path, the bytes of a file, an array (height, width, 3)"
 _LOADING = threading.Lock()  # a lazily opened image may be in a list twice
 
@@ -53,8 +55,9 @@ def read_picture(picture: Picture, name: str = "picture") -> np.ndarray:
     Raises:
       ValueError: it cannot be read, or has another shape or dtype; the text begins with `name`.
     """
-    shows = picture
     try:
+        picture = picture.read() if isinstance(picture, io.IOBase) else picture
+        shows = picture
         if isinstance(picture, str | os.PathLike):
             shows = os.fspath(picture)
             if shows.lower().startswith(("http://", "https://")):

@@ -26,7 +26,7 @@ def read_history(path: str | epath.Path) -> list[dict[str, Any]]:
     Last lines that a kill or a loss of power left damaged are dropped; an absent file is an empty
     history. ValueError names a damaged line before a good one, or what is no regular file.
     """
-    path = epath.Path(path)
+    path = files.as_path(path)
     if not path.exists():
         return []
     history, damaged = [], None
