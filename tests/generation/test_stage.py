@@ -93,6 +93,9 @@ def test_adapters_average_and_draw_as_their_merged_weights(trained, tokenizer, d
     loaded = tfx.Generator.load(tmp_path)
     draw = ["red apple", "dog face"], [0, 1], stage._recipe
     np.testing.assert_array_equal(own.codes(*draw), loaded.codes(*draw))
+    tied = tiny(tokenizer, data, **{"lora.rank": 2, "model.lm.tied_head": True})
+    moments = flat(make(tied).state_shapes.opt_state)
+    assert any(name.endswith("['embed']['embedding']") for name in moments)
     embedding = loaded.params["lm"]["embed"]["embedding"]
     np.testing.assert_array_equal(embedding, trained[1].params["lm"]["embed"]["embedding"])
 

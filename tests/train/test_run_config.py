@@ -1,6 +1,7 @@
 """Keys that were renamed: old checkpoints are read under the new names, old configs are refused."""
 
 import pytest
+from config_files import understanding
 
 from tokenflow_jax.train import run_config
 
@@ -39,3 +40,11 @@ def test_a_run_with_an_old_key_is_told_the_new_one():
     with pytest.raises(ValueError, match=r"config\.remat is now 'none' or 'block'"):
         run_config.refuse_old_keys({"remat": False})
     run_config.refuse_old_keys(run_config.upgrade(OLD))
+
+
+def test_runs_of_before_adapters_had_none():
+    new = run_config.config_to_dict(understanding.get_config())
+    old = {name: value for name, value in new.items() if name != "lora"}
+    assert not run_config.config_differences(old, new)
+    changed = {**new, "lora": {**new["lora"], "rank": 4}}
+    assert run_config.config_differences(old, changed) == {"lora.rank": (0, 4)}

@@ -37,10 +37,6 @@ class GenerationStage(CodeStage):
     """Trains the model that draws pictures; its config is `configs/generation.py`."""
 
     name, part = "generation", PART
-    # The codes' columns of the head are new, and so are norms that a language model lacks.
-    beside_adapters = (
-        "projector", "level_embedding", "position_embedding", "lm/head", r"lm/.*norm\d?/scale",
-    )  # fmt: skip
     headline = ("loss/total", "accuracy/codes")
 
     @functools.cached_property
@@ -56,6 +52,12 @@ class GenerationStage(CodeStage):
         """The model's hyper-parameters, completed by the tokenizers."""
         given = self.config.model.to_dict()
         return self.with_own_choices(complete_model(given, self.tokenizer_config, self.prompts))
+
+    @property
+    def beside_adapters(self) -> tuple[str, ...]:
+        """What trains beside adapters: the codes' columns of the head are new, as norms may be."""
+        head = "lm/embed" if self.model_config.lm.tied_head else "lm/head"
+        return "projector", "level_embedding", "position_embedding", head, r"lm/.*norm\d?/scale"
 
     @functools.cached_property
     def model(self) -> Generation:
@@ -115,10 +117,7 @@ class GenerationStage(CodeStage):
         return {**arrays, "codes": self.batch_array(jnp.int32, self.model_config.pyramid.tokens)}
 
     def sampling(self, images: int, weights_dtype: str = "") -> Program:
-        """Return the sampler as a program: guided, prompts as long as they may be, plain weights.
-
-        `weights_dtype` is as for `Generator.load`.
-        """
+        """Return the sampler as a program: guided, one pass, prompts as long as they may be."""
         mesh.check_batch_size(images, self.mesh)
         length, rows = self.prompts.prefix_length, self.batch_sharding
         whole = mesh.replicated(self.mesh)

@@ -75,8 +75,6 @@ class CodeStage(Stage):
         if not options.rank:
             return None
         patterns = tuple(self.config.trainable) or self.beside_adapters
-        if self.model_config.lm.tied_head and any("lm/head" in p for p in patterns):
-            patterns += ("lm/embed",)
         return Adapters(options, patterns, self.dtype)
 
     def adapted(self, model: Any) -> Any:

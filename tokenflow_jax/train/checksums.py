@@ -71,7 +71,9 @@ def _device_sum(leaf: jax.Array) -> jax.Array:
     everywhere = None
     if mesh is not None:
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return _compiled(everywhere)(leaf)
+    found = _compiled(everywhere)(leaf)
+    # Collectives of several programs in flight can wait for each other's threads on a CPU.
+    return found.block_until_ready() if jax.default_backend() == "cpu" else found
 
 
 @functools.cache

@@ -109,17 +109,9 @@ class Assistant(Pretrained):
         path = os.fspath(path)
         config, known = torch_config(path, variant)
         model = load_model(
-            path,
-            PART,
-            Understanding,
-            config,
-            known,
-            tokenizer=tokenizer,
-            tokenizer_variant=tokenizer_variant,
-            step=step,
-            dtype=dtype,
-            weights_dtype=weights_dtype,
-        )
+            path, PART, Understanding, config, known, tokenizer=tokenizer, step=step, dtype=dtype,
+            tokenizer_variant=tokenizer_variant, weights_dtype=weights_dtype,
+        )  # fmt: skip
         data = model.saved.get("data", {})
         text_tokenizer = text_tokenizer or model.saved.get("text_tokenizer")
         if not text_tokenizer:
