@@ -86,6 +86,14 @@ def test_a_folder_is_uploaded(models, tmp_path):
     assert read(remote.local_copy("hf://me/new/tokenizer"), "model.safetensors") == b"123"
 
 
+def test_an_upload_takes_the_place_of_other_shards(models, tmp_path):
+    shards = ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "notes.txt")
+    models.models["me/new"] = {"main": dict.fromkeys(shards, b"old")}
+    (tmp_path / "model.safetensors").write_bytes(b"new")
+    hub.push(tmp_path, "me/new")
+    assert models.models["me/new"]["main"] == {"model.safetensors": b"new", "notes.txt": b"old"}
+
+
 def test_text_tokenizers_come_without_weights(models):
     models.models["me/lm"] = {"main": {"model.safetensors": b"x", "config.json": b"{}"}}
     with pytest.raises(ValueError, match="holds no text tokenizer"):

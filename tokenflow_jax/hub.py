@@ -123,7 +123,11 @@ def push(folder: str | os.PathLike, repo: str, *, private: bool = False, message
 
         huggingface_hub.create_repo(repo, private=private, exist_ok=True)
         done = huggingface_hub.upload_folder(
-            repo_id=repo, folder_path=os.fspath(folder), commit_message=message or "Upload a model"
+            repo_id=repo,
+            folder_path=os.fspath(folder),
+            commit_message=message or "Upload a model",
+            # Else an index of former shards would be read instead of one new file.
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
     return str(done.commit_url)
 

@@ -69,6 +69,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             ]})  # fmt: skip
         elif found:
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "deletedFile":
+                    del self.hub.models[found[1]]["main"][line["value"]["path"]]
                 if line["key"] == "file":
                     data = base64.b64decode(line["value"]["content"])
                     self.hub.models[found[1]]["main"][line["value"]["path"]] = data
