@@ -10,7 +10,7 @@ from absl import flags
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import cli, encode
+from tokenflow_jax import cli, encode, remote
 from tokenflow_jax.data import pipeline, records, sources
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions import codes
@@ -217,3 +217,9 @@ def test_the_folder_is_tried_before_the_tokenizer_is_loaded(tmp_path, monkeypatc
     options(["encode", "--checkpoint=x", f"--out={tmp_path / 'file' / 'out'}"])
     with pytest.raises(OSError, match="cannot write into the folder"):
         encode.main(options)
+
+
+def test_codes_in_a_bucket_that_are_not_finished_are_named(bucket):
+    remote.write(f"{bucket}/codes/{codes.PLAN}", b"{}")
+    with pytest.raises(codes.CodesError, match="not a finished data set of codes"):
+        codes.read_about(f"{bucket}/codes")

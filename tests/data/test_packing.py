@@ -298,3 +298,22 @@ def test_from_a_bucket(tmp_path, bucket):
         near, far = (sources.open_source(kind, path, "all") for path in (
             str(tmp_path / local), f"{bucket}/{name}".rstrip("/")))  # fmt: skip
         assert [far[i] for i in range(30)] == [near[i] for i in range(30)]
+
+
+def test_a_damaged_part_is_named(tmp_path, capsys):
+    src, dst = folder(tmp_path / "src", 3), tmp_path / "dst"
+    options = ("folder", f"--src={src}", f"--dst={dst}")
+    assert run(*options) == 0
+    (dst / "dataset.json").unlink()
+    part = next(dst.glob("*.array_record"))
+    part.write_bytes(part.read_bytes()[:-9])
+    assert run(*options) == 2
+    said = capsys.readouterr().err
+    assert f"{part} is no whole ArrayRecord file" in said and "remove it" in said
+
+
+@pytest.mark.parametrize("kind", ["cifar10", "emoji"])
+def test_sources_that_are_read_from_disks_only(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    assert run(kind, "--src=gs://bucket/x", "--dst=out") == 2
+    assert "gs://bucket/x" in capsys.readouterr().err and not list(tmp_path.iterdir())

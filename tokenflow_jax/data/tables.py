@@ -78,9 +78,13 @@ def naming(path: str | os.PathLike, what: str = "Parquet file") -> Iterator[None
         ) from None
 
 
+def _is_list(kind: Any) -> bool:
+    return pyarrow().types.is_list(kind) or pyarrow().types.is_large_list(kind)
+
+
 def _holds_pictures(kind: Any) -> bool:
     is_ = pyarrow().types
-    if is_.is_list(kind) or is_.is_large_list(kind):
+    if _is_list(kind):
         return _holds_pictures(kind.value_type)
     if is_.is_struct(kind):
         return any(field.name == "bytes" and _holds_pictures(field.type) for field in kind)
@@ -91,7 +95,7 @@ def _holds_pictures(kind: Any) -> bool:
 
 def _holds_text(kind: Any) -> bool:
     is_ = pyarrow().types
-    if is_.is_list(kind) or is_.is_large_list(kind):
+    if _is_list(kind):
         return _holds_text(kind.value_type)
     if is_.is_dictionary(kind):
         kind = kind.value_type
@@ -130,7 +134,7 @@ def find_columns(
     found = [name for name in (image_column,) if name] or named[:1]
     found = found or (marked if len(marked) == 1 else pictures)
     listed = f"{where} has the columns {shown(sorted(types))}"
-    turns = next((name for name in map(lower.get, _TURNS) if name and is_.is_list(types[name])), "")
+    turns = next((name for name in map(lower.get, _TURNS) if name and _is_list(types[name])), "")
     if image_column and image_column not in pictures:
         raise ValueError(f"{listed}: {image_column!r} (data.image_column) holds no pictures")
     if conversations and not turns:

@@ -126,3 +126,11 @@ def test_splits_and_tables_without_conversations(tmp_path):
     other = parquet(tmp_path, {"words": ["a"]}, "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet has the columns \['words'\]: none of"):
         TableConversations("parquet", other)
+
+
+def test_turns_may_be_in_a_large_list(tmp_path):
+    turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+    columns = rows(6)
+    columns["conversations"] = pa.array(columns["conversations"], pa.large_list(turn))
+    found = TableConversations("parquet", parquet(tmp_path, columns))
+    assert found[1].turns == ((HUMAN, "<image>\nWhat is 1?"), (GPT, "A 1"))
