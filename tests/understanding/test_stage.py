@@ -14,7 +14,7 @@ import tiny as tiny_config
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import answer
+from tokenflow_jax import answer, convert
 from tokenflow_jax.data.chat.opened import ConversationConfig
 from tokenflow_jax.data.chat.templates import get_template
 from tokenflow_jax.messages import printable
@@ -245,6 +245,14 @@ def test_adapters_start_from_a_run_and_resume(trained, tokenizer, chats, tmp_pat
     kernel = loaded.params["lm"]["blocks"]["mlp"]["up"]["kernel"]
     old = base.params["lm"]["blocks"]["mlp"]["up"]["kernel"]
     assert 0 < np.abs(kernel - old).max() < 0.2 * np.abs(old).max()
+    loaded.save_pretrained(tmp_path / "saved")
+    assert convert.run(
+        [f"--src={tmp_path / 'whole'}", f"--dst={tmp_path / 'plain'}", "--to=orbax",
+         "--part=understanding"]
+    ) == 0  # fmt: skip
+    for name in ("saved", "plain"):
+        other = tfx.Assistant.load(tmp_path / name, tokenizer=tokenizer).params
+        jax.tree.map(np.testing.assert_array_equal, other, loaded.params)
     # The whole first run is the base of adapters, and of those on adapters.
     stage = make(tiny(tokenizer, chats, **{**options, "init_from": str(tmp_path / "whole")}))
     fresh, _ = stage.warm_start(stage.init())
