@@ -142,9 +142,8 @@ def _plain_errors(path: str) -> Iterator[None]:
             f"{path} needs huggingface_hub: pip install 'tokenflow_jax[hub]'"
         ) from error
     except Exception as error:
-        name = type(error).__name__
-        remedy = next((text for known, text in _REMEDIES.items() if name == known), "")
-        raise OSError(f"{path}: {remedy or one_line(error)}") from error
+        reason = _REMEDIES.get(type(error).__name__) or one_line(error)
+        raise OSError(f"{path}: {reason}") from error
 
 
 def _parse(path: str) -> tuple[str, str | None, str]:

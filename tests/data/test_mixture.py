@@ -111,6 +111,9 @@ def test_new_weights_go_on_from_where_the_old_ones_stopped(caplog):
     third = batches((9.0, 1.0), counts=counts)
     third.set_state(again.get_state())
     np.testing.assert_array_equal(items(third, 5), items(again, 5))
+    one_of_two = batches((1.0, 1.0), share=0, shares=2, counts=counts).get_state()
+    with pytest.raises(ValueError, match=r"lacks those of shares \[1\]"):
+        batches((9.0, 1.0), share=0, shares=2, counts=counts).set_state(one_of_two)
     with pytest.raises(ValueError, match="sources was"):
         batches((1.0, 1.0), counts={"a": 1000, "c": 1000}).set_state(reader.get_state())
 

@@ -130,17 +130,8 @@ class DealtBatches(_Batches):
         first = states[0]
         old = _Deal(first["origin"], first["shares"], first["block"])
         new = dataclasses.replace(old, shares=self._deal.shares, block=self._deal.block)
-        if self._plan:
-            # With other weights another order begins at the first place that no share has passed;
-            # the few places before it that some have not passed are left out.
-            origin = max(old.place(share, state["done"]) for share, state in by_share.items())
-            self._plan = self._plan.resumed(first["plan"], origin)
-            if self._plan.origin == origin and first["plan"]["origin"] != origin:
-                self._deal, self._done = dataclasses.replace(new, origin=origin), 0
-                self._ahead = frozenset()
-                self.close()
-                return
-        if new == old and self._share in by_share:
+        mixed_anew = self._plan and self._plan.weights != first["plan"]["weights"]
+        if new == old and self._share in by_share and not mixed_anew:
             self._deal, self._done = old, by_share[self._share]["done"]
             self._ahead = frozenset(first["ahead"])
         else:
@@ -152,7 +143,13 @@ class DealtBatches(_Batches):
                 )
             done = [by_share[share]["done"] for share in range(old.shares)]
             origin, self._ahead = _remaining(old, done, first["ahead"])
+            if mixed_anew:
+                # Another order begins at the first place that no share has passed; the few places
+                # before it that some have not passed are left out.
+                origin, self._ahead = max(map(old.place, range(old.shares), done)), frozenset()
             self._deal, self._done = dataclasses.replace(new, origin=origin), 0
+        if self._plan:
+            self._plan = self._plan.resumed(first["plan"], self._deal.origin)
         self.close()
 
     def _dataset(self) -> grain.IterDataset:
