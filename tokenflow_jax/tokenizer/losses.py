@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from tokenflow_jax.tokenizer.model import TokenFlow
 
 
 def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -73,3 +77,26 @@ GENERATOR_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "non_saturating": non_saturating_g,
     "non_saturating_reference": non_saturating_reference_g,
 }
+
+
+def adaptive_weight(
+    model: TokenFlow,
+    params: Any,
+    hidden_BHWC: jax.Array,  # the input of the pixel decoder's last convolution
+    pixel_gradient: jax.Array,  # both at the reconstruction
+    adversarial_gradient: jax.Array,
+) -> jax.Array:
+    """Return |d pixel loss| / |d adversarial loss| at the last kernel (VQGAN, eq. 7)."""
+    last = params["pixel_decoder"]["conv_out"]
+    convolution = nn.Conv(3, (3, 3), padding=1, dtype=model.dtype)
+
+    def apply(kernel):
+        output = convolution.apply({"params": last | {"kernel": kernel}}, hidden_BHWC)
+        return model.to_image_size(output)
+
+    _, pull_back = jax.vjp(apply, last["kernel"])
+    pixel_norm, adversarial_norm = (
+        jnp.linalg.norm(pull_back(gradient)[0].ravel())
+        for gradient in (pixel_gradient, adversarial_gradient)
+    )
+    return jnp.clip(pixel_norm / (adversarial_norm + 1e-4), 0.0, 1e4)

@@ -136,7 +136,9 @@ class Trainer:
             (loss, batch_stats), gradient = self._fool(state, batch_stats, rec_BHWC)
             adaptive = 1.0
             if self.losses.adaptive:
-                adaptive = self._adaptive_weight(state.params, hidden, pixel_gradient, gradient)
+                adaptive = adversarial.adaptive_weight(
+                    self.model, state.params, hidden, pixel_gradient, gradient
+                )
             total += adaptive * weight * loss
             image_gradient = pixel_gradient + adaptive * weight * gradient
             discriminator_gradients, batch_stats, discriminator_metrics = self._discriminate(
@@ -271,22 +273,6 @@ class Trainer:
             state.discriminator.params
         )
         return gradients, batch_stats, metrics | {"loss/discriminator": value}
-
-    def _adaptive_weight(self, params, hidden_BHWC, pixel_gradient, adversarial_gradient):
-        """Return |d pixel loss| / |d adversarial loss| at the last kernel (VQGAN, eq. 7)."""
-        last = params["pixel_decoder"]["conv_out"]
-        convolution = nn.Conv(3, (3, 3), padding=1, dtype=self.model.dtype)
-
-        def apply(kernel):
-            output = convolution.apply({"params": last | {"kernel": kernel}}, hidden_BHWC)
-            return self.model.to_image_size(output)
-
-        _, pull_back = jax.vjp(apply, last["kernel"])
-        pixel_norm, adversarial_norm = (
-            jnp.linalg.norm(pull_back(gradient)[0].ravel())
-            for gradient in (pixel_gradient, adversarial_gradient)
-        )
-        return jnp.clip(pixel_norm / (adversarial_norm + 1e-4), 0.0, 1e4)
 
     def _apply(self, state, gradients, batch_stats):
         """Apply both optimizer updates and the moving average."""

@@ -15,7 +15,7 @@ class MixedConversations:
 
     def __init__(self, sets: Mapping[str, Conversations], weights: Sequence[float]):
         self.sets, self.weights = list(sets.values()), list(weights)
-        self.config, self.names = self.sets[0].config, tuple(sets)
+        self.config = self.sets[0].config
         if any(own.config.order != "random" for own in self.sets):
             raise ValueError("data.order of a mixture must be 'random': its sources have no groups")
         self._mixed = Mixed([own.row for own in self.sets], [len(own) for own in self.sets])
@@ -54,7 +54,7 @@ class MixedConversations:
         return self.sets[source].label(number)
 
     def source_of(self, index: int) -> int:
-        """Return the place of a sample's data set in `names`."""
+        """Return the place of a sample's data set among `sets`."""
         return self._mixed.locate(index)[0]
 
     def sample_at(self, place: int, plan: Plan, seed: int, batch_size: int) -> int:
