@@ -9,7 +9,7 @@ import pytest
 from tiny_reader import CONFIG, loss_of
 
 from tokenflow_jax.understanding.model import Understanding
-from tokenflow_jax.weights import quantized
+from tokenflow_jax.weights import quantized, start
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 MODEL = Understanding(CONFIG)
@@ -25,8 +25,8 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(kind, params):
     model = quantized.model_of(MODEL, kind)
     like = quantized.shapes_of(model, jnp.dtype("float32"))
     arrays = {name: np.asarray(x) for name, x in flatten(params).items()}
-    pieces = dict(quantized.pieces(arrays.items(), like))
-    ours = quantized.assemble(pieces, like)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ours = start.take(arrays, "a path", like, jax.tree.map(lambda _: device, like))
     assert jax.tree.structure(ours) == jax.tree.structure(like)
 
     plain, leaves = {}, flatten(ours)

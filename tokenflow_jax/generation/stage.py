@@ -147,14 +147,14 @@ class GenerationStage(CodeStage):
         self._recipe = Recipe(**config.sampling)
         self._recipe.check(self.model_config)
         self.open_tokenizer()
-        self.frozen = self.place(self._frozen(self.tokenizer.params))
+        self.frozen = self.place(self._frozen(self.tokenizer_arrays), self.frozen_shapes)
         self._encode = functools.cache(lambda: encoding.image_encoder(self.tokenizer))
         sources = [data for _, data in self.data_sources.values()]
         self._train_sets = [self._examples(data, data.split) for data in sources]
         self._captions = [captions.CaptionConfig(d.captions, d.drop_rate) for d in sources]
         self._eval_set = self._examples(sources[0], sources[0].eval_split)
         self.notes += [
-            f"image tokenizer {config.tokenizer.path}, fingerprint {self.tokenizer.fingerprint}; "
+            f"image tokenizer {config.tokenizer.path}, fingerprint {config.tokenizer.fingerprint}; "
             f"text tokenizer {config.text_tokenizer}, {config.data.max_length} ids per prompt",
             *mesh.describe_whole(self.state_shapes, self.mesh),
         ]
@@ -164,10 +164,10 @@ class GenerationStage(CodeStage):
         """Open a split: codes from disk or memory, or pictures for the step to encode."""
         if data.name == "codes":
             try:
-                return CodeRecords(data.path, split, self.tokenizer.identity)
+                return CodeRecords(data.path, split, self.tokenizer_identity)
             except CodesError as error:
                 raise CodesError(f"data.path: {error}") from error
-        size = self.tokenizer.config.image_size
+        size = self.tokenizer_config.image_size
         config = mixture.from_settings(
             *(pipeline.DataConfig, data), split=split, image_size=size, augment="center", flip=False
         )

@@ -15,7 +15,7 @@ parameters, and `logical_axes` maps the names to mesh axes.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -187,14 +187,30 @@ def answering_mesh() -> jax.sharding.Mesh | None:
     return make_mesh({"tensor": -1}, devices) if len(devices) > 1 else None
 
 
-def place_parameters(
-    parameters: Iterable[tuple[str, np.ndarray]], mesh: jax.sharding.Mesh | None
-) -> dict[str, jax.Array]:
-    """Put (path, array) pairs on the mesh, or without one on the default device."""
-    placed = {}
-    for path, array in parameters:  # one by one: no device ever holds what it will not keep
-        where = NamedSharding(mesh, partition(path, array.shape, mesh)) if mesh else None
-        placed[path] = jax.device_put(array, where)
+def place(array: Any, where: jax.sharding.Sharding, dtype: Any = None) -> jax.Array:
+    """Put an array, NumPy's or one that is read in parts, where it belongs.
+
+    Each process reads only what its own devices hold. `jax.device_put` of a whole array would
+    gather it from all processes on every device, and hold it on the first device before that.
+
+    Args:
+      array: has `shape` and `dtype`, gives a part for an index, and may `check` the whole, see
+        `weights.lazy.LazyTensor`; all processes give the same one.
+      dtype: to convert to; None keeps the array's.
+    """
+    dtype, check = dtype or array.dtype, getattr(array, "check", None)
+    parts: dict[str, np.ndarray] = {}  # copies of the model read it once
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in parts:
+            parts[str(index)] = np.asarray(array[index], None if check else dtype)
+        return parts[str(index)]
+
+    placed = jax.make_array_from_callback(tuple(array.shape), where, read)
+    if check:
+        check(placed)
+    if placed.dtype != dtype:
+        placed = jax.jit(lambda x: x.astype(dtype), out_shardings=where)(placed)
     return placed
 
 

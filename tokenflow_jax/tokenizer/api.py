@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from tokenflow_jax import remote
 from tokenflow_jax.data.pictures import Picture, is_single
 from tokenflow_jax.tokenizer import inputs
 from tokenflow_jax.tokenizer.fingerprint import identity
-from tokenflow_jax.tokenizer.frozen import full_precision, image_codes
-from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.frozen import full_precision, image_codes, open_weights
+from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import Codebooks
-from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.card import UNKNOWN, Trained
+from tokenflow_jax.weights.conversion import Source
 from tokenflow_jax.weights.pretrained import Pretrained, save_folder
 from tokenflow_jax.weights.rules import flatten, unflatten
 
@@ -66,19 +65,16 @@ class Tokenizer(Pretrained):
         Raises:
           ValueError: no such path or variant, or weights that do not fit (all of them listed).
         """
-        path = os.fspath(path)
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {dtype!r}: one of 'float32', 'bfloat16'")
-        changes = {"scales": scales, "pixel_weight": pixel_weight}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        config = conversion.variant_config(path, variant, VARIANTS)
-        path = remote.settled(path)
-        if changes and config is None:
-            raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
-        if changes:
-            config = dataclasses.replace(config, **changes)
-        weights = None if ema else "raw"
-        source = conversion.open_source(path, PART, config, weights=weights, step=step)
+        path, source = open_weights(
+            path, variant, ema=ema, step=step, scales=scales, pixel_weight=pixel_weight
+        )
+        return cls.of(path, source, dtype)
+
+    @classmethod
+    def of(cls, path: str, source: Source, dtype: str = "float32") -> "Tokenizer":
+        """Read the arrays of weights that `open_weights` opened."""
         params = {name: jnp.asarray(t.read(), jnp.float32) for name, t in source.arrays.items()}
         return cls(source.config, unflatten(params), dtype, Trained.of(path, source))
 

@@ -13,7 +13,7 @@ from tokenflow_jax.data import mixture
 from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh
-from tokenflow_jax.tokenizer import frozen
+from tokenflow_jax.tokenizer import fingerprint, frozen
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.train import optim
@@ -21,6 +21,7 @@ from tokenflow_jax.train.stage import Stage, State
 from tokenflow_jax.weights import start
 from tokenflow_jax.weights.lora import Adapters, LoraConfig
 from tokenflow_jax.weights.part import Part
+from tokenflow_jax.weights.rules import unflatten
 
 PyTree = Any
 ENCODE = ("once", "step")
@@ -148,15 +149,22 @@ class CodeStage(Stage):
         if problems:
             raise ValueError("; ".join(problems))
 
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The opened tokenizer, whole on the default device."""
+        return Tokenizer.of(*self._tokenizer_source)
+
     def open_tokenizer(self) -> None:
-        """Load the tokenizer; fill in what a checkpoint must know of it and of the model.
+        """Open the tokenizer; fill in what a checkpoint must know of it and of the model.
 
         Raises:
           ValueError: there is no tokenizer, or not the one that config.tokenizer.fingerprint names.
         """
         config = self.config
-        self.tokenizer = Tokenizer.load(config.tokenizer.path, config.tokenizer.variant or None)
-        identity = self.tokenizer.identity
+        path, source = frozen.open_weights(config.tokenizer.path, config.tokenizer.variant or None)
+        self.tokenizer_arrays = unflatten(source.arrays)
+        self._tokenizer_source = path, source
+        identity = self.tokenizer_identity = fingerprint.identity(source.config, source.arrays)
         if config.tokenizer.fingerprint:
             known = {"fingerprint": config.tokenizer.fingerprint}
             check_tokenizer("config.tokenizer.fingerprint", known, identity)

@@ -1,6 +1,8 @@
 """The tokenizer as the language models use it: frozen, its codes computed at full precision."""
 
 import contextlib
+import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,12 +10,18 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tokenflow_jax import hub
+from tokenflow_jax import hub, remote
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.train import checkpoint_info
-from tokenflow_jax.weights.conversion import is_torch, knows_itself, open_source
+from tokenflow_jax.weights.conversion import (
+    Source,
+    is_torch,
+    knows_itself,
+    open_source,
+    variant_config,
+)
 
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
@@ -38,6 +46,29 @@ def image_codes(model: TokenFlow, params: Any, images_BHWC: jax.Array) -> jax.Ar
 def encoder_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the parameters that `image_codes` reads: encoders and codebooks, no decoders."""
     return {name: part for name, part in params.items() if name not in _DECODERS}
+
+
+def open_weights(
+    path: str | os.PathLike,
+    variant: str | None = None,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    **changes: Any,
+) -> tuple[str, Source]:
+    """Open a tokenizer without reading its arrays; return also the path that was opened.
+
+    See `Tokenizer.load`; `changes` override fields of a PyTorch file's variant, None keeps them.
+    """
+    path = os.fspath(path)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = variant_config(path, variant, VARIANTS)
+    path = remote.settled(path)
+    if changes and config is None:
+        raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
+    if changes:
+        config = dataclasses.replace(config, **changes)
+    return path, open_source(path, PART, config, weights=None if ema else "raw", step=step)
 
 
 def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from tokenflow_jax import files, remote
@@ -16,11 +15,11 @@ from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
-from tokenflow_jax.weights import conversion, quantized
+from tokenflow_jax.weights import conversion, quantized, start
 from tokenflow_jax.weights.card import Trained
 from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.pretrained import save_folder
-from tokenflow_jax.weights.rules import flatten, unflatten
+from tokenflow_jax.weights.rules import flatten
 
 _TEXT = "text_tokenizer"  # a subfolder of a saved model
 _TEXT_FILES = (
@@ -71,15 +70,13 @@ def load_model(
         saved = {**saved, "text_tokenizer": find_text_tokenizer(path, name)}
     trained = Trained.of(path, source)
     device_mesh, held = mesh.answering_mesh(), jnp.dtype(dtype)
-    floats = held if not weights_dtype else None  # a quantized kernel is rounded once
-    arrays = ((name, np.asarray(t.read(), floats)) for name, t in source.arrays.items())
     model = quantized.model_of(module(source.config, held), weights_dtype)
-    if weights_dtype:
-        like = quantized.shapes_of(model, held)
-        placed = mesh.place_parameters(quantized.pieces(arrays, like), device_mesh)
-        params = quantized.assemble(placed, like)
-    else:
-        params = unflatten(mesh.place_parameters(arrays, device_mesh))
+    like = quantized.shapes_of(model, held)
+    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(lambda _: alone, like)
+    if device_mesh:
+        places = mesh.shardings(like, device_mesh)
+    params = start.take(source.arrays, path, like, places)
     return TrainedModel(source.config, params, dtype, tokenizer, saved, trained, device_mesh, model)
 
 

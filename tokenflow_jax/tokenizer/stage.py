@@ -14,9 +14,9 @@ from tokenflow_jax.nets.discriminator import make_discriminator
 from tokenflow_jax.nets.lpips import LPIPS, lpips_template
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.parallel import hosts, mesh
-from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.codebook import kmeans
 from tokenflow_jax.tokenizer.evaluate import Evaluation
+from tokenflow_jax.tokenizer.frozen import open_weights
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.quantizer import normalize_halves
@@ -130,7 +130,7 @@ class TokenizerStage(Stage):
                 "--config.lpips=FILE"
             )
         self.perceptual = lpips is not None
-        self.frozen = self.place(frozen)
+        self.frozen = self.place(frozen, self.frozen_shapes)
         self.notes += mesh.describe_whole(self.state_shapes, self.mesh)
 
         options = config.eval
@@ -243,13 +243,12 @@ class TokenizerStage(Stage):
     def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
         """Return the weights of config.init_from, except the parts to reinitialize."""
         path, fresh = self.config.init_from, tuple(self.config.reinitialize)
-        source = Tokenizer.load(path, self.config.init_variant or None)
+        _, source = open_weights(path, self.config.init_variant or None)
         places = mesh.shardings(params, self.mesh)
-        arrays = flatten(source.params)
         text = f"weights of {path}"
         if fresh:
             text += f", except {', '.join(fresh)} from scratch"
-        return start.take(arrays, path, params, places, fresh=fresh, remedy=_REMEDY), text
+        return start.take(source.arrays, path, params, places, fresh=fresh, remedy=_REMEDY), text
 
     @functools.cached_property
     def _gather(self):

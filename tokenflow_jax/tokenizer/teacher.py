@@ -19,7 +19,7 @@ from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.nets.encoders import ENCODERS, encoder_kind, normalize
 from tokenflow_jax.nets.vit import ViT, ViTConfig
 from tokenflow_jax.weights.formats.safetensors import read_metadata, read_safetensors
-from tokenflow_jax.weights.names.encoders import load_encoder
+from tokenflow_jax.weights.names.encoders import open_encoder
 from tokenflow_jax.weights.rules import flatten, unflatten
 from tokenflow_jax.weights.start import check_fit
 
@@ -90,7 +90,7 @@ def load_teacher(config: ml_collections.ConfigDict, teacher: Teacher) -> PyTree:
             f"this variant distils from {config.source}: say where its weights are with "
             "--config.teacher.weights=FILE (.pt, .bin or .safetensors, as published)"
         )
-    return load_encoder(config.source, config.weights, teacher.parameters)
+    return open_encoder(config.source, config.weights, teacher.parameters)
 
 
 def load_shipped(path: str | os.PathLike | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

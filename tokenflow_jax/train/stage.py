@@ -196,9 +196,12 @@ class Stage(abc.ABC):
         ema = getattr(state, "ema", None)
         return state.params if ema is None else ema
 
-    def place(self, tree: PyTree) -> PyTree:
-        """Put host arrays where the mesh wants them."""
-        return jax.device_put(tree, meshes.shardings(tree, self.mesh))
+    def place(self, tree: PyTree, like: PyTree) -> PyTree:
+        """Put arrays, lazy ones too, where the mesh wants them, in the dtypes of `like`."""
+        return jax.tree.map(
+            lambda array, where, like: meshes.place(array, where, like.dtype),
+            *(tree, meshes.shardings(like, self.mesh), like),
+        )
 
     @property
     def batch_sharding(self) -> jax.sharding.NamedSharding:

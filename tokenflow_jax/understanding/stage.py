@@ -112,11 +112,13 @@ class UnderstandingStage(CodeStage):
         held_out = self._data_config(first, first.eval_split, held_out=True)
         self._eval_set = Conversations(held_out, config.eval.examples or None)
         batches.check_usable(self._train_set)
-        encoder = self.place(encoder_params(self.tokenizer.params))
-        self.frozen = {"tokenizer": encoder}
+        arrays = {"tokenizer": encoder_params(self.tokenizer_arrays)}
+        self.frozen = self.place(arrays, self.frozen_shapes)
+        encoder = self.frozen["tokenizer"]
         if config.data.encode == "once":
             table = self._table(encoder, self._train_set)
-            self.frozen, self.images = self.place({"features": table}), len(table)
+            self.images = len(table)
+            self.frozen = self.place({"features": table}, self.frozen_shapes)
         # Held-out pictures are few: their features are made once, whatever the training does.
         self._eval_table = self._table(encoder, self._eval_set)
         broken = self._eval_set.broken_images
@@ -124,7 +126,7 @@ class UnderstandingStage(CodeStage):
         self._asked = [question for question in asked if question.image not in broken]
         self._answers: list[str] = []
         self.notes += [
-            f"image tokenizer {config.tokenizer.path}, fingerprint {self.tokenizer.fingerprint}; "
+            f"image tokenizer {config.tokenizer.path}, fingerprint {config.tokenizer.fingerprint}; "
             f"{self.vectors} vectors of {self.model_config.vision_channels} channels per "
             f"image ({self.model_config.strategy}); text tokenizer {config.text_tokenizer}",
             f"{len(self._train_set)} conversations for training, {len(self._eval_set)} held out",

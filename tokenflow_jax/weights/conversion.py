@@ -278,8 +278,7 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
         return tensor
     target = jnp.dtype(dtype)
 
-    def load() -> np.ndarray:
-        array = tensor.read()
+    def converted(array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             out = array.astype(target)
         if np.isinf(out).sum() > np.isinf(array).sum():
@@ -288,7 +287,13 @@ def cast(tensor: LazyTensor, dtype: str | None) -> LazyTensor:
             )
         return out
 
-    return LazyTensor(tensor.name, tensor.shape, target, load)
+    return LazyTensor(
+        tensor.name,
+        tensor.shape,
+        target,
+        lambda: converted(tensor.read()),
+        lambda index: converted(tensor[index]),
+    )
 
 
 def _sha256(path: str) -> str:

@@ -4,18 +4,16 @@
     save_language_model("folder", config, params)
     gguf_to_folder("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")
 
-Loading holds the result and one tensor of the file in memory; with `place`, one of our arrays (the
-layers of one parameter) and one tensor.
+Loading holds the result and one tensor of the file in memory.
 """
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.nets.lm import Decoder, LMConfig
@@ -145,7 +143,6 @@ def load_language_model(
     path: str | os.PathLike,
     *,
     dtype: str | None = None,
-    place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> tuple[LMConfig, dict[str, Any]]:
     """Load a language model; return its config and the nested parameters of `Decoder`.
 
@@ -155,15 +152,18 @@ def load_language_model(
       path: a folder in Hugging Face's format (one .safetensors file or shards with an index), one
         weight file beside its config.json, or a .gguf file.
       dtype: of the parameters; None keeps the file's.
-      place: (our path, array) -> what to keep of it, called for one array after the other: put
-        it on its devices here, and the host never holds the whole model.
     """
-    config, arrays = _open(path, dtype)
-    place = place or (lambda name, array: array)
-    return config, unflatten({name: place(name, t.read()) for name, t in arrays.items()})
+    config, arrays = open_language_model(path, dtype)
+    return config, unflatten({name: tensor.read() for name, tensor in arrays.items()})
 
 
-def _open(path: str | os.PathLike, dtype: str | None) -> tuple[LMConfig, Tensors]:
+def open_language_model(
+    path: str | os.PathLike, dtype: str | None = None
+) -> tuple[LMConfig, Tensors]:
+    """Open a language model; return its config and the arrays of `Decoder` by path, not yet read.
+
+    See `load_language_model`.
+    """
     if gguf.is_gguf(path):
         fields, tensors = gguf.read_gguf(path)
         fields = gguf_config_fields(fields, tied="output.weight" not in tensors)
@@ -201,7 +201,7 @@ def gguf_to_folder(
 ) -> LMConfig:
     """Write weights (float32 by default), config and text tokenizer of a GGUF file as a folder."""
     tokenizer = gguf.text_tokenizer(path)
-    config, arrays = _open(path, dtype)
+    config, arrays = open_language_model(path, dtype)
     known, _ = gguf.read_gguf(path)
     ids = {name: f"tokenizer.ggml.{name}" for name in ("bos_token_id", "eos_token_id")}
     more = {name: known[key] for name, key in ids.items() if key in known}

@@ -10,7 +10,6 @@ scales where the kernel was: one leaf of a flattened tree, whose arrays are
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.lm import LMConfig
-from tokenflow_jax.weights.rules import flatten, unflatten
+from tokenflow_jax.weights.lazy import Index, LazyTensor, whole
 
 PyTree = Any
 KINDS = ("int8", "int4", "nf4")
@@ -98,17 +97,33 @@ def _cast(leaf: Any, old: Any, new: Any) -> Any:
     return leaf.replace(array=leaf.array.replace(qvalue=qvalue))
 
 
-def quantize(array: np.ndarray, like: Any) -> Any:
-    """Quantize a kernel of all layers (L, in, out), or of one (in, out), as `like` is."""
-    # Layer by layer: qwix.quantize_params would take the axis of the layers for the inputs.
-    layers = array if array.ndim == 3 else array[None]
+def quantized(array: Any, like: Any) -> Any:
+    """Return a kernel (L, in, out) quantized as `like` is, whose arrays are read in parts.
+
+    `array` gives a part for an index. Layers are quantized one by one, where they are read, with
+    all inputs: an output channel has its own scales.
+    """
     how = like.how
     tiles = tuple(how.tiled_axes.items())
     run = _quantizer(how.qtype, tuple(how.channelwise_axes), tiles, jnp.dtype(like.dtype))
-    parts = [jax.tree.map(np.asarray, run(jnp.asarray(layer, jnp.float32))) for layer in layers]
-    joined = jax.tree.map(lambda *x: np.stack(x), *parts) if array.ndim == 3 else parts[0]
-    leaf = like.replace(array=joined)
-    return stored(leaf) if like.array.qvalue.dtype == jnp.int4 else leaf
+    inputs = slice(0, array.shape[1])
+
+    def lazy(field: str) -> LazyTensor:
+        def layer(number: int, index: Index) -> np.ndarray:
+            kernel = array[slice(number, number + 1), inputs, index[2]][0]
+            # One layer: qwix.quantize_params would take the axis of the layers for the inputs.
+            found = jax.tree.map(np.asarray, run(jnp.asarray(kernel, jnp.float32)))
+            leaf = like.replace(array=found)
+            leaf = stored(leaf) if like.array.qvalue.dtype == jnp.int4 else leaf
+            return getattr(leaf.array, field)[index[1]]
+
+        def read(index: Index) -> np.ndarray:
+            return np.stack([layer(i, index) for i in range(index[0].start, index[0].stop)])
+
+        kept = getattr(like.array, field)
+        return LazyTensor(field, kept.shape, kept.dtype, lambda: read(whole(kept.shape)), read)
+
+    return like.replace(array=like.array.replace(qvalue=lazy("qvalue"), scale=lazy("scale")))
 
 
 @functools.cache
@@ -128,30 +143,3 @@ def dequantize(qvalue: np.ndarray, scale: np.ndarray, kind: str) -> np.ndarray:
         return np.asarray(qwix.dequantize(array), np.float32)
 
     return np.stack([layer(*pair) for pair in zip(qvalue, scale, strict=True)])
-
-
-def pieces(arrays: Iterable[tuple[str, np.ndarray]], like: PyTree) -> Iterator[tuple[str, Any]]:
-    """Quantize what `like` has quantized among (path, array) pairs; yield paths of its arrays."""
-    leaves = flatten(like)
-    for name, array in arrays:
-        if is_quantized(leaves[name]):
-            found = quantize(array, leaves[name]).array
-            yield from zip(_names(name), (found.qvalue, found.scale), strict=True)
-        else:
-            yield name, array.astype(leaves[name].dtype)
-
-
-def assemble(placed: Mapping[str, Any], like: PyTree) -> PyTree:
-    """Return the parameters of what `pieces` yielded."""
-
-    def leaf(name: str, leaf: Any) -> Any:
-        if not is_quantized(leaf):
-            return placed[name]
-        qvalue, scale = (placed[part] for part in _names(name))
-        return leaf.replace(array=leaf.array.replace(qvalue=qvalue, scale=scale))
-
-    return unflatten({name: leaf(name, x) for name, x in flatten(like).items()})
-
-
-def _names(name: str) -> list[str]:
-    return [f"{name}/{part}" for part in ARRAYS]

@@ -29,7 +29,7 @@ from flax import traverse_util
 
 from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.weights import wrappers
-from tokenflow_jax.weights.lazy import LazyTensor, data
+from tokenflow_jax.weights.lazy import Index, LazyTensor, part_shape, whole
 
 Tensors = dict[str, LazyTensor]
 # Nested dicts <-> {"a/b/c": leaf}; boxed parameters must be unboxed before.
@@ -52,6 +52,15 @@ class Transform:
         if self.permutation is not None:
             array = np.transpose(array, np.argsort(self.permutation))
         return np.expand_dims(array, self.squeeze) if self.squeeze else array
+
+    def torch_index(self, index: Index) -> Index:
+        """Return where a part of our array is in torch's."""
+        found = list(index)
+        for axis, part in zip(self.permutation or (), index, strict=False):
+            found[axis] = part
+        for axis in self.squeeze:
+            found.insert(axis, slice(0, 1))
+        return tuple(found)
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """Return the torch shape for our `shape`; None if that has the wrong rank."""
@@ -96,6 +105,28 @@ class Rule:
         """Yield the parts of our array, in the order of `names`."""
         for layer in array if self.stacked else (array,):
             yield from np.split(layer, len(self.parts), -1) if len(self.parts) > 1 else (layer,)
+
+    def sources(self, shape: Sequence[int], index: Index) -> Iterator[tuple[int, Index, Any]]:
+        """Yield what a part of our array of `shape` is made of.
+
+        Each is the place in `names` of a torch tensor, its index there, and where its data, in our
+        layout, goes in the part.
+        """
+        layers, own = (index[0], index[1:]) if self.stacked else (slice(0, 1), index)
+        count = len(self.parts)
+        size = shape[-1] // count if count > 1 else 0
+        for layer in range(layers.start, layers.stop):
+            where = (layer - layers.start,) if self.stacked else ()
+            for i in range(count):
+                if count == 1:
+                    yield layer, self.transform.torch_index(own), (*where, ...)
+                    continue
+                begin = i * size
+                start, stop = max(begin, own[-1].start), min(begin + size, own[-1].stop)
+                if start < stop:
+                    place = slice(start - own[-1].start, stop - own[-1].start)
+                    inner = (*own[:-1], slice(start - begin, stop - begin))
+                    yield layer * count + i, self.transform.torch_index(inner), (*where, ..., place)
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern:
@@ -241,13 +272,13 @@ def flax_arrays(state: Mapping[str, Any], table: RuleTable, template: Mapping[st
         rule, names = table.find(path, shape)
         dtype = jnp.result_type(*(state[name].dtype for name in names)) if names else leaf.dtype
 
-        def load() -> np.ndarray:
-            out = np.empty(shape, dtype)
-            for name, view in zip(names, rule.views(out), strict=True):
-                view[...] = rule.transform.to_flax(data(state[name]))
+        def load(index: Index) -> np.ndarray:
+            out = np.empty(part_shape(index), dtype)
+            for i, inner, place in rule.sources(shape, index):
+                out[place] = rule.transform.to_flax(state[names[i]][inner])
             return out
 
-        return LazyTensor(path, shape, dtype, load)
+        return LazyTensor(path, shape, dtype, lambda: load(whole(shape)), load)
 
     return {path: array(path, leaf) for path, leaf in flatten(template).items()}
 

@@ -11,15 +11,16 @@ import numpy as np
 from tokenflow_jax import remote
 from tokenflow_jax.messages import bullets
 from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.parallel import mesh as meshes
 from tokenflow_jax.train import optim
 from tokenflow_jax.weights import conversion
 from tokenflow_jax.weights.formats import gguf
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.language_model import load_language_model, read_config
-from tokenflow_jax.weights.lazy import data
+from tokenflow_jax.weights.language_model import open_language_model, read_config
+from tokenflow_jax.weights.lazy import Index, LazyTensor, part_shape, transposed, whole
 from tokenflow_jax.weights.lora import is_adapter
 from tokenflow_jax.weights.part import Part
-from tokenflow_jax.weights.quantized import is_quantized, quantize
+from tokenflow_jax.weights.quantized import is_quantized, quantized
 from tokenflow_jax.weights.rules import flatten, unflatten
 
 PyTree = Any
@@ -42,23 +43,24 @@ def take(
 ) -> PyTree:
     """Replace parameters by arrays (lazy or not) of the same paths and shapes, one at a time.
 
-    The replaced `params` are freed; adapters stay, and what matches a pattern of `fresh`. `path`
-    and `remedy` go into the error, which lists all arrays that are missing or of another shape.
+    A process reads what its devices hold. Adapters stay, and what matches a pattern of `fresh`;
+    without these `params` may be shapes. `path` and `remedy` go into the error, which lists all
+    arrays that are missing or of another shape.
     """
     ours, places = flatten(params), flatten(shardings)
     kept = flatten(optim.matching(params, fresh)) if fresh else {}
     wanted = {n: array for n, array in ours.items() if not kept.get(n) and not is_adapter(n)}
     check_fit(arrays, path, wanted, remedy)
-    taken = {name: _put(data(arrays[name]), array, places[name]) for name, array in wanted.items()}
-    return unflatten(ours | taken)
+    for name, array in wanted.items():
+        ours[name] = _put(arrays[name], array, places[name])
+    return unflatten(ours)
 
 
-def _put(array: np.ndarray, like: Any, place: Any) -> Any:
+def _put(array: Any, like: Any, place: Any) -> Any:
     """Put a parameter where `like` is, in its dtype or quantized as it is."""
     if is_quantized(like):
-        return jax.device_put(quantize(array, like), place)
-    kind = jnp if isinstance(array, jax.Array) else np
-    return jax.device_put(kind.asarray(array, like.dtype), place)
+        return jax.tree.map(meshes.place, quantized(array, like), place)
+    return meshes.place(array, place, like.dtype)
 
 
 def check_fit(
@@ -117,31 +119,32 @@ def take_language_model(
     """
     _check_language_model(path, lm, ("tied_head",) if ids is None else ())
     ours, places = flatten(params), flatten(shardings)
-    taken: dict[str, jax.Array] = {}
-
-    def place(name: str, array: np.ndarray) -> None:
-        name = f"lm/{name}"
+    found, arrays = open_language_model(path)
+    arrays = {f"lm/{name}": array for name, array in arrays.items()}
+    if found.tied_head and ids is not None:
+        arrays["lm/head/kernel"] = transposed(arrays["lm/embed/embedding"])
+    for name, array in arrays.items():
         if name not in ours and ids is not None:
-            return  # such as the head of a model whose head is tied here
-        if name in ours and name in _VOCABULARY and ids is not None:
-            array = extend_vocabulary(ours[name], array, ids, _VOCABULARY[name], places[name])
-        if name not in ours or array.shape != ours[name].shape:
-            shape = ours[name].shape if name in ours else None
+            continue  # such as the head of a model whose head is tied here
+        vocabulary = ids is not None and name in _VOCABULARY
+        shape = ours[name].shape if name in ours else None
+        if not vocabulary and array.shape != shape:
             raise ValueError(f"{path}: {name} is {array.shape} there, {shape} in config.model.lm")
-        taken[name] = _put(array, ours[name], places[name])
-
-    found, _ = load_language_model(path, place=place)
+        if vocabulary:
+            taken = extend_vocabulary(ours[name], array, ids, _VOCABULARY[name], places[name])
+        else:
+            taken = _put(array, ours[name], places[name])
+        ours[name] = taken  # one by one: what it replaces is freed
     if ids is None:
         own = [name for name in ours if name.startswith("lm/") and not is_adapter(name)]
-        missing = [name for name in own if name not in taken]
-        if missing:
+        if missing := [name for name in own if name not in arrays]:
             raise ValueError(f"{path} lacks what config.model.lm has:\n{bullets(missing)}")
-        return unflatten(ours | taken), f"language model {path}, the projector from scratch"
-    if found.tied_head and "lm/head/kernel" in ours:
-        table = np.asarray(taken["lm/embed/embedding"][: found.vocabulary_size])
-        place("head/kernel", np.ascontiguousarray(table.T))
-    text = f"language model {path} ({len(taken)} of {len(ours)} arrays), the rest from scratch"
-    return unflatten(ours | taken), text
+        return unflatten(ours), f"language model {path}, the projector from scratch"
+    count = sum(name in ours for name in arrays)
+    return (
+        unflatten(ours),
+        f"language model {path} ({count} of {len(ours)} arrays), the rest from scratch",
+    )
 
 
 def _check_language_model(path: str, lm: LMConfig, more: tuple[str, ...]) -> None:
@@ -158,19 +161,26 @@ def _check_language_model(path: str, lm: LMConfig, more: tuple[str, ...]) -> Non
 
 
 def extend_vocabulary(
-    fresh: jax.Array, known: np.ndarray, ids: int, axis: int, sharding: Any
+    fresh: jax.Array, known: Any, ids: int, axis: int, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """Join a pretrained table's rows, their mean up to `ids`, and fresh rows from there on."""
     rows = min(known.shape[axis], ids)
-    known = np.take(known, np.arange(rows), axis=axis)
-    mean = known.astype(np.float32).mean(axis=axis, keepdims=True)
+
+    def read(index: Index) -> np.ndarray:
+        part, inner, place = np.zeros(part_shape(index), known.dtype), [*index], [slice(None)] * 2
+        inner[axis] = slice(index[axis].start, min(index[axis].stop, rows))
+        place[axis] = slice(0, max(0, inner[axis].stop - inner[axis].start))
+        if place[axis].stop:
+            part[tuple(place)] = known[tuple(inner)]
+        return part
+
+    padded = LazyTensor("", fresh.shape, known.dtype, lambda: read(whole(fresh.shape)), read)
 
     @functools.partial(jax.jit, out_shardings=sharding)
-    def join(fresh, known, mean):
-        index = jnp.arange(fresh.shape[axis])
-        index = index[:, None] if axis == 0 else index[None]
-        joined = jax.lax.dynamic_update_slice(fresh, known.astype(fresh.dtype), (0, 0))
-        new = (index >= rows) & (index < ids)
-        return jnp.where(new, mean.astype(fresh.dtype), joined)
+    def join(fresh: jax.Array, padded: jax.Array) -> jax.Array:
+        index = jax.lax.broadcasted_iota(jnp.int32, fresh.shape, axis)
+        mean = padded.astype(jnp.float32).sum(axis, keepdims=True) / rows
+        joined = jnp.where(index < rows, padded.astype(fresh.dtype), mean.astype(fresh.dtype))
+        return jnp.where(index < ids, joined, fresh)
 
-    return join(fresh, known, mean)
+    return join(fresh, meshes.place(padded, sharding))

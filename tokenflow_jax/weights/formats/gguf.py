@@ -14,7 +14,7 @@ import numpy as np
 
 from tokenflow_jax import remote
 from tokenflow_jax.messages import bullets, one_line, shown
-from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, read_block
+from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, part_shape, read_block, whole
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -141,14 +141,23 @@ def _tensors(path: str, entries: list, start: int, size: int) -> dict[str, LazyT
             problems.append(f"{name}: {shape} at byte {start + offset} of {size}; fetch it again")
             continue
 
-        def load(kind=kind, shape=shape, begin=start + offset, rows=rows, width=width):
+        def load(index, kind=kind, shape=shape, begin=start + offset, width=width):
+            # Blocks lie within rows: those that hold the part are dequantized.
+            first = index[0] if len(shape) > 1 else slice(0, 1)
+            rows = math.prod(shape[1:-1])
+            begin += first.start * rows * width
+            rows *= first.stop - first.start
             if not rows * width:
-                return np.zeros(shape, np.float32)
+                return np.zeros(part_shape(index), np.float32)
             blocks = read_block(path, begin, rows * width).reshape(rows, width)
-            return gguf.dequantize(blocks, kind).reshape(shape)
+            found = gguf.dequantize(blocks, kind)
+            if len(shape) > 1:
+                return found.reshape(-1, *shape[1:])[:, *index[1:]]
+            return found.reshape(shape)[index]
 
+        read = functools.partial(load, whole(shape))
         try:
-            tensors[name] = LazyTensor(name, shape, np.dtype(np.float32), load)
+            tensors[name] = LazyTensor(name, shape, np.dtype(np.float32), read, load)
         except ValueError as error:
             problems.append(f"{error}; fetch it again")
     if problems:

@@ -6,6 +6,7 @@ Converted weights are a directory with two of a checkpoint's items (see `train.c
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from tokenflow_jax import files, remote
 from tokenflow_jax.messages import one_line, shown
 from tokenflow_jax.train import checkpoint, checkpoint_info, checksums, workdir
 from tokenflow_jax.train.checkpoint_info import CheckpointError
-from tokenflow_jax.weights.lazy import LazyTensor
+from tokenflow_jax.weights.lazy import Index, LazyTensor
 from tokenflow_jax.weights.rules import unflatten
 
 _CHUNK_BYTES = 4 * 2**20  # read and decompressed at once; more costs memory, less costs time
@@ -43,7 +44,7 @@ def open_checkpoint(
 
     The path is that of a workdir, its `checkpoints` folder, one checkpoint, or converted weights
     (whose step is 0); `subtrees` are the fields of the training state to open, of which one must
-    be there. Reading an array checks its bytes.
+    be there. Reading a whole array checks its bytes, reading a part does not.
     """
     path = checkpoint_info.find_checkpoint(path, step)
     info = checkpoint_info.read_info(path)
@@ -72,7 +73,7 @@ def open_checkpoint(
     # One thread each, because every thread holds a chunk in memory.
     context = ts.Context({f"{kind}_concurrency": {"limit": 1} for kind in ("data_copy", "file_io")})
 
-    def load(name: str) -> np.ndarray:
+    def load(name: str, index: Index | None = None) -> np.ndarray:
         # What Orbax does, for one array, without reading the whole tree's metadata for each.
         kvstore = {"driver": "ocdbt", "base": base, "path": name.replace("/", ".") + "/"}
         try:
@@ -81,15 +82,20 @@ def open_checkpoint(
             store, entry = store.result(), info["arrays"][name]
             if list(store.shape) != entry["shape"]:
                 raise ValueError(f"shape {store.shape}, not {entry['shape']}")
-            array = store.read().result()
+            array = (store if index is None else store[index]).read().result()
         except (ValueError, MemoryError) as error:
             reason = f"{path}: {name} cannot be read ({one_line(error)})"
             raise CheckpointError(reason + checkpoint_info.what_to_do(path)) from error
-        checkpoint.check_checksums(info["arrays"], unflatten({name: array}), path)
+        if index is None:
+            check(name, array)
         return array
 
+    def check(name: str, array: Any) -> None:
+        checkpoint.check_checksums(info["arrays"], unflatten({name: array}), path)
+
     def lazy(name: str, shape: Sequence[int], dtype: str, **_: Any) -> LazyTensor:
-        return LazyTensor(name, tuple(shape), jnp.dtype(dtype), lambda: load(name))
+        how = (functools.partial(f, name) for f in (load, load, check))
+        return LazyTensor(name, tuple(shape), jnp.dtype(dtype), *how)
 
     return info, {name: lazy(name, **info["arrays"][name]) for name in names}
 

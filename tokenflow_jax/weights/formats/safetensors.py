@@ -15,7 +15,15 @@ import safetensors
 
 from tokenflow_jax import files
 from tokenflow_jax.messages import bullets, one_line
-from tokenflow_jax.weights.lazy import MOST_TENSORS, LazyTensor, data, pieces, read_block
+from tokenflow_jax.weights.lazy import (
+    MOST_TENSORS,
+    Index,
+    LazyTensor,
+    data,
+    pieces,
+    read_file_part,
+    whole,
+)
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -62,12 +70,12 @@ def _read_header(path: str) -> tuple[dict[str, Any], int]:
 
 
 def _tensor(name: str, entry: Mapping[str, Any], path: str, offset: int) -> LazyTensor:
-    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    dtype, shape, (start, _) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
 
-    def load() -> np.ndarray:
-        return read_block(path, offset + start, end - start).view(dtype).reshape(shape)
+    def load(index: Index) -> np.ndarray:
+        return read_file_part(path, offset + start, dtype, shape, index)
 
-    return LazyTensor(name, tuple(shape), dtype, load)
+    return LazyTensor(name, tuple(shape), dtype, lambda: load(whole(shape)), load)
 
 
 def write_safetensors(

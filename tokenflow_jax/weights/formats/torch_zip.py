@@ -4,6 +4,7 @@
 uncompressed and aligned to 64 bytes, as torch writes them.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -26,7 +27,14 @@ from tokenflow_jax.weights.formats.torch_tensors import (
     Tensor,
     torch_names,
 )
-from tokenflow_jax.weights.lazy import LazyTensor, data, pieces, read_block
+from tokenflow_jax.weights.lazy import (
+    Index,
+    LazyTensor,
+    data,
+    pieces,
+    read_block,
+    read_file_part,
+)
 
 # What the zipfile module raises for damaged files, encrypted and unknown ones.
 _BROKEN_ZIP = (
@@ -71,13 +79,22 @@ def read_zip(path: str) -> dict[str, dict[str, LazyTensor]]:
         used.append(info)
         return Storage(info.filename, element.dtype, nbytes)
 
+    def begin(tensor: Tensor) -> int:
+        # A local header has 30 bytes, then a name and extra data; its end holds their lengths.
+        info = infos[tensor.storage.member]
+        lengths = read_block(path, info.header_offset + 26, 4).view("<u2").sum(dtype=np.int64)
+        return info.header_offset + 30 + int(lengths) + tensor.offset * tensor.dtype.itemsize
+
+    def load_part(tensor: Tensor, index: Index) -> np.ndarray:
+        plain = [math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape))]
+        if list(tensor.strides) == plain and order != b"big" and math.prod(tensor.shape):
+            return read_file_part(path, begin(tensor), tensor.dtype, tensor.shape, index)
+        return np.array(load(tensor)[index])
+
     def load(tensor: Tensor) -> np.ndarray:
         if not math.prod(tensor.shape):
             return np.zeros(tensor.shape, tensor.dtype)
-        itemsize, info = tensor.dtype.itemsize, infos[tensor.storage.member]
-        # A local header has 30 bytes, then a name and extra data; its end holds their lengths.
-        lengths = read_block(path, info.header_offset + 26, 4).view("<u2").sum(dtype=np.int64)
-        start = info.header_offset + 30 + int(lengths) + tensor.offset * itemsize
+        itemsize, start = tensor.dtype.itemsize, begin(tensor)
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         block = read_block(path, start, (last + 1) * itemsize).view(tensor.dtype)
         if order == b"big":
@@ -89,7 +106,7 @@ def read_zip(path: str) -> dict[str, dict[str, LazyTensor]]:
     root = pickles.load_pickle(pickled, path, known=torch_names(), persistent=persistent)
     _check_plain(path, used)
     try:
-        return _groups(root, load)
+        return _groups(root, load, load_part)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the file is damaged") from None
 
@@ -108,12 +125,12 @@ def _check_plain(path: str, infos: Sequence[zipfile.ZipInfo]) -> None:
             raise ValueError(f"{path}: damaged zip file ({name} is cut short); fetch it again")
 
 
-def _groups(root: Any, load: Callable[[Tensor], np.ndarray]) -> dict[str, dict[str, LazyTensor]]:
+def _groups(root: Any, *load: Callable[..., np.ndarray]) -> dict[str, dict[str, LazyTensor]]:
     """Return the tensors of nested dicts, the outermost first, see `read_zip`."""
 
     def lazy(items: Mapping[str, Any]) -> dict[str, LazyTensor]:
         return {
-            name: LazyTensor(name, t.shape, t.dtype, lambda t=t: load(t))
+            name: LazyTensor(name, t.shape, t.dtype, *(functools.partial(f, t) for f in load))
             for name, t in items.items()
             if isinstance(t, Tensor)
         }

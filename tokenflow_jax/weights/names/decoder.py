@@ -105,4 +105,4 @@ def _uninterleaved(tensor: LazyTensor, heads: int) -> LazyTensor:
         halves = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
         return halves.swapaxes(1, 2).reshape(array.shape)
 
-    return dataclasses.replace(tensor, read=load)
+    return LazyTensor(tensor.name, tensor.shape, tensor.dtype, load)

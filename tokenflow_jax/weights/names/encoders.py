@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.rules import CONV, CONV1X1_DENSE, DENSE, Rule, RuleTable, layer, to_flax
+from tokenflow_jax.weights.rules import (
+    CONV,
+    CONV1X1_DENSE,
+    DENSE,
+    Rule,
+    RuleTable,
+    flax_arrays,
+    layer,
+    unflatten,
+)
 
 TOWER = "vision_model."  # before the names of a vision tower in Hugging Face's format
 
@@ -165,10 +174,10 @@ def _table(kind: str, names: Mapping[str, Any]) -> RuleTable:
     raise ValueError(f"no files of the encoder {kind!r} are known; one of clip, siglip, vitamin")
 
 
-def load_encoder(kind: str, path: str | os.PathLike, template: Mapping[str, Any]) -> dict[str, Any]:
-    """Load an encoder's weights, of a `kind` of `nets.encoders.ENCODERS`, as nested NumPy arrays.
+def open_encoder(kind: str, path: str | os.PathLike, template: Mapping[str, Any]) -> dict[str, Any]:
+    """Open an encoder's weights, of a `kind` of `nets.encoders.ENCODERS`, as nested lazy arrays.
 
     `path` is OpenAI's ViT-B-16.pt, or a file of open_clip, timm or Hugging Face, sharded or not.
     """
     state = open_state_dict(path)
-    return to_flax(state, _table(kind, state), template)
+    return unflatten(flax_arrays(state, _table(kind, state), template))
