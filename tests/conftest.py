@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# Nothing in the user's cache folder; JAX_COMPILATION_CACHE_DIR shares programs between tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["TOKENFLOW_COMPILE_CACHE"] = "off"
 # Programs that tests start import the package, the golden vectors and the helpers.
 _TESTS = pathlib.Path(__file__).parent
 _PATHS = map(str, (_TESTS.parent, _TESTS, _TESTS / "helpers"))

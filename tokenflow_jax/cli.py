@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from absl import logging as absl_logging
 
-from tokenflow_jax import config_flag, log
+from tokenflow_jax import compile_cache, config_flag, log
 from tokenflow_jax.messages import printable
 from tokenflow_jax.parallel import distributed
 
@@ -64,6 +64,7 @@ def run(
             config_flag.define(options, argv)
         if runtime:
             distributed.define_flags()
+            compile_cache.define_flag()
         options.append_flag_values(flags.FLAGS)
         _parse(options, argv, positional)
         if runtime:
@@ -72,6 +73,8 @@ def run(
 
             verbose = verbose and jax.process_index() == 0
         log.set_up(verbose)
+        if runtime:
+            compile_cache.set_up(options.compile_cache)
         return main(options) or 0
     except (ValueError, OSError) as error:
         if absl_logging.level_debug():
@@ -114,6 +117,8 @@ def _help(
     if runtime:
         text = "Join other processes, with --coordinator, --num_processes and --process_id where"
         rows.append(("--distributed", f"{text} needed; detected by default."))
+        text = "Folder that keeps compiled programs for the next start, or off."
+        rows.append(("--compile_cache", text))
     lines = [doc.strip(), "", "Flags [default]:", *_table(rows)]
     if config:
         title, rows = config_flag.describe(argv)

@@ -120,8 +120,9 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, features_BMC: jax.Array) -> jax.Array:
-        hidden = nn.Dense(self.width, dtype=self.dtype, name="fc1")(features_BMC)
-        return nn.Dense(self.width, dtype=self.dtype, name="fc2")(exact_gelu(hidden))
+        # Few channels become many: without constraints XLA gathers the whole batch's.
+        hidden = on_batch(nn.Dense(self.width, dtype=self.dtype, name="fc1")(features_BMC))
+        return on_batch(nn.Dense(self.width, dtype=self.dtype, name="fc2")(exact_gelu(hidden)))
 
 
 class TokenLosses(NamedTuple):
