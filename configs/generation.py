@@ -71,6 +71,8 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.tokenizer.variant = (
         "b_256_enhanced"  # which model a PyTorch file holds; "" for a workdir
     )
+    # Of its encoders in the step: highest, high, bfloat16; auto is high on TPUs, else highest.
+    config.tokenizer.precision = "auto"
     config.tokenizer.fingerprint = ""  # which one it must be; "" any, and filled in
     config.text_tokenizer = ""  # LLaMA-2's folder; or bytes or words, which need no files
 

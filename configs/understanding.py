@@ -90,6 +90,8 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.tokenizer = ConfigDict()  # the frozen tokenizer of images
     config.tokenizer.path = ""  # a workdir, a checkpoint of ours, or a PyTorch file
     config.tokenizer.variant = ""  # which model a PyTorch file holds
+    # Of its encoders in the step: highest, high, bfloat16; auto is high on TPUs, else highest.
+    config.tokenizer.precision = "auto"
     config.tokenizer.fingerprint = ""  # which one it must be; "" any, and filled in
     config.text_tokenizer = ""  # the language model's folder, or bytes
 

@@ -46,6 +46,10 @@ def main(options: flags.FlagValues) -> int:
         problem = isinstance(cause, OSError) and _workdir_problem(cause, workdir)
         log.error("%s", problem or error)
         return _leave("its workdir cannot be written")
+    if loop.is_finished(config, workdir):
+        path = files.as_path(workdir)
+        log.info("done at step %d: checkpoint and report in %s", config.total_steps, path)
+        return 0
     stage.open()
     try:
         result = loop.train_and_evaluate(config, workdir, stage)

@@ -156,7 +156,7 @@ class ToyStage(Stage):
         return {"image": self.batch_array(jnp.uint8, SIDE, SIDE, 3)}
 
     def open(self):
-        self.frozen = {"gain": jnp.float32(1.0)}
+        self.frozen = self.place({"gain": np.float32(1.0)}, self.frozen_shapes)
         self.notes.append("a toy: it learns nothing of use")
         return self
 

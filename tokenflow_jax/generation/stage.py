@@ -86,6 +86,7 @@ class GenerationStage(CodeStage):
             suffix=prompts.suffix,
             prefix_length=prompts.prefix_length,
             tokenizer=TokenFlow(self.tokenizer_config) if self.encodes else None,
+            precision=self.encoder_precision,
             trainable=self.trainable,
             adapters=self.adapters,
             ema_decay=config.ema_decay,

@@ -83,6 +83,7 @@ class Trainer:
     suffix: tuple[int, ...]  # ids of `</img>` and the end
     prefix_length: int
     tokenizer: TokenFlow | None = None  # the frozen one, in float32; None when batches hold codes
+    precision: str = "highest"  # of its encoders, see `image_codes`
     trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
     adapters: Adapters | None = None  # instead of `trainable`
     ema_decay: float = 0.0  # of the moving average of weights; 0 keeps none
@@ -136,7 +137,7 @@ class Trainer:
         """Return the codes of a batch: its own, or those of its images."""
         if "codes" in batch:
             return batch["codes"]
-        return image_codes(self.tokenizer, frozen["tokenizer"], batch["image"])
+        return image_codes(self.tokenizer, frozen["tokenizer"], batch["image"], self.precision)
 
     def loss(
         self,

@@ -33,19 +33,22 @@ class CodeStage(Stage):
 
     Attributes:
       part: the model, as the stage's `names` describe it.
-      tokenizer: set by `open_tokenizer`.
       beside_adapters: patterns of what trains beside LoRA's adapters, unless config.trainable says.
     """
 
     part: Part
     beside_adapters: tuple[str, ...] = ("projector",)
-    tokenizer: Tokenizer
     frozen_name = "frozen tokenizer"
 
     def __init__(self, config: Any, mesh: mesh.Mesh, platform: str | None = None):
         super().__init__(config, mesh, platform)
         if config.data.encode not in ENCODE:
             raise ValueError(f"data.encode {config.data.encode!r} is not one of {ENCODE}")
+        if config.tokenizer.precision not in frozen.PRECISIONS:
+            raise ValueError(
+                f"tokenizer.precision {config.tokenizer.precision!r} is not one of "
+                f"{frozen.PRECISIONS}"
+            )
         if config.loss_tokens < 1:
             raise ValueError(f"loss_tokens {config.loss_tokens} must be at least 1")
 
@@ -53,6 +56,14 @@ class CodeStage(Stage):
     def tokenizer_config(self) -> TokenizerConfig:
         """The frozen tokenizer's hyper-parameters."""
         return frozen.find_config(self.config.tokenizer)
+
+    @property
+    def encoder_precision(self) -> str:
+        """Precision of the tokenizer's encoders in the step."""
+        precision = self.config.tokenizer.precision
+        if precision == "auto":
+            precision = "high" if self.platform == "tpu" else "highest"
+        return precision
 
     @functools.cached_property
     def data_sources(self) -> dict[str, tuple[float, Any]]:

@@ -23,6 +23,10 @@ from tokenflow_jax.weights.conversion import (
     variant_config,
 )
 
+# Of the encoders in a language model's step: "high" is three bfloat16 passes on TPUs, where
+# "highest" is six, but TF32 on GPUs; "bfloat16" computes in it; "auto" is "high" on TPUs, else
+# "highest".
+PRECISIONS = ("auto", "highest", "high", "bfloat16")
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
 
@@ -32,13 +36,22 @@ def full_precision(dtype: jnp.dtype | str) -> contextlib.AbstractContextManager:
     return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
-def image_codes(model: TokenFlow, params: Any, images_BHWC: jax.Array) -> jax.Array:
-    """Return the int32 codes (B, L) of images, uint8 or in [-1, 1], without gradient."""
+def image_codes(
+    model: TokenFlow, params: Any, images_BHWC: jax.Array, precision: str = "highest"
+) -> jax.Array:
+    """Return the int32 codes (B, L) of images, uint8 or in [-1, 1], without gradient.
+
+    `precision` is that of a float32 model's encoders, one of PRECISIONS but "auto"; the quantizer's
+    products are always full.
+    """
     if images_BHWC.dtype == jnp.uint8:
         images_BHWC = to_float(images_BHWC)
     variables = {"params": params}
+    encoders = model.clone(dtype=jnp.bfloat16) if precision == "bfloat16" else model
+    exact = encoders.dtype == jnp.float32
+    with jax.default_matmul_precision(precision) if exact else contextlib.nullcontext():
+        features = encoders.apply(variables, images_BHWC, method="encode")
     with full_precision(model.dtype):
-        features = model.apply(variables, images_BHWC, method="encode")
         codes_BL = model.apply(variables, features, method="quantize").codes_BL
     return jax.lax.stop_gradient(codes_BL)
 

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from tokenflow_jax import files
 from tokenflow_jax.log import log
-from tokenflow_jax.train import checkpoint, metrics
+from tokenflow_jax.parallel import hosts
+from tokenflow_jax.train import checkpoint, checkpoint_info, curves, metrics
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.recorder import Recorder, Start, log_parameters
 from tokenflow_jax.train.run_config import config_differences, config_to_dict
@@ -59,12 +61,14 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
                 recorder.evaluate_if_due(step, state)
             while step < options.total_steps and not stop.requested():
                 batch = next(data)  # already on the device, unless the data is too slow
+                if step == first_step:
+                    recorder.compile(state, batch)
                 state, scalars = stage.step(state, batch)
                 step += 1
                 # Fetches the scalars of the step before, while the device works on this one.
                 recorder.after_dispatch(step, scalars, data.last_wait)
                 if step == first_step + 1:
-                    recorder.finish_compilation()
+                    recorder.finish_first_step()
                 if options.due(options.checkpoint_every, step):
                     recorder.save(step, state, data)  # first: an evaluation may fail, or be stopped
                 recorder.evaluate_if_due(step, state)
@@ -79,6 +83,30 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
             data.close()
             checkpoints.close()
     return Result(state, stop.name, recorder.complete)
+
+
+def is_finished(config: Any, workdir: str | epath.Path) -> bool:
+    """Tell, before anything is loaded, whether the same run in `workdir` has nothing left to do.
+
+    It has its last checkpoint, the last evaluation and its pictures. What a stage fills into the
+    config (0, "", ()) may differ. All processes must call this together.
+    """
+    workdir = files.absolute(workdir)
+    total = LoopOptions.from_config(config).total_steps
+    path = workdir / "checkpoints" / str(total)
+    done = total in checkpoint_info.complete_steps(path.parent)
+    if done:
+        changes = config_differences(
+            checkpoint_info.read_info(path)["config"], config_to_dict(config)
+        )
+        known = (key for key, (_, new) in changes.items() if new not in (0, "", [], None))
+        evaluated = curves.read_history(workdir / "metrics.jsonl")
+        done = (
+            all(key.split(".")[0] in FREE_KEYS or key in FREE_KEYS for key in known)
+            and any(n["step"] == total and any(k[:5] == "eval/" for k in n) for n in evaluated)
+            and any(step == total for _, step, _ in curves.grid_files(workdir / "images"))
+        )
+    return bool(hosts.of_first_process(done))
 
 
 # A change of these makes another run: the saved position or the weights would be misread.

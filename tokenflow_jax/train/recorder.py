@@ -73,8 +73,16 @@ class Recorder:
             pending, self._pending = self._pending, None
             self._fetch(*pending)
 
-    def finish_compilation(self) -> None:
-        """End the first step, which compiles and does not count for steps/s."""
+    def compile(self, state: State, batch: Any) -> None:
+        """Compile the step, for batches of all shapes."""
+        log.info("compiling the training step; the next start finds it compiled")
+        began = time.perf_counter()
+        count = self._stage.compile(state, batch)
+        many = f" for {count} lengths of rows" if count > 1 else ""
+        log.info("compiled%s: %s", many, duration(time.perf_counter() - began))
+
+    def finish_first_step(self) -> None:
+        """End the first step, which does not count for steps/s."""
         self.drain()
         self._compile_seconds = time.perf_counter() - self._start
         log.info("first step, with compilation: %s", duration(self._compile_seconds))

@@ -29,6 +29,7 @@ BEFORE = {
     "data.image_column": "",
     "data.mixture": [],
     "data.threads": 0,
+    "tokenizer.precision": "auto",
     "lora.rank": 0,
     "lora.alpha": 16.0,
     "lora.modules": [],

@@ -7,7 +7,9 @@ have. `open` then loads frozen weights and data, after which the loop can run it
 import abc
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +61,7 @@ class Stage(abc.ABC):
         self.frozen: PyTree = {}
         self.notes: list[str] = []
         self.between_batches: Callable[[], None] = lambda: None
+        self._steps: dict[tuple, Any] = {}  # shapes of a batch -> compiled step
         meshes.check_batch_size(config.batch_size, mesh, self.pack)
 
     @abc.abstractmethod
@@ -165,10 +168,28 @@ class Stage(abc.ABC):
         parts = self.parts | {self.frozen_name: frozen, "batch": self.batch_shapes}
         return Program(self.trainer.step, compiled, arguments, parts)
 
+    def all_shapes(self, batch: PyTree) -> list[PyTree]:
+        """Return what batches may look like beside `batch`, one of them, as shapes."""
+        return [_shapes(batch)]
+
+    def compile(self, state: State, batch: PyTree) -> int:
+        """Compile the step for batches of all shapes; return how many there are."""
+
+        def compiled(shapes: PyTree) -> Any:
+            with meshes.use(self.mesh):
+                return self.program.compiled.lower(state, self.frozen, shapes).compile()
+
+        variants = self.all_shapes(batch)
+        with ThreadPoolExecutor(min(len(variants), os.cpu_count() or 1)) as pool:
+            found = pool.map(compiled, variants)
+            self._steps = dict(zip(map(_key, variants), found, strict=True))
+        return len(variants)
+
     def step(self, state: State, batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
         """Run one step, giving up the state; return the new one and scalars, finite "loss/*"."""
         with meshes.use(self.mesh):
-            return self.program.compiled(state, self.frozen, batch)
+            run = self._steps.get(_key(batch), self.program.compiled)
+            return run(state, self.frozen, batch)
 
     def init(self) -> State:
         """Return the state from scratch, sharded."""
@@ -212,6 +233,16 @@ class Stage(abc.ABC):
         """Return the shape of an array of a global batch; `shape` leaves out its rows."""
         rows = self.config.batch_size // self.pack
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=self.batch_sharding)
+
+
+def _shapes(batch: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+    )
+
+
+def _key(batch: PyTree) -> tuple:
+    return tuple((name, x.shape) for name, x in sorted(batch.items()))
 
 
 @dataclasses.dataclass(frozen=True)

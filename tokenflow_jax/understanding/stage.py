@@ -69,6 +69,7 @@ class UnderstandingStage(CodeStage):
             model=self.model,
             tokenizer=TokenFlow(self.tokenizer_config),
             optimizer=self.optimizer,
+            precision=self.encoder_precision,
             trainable=self.trainable,
             adapters=self.adapters,
             accumulate=self.config.accumulate,
@@ -95,6 +96,15 @@ class UnderstandingStage(CodeStage):
             return shapes | {"image_index": self.batch_array(jnp.int32, self.pack)}
         side = self.tokenizer_config.image_size
         return shapes | {"image": self.batch_array(jnp.uint8, self.pack, side, side, 3)}
+
+    def all_shapes(self, batch: PyTree) -> list[PyTree]:
+        """Return the shapes of batches: one for each length of rows."""
+        (given,) = super().all_shapes(batch)
+        tokens = ("ids", "labels", "places", "segments")
+        return [
+            given | {name: self.batch_array(given[name].dtype, length) for name in tokens}
+            for length in self._train_set.config.row_lengths
+        ]
 
     def open(self) -> "UnderstandingStage":
         """Load the tokenizer, open the conversations, make the tables of features."""

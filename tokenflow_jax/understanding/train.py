@@ -45,6 +45,7 @@ class Trainer:
     model: Understanding
     tokenizer: TokenFlow  # the frozen one, in float32
     optimizer: optax.GradientTransformation
+    precision: str = "highest"  # of the tokenizer's encoders, see `image_codes`
     trainable: PyTree | None = None  # bools shaped like the parameters; None when all train
     adapters: Adapters | None = None  # instead of `trainable`
     accumulate: int = 1  # microbatches per step
@@ -108,7 +109,7 @@ class Trainer:
 
     def image_features(self, params: PyTree, images_BHWC: jax.Array) -> jax.Array:
         """Return what the language model reads of uint8 images: float32 (B, N, C)."""
-        codes_BL = image_codes(self.tokenizer, params, images_BHWC)
+        codes_BL = image_codes(self.tokenizer, params, images_BHWC, self.precision)
         scales, strategy = self.tokenizer.config.pyramid, self.model.config.strategy
         features_BNC = visual_features(codes_BL, Codebooks.of(params), scales, strategy)
         return jax.lax.stop_gradient(features_BNC)
