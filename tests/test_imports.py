@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "generation": PROGRAMS,
     "understanding": PROGRAMS,
     "stages": {*PROGRAMS, "generation", "understanding"},
-    "cli": {*BASE, "parallel", "config_flag"},
+    "cli": {*BASE, "parallel", "compile_cache", "config_flag"},
+    "compile_cache": {"log", "remote"},
     "config_flag": {"train"},
     "__init__": set(),
 }

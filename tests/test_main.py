@@ -181,6 +181,10 @@ def test_the_same_command_trains_and_continues(tmp_path):
     assert "continued from checkpoint runs/toy_stage/checkpoints/10" in out.replace(
         f"{tmp_path}/", ""
     )
+    process = call_with_toy_stage("--config.total_steps=12", *overrides, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "done at step 12" in out and out.count("\n") == 1  # nothing was loaded
 
 
 def test_a_failed_run_ends_with_code_1_and_one_line(tmp_path):

@@ -14,6 +14,7 @@ import errno
 import functools
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -24,15 +25,18 @@ from tokenflow_jax.log import log
 from tokenflow_jax.parallel import distributed
 from tokenflow_jax.train.run_config import refuse_old_keys
 
+_BEGAN = time.perf_counter()
+
 
 def main(options: flags.FlagValues) -> int:
     """Train the stage of the config and return the exit code."""
     config = options.config
     workdir = options.workdir or default_workdir(config_flag.name(options))
     from tokenflow_jax.parallel import mesh  # here, so that a wrong flag is reported at once
-    from tokenflow_jax.train import checkpoint, loop, metrics
+    from tokenflow_jax.train import checkpoint, loop, metrics, profile
     from tokenflow_jax.train.workdir import check_path
 
+    profile_steps = profile.parse_steps(options.profile_steps)
     loop.LoopOptions.from_config(config)
     refuse_old_keys(config)
     with config.unlocked():
@@ -52,7 +56,7 @@ def main(options: flags.FlagValues) -> int:
         return 0
     stage.open()
     try:
-        result = loop.train_and_evaluate(config, workdir, stage)
+        result = loop.train_and_evaluate(config, workdir, stage, profile_steps, _BEGAN)
     except metrics.NonFiniteError as error:  # in all processes alike
         log.error("%s", error)
         return 1
@@ -104,6 +108,9 @@ def default_workdir(config_file: str) -> str:
 def define_flags(define: cli.Define) -> None:
     define.string("workdir", None, "Where checkpoints, curves and the report go; by default "
                   "runs/<config>-<variant>.")  # fmt: skip
+    define.string(
+        "profile_steps", None, "START:COUNT: trace these steps for xprof, in the workdir."
+    )
 
 
 run = functools.partial(cli.run, "tokenflow_jax", main, define_flags, config=True)

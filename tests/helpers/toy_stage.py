@@ -194,12 +194,13 @@ class ToyStage(Stage):
         return {"reconstructions": np.concatenate(columns, axis=1)}
 
 
-def run(workdir, **changes) -> loop.Result:
+def run(workdir, profile_steps=None, **changes) -> loop.Result:
     """Trains with a changed config."""
     config = get_config()
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    return loop.train_and_evaluate(config, workdir, ToyStage(config, mesh.make_mesh()).open())
+    stage = ToyStage(config, mesh.make_mesh()).open()
+    return loop.train_and_evaluate(config, workdir, stage, profile_steps)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from PIL import Image
 
 import tokenflow_jax as tfx
 from tokenflow_jax.data.images import center_crop
-from tokenflow_jax.tokenizer import api
+from tokenflow_jax.tokenizer import api, frozen
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.names import PART, tokenizer_buffers, tokenizer_table
 from tokenflow_jax.weights import pretrained
@@ -144,7 +144,7 @@ def test_bad_codes(tiny, codes, message):
 
 def test_scales_and_weight_of_a_pytorch_file_can_be_given(tiny, tmp_path, monkeypatch):
     """They override the variant of a PyTorch file; checkpoints of ours know theirs."""
-    monkeypatch.setitem(api.VARIANTS, "tiny", TINY)
+    monkeypatch.setitem(frozen.VARIANTS, "tiny", TINY)
     path = tmp_path / "tiny.safetensors"
     buffers = tokenizer_buffers(TINY)
     write_safetensors(path, torch_states.to_torch(tiny.params, tokenizer_table(TINY), buffers))

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
 
@@ -12,7 +14,7 @@ import pytest
 import toy_stage
 from toy_runs import arrays_of, assert_same_end, start, wait_for_step
 
-from tokenflow_jax.train import checkpoint, curves, metrics, workdir
+from tokenflow_jax.train import checkpoint, curves, loop, metrics, workdir
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,42 @@ def test_a_finished_run_only_writes_its_report_again(uninterrupted, caplog):
         np.testing.assert_array_equal(array, before[name])
     history = curves.read_history(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in history if "eval/l2" in line] == [20, 40]
+
+
+@pytest.mark.parametrize(
+    "change,finished",
+    [
+        ({}, True),
+        ({"log_every": 7, "data_delay": 0.0}, True),
+        ({"total_steps": 41}, False),
+        ({"total_steps": 30}, False),
+        ({"seed": 1}, False),
+        ({"learning_rate": 1e-4}, False),
+    ],
+)
+def test_a_finished_run_is_known_before_anything_is_loaded(uninterrupted, change, finished):
+    config = toy_stage.get_config()
+    config.update(change)
+    assert loop.is_finished(config, uninterrupted) is finished
+
+
+@pytest.mark.parametrize("lost", ["images", "metrics.jsonl", "checkpoints/40/info"])
+def test_a_run_without_its_last_figures_is_not_finished(uninterrupted, tmp_path, lost):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    assert loop.is_finished(toy_stage.get_config(), run)
+    (shutil.rmtree if (run / lost).is_dir() else os.remove)(run / lost)
+    assert not loop.is_finished(toy_stage.get_config(), run)
+
+
+def test_the_share_of_training_and_step_times_are_reported(tmp_path, caplog):
+    toy_stage.run(tmp_path, total_steps=6, log_every=2)
+    lines = [n for n in curves.read_history(tmp_path / "metrics.jsonl") if "loss/total" in n]
+    assert 0 < lines[-1]["perf/step_seconds_p50"] <= lines[-1]["perf/step_seconds_p99"]
+    assert re.search(r"share of training in the time: \d+\.\d% of \S+ \(.*compiling", caplog.text)
+    page = (tmp_path / "report.html").read_text()
+    assert "share of training in the time" in page and "step seconds p50" in page
+    assert "GiB of this process" in page
 
 
 def test_data_is_fetched_while_the_step_runs(tmp_path):

@@ -1,4 +1,4 @@
-"""The finite check, averages, the clock and the progress line."""
+"""The finite check, averages and the progress line."""
 
 import math
 
@@ -19,35 +19,6 @@ def test_averages_count_each_key_by_itself():
     averages.add({"a": 3.0})
     assert averages.pop() == {"a": 2.0, "b": 4.0}
     assert averages.pop() == {}
-
-
-def test_stopwatch_leaves_out_pauses(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    watch = metrics.Stopwatch(total_steps=100, images_per_step=4)
-    assert watch.pop(0) == {}
-    watch.start()
-    now[0] += 2.0
-    watch.waited(1.0)
-    watch.step()
-    watch.step()
-    watch.pause()
-    now[0] += 10.0  # an evaluation
-    watch.waited(9.0)  # outside of training time: not counted
-    watch.start()
-    now[0] += 2.0
-    watch.step()
-    watch.step()
-    figures = watch.pop(4)
-    assert figures["perf/steps_per_second"] == pytest.approx(1.0)
-    assert figures["perf/images_per_second"] == pytest.approx(4.0)
-    assert figures["perf/data_wait_fraction"] == pytest.approx(0.25)
-    assert figures["perf/eta_seconds"] == pytest.approx(14.0 / 4 * 96)
-    now[0] += 1.0
-    watch.waited(1.0)
-    watch.step()
-    assert watch.pop(5)["perf/data_wait_fraction"] == pytest.approx(1.0)
-    assert watch.summary()["perf/steps_per_second"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

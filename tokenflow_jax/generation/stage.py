@@ -117,6 +117,11 @@ class GenerationStage(CodeStage):
             return {**arrays, "image": self.batch_array(jnp.uint8, side, side, 3)}
         return {**arrays, "codes": self.batch_array(jnp.int32, self.model_config.pyramid.tokens)}
 
+    def tokens_of(self, batch: PyTree) -> int:
+        """Return the positions of a batch."""
+        prompts, codes = self.prompts, self.model_config.pyramid.tokens
+        return len(batch["prefix"]) * (prompts.prefix_length + codes + len(prompts.suffix))
+
     def sampling(self, images: int, weights_dtype: str = "") -> Program:
         """Return the sampler as a program: guided, one pass, prompts as long as they may be."""
         mesh.check_batch_size(images, self.mesh)

@@ -25,7 +25,13 @@ class Result(NamedTuple):
     complete: bool = True  # all steps and the last evaluation are done
 
 
-def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> Result:
+def train_and_evaluate(
+    config: Any,
+    workdir: str | epath.Path,
+    stage: Stage,
+    profile_steps: tuple[int, int] | None = None,
+    began: float | None = None,
+) -> Result:
     """Train a stage to config.total_steps, from scratch or continuing in `workdir`.
 
     The state comes from the first of these that applies:
@@ -40,6 +46,8 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
       config: ConfigDict; the loop reads the fields of LoopOptions, the rest is the stage's.
       workdir: where checkpoints, curves, grids and the report go.
       stage: an open stage (see `Stage.open`).
+      profile_steps: the first step to trace, and how many; see `profile.Profiler`.
+      began: `time.perf_counter()` when the program started, for the share of training in the time.
 
     Raises:
       NonFiniteError: a loss or the state is NaN or infinite; nothing of it was saved.
@@ -53,22 +61,20 @@ def train_and_evaluate(config: Any, workdir: str | epath.Path, stage: Stage) -> 
         data = DevicePrefetcher(stage.data(), stage.batch_sharding)
         start = restore_or_initialize(saved_config, stage, checkpoints, data)
         state, step = start.state, int(start.state.step)
-        first_step = step
-        recorder = Recorder(stage, options, held, checkpoints, saved_config, start)
+        recorder = Recorder(
+            stage, options, held, checkpoints, saved_config, start, profile_steps, began
+        )
         stage.between_batches = stop.check
         try:
             if step:  # killed after the save and before the evaluation of this step
                 recorder.evaluate_if_due(step, state)
             while step < options.total_steps and not stop.requested():
                 batch = next(data)  # already on the device, unless the data is too slow
-                if step == first_step:
-                    recorder.compile(state, batch)
+                recorder.before_step(step + 1, state, batch)
                 state, scalars = stage.step(state, batch)
                 step += 1
                 # Fetches the scalars of the step before, while the device works on this one.
                 recorder.after_dispatch(step, scalars, data.last_wait)
-                if step == first_step + 1:
-                    recorder.finish_first_step()
                 if options.due(options.checkpoint_every, step):
                     recorder.save(step, state, data)  # first: an evaluation may fail, or be stopped
                 recorder.evaluate_if_due(step, state)

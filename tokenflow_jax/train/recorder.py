@@ -1,6 +1,7 @@
 """Run logging and reporting, and the checks that go with it."""
 
 import functools
+import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from etils import epath
 from tokenflow_jax.log import duration, log
 from tokenflow_jax.messages import one_line
 from tokenflow_jax.parallel import hosts
-from tokenflow_jax.train import checkpoint, curves, metrics, report
+from tokenflow_jax.train import checkpoint, curves, metrics, profile, report, timing, watch
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
 from tokenflow_jax.train.stopping import StopRequested
@@ -39,6 +40,8 @@ class Recorder:
         checkpoints: checkpoint.Checkpoints,
         config: Mapping[str, Any],
         start: Start,
+        profile_steps: tuple[int, int] | None = None,
+        began: float | None = None,
     ):
         """Open the writers and log how the run starts."""
         self._stage, self._options, self._lock = stage, options, lock
@@ -47,10 +50,13 @@ class Recorder:
         self._writer = curves.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
         self._averages = metrics.Averages(**start.averages)
         self._failures: list[str] = []
-        self._stopwatch = metrics.Stopwatch(options.total_steps, stage.config.batch_size)
+        self._stopwatch = timing.Stopwatch(options.total_steps, stage.config.batch_size)
+        if began is not None:
+            self._stopwatch.count("starting", time.perf_counter() - began)
+        self._watch = watch.Watch(lambda: self._stopwatch.usual_step)
+        self._profiler = profile.Profiler(profile_steps, lock.workdir)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._step = step
-        self._start = time.perf_counter()
+        self._step, self._first_step, self._tokens = step, step + 1, 0
         self._compile_seconds: float | None = None
         evals = [line for line in self._writer.history if any(k[:5] == "eval/" for k in line)]
         # Of the process that has the files: whether to evaluate must be the same in all.
@@ -60,33 +66,33 @@ class Recorder:
         for note in stage.notes:
             log.info("%s", note)
 
+    def before_step(self, step: int, state: State, batch: Any) -> None:
+        """Compile the step if it is the first, for batches of all shapes."""
+        if self._compile_seconds is None:
+            log.info("compiling the training step")
+            began = time.perf_counter()
+            with self._stopwatch.beside("compiling"):
+                count = self._stage.compile(state, batch)
+            self._compile_seconds = time.perf_counter() - began
+            many = f" for {count} lengths of rows" if count > 1 else ""
+            log.info("compiled%s: %s", many, duration(self._compile_seconds))
+            self._tokens = self._stage.tokens_of(batch)
+        self._profiler.before(step)
+
     def after_dispatch(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
         """Keep the scalars of a step just dispatched, and fetch those of the step before."""
         self._step = step
         self._stopwatch.waited(data_wait)
         self.drain()
         self._pending = step, scalars
+        self._watch.doing(f"step {step}")
+        self._profiler.after(step, scalars)
 
     def drain(self) -> None:
         """Fetch pending scalars, that is, wait for the last step."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._fetch(*pending)
-
-    def compile(self, state: State, batch: Any) -> None:
-        """Compile the step, for batches of all shapes."""
-        log.info("compiling the training step; the next start finds it compiled")
-        began = time.perf_counter()
-        count = self._stage.compile(state, batch)
-        many = f" for {count} lengths of rows" if count > 1 else ""
-        log.info("compiled%s: %s", many, duration(time.perf_counter() - began))
-
-    def finish_first_step(self) -> None:
-        """End the first step, which does not count for steps/s."""
-        self.drain()
-        self._compile_seconds = time.perf_counter() - self._start
-        log.info("first step, with compilation: %s", duration(self._compile_seconds))
-        self._stopwatch.start()
 
     def evaluate_if_due(self, step: int, state: State) -> None:
         """Write held-out figures and image grids when they are due."""
@@ -95,7 +101,6 @@ class Recorder:
         if not (evaluate or images):
             return
         self.drain()
-        self._stopwatch.pause()
         if evaluate and (found := self._try(step, "evaluation", self._stage.evaluate, state)):
             figures = {
                 name if name.startswith("eval/") else f"eval/{name}": float(value)
@@ -108,7 +113,6 @@ class Recorder:
         if images:
             self._lock.check()
             self._try(step, "drawing of pictures", functools.partial(self._draw, step), state)
-        self._stopwatch.start()
 
     def _draw(self, step: int, state: State) -> dict[str, Any]:
         self._writer.images(step, self._stage.visualize(state))
@@ -119,8 +123,10 @@ class Recorder:
         self, step: int, what: str, make: Callable[[State], Mapping], state: State
     ) -> Mapping[str, Any]:
         """Return figures or grids, or nothing and a line in log and report where that fails."""
+        self._watch.doing("")
         try:
-            return make(state)
+            with self._stopwatch.beside(what):
+                return make(state)
         except StopRequested:
             log.warning("step %d: the %s is left out", step, what)
         except Exception as error:
@@ -140,18 +146,21 @@ class Recorder:
     def save(self, step: int, state: State, data: DevicePrefetcher) -> None:
         """Save a checkpoint after checking that the step and the state are finite."""
         self.drain()
-        self._stopwatch.pause()
-        self._lock.check()
-        bad = non_finite_arrays(state)
-        if bad:
-            raise metrics.NonFiniteError(f"step {step}: not finite in the state: {', '.join(bad)}")
-        self._writer.flush()  # the curves must reach at least as far as the checkpoint
-        self._checkpoints.save(step, state, data, self._config, self._averages.sums())
-        self._stopwatch.start()
+        self._watch.doing("")
+        with self._stopwatch.beside("saving"):
+            self._lock.check()
+            bad = non_finite_arrays(state)
+            if bad:
+                raise metrics.NonFiniteError(
+                    f"step {step}: not finite in the state: {', '.join(bad)}"
+                )
+            self._writer.flush()  # the curves must reach at least as far as the checkpoint
+            self._checkpoints.save(step, state, data, self._config, self._averages.sums())
 
     def finish(self, step: int, stopped_by: str | None) -> None:
         """Write the report and log how the run ended."""
         self._write_report(step)
+        log.info("share of training in the time: %s", self._stopwatch.goodput())
         total, page = self._options.total_steps, self._lock.workdir / "report.html"
         where = f"checkpoint {self._checkpoints.path(step)}, report {page}"
         if stopped_by and not self.complete:
@@ -173,6 +182,8 @@ class Recorder:
         )
 
     def close(self) -> None:
+        self._watch.close()
+        self._profiler.close()
         self._writer.close()
 
     def _fetch(self, step: int, scalars: dict[str, jax.Array]) -> None:
@@ -184,8 +195,9 @@ class Recorder:
                 f"step {step}: {', '.join(bad)} not finite; {', '.join(losses)}"
             )
         self._averages.add(values)
-        if self._compile_seconds is not None:
-            self._stopwatch.step()
+        if step > self._first_step:  # which also loads the program
+            self._stopwatch.step(self._tokens * values.get("filled", 1.0))
+        self._stopwatch.start()
         if self._options.due(self._options.log_every, step):
             line = self._averages.pop() | self._stopwatch.pop(step)
             total, headline = self._options.total_steps, self._stage.headline
@@ -200,12 +212,24 @@ class Recorder:
         for name, value in self._stopwatch.summary().items():
             facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
         if self._compile_seconds is not None:
-            facts["first step with compilation"] = duration(self._compile_seconds)
+            facts["compilation"] = duration(self._compile_seconds)
+        facts["share of training in the time"] = self._stopwatch.goodput()
+        facts["memory at most"] = _memory_peak()
         facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts["start"] = self._origin
         notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures]
         self._writer.flush()
         report.write_report(self._lock.workdir, self._writer.history, facts, self._config, notes)
+
+
+def _memory_peak() -> str:
+    """Say how much memory the fullest local device, or this process, has held at most."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return f"{max(peaks) / 2**30:.2f} GiB on a device"
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{process / 2**20:.2f} GiB of this process"
 
 
 def non_finite_arrays(tree: Any) -> list[str]:

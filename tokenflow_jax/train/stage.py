@@ -172,6 +172,10 @@ class Stage(abc.ABC):
         """Return what batches may look like beside `batch`, one of them, as shapes."""
         return [_shapes(batch)]
 
+    def tokens_of(self, batch: PyTree) -> int:
+        """Return the tokens of a global batch, padding included; 0 without a language model."""
+        return 0
+
     def compile(self, state: State, batch: PyTree) -> int:
         """Compile the step for batches of all shapes; return how many there are."""
 

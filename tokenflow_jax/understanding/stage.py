@@ -97,6 +97,10 @@ class UnderstandingStage(CodeStage):
         side = self.tokenizer_config.image_size
         return shapes | {"image": self.batch_array(jnp.uint8, self.pack, side, side, 3)}
 
+    def tokens_of(self, batch: PyTree) -> int:
+        """Return the positions of a batch."""
+        return batch["ids"].size
+
     def all_shapes(self, batch: PyTree) -> list[PyTree]:
         """Return the shapes of batches: one for each length of rows."""
         (given,) = super().all_shapes(batch)
