@@ -181,7 +181,10 @@ class Understanding(nn.Module):
         positions_BL = positions_in(segments_BL)
         real_BL = segments_BL > 0
         if cache is None:
-            return self.lm(inputs_BLC, positions_BL, Mask(real_BL, segments_BK=segments_BL))
+            shared = features_BMNC.shape[1] > 1  # a row has as many conversations
+            # Alone in its row, a conversation never reads the padding on its right.
+            mask = Mask(real_BL, segments_BK=segments_BL) if shared else Mask()
+            return self.lm(inputs_BLC, positions_BL, mask)
         # Entries to be written later are real; the causal order hides them until then.
         more = cache.keys.shape[2] - real_BL.shape[1]
         real_BK = jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True)
