@@ -7,9 +7,6 @@ import sys
 
 import pytest
 
-from tokenflow_jax import preflight as command
-from tokenflow_jax.parallel import chips
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -22,20 +19,10 @@ def preflight(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_topologies():
-    topology = chips.parse_topology("2*v5e:16x16")
-    assert (topology.chips, topology.devices, str(topology)) == (512, 512, "2*v5e:16x16")
-    assert chips.parse_topology("tpu7x:2x2x1").devices == 8
-    assert chips.parse_topology("h100:64").chip.memory_bytes == 80e9
-    for wrong in ("v5p", "v9:2x2", "v5e:4x0", "4x4", "v5e:4x4:2"):
-        with pytest.raises(ValueError, match=r"has no chips|write CHIP:SHAPE"):
-            chips.parse_topology(wrong)
-
-
 def test_gpus_by_arithmetic():
-    code, text, _ = preflight(":b", "--topology=h100:8")
+    code, text, _ = preflight(":b", "--topology=h100:8", "--nocompile")
     assert code == 0 and "181.9 million" in text and ": fits" in text
-    code, text, _ = preflight(":xl", "--topology=h100:2", "--config.batch_size=512")
+    code, text, _ = preflight(":xl", "--topology=h100:2", "--config.batch_size=512", "--nocompile")
     assert code == 1 and "does NOT fit" in text
     for lever in ("--config.batch_size=", "--config.accumulate=", "--config.mesh.fsdp=2"):
         assert lever in text
@@ -49,18 +36,6 @@ def test_wrong_arguments_are_one_line():
     ):
         code, _, error = preflight(*arguments)
         assert code == 2 and message in error and "Traceback" not in error, error
-
-
-def test_both_complaints_of_the_compiler_are_understood():
-    gib = 2**30
-    used = "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm. Exceeded hbm capacity"
-    assert command.too_large(used, 2 * gib) == (18 * gib, 0, int(4.25 * gib))
-    needed = (
-        "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
-        "temporaries (57.50G) exceeds available HBM (15.75G). HLO module: jit_step."
-    )
-    assert command.too_large(needed, 2 * gib) == (int(57.5 * gib), 0, int(43.75 * gib))
-    assert command.too_large("INTERNAL: something else", 0) is None
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ r"""Check whether a training job fits a pod, and how it is laid out, without hav
         --config.mesh.fsdp=16
     python -m tokenflow_jax.preflight --config=generation:7b --topology=v5e:1x1 --sample=1
 
-Compiles the real training step for those chips with libtpu (pip install 'jax[tpu]'), which takes
-minutes and no TPU, and prints memory, operations, a floor of the step time and the traffic between
-devices. For GPUs (h100:64) it estimates the same by arithmetic alone. Needs no weights and no data.
+Compiles the real training step with the compiler for those chips, which takes minutes and none of
+them: libtpu (pip install 'jax[tpu]') for TPUs, the plugin of CUDA for NVIDIA GPUs (h100:8, h200:64;
+pip install -e '.[preflight-gpu]'). Prints memory, operations, a floor and an estimate of the step
+time, and the traffic between devices. GPUs without their compiler, or anything with --nocompile, is
+estimated by arithmetic alone, in seconds. Needs no weights and no data.
 Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
 """
 
@@ -43,15 +45,25 @@ class Report(NamedTuple):
 def main(options: flags.FlagValues) -> int:
     """Print the report and return the exit code."""
     topology = parse_topology(options.topology or "")
-    found = report(options.config, topology, options.sample, options.weights_dtype)
+    really = options["compile"].value
+    found = report(options.config, topology, options.sample, options.weights_dtype, really)
     if options.hlo and found.program:
         pathlib.Path(options.hlo).write_text(found.program, encoding="utf-8")
     print(found.text)
     return 0 if found.fits else 1
 
 
-def report(config: Any, topology: Topology, sample: int = 0, weights_dtype: str = "") -> Report:
-    """Compile a config's step, or drawing `sample` pictures, for a topology and describe it."""
+def report(
+    config: Any,
+    topology: Topology,
+    sample: int = 0,
+    weights_dtype: str = "",
+    really: bool = True,
+) -> Report:
+    """Compile a config's step, or drawing `sample` pictures, for a topology and describe it.
+
+    Without `really`, or without a compiler for GPUs, estimate memory by arithmetic.
+    """
     import jax  # after the environment is set
 
     from tokenflow_jax.parallel import costs, mesh
@@ -61,15 +73,17 @@ def report(config: Any, topology: Topology, sample: int = 0, weights_dtype: str 
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     pack = config.get("pack", 1)
     mesh.check_batch_size(sample or config.batch_size, device_mesh, pack)
-    really = compiling.has_compiler(topology)
+    found = compiling.has_compiler(topology)
+    if really and chip.tpu and not found:
+        raise ValueError(
+            "compiling for TPUs needs their compiler: pip install 'jax[tpu]' (no TPU is needed), "
+            "or --nocompile"
+        )
+    really = really and found
     if really:
         device_mesh = mesh.make_mesh(sizes, compiling.devices(topology))
-    elif chip.tpu:
-        raise ValueError(
-            "compiling for TPUs needs their compiler: pip install 'jax[tpu]' (no TPU is needed)"
-        )
     elif "attention" in config:
-        config.attention = "xla"  # cuDNN's cannot be traced without it
+        config.attention = "xla"  # kernels cannot be traced without devices
     if sample:
         if config.stage != "generation":
             raise ValueError(f"--sample is for the stage generation, this is {config.stage}")
@@ -133,8 +147,9 @@ def _memory(
     if not chip.tpu and 0.75 * available < total <= available:
         lines += ["  JAX takes 75 % of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"]
     if not really:
-        lines += ["  arithmetic, attention without kernels. To compile for GPUs:"]
-        lines += [f"  {compiling.GPU_COMPILER}"]
+        lines += ["  by arithmetic, attention without kernels"]
+        if not chip.tpu:
+            lines += [f"  to compile for GPUs, without one: {compiling.GPU_COMPILER}"]
     elif not chip.tpu:
         lines += ["  without workspaces, which are chosen on the GPU"]
     return lines
@@ -200,7 +215,7 @@ def _traffic(costs: hlo.Costs | None) -> list[str]:
     if costs is None:
         return ["between devices: unknown (there is no compiled program that can be read)"]
     lines = ["between devices, per step and device"]
-    for kind, (times, nbytes) in costs.collectives.items():
+    for kind, (times, nbytes) in sorted(costs.collectives.items()):
         lines.append(f"  {kind:<20}{times:6} times {nbytes / 2**20:10.1f} MiB")
     if len(lines) == 1:
         return ["between devices: nothing"]
@@ -249,6 +264,7 @@ def define_flags(define: cli.Define) -> None:
                   "h100:64.")  # fmt: skip
     define.integer("sample", 0, "Pictures to draw at a time, instead of training (generation).")
     define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of --sample's decoder layers.")
+    define.bool("compile", True, "Compile; otherwise estimate by arithmetic, in seconds.")
     define.string("hlo", None, "File for the compiled program's text.")
 
 

@@ -92,8 +92,9 @@ CHIPS: dict[str, Chip] = {
              228 << 10),
     )
 }  # fmt: skip
-# Between machines of 8 GPUs, of each GPU: one 400 Gbit/s adapter, as DGX H100 has.
-_NETWORK_GBS = 50
+# Of a machine of 8 GPUs to others: 8 adapters of 400 Gbit/s, as DGX H100 has. What all of its GPUs
+# gather or sum enters and leaves it once.
+_NETWORK_GBS = 400
 
 
 class Topology(NamedTuple):

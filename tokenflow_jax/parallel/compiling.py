@@ -13,9 +13,7 @@ from tokenflow_jax.parallel.chips import Topology
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Without a GPU nothing can be tried out, and Triton's products need that.
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-GPU_COMPILER = (
-    "pip install jax-cuda13-plugin; pip install --no-deps nvidia-cudnn-cu13 (no GPU is needed)"
-)
+GPU_COMPILER = "pip install jax-cuda13-plugin && pip install --no-deps nvidia-cudnn-cu13"
 
 
 class Compiled(NamedTuple):

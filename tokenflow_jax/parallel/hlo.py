@@ -1,6 +1,5 @@
 """What a compiled program's text tells: cycles that its compiler expects, bytes between devices."""
 
-import collections
 import dataclasses
 import math
 import re
@@ -28,11 +27,9 @@ class Costs:
 
     # Of the instructions that a TPU's compiler estimates: neither kernels nor collectives.
     cycles: int = 0
-    # kind -> [times, bytes of results]. A gather that the compiler writes as the sum of parts
+    # kind -> (times, bytes of results). A gather that the compiler writes as the sum of parts
     # padded with zeros is an all-reduce here, too.
-    collectives: dict[str, list[int]] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(lambda: [0, 0])
-    )
+    collectives: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     # Bytes that a device sends while it waits (synchronous collectives), and beside other work.
     waiting: int = 0
     beside: int = 0
@@ -61,8 +58,8 @@ def read(text: str) -> Costs:
                     fused.add(channel[1])
                 _, kind, start, _ = found.groups()
                 nbytes, sent = _sizes(found, types)
-                costs.collectives[kind][0] += times
-                costs.collectives[kind][1] += times * nbytes
+                count, total = costs.collectives.get(kind, (0, 0))
+                costs.collectives[kind] = (count + times, total + times * nbytes)
                 if _SYNCHRONOUS.search(line) or not (start or fused is not None):
                     costs.waiting += times * sent
                 else:
@@ -86,7 +83,6 @@ def read(text: str) -> Costs:
                     visit(called, times)
 
     visit(entry, 1)
-    costs.collectives = dict(sorted(costs.collectives.items()))
     return costs
 
 
