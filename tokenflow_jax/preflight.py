@@ -12,6 +12,7 @@ estimated by arithmetic alone, in seconds. Needs no weights and no data.
 Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
 """
 
+import json
 import os
 import pathlib
 import sys
@@ -39,7 +40,7 @@ class Report(NamedTuple):
     fits: bool
     text: str
     program: str  # the compiled program's text, where there is one
-    figures: Mapping[str, float]  # of the step; see `_estimate`
+    figures: Mapping[str, float]  # see `_figures`
 
 
 def main(options: flags.FlagValues) -> int:
@@ -49,6 +50,9 @@ def main(options: flags.FlagValues) -> int:
     found = report(options.config, topology, options.sample, options.weights_dtype, really)
     if options.hlo and found.program:
         pathlib.Path(options.hlo).write_text(found.program, encoding="utf-8")
+    if options.figures:
+        text = json.dumps({"fits": found.fits, **found.figures}, indent=1)
+        pathlib.Path(options.figures).write_text(text + "\n", encoding="utf-8")
     print(found.text)
     return 0 if found.fits else 1
 
@@ -158,7 +162,7 @@ def _memory(
 def _figures(
     operations: "Operations", held: int, compiled: compiling.Compiled, topology: Topology
 ) -> dict[str, float]:
-    """Return seconds of a step by what takes them, and the model's use of the chips' peak.
+    """Return seconds of a step by what takes them, the MFU, and the bytes of memory per device.
 
     "floor" is the larger of "arithmetic" and "memory". With a compiled program "step" is the sum
     of "instructions", "kernels" and "waiting" for other devices.
@@ -170,6 +174,7 @@ def _figures(
     moved = 2 * (held + compiled.temporaries)
     figures["memory"] = moved / (chip.bandwidth_gbs * 1e9 / chip.devices)
     figures["floor"] = max(figures.values())
+    figures["bytes"] = held + compiled.temporaries + compiled.code
     if costs is None:
         return figures
     if chip.tpu:
@@ -265,6 +270,7 @@ def define_flags(define: cli.Define) -> None:
     define.integer("sample", 0, "Pictures to draw at a time, instead of training (generation).")
     define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of --sample's decoder layers.")
     define.bool("compile", True, "Compile; otherwise estimate by arithmetic, in seconds.")
+    define.string("figures", None, "File for the figures of the step time, JSON, in seconds.")
     define.string("hlo", None, "File for the compiled program's text.")
 
 

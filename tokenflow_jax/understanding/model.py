@@ -174,8 +174,9 @@ class Understanding(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Run the model over whole rows: (B, L, width) after the final norm, and the cache.
 
-        No conversation reads another. A cache takes the keys and values, for answering: rows then
-        begin at its first entry, and each is one conversation.
+        No conversation reads another; padding is on the right. A cache takes the keys and values,
+        for answering: rows then begin at its first entry, each is one conversation, and padding
+        may be anywhere.
         """
         inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
         positions_BL = positions_in(segments_BL)
