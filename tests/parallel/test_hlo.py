@@ -50,6 +50,11 @@ TPU = """
   ROOT %half = f32[8]{0} add(%p, %p), backend_config={"window_config":{"estimated_cycles":"1"}}
 }
 
+%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[2,4] {
+  %sum = bf16[8,4]{1,0} all-reduce(%p), channel_id=2, to_apply=%add
+  ROOT %own = bf16[2,4]{1,0} dynamic-slice(%sum, %i, %j), dynamic_slice_sizes={2,4}
+}
+
 %condition (p: (s32[])) -> pred[] {
   %limit = s32[]{:T(128)} constant(5)
 }
@@ -61,6 +66,7 @@ TPU = """
 ENTRY %main (p: f32[]) -> f32[] {
   %copy.1 = f32[8]{0} copy(%p), backend_config={"window_config":{"estimated_cycles":"200"}}
   %loop = (s32[]) while(%t), condition=%condition, body=%body
+  %own = bf16[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %parts = f32[2]{0} reduce-scatter(%copy.1), channel_id=1, dimensions={0}, to_apply=%add
 }
 """
@@ -69,7 +75,9 @@ ENTRY %main (p: f32[]) -> f32[] {
 def test_cycles_of_loops_and_fusions():
     read = hlo.read(TPU)
     assert read.cycles == 200 + 5 * 70  # a fusion's own estimate covers what is inside
-    assert read.collectives == {"reduce-scatter": (1, 8)} and read.waiting == 32
+    # Two ways to write it; operands of 64 and 32 bytes are sent.
+    assert read.collectives == {"reduce-scatter": (2, 16 + 8)}
+    assert (read.waiting, read.beside) == (64 + 32, 0)
 
 
 GPU = """

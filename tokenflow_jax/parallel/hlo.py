@@ -18,6 +18,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')  # GPUs; TPUs have it in the condition
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ROOT = re.compile(r"^\s*ROOT ")
 _SYNCHRONOUS = re.compile(r'"is_sync":true')
 
 
@@ -33,6 +34,14 @@ class Costs:
     # Bytes that a device sends while it waits (synchronous collectives), and beside other work.
     waiting: int = 0
     beside: int = 0
+
+    def add(self, kind: str, times: int, nbytes: int, sent: int, waited: bool) -> None:
+        count, total = self.collectives.get(kind, (0, 0))
+        self.collectives[kind] = (count + times, total + times * nbytes)
+        if waited:
+            self.waiting += times * sent
+        else:
+            self.beside += times * sent
 
 
 def read(text: str) -> Costs:
@@ -58,12 +67,12 @@ def read(text: str) -> Costs:
                     fused.add(channel[1])
                 _, kind, start, _ = found.groups()
                 nbytes, sent = _sizes(found, types)
-                count, total = costs.collectives.get(kind, (0, 0))
-                costs.collectives[kind] = (count + times, total + times * nbytes)
-                if _SYNCHRONOUS.search(line) or not (start or fused is not None):
-                    costs.waiting += times * sent
-                else:
-                    costs.beside += times * sent
+                waited = bool(_SYNCHRONOUS.search(line)) or not (start or fused is not None)
+                if name.startswith("all-reduce-scatter"):  # a TPU's: a sum, of which a part stays
+                    root = next(filter(_ROOT.search, lines))
+                    kind, waited = "reduce-scatter", True
+                    nbytes, sent = _array_bytes(*_ARRAY.search(root).groups()), nbytes
+                costs.add(kind, times, nbytes, sent, waited)
                 continue
             if fused is None and (cycles := _CYCLES.search(line)):
                 costs.cycles += times * int(cycles[1])
