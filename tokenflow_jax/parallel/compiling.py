@@ -68,16 +68,16 @@ def compile_for(lowered: Any, topology: Topology, held: int) -> Compiled:
     """
     if not topology.chip.tpu:
         compiled = lowered.compile(_GPU_OPTIONS)
-        memory, text = compiled.memory_analysis(), compiled.as_text()
+        temporaries, code = _sizes(compiled.memory_analysis())
         # Nothing is refused for its size: the device's own allocator would.
-        excess = max(held + memory.temp_size_in_bytes - topology.chip.memory_bytes, 0)
-        code = memory.generated_code_size_in_bytes
-        return Compiled(memory.temp_size_in_bytes, code, excess, hlo.read(text), text)
+        excess = max(held + temporaries + code - topology.chip.memory_bytes, 0)
+        text = compiled.as_text()
+        return Compiled(temporaries, code, excess, hlo.read(text), text)
     # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            memory = lowered.compile(options).memory_analysis()
+            temporaries, code = _sizes(lowered.compile(options).memory_analysis())
         except Exception as error:  # XlaRuntimeError is not public under one name
             sizes = too_large(str(error), held)
             if sizes is None:
@@ -85,9 +85,13 @@ def compile_for(lowered: Any, topology: Topology, held: int) -> Compiled:
             return Compiled(*sizes)
         texts = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
         text = texts[-1].read_text(encoding="utf-8") if texts else ""
-    found = hlo.read(text) if text else None
-    code = memory.generated_code_size_in_bytes
-    return Compiled(memory.temp_size_in_bytes, code, 0, found, text)
+    return Compiled(temporaries, code, 0, hlo.read(text) if text else None, text)
+
+
+def _sizes(memory: Any) -> tuple[int, int]:
+    """Return bytes of temporaries, with results that take no donated argument's place, and code."""
+    results = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    return memory.temp_size_in_bytes + results, memory.generated_code_size_in_bytes
 
 
 def too_large(message: str, held: int) -> tuple[int, int, int] | None:
