@@ -1,11 +1,15 @@
 """Preflight: topologies, the arithmetic for GPUs, and a small step compiled for real TPUs."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from tokenflow_jax import preflight as command
+from tokenflow_jax.parallel import chips, compiling, costs, hlo
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -28,6 +32,27 @@ def test_gpus_by_arithmetic():
         assert lever in text
 
 
+def test_estimated_times_are_the_sum_of_what_takes_them():
+    operations = costs.Operations(computed=64 * 459e12, needed=48 * 459e12, kernels=64 * 45.9e12)
+    program = hlo.Costs(cycles=1_750_000_000, waiting=54 * 10**9, beside=0)
+    compiled = compiling.Compiled(10**9, 5, costs=program)
+    pod = chips.parse_topology("v5p:4x4x4")
+    found = command._figures(operations, 10**9, compiled, pod)
+    assert found["arithmetic"] == found["floor"] == 1 and found["bytes"] == 2 * 10**9 + 5
+    parts = {"instructions": 1.0, "kernels": 0.1 / command.KERNEL_RATE, "waiting": 0.1}
+    assert found["step"] == pytest.approx(sum(parts.values()))
+    assert {name: found[name] for name in parts} == pytest.approx(parts)
+    assert found["mfu"] == pytest.approx(0.75 / found["step"])
+    # Beside 1.25 s of work, 1.5 s of traffic leave 0.25 to wait for.
+    program.waiting, program.beside = 0, 810 * 10**9
+    again = command._figures(operations, 10**9, compiled, pod)
+    assert again["waiting"] == pytest.approx(0.25)
+    # Nobody estimates instructions of GPUs: they take the floor, at least.
+    machine = chips.parse_topology("h100:8")
+    found = command._figures(operations, 10**9, compiled, machine)
+    assert found["step"] >= found["instructions"] == found["floor"] and found["kernels"] == 0
+
+
 def test_wrong_arguments_are_one_line():
     for arguments, message in (
         (("", "--topology=v9:2x2"), "write CHIP:SHAPE"),
@@ -39,8 +64,17 @@ def test_wrong_arguments_are_one_line():
 
 
 @pytest.mark.slow
-def test_the_quickstart_compiles_for_a_tpu():
+def test_the_quickstart_compiles_for_a_tpu(tmp_path):
     """Needs libtpu: pip install -e '.[test,preflight]'."""
-    code, text, error = preflight("", "--topology=v5e:2x2", "--config.mesh.fsdp=2")
+    path = tmp_path / "figures.json"
+    code, text, error = preflight(
+        "", "--topology=v5e:2x2", "--config.mesh.fsdp=2", f"--figures={path}"
+    )
     assert code == 0, error
-    assert "all-reduce" in text and "whole on every device" in text and ": fits" in text
+    figures = json.loads(path.read_text())
+    parts = ("instructions", "kernels", "waiting")
+    assert figures["step"] == pytest.approx(sum(figures[part] for part in parts))
+    assert figures["instructions"] > 0 and figures["waiting"] > 0
+    assert 0 < figures["mfu"] < 1 and figures["step"] > figures["arithmetic"]
+    for line in ("estimated MFU", "all-reduce", "whole on every device", ": fits"):
+        assert line in text

@@ -71,7 +71,7 @@ def test_kernels_count_every_step_of_their_grid():
 
 
 def test_attention_counts_the_pairs_that_its_mask_allows():
-    """Two products forward and once more for recomputation, seven backward: three and four."""
+    """Two products forward, again for recomputation, and backward five, or seven in two kernels."""
     queries = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
     keys = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.float32)
     pairs = (256 * 257 // 2) * 2 * 4  # causal, two rows of four heads
@@ -80,12 +80,12 @@ def test_attention_counts_the_pairs_that_its_mask_allows():
         return jax.checkpoint(lambda q: attention(q, k, k, Mask(), "splash"))(q).sum()
 
     for function, products, needed in (
-        (loss, 2, 2),
-        (jax.grad(loss), 2 + 2 + 7, 6),
-        (lambda *x: attention(*x, x[1], Mask(), "splash"), 2, 2),
+        (loss, (2,), 2),
+        (jax.grad(loss), (2 + 2 + 5, 2 + 2 + 7), 6),
+        (lambda *x: attention(*x, x[1], Mask(), "splash"), (2,), 2),
     ):
         found = costs.operations(jax.make_jaxpr(function)(queries, keys).jaxpr)
-        assert found.kernels == products * 2 * 64 * pairs
+        assert found.kernels in [n * 2 * 64 * pairs for n in products]
         # Outside the kernel, its gradient sums over rows.
         assert found.computed == pytest.approx(found.kernels, rel=1e-3)
         assert found.needed == pytest.approx(needed * 2 * 64 * pairs, rel=1e-3)
