@@ -49,6 +49,9 @@ EXTRAS = {
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
 EXTRAS["preflight"] = EXTRAS["tpu"]
+# Compiles for NVIDIA GPUs, without one. Attention also needs cuDNN, whose own requirements are not
+# needed for that: pip install --no-deps nvidia-cudnn-cu13
+EXTRAS["preflight-gpu"] = ["jax-cuda13-plugin>=0.10.2"]
 # The paper's benchmarks; its release 0.7 needs an older filelock than it asks for.
 EXTRAS["lmms"] = ["lmms_eval>=0.7.3", "filelock<4", *EXTRAS["text"]]
 EXTRAS["test"] = [

@@ -4,56 +4,69 @@ r"""Check whether a training job fits a pod, and how it is laid out, without hav
         --config.mesh.fsdp=16
     python -m tokenflow_jax.preflight --config=generation:7b --topology=v5e:1x1 --sample=1
 
-Compiles the real training step for those chips with libtpu (pip install 'jax[tpu]'), which takes
-minutes and no TPU, and prints memory, operations, a floor of the step time and the traffic between
-devices. For GPUs (h100:64) it estimates the same by arithmetic alone. Needs no weights and no data.
+Compiles the real training step with the compiler for those chips, which takes minutes and none of
+them: libtpu (pip install 'jax[tpu]') for TPUs, the plugin of CUDA for NVIDIA GPUs (h100:8, h200:64;
+pip install -e '.[preflight-gpu]'). Prints memory, operations, a floor and an estimate of the step
+time, and the traffic between devices. GPUs without their compiler, or anything with --nocompile, is
+estimated by arithmetic alone, in seconds. Needs no weights and no data.
 Exit codes: 0 it fits, 1 it does not, 2 wrong flags or config.
 """
 
-import importlib.util
+import json
 import os
 import pathlib
-import re
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
 from tokenflow_jax import cli, stages
+from tokenflow_jax.parallel import compiling, hlo
 from tokenflow_jax.parallel.chips import COMPILER_ONLY, Topology, parse_topology
 
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+if TYPE_CHECKING:  # it imports jax
+    from tokenflow_jax.parallel.costs import Operations
+
+# Of the peak that kernels reach, whose cycles XLA does not estimate. By the bundles that libtpu
+# schedules, splash attention with large blocks reaches 47 % (2,048 tokens), 31 % (816) on v5p.
+KERNEL_RATE = 0.4
 
 
-class Compiled(NamedTuple):
-    """Bytes per device as the compiler, or for GPUs arithmetic, finds them."""
+class Report(NamedTuple):
+    """What `report` finds."""
 
-    temporaries: int
-    code: int = 0
-    excess: int = 0  # that do not fit
-    collectives: Mapping[str, tuple[int, int]] | None = None  # kind -> (times, bytes); None unknown
-    text: str = ""  # the program's, where there is one
+    fits: bool
+    text: str
+    program: str  # the compiled program's text, where there is one
+    figures: Mapping[str, float]  # see `_figures`
 
 
 def main(options: flags.FlagValues) -> int:
     """Print the report and return the exit code."""
     topology = parse_topology(options.topology or "")
-    fits, text, program = report(options.config, topology, options.sample, options.weights_dtype)
-    if options.hlo and program:
-        pathlib.Path(options.hlo).write_text(program, encoding="utf-8")
-    print(text)
-    return 0 if fits else 1
+    really = options["compile"].value
+    found = report(options.config, topology, options.sample, options.weights_dtype, really)
+    if options.hlo and found.program:
+        pathlib.Path(options.hlo).write_text(found.program, encoding="utf-8")
+    if options.figures:
+        text = json.dumps({"fits": found.fits, **found.figures}, indent=1)
+        pathlib.Path(options.figures).write_text(text + "\n", encoding="utf-8")
+    print(found.text)
+    return 0 if found.fits else 1
 
 
 def report(
-    config: Any, topology: Topology, sample: int = 0, weights_dtype: str = ""
-) -> tuple[bool, str, str]:
+    config: Any,
+    topology: Topology,
+    sample: int = 0,
+    weights_dtype: str = "",
+    really: bool = True,
+) -> Report:
     """Compile a config's step, or drawing `sample` pictures, for a topology and describe it.
 
-    Returns True if it fits, the description, and the compiled program's text.
+    Without `really`, or without a compiler for GPUs, estimate memory by arithmetic.
     """
     import jax  # after the environment is set
 
@@ -64,8 +77,17 @@ def report(
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     pack = config.get("pack", 1)
     mesh.check_batch_size(sample or config.batch_size, device_mesh, pack)
-    if chip.tpu:
-        device_mesh = mesh.make_mesh(sizes, _tpu_devices(topology))
+    found = compiling.has_compiler(topology)
+    if really and chip.tpu and not found:
+        raise ValueError(
+            "compiling for TPUs needs their compiler: pip install 'jax[tpu]' (no TPU is needed), "
+            "or --nocompile"
+        )
+    really = really and found
+    if really:
+        device_mesh = mesh.make_mesh(sizes, compiling.devices(topology))
+    elif "attention" in config:
+        config.attention = "xla"  # kernels cannot be traced without devices
     if sample:
         if config.stage != "generation":
             raise ValueError(f"--sample is for the stage generation, this is {config.stage}")
@@ -77,16 +99,17 @@ def report(
     program = stage.sampling(sample, weights_dtype) if sample else stage.program
     held = {name: costs.shard_bytes(tree) for name, tree in program.parts.items()}
     arguments, total = program.arguments, sum(held.values())
-    abstract = device_mesh.abstract_mesh if chip.tpu else device_mesh
-    with mesh.use(abstract):
+    with mesh.use(device_mesh.abstract_mesh if really else device_mesh):
         jaxpr = jax.make_jaxpr(program.function)(*arguments).jaxpr
-    if chip.tpu:
+    if really:
         with mesh.use(device_mesh):
-            compiled = _compile(program.compiled.lower(*arguments), total)
+            compiled = compiling.compile_for(program.compiled.lower(*arguments), topology, total)
     else:
         temporaries = int(costs.live_bytes(jaxpr) / mesh.batch_parts(device_mesh))
         excess = max(total + temporaries - chip.memory_bytes, 0)
-        compiled = Compiled(temporaries, excess=excess)
+        compiled = compiling.Compiled(temporaries, excess=excess)
+    operations = costs.operations(jaxpr)
+    figures = _figures(operations, total, compiled, topology)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.parts["parameters"]))
     lines = [
         f"{'sampling' if sample else config.stage} on {topology}: {topology.chips} chips, "
@@ -95,75 +118,17 @@ def report(
         f"parameters: {parameters / 1e6:.1f} million, "
         f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {stage.dtype}",
         "",
-        *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
+        *_memory(held, compiled, topology, really),
         "",
-        *_time(costs.flops(jaxpr), total, compiled, topology),
+        *_time(operations, figures, topology),
         "",
-        *_traffic(compiled),
+        *_traffic(compiled.costs),
         *mesh.describe_whole(program.arguments[0], device_mesh),
     ]
     if compiled.excess:
         lines += ["", *_levers(config, held, compiled, topology, device_mesh)]
     lines += ["", f"took {time.monotonic() - began:.0f} s"]
-    return compiled.excess == 0, "\n".join(lines), compiled.text
-
-
-def _tpu_devices(topology: Topology) -> list[Any]:
-    """Return devices of TPUs that need not exist."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "compiling for TPUs needs their compiler: pip install 'jax[tpu]' (no TPU is needed)"
-        )
-    from jax.experimental import topologies
-
-    name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
-    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.chips == 1:  # by default a host has several
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # libtpu's own kinds, whose text says what is wrong
-        raise ValueError(f"libtpu knows no topology {name}: {str(error)[:200]}") from error
-    return list(description.devices)
-
-
-def _compile(lowered: Any, held: int) -> Compiled:
-    """Compile; a program that is too large is a result, too."""
-    from tokenflow_jax.parallel import costs
-
-    # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            memory = lowered.compile(options).memory_analysis()
-        except Exception as error:  # XlaRuntimeError is not public under one name
-            sizes = too_large(str(error), held)
-            if sizes is None:
-                raise
-            return Compiled(*sizes)
-        texts = sorted(pathlib.Path(folder).glob("*.after_codegen.txt"))
-        text = texts[-1].read_text(encoding="utf-8") if texts else ""
-    collectives = costs.collectives(text) if text else None
-    return Compiled(
-        memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, 0, collectives, text
-    )
-
-
-def too_large(message: str, held: int) -> tuple[int, int, int] | None:
-    """Read bytes of temporaries, program (0: unknown) and excess from an error about memory.
-
-    `held` are the bytes of the program's arguments; another kind of error gives None.
-    """
-    number = r"([\d.]+)([KMGT])"
-    for pattern, counted in (  # and the bytes of arguments that its first number counts
-        (rf"Used {number} of {number} hbm", held),
-        (rf"HLO temporaries \({number}\) exceeds available HBM \({number}\)", 0),
-    ):
-        if found := re.search(pattern, message):
-            used = int(float(found[1]) * _UNITS[found[2]])
-            available = int(float(found[3]) * _UNITS[found[4]])
-            return used - counted, 0, held + used - counted - available
-    return None
+    return Report(compiled.excess == 0, "\n".join(lines), compiled.text, figures)
 
 
 def _gb(nbytes: float) -> str:
@@ -171,9 +136,10 @@ def _gb(nbytes: float) -> str:
 
 
 def _memory(
-    held: Mapping[str, int], compiled: Compiled, available: int, estimated: bool
+    held: Mapping[str, int], compiled: compiling.Compiled, topology: Topology, really: bool
 ) -> list[str]:
-    temporaries = "activations, temporaries" + (" (estimate, nothing fused)" if estimated else "")
+    chip, available = topology.chip, topology.chip.memory_bytes
+    temporaries = "activations, temporaries" + ("" if really else " (estimate, nothing fused)")
     rows = {**held, temporaries: compiled.temporaries, "program": compiled.code}
     total = sum(rows.values())
     lines = ["memory per device"]
@@ -181,36 +147,93 @@ def _memory(
     verdict = (
         f"does NOT fit: {_gb(compiled.excess).strip()} too much" if compiled.excess else "fits"
     )
-    return [*lines, f"  {'total':<44}{_gb(total)} of {_gb(available).strip()}: {verdict}"]
+    lines += [f"  {'total':<44}{_gb(total)} of {_gb(available).strip()}: {verdict}"]
+    if not chip.tpu and 0.75 * available < total <= available:
+        lines += ["  JAX takes 75 % of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"]
+    if not really:
+        lines += ["  by arithmetic, attention without kernels"]
+        if not chip.tpu:
+            lines += [f"  to compile for GPUs, without one: {compiling.GPU_COMPILER}"]
+    elif not chip.tpu:
+        lines += ["  without workspaces, which are chosen on the GPU"]
+    return lines
 
 
-def _time(flops: float, held: int, compiled: Compiled, topology: Topology) -> list[str]:
-    """Return the roofline: neither arithmetic nor memory can exceed the chip's peak."""
-    chip = topology.chip
-    compute = flops / (topology.chips * chip.tflops * 1e12)
+def _figures(
+    operations: "Operations", held: int, compiled: compiling.Compiled, topology: Topology
+) -> dict[str, float]:
+    """Return seconds of a step by what takes them, the MFU, and the bytes of memory per device.
+
+    "floor" is the larger of "arithmetic" and "memory". With a compiled program "step" is the sum
+    of "instructions", "kernels" and "waiting" for other devices.
+    """
+    chip, costs = topology.chip, compiled.costs
+    peak = topology.chips * chip.tflops * 1e12
+    figures = {"arithmetic": operations.computed / peak}
     # Read and write what is held once, and write and read what is computed once.
     moved = 2 * (held + compiled.temporaries)
-    memory = moved / (chip.bandwidth_gbs * 1e9 / chip.devices)
-    floor = max(compute, memory)
+    figures["memory"] = moved / (chip.bandwidth_gbs * 1e9 / chip.devices)
+    figures["floor"] = max(figures.values())
+    figures["bytes"] = held + compiled.temporaries + compiled.code
+    if costs is None:
+        return figures
+    if chip.tpu:
+        figures["instructions"] = costs.cycles / (chip.clock_ghz * 1e9)
+        figures["kernels"] = operations.kernels / peak / KERNEL_RATE
+    else:
+        figures["instructions"], figures["kernels"] = figures["floor"], 0.0
+    working = figures["instructions"] + figures["kernels"]
+    rate = topology.links_gbs * 1e9
+    beside = costs.beside / rate if rate else 0.0
+    figures["waiting"] = (costs.waiting / rate if rate else 0.0) + max(beside - working, 0.0)
+    figures["step"] = working + figures["waiting"]
+    figures["mfu"] = operations.needed / peak / figures["step"]
+    return figures
+
+
+def _time(operations: "Operations", figures: Mapping[str, float], topology: Topology) -> list[str]:
+    chip, ms = topology.chip, {name: f"{1e3 * value:.0f} ms" for name, value in figures.items()}
+    lines = [
+        f"operations: {operations.computed / 1e12:.1f} TFLOP per step over all devices, "
+        f"recomputation included; {operations.needed / 1e12:.1f} without it",
+        f"floor of the step time: {ms['floor']} "
+        f"(arithmetic {ms['arithmetic']} at {chip.tflops:.0f} TFLOP/s per chip, "
+        f"memory {ms['memory']} at {chip.bandwidth_gbs:.0f} GB/s per chip)",
+    ]
+    if "step" not in figures:
+        return lines
+    parts = f"instructions {ms['instructions']} by the compiler at {chip.clock_ghz} GHz, "
+    parts += f"kernels {ms['kernels']} at {KERNEL_RATE:.0%} of the peak"
+    if not chip.tpu:
+        parts = f"instructions at the floor, {ms['floor']}: the compiler estimates none"
     return [
-        f"operations: {flops / 1e12:.1f} TFLOP per step over all devices, recomputation included",
-        f"floor of the step time: {floor * 1e3:.0f} ms "
-        f"(arithmetic {compute * 1e3:.0f} ms at {chip.tflops:.0f} TFLOP/s per chip, "
-        f"memory {memory * 1e3:.0f} ms at {chip.bandwidth_gbs:.0f} GB/s per chip)",
+        *lines,
+        f"estimated step time: {'' if chip.tpu else 'at least '}{ms['step']} ({parts}, "
+        f"waiting for other devices {ms['waiting']} at {topology.links_gbs:.0f} GB/s)",
+        f"estimated MFU: {'' if chip.tpu else 'at most '}{figures['mfu']:.0%} (operations without "
+        "recomputation, kernels of attention without masked pairs; collectives beside other work "
+        "are hidden, others are waited for)",
     ]
 
 
-def _traffic(compiled: Compiled) -> list[str]:
-    if compiled.collectives is None:
+def _traffic(costs: hlo.Costs | None) -> list[str]:
+    if costs is None:
         return ["between devices: unknown (there is no compiled program that can be read)"]
     lines = ["between devices, per step and device"]
-    for kind, (times, nbytes) in compiled.collectives.items():
+    for kind, (times, nbytes) in sorted(costs.collectives.items()):
         lines.append(f"  {kind:<20}{times:6} times {nbytes / 2**20:10.1f} MiB")
-    return lines if len(lines) > 1 else ["between devices: nothing"]
+    if len(lines) == 1:
+        return ["between devices: nothing"]
+    sent = f"{costs.waiting / 2**20:.1f} MiB waited for, {costs.beside / 2**20:.1f} beside work"
+    return [*lines, f"  sent: {sent}"]
 
 
 def _levers(
-    config: Any, held: Mapping[str, int], compiled: Compiled, topology: Topology, mesh: Any
+    config: Any,
+    held: Mapping[str, int],
+    compiled: compiling.Compiled,
+    topology: Topology,
+    mesh: Any,
 ) -> list[str]:
     """List the three settings that would save most per device."""
     from tokenflow_jax.parallel.mesh import batch_parts
@@ -246,6 +269,8 @@ def define_flags(define: cli.Define) -> None:
                   "h100:64.")  # fmt: skip
     define.integer("sample", 0, "Pictures to draw at a time, instead of training (generation).")
     define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of --sample's decoder layers.")
+    define.bool("compile", True, "Compile; otherwise estimate by arithmetic, in seconds.")
+    define.string("figures", None, "File for the figures of the step time, JSON, in seconds.")
     define.string("hlo", None, "File for the compiled program's text.")
 
 

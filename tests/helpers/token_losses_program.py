@@ -10,7 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from tokenflow_jax.parallel import costs, mesh
+from tokenflow_jax.parallel import hlo, mesh
 from tokenflow_jax.parallel.token_losses import token_losses
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 8, 23, 16, 64
@@ -43,7 +43,7 @@ def run(name, vocabulary):
         with mesh.use(device_mesh):
             compiled = step.lower(hidden, kernel, labels, weights).compile()
             gradients, (losses, right) = step(hidden, kernel, labels, weights)
-        moved = costs.collectives(compiled.as_text())
+        moved = hlo.read(compiled.as_text()).collectives
     return {
         "losses": losses.tolist(),
         "right": right.tolist(),

@@ -1,15 +1,18 @@
-"""Operations, live memory and collectives against hand counts."""
+"""Operations and live memory against hand counts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental import pallas as pl
 
+from tokenflow_jax.nets.attention import Mask, attention
 from tokenflow_jax.parallel import costs
 
 
 def count(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return costs.flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return costs.operations(jax.make_jaxpr(function)(*arguments).jaxpr).computed
 
 
 def test_products_and_their_gradients():
@@ -42,6 +45,50 @@ def test_loops_branches_and_recomputation():
     again = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: jnp.sin(x @ x) @ x)(x)))
     plain = jax.grad(lambda x: jnp.sum((lambda x: jnp.sin(x @ x) @ x)(x)))
     assert count(again, (4, 4)) > count(plain, (4, 4)) == 6 * 2 * 4**3
+    jaxpr = jax.make_jaxpr(again)(np.zeros((4, 4), np.float32)).jaxpr
+    assert costs.operations(jaxpr).needed == count(plain, (4, 4))
+
+
+def multiply(x_ref, y_ref, out_ref):
+    out_ref[...] = x_ref[...] @ y_ref[...]
+
+
+def test_kernels_count_every_step_of_their_grid():
+    def product(x, y):
+        return pl.pallas_call(
+            multiply,
+            grid=(3,),
+            in_specs=[
+                pl.BlockSpec((8, 16), lambda i: (i, 0)),
+                pl.BlockSpec((16, 4), lambda i: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec((8, 4), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((24, 4), jnp.float32),
+        )(x, y)
+
+    jaxpr = jax.make_jaxpr(product)(np.zeros((24, 16)), np.zeros((16, 4))).jaxpr
+    assert costs.operations(jaxpr) == (3 * 2 * 8 * 16 * 4,) * 3
+
+
+def test_attention_counts_the_pairs_that_its_mask_allows():
+    """Two products forward, again for recomputation, and backward five, or seven in two kernels."""
+    queries = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
+    keys = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.float32)
+    pairs = (256 * 257 // 2) * 2 * 4  # causal, two rows of four heads
+
+    def loss(q, k):
+        return jax.checkpoint(lambda q: attention(q, k, k, Mask(), "splash"))(q).sum()
+
+    for function, products, needed in (
+        (loss, (2,), 2),
+        (jax.grad(loss), (2 + 2 + 5, 2 + 2 + 7), 6),
+        (lambda *x: attention(*x, x[1], Mask(), "splash"), (2,), 2),
+    ):
+        found = costs.operations(jax.make_jaxpr(function)(queries, keys).jaxpr)
+        assert found.kernels in [n * 2 * 64 * pairs for n in products]
+        # Outside the kernel, its gradient sums over rows.
+        assert found.computed == pytest.approx(found.kernels, rel=1e-3)
+        assert found.needed == pytest.approx(needed * 2 * 64 * pairs, rel=1e-3)
 
 
 def test_live_bytes_end_with_the_last_use():
@@ -52,43 +99,3 @@ def test_live_bytes_end_with_the_last_use():
 
     jaxpr = jax.make_jaxpr(chain)(np.zeros(256, np.float32)).jaxpr
     assert 2 * 1024 <= costs.live_bytes(jaxpr) <= 2 * 1024 + 16
-
-
-HLO = """
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%condition (p: (s32[])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(12)
-}
-
-%body (p: (s32[])) -> (s32[]) {
-  %one = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, f32[4]{0}) all-reduce(%x, %y), to_apply=%add
-}
-
-%start (p: f32[8]) -> f32[32] {
-  ROOT %gather = f32[32]{0} all-gather(%p), channel_id=7, dimensions={0}
-}
-
-%beside (p: f32[8]) -> f32[32] {
-  %gather = f32[32]{0} all-gather(%p), channel_id=7, dimensions={0}
-  ROOT %sum = f32[32]{0} add(%gather, %gather)
-}
-
-ENTRY %main (p: f32[]) -> f32[] {
-  %started = f32[32]{0} fusion(%x), kind=kCustom, calls=%start
-  %going = f32[32]{0} fusion(%started), kind=kCustom, calls=%beside
-  %kernel = f32[4]{0} custom-call(%p), frontend_attributes={kernel_metadata={
-"metadata":"{}"
-}}, metadata={op_name="attributes of several lines"}
-  %loop = (s32[]) while(%t), condition=%condition, body=%body
-  %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%z), dimensions={0}
-  %done = f32[32]{0} all-gather-done(%start)
-}
-"""
-
-
-def test_collectives_in_loops_count_every_iteration():
-    expected = {"all-gather": (2, 256), "all-reduce": (12, 12 * (2048 + 16))}
-    assert costs.collectives(HLO) == expected

@@ -177,7 +177,7 @@ def floor_of_step(config: Any, topology: chips.Topology) -> float:
     program = stages.make_stage(config, device_mesh, "tpu").program
     with mesh.use(device_mesh):
         jaxpr = jax.make_jaxpr(program.function)(*program.arguments).jaxpr
-    return costs.flops(jaxpr) / (topology.chips * topology.chip.tflops * 1e12)
+    return costs.operations(jaxpr).computed / (topology.chips * topology.chip.tflops * 1e12)
 
 
 def demand(rate: float, batch_size: int, step: float, hosts: int, name: str) -> list[str]:

@@ -15,14 +15,18 @@ before it. For blocks of 1 and 4 tokens after two text tokens (rows are queries,
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.parallel import placement
+from tokenflow_jax.parallel import costs, placement, self_check
 
+_GPUS = ("gpu", "cuda")
+# Of bfloat16, whose products and sums in another order differ by less.
+_TOLERANCE = 0.03
 KINDS = ("auto", "xla", "splash", "cudnn")
 # Added to scores that are not allowed. It swallows the score, so that a query without any allowed
 # key attends evenly, while gradients still flow to the score: a sum, not a `where`.
@@ -89,7 +93,8 @@ def choose(
 ) -> str:
     """Return the kernel to use: "xla", "splash" or "cudnn".
 
-    "auto" is splash attention where it can be used, else XLA; cuDNN has to be asked for.
+    "auto" is splash attention on TPUs and cuDNN's on NVIDIA GPUs, where it can be used and proves
+    itself, else XLA.
 
     Args:
       dtype, shape: of the queries, (B, Q, heads, head width).
@@ -100,10 +105,13 @@ def choose(
     if kind == "xla":
         return kind
     device, name, width = _platform(), jnp.dtype(dtype).name, shape[-1]
-    if kind == "cudnn":
+    kernel = kind
+    if kind == "auto":
+        kernel = "cudnn" if device in _GPUS else "splash"
+    if kernel == "cudnn":
         checks = (
             (cached, "it does not read a cache"),
-            (device not in ("gpu", "cuda"), f"it is for NVIDIA GPUs, and this is a {device}"),
+            (device not in _GPUS, f"it is for NVIDIA GPUs, and this is a {device}"),
             (name not in ("bfloat16", "float16"), f"it computes bfloat16 or float16, not {name}"),
             (width not in range(8, 129, 8), f"head width {width} is not a multiple of 8 up to 128"),
         )
@@ -117,7 +125,9 @@ def choose(
         )
     obstacles = [obstacle for found, obstacle in checks if found]
     if kind == "auto":
-        return "xla" if obstacles else "splash"
+        # Compiling for a device that is not here (preflight), there is nothing to run.
+        here = jax.default_backend() == device
+        return "xla" if obstacles or (here and not proves_itself(kernel, width, name)) else kernel
     if obstacles:
         raise ValueError(
             f"attention={kind!r} cannot be used: {'; '.join(obstacles)}. Use 'xla', or 'auto', "
@@ -128,9 +138,46 @@ def choose(
 
 def _platform() -> str:
     # The program may be for another machine (preflight): then the mesh in use knows its devices.
-    kind = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = getattr(kind, "device_kind", "") or ""
-    return "tpu" if "TPU" in kind else jax.default_backend()
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+@functools.cache
+def proves_itself(kernel: str, width: int, dtype: str) -> bool:
+    """Compare a kernel with XLA's attention on this machine once; warn if they differ."""
+    used = functools.partial(attention, kernel=kernel)
+    difference = functools.partial(difference_from_xla, used, width, dtype)
+    return self_check.passes(f"the kernel {kernel!r} of attention", difference, _TOLERANCE)
+
+
+def difference_from_xla(kernel: Callable[..., jax.Array], width: int, dtype: str) -> float:
+    """Return by how much results and gradients are off, as a part of the largest.
+
+    Two rows of four heads that share two, causal and with blocks after padding.
+    """
+    length, pad = 190, 17
+    q_BLHD, weights_BLHD = jax.random.normal(jax.random.key(0), (2, 2, length, 4, width))
+    k_BLGD, v_BLGD = jax.random.normal(jax.random.key(1), (2, 2, length, 2, width))
+    arrays = tuple(x.astype(dtype) for x in (q_BLHD, k_BLGD, v_BLGD))
+    real_BL = jnp.arange(length) >= jnp.array([[0], [pad]])
+    worst = 0.0
+    for mask in (Mask(), Mask(real_BL, Blocks(40, (1, 4, 16, 64)))):
+        # Rows of padding mean nothing.
+        weighted = weights_BLHD * (1.0 if mask.real_BK is None else real_BL[..., None, None])
+
+        def both(function, mask, weighted=weighted):
+            def loss(*arrays):
+                out_BLHD = function(*arrays, mask).astype(jnp.float32) * weighted
+                return out_BLHD.sum(), out_BLHD
+
+            (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), True))(*arrays)
+            return out, *gradients
+
+        plain = both(attention, mask.allowed(length, length))
+        for one, other in zip(both(kernel, mask), plain, strict=True):
+            one, other = (np.asarray(x, np.float32) for x in (one, other))
+            worst = np.maximum(worst, abs(one - other).max() / abs(other).max())  # NaN stays
+    return float(worst)
 
 
 def attention(
@@ -142,12 +189,13 @@ def attention(
 ) -> jax.Array:
     """Compute softmax attention, where H query heads share G key and value heads: (B, Q, H, D).
 
-    The mask is bool (B or 1, Q, K), but a `Mask` for "splash"; the softmax is float32.
+    The mask is bool (B or 1, Q, K), but a `Mask` for "splash" and "cudnn"; the softmax is float32.
     """
-    if kernel == "splash":
-        return _splash(q_BQHD, k_BKGD, v_BKGD, mask)
-    if kernel == "cudnn":
-        return _cudnn(q_BQHD, k_BKGD, v_BKGD, mask)
+    if kernel != "xla":
+        function, length = _splash if kernel == "splash" else _cudnn, q_BQHD.shape[1]
+        keys = np.mean(mask.blocks.last_key(length) + 1) if isinstance(mask, Mask) else length
+        with jax.named_scope(costs.attention_scope(keys, length)):
+            return function(q_BQHD, k_BKGD, v_BKGD, mask)
     batch, queries, heads, width = q_BQHD.shape
     groups = k_BKGD.shape[2]
     q_BQGHD = q_BQHD.reshape(batch, queries, groups, heads // groups, width)
@@ -159,14 +207,25 @@ def attention(
     return jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD).reshape(q_BQHD.shape)
 
 
-def _cudnn(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: jax.Array) -> jax.Array:
+def _cudnn(
+    q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask | jax.Array
+) -> jax.Array:
     length = q_BLHD.shape[1]
-    odd = length % 2  # its gradient needs an even length
+    odd = length % 2  # its gradient with a mask needs an even length
     pad = ((0, 0), (0, odd), (0, 0), (0, 0))
-    allowed_BLL = jnp.pad(mask, ((0, 0), (0, odd), (0, odd)))
+    # It skips what the causal order forbids and needs no mask for that. Anything else it reads as
+    # an array that is added to the scores.
+    causal, allowed_BLL = isinstance(mask, Mask) and not mask.blocks.sizes, None
+    if not isinstance(mask, Mask):
+        allowed_BLL = mask
+    elif not causal or mask.real_BK is not None or mask.segments_BK is not None:
+        allowed_BLL = mask.allowed(length, length)
+    if allowed_BLL is not None:
+        allowed_BLL = jnp.pad(allowed_BLL, ((0, 0), (0, odd), (0, odd)))[:, None]
     out_BLHD = jax.nn.dot_product_attention(
         *(jnp.pad(x, pad) for x in (q_BLHD, k_BLGD, v_BLGD)),
-        mask=allowed_BLL[:, None],
+        mask=allowed_BLL,
+        is_causal=causal,
         implementation="cudnn",
     )
     return out_BLHD[:, :length]

@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         first, keys = (0, length) if cache is None else (cache.length, cache.readable)
         if length > keys:
             raise ValueError(f"{length} tokens do not fit into a cache of {keys}")
-        if isinstance(mask, Mask) and kernel != "splash":
+        if isinstance(mask, Mask) and kernel == "xla":
             mask = mask.allowed(length, keys, first)
         carry = (on_batch(embeddings_BLC.astype(self.dtype)), cache)
         cos_sin = rope(positions_BL, cfg.head_channels, cfg.rope_theta)

@@ -1,10 +1,9 @@
-"""Costs of a program before it runs: operations, memory held at once, bytes between devices."""
+"""Costs of a traced program: operations, and memory held at once."""
 
-import collections
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex_core
@@ -13,34 +12,108 @@ import numpy as np
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
 
-def flops(jaxpr: jex_core.Jaxpr) -> float:
-    """Count the operations of all matrix products and convolutions, over all devices.
+class Operations(NamedTuple):
+    """Floating-point operations over all devices; a multiplication and an addition are two."""
 
-    The traced program is counted, so recomputation counts, and a scan's body as often as it runs
-    (XLA's own count takes it once). A multiplication and an addition are two.
+    computed: float = 0.0  # of all matrix products and convolutions, recomputation included
+    # Of them, what a model needs without recomputation, and attention only where its mask allows.
+    needed: float = 0.0
+    kernels: float = 0.0  # of those computed, in kernels, whose time no compiler estimates
+
+    def times(self, n: float) -> "Operations":
+        return Operations(*(n * count for count in self))
+
+    def plus(self, other: "Operations") -> "Operations":
+        return Operations(*map(sum, zip(self, other, strict=True)))
+
+
+def attention_scope(keys: float, length: int) -> str:
+    """Return the name of the scope that attention is traced in, for `operations` to count it.
+
+    `keys` are those that a query may read on average, of `length`.
     """
-    total = 0.0
+    return f"attention_{keys:.1f}_of_{length}"
+
+
+_SCOPE = re.compile(r"attention_([\d.]+)_of_(\d+)")
+
+
+def operations(jaxpr: jex_core.Jaxpr, scopes: str = "") -> Operations:
+    """Count the operations of a traced program.
+
+    A scan's body counts as often as it runs (XLA's own count takes it once). Kernels of attention
+    count the pairs of query and key that the mask allows, padding and shared rows left out.
+    """
+    total = Operations()
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            depth = math.prod(shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
-        elif name == "conv_general_dilated":
-            # Each output cell is a product with the kernel; zeros put between inputs cost nothing.
-            kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
-            depth = kernel[spec[1]] * math.prod(kernel[axis] for axis in spec[2:])
-            work = 2 * math.prod(equation.outvars[0].aval.shape) * depth
-            total += work / math.prod(params["lhs_dilation"])
+        names = f"{scopes}/{equation.source_info.name_stack}"
+        if name in ("dot_general", "conv_general_dilated"):
+            found, count = _SCOPE.search(names), _product(equation)
+            share = float(found[1]) / float(found[2]) if found else 1.0
+            needed = 0.0 if "rematted_computation" in names else count * share
+            total = total.plus(Operations(count, needed))
+        elif _SCOPE.search(names) and (count := _attention(equation, names)):
+            total = total.plus(count)
+        elif name == "pallas_call":
+            body = operations(params["jaxpr"], names).computed * math.prod(
+                params["grid_mapping"].grid
+            )
+            needed = 0.0 if "rematted_computation" in names else body
+            total = total.plus(Operations(body, needed, body))
         elif name == "scan":
-            total += params["length"] * flops(params["jaxpr"].jaxpr)
+            total = total.plus(operations(params["jaxpr"].jaxpr, names).times(params["length"]))
         elif name == "cond":
-            total += max(flops(branch.jaxpr) for branch in params["branches"])
-        elif name == "shard_map":
-            total += params["mesh"].size * flops(params["jaxpr"])
+            branches = [operations(branch.jaxpr, names) for branch in params["branches"]]
+            total = total.plus(max(branches))
         else:
-            total += sum(flops(inner) for inner in _inner_jaxprs(params))
+            parts = params["mesh"].size if name == "shard_map" else 1  # one device's share each
+            for inner in _inner_jaxprs(params):
+                total = total.plus(operations(inner, names).times(parts))
+    return total
+
+
+def _product(equation: jex_core.JaxprEqn) -> float:
+    params, cells = equation.params, math.prod(equation.outvars[0].aval.shape)
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * cells * math.prod(shape[axis] for axis in contracted)
+    # Each output cell is a product with the kernel; zeros put between inputs cost nothing.
+    kernel, spec = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
+    depth = kernel[spec[1]] * math.prod(kernel[axis] for axis in spec[2:])
+    return 2 * cells * depth / math.prod(params["lhs_dilation"])
+
+
+def _attention(equation: jex_core.JaxprEqn, names: str) -> Operations | None:
+    """Count a kernel of attention, None for another equation.
+
+    Each of its products is 2 operations for every channel of the queries and key that it reads.
+    """
+    name = equation.primitive.name
+    if name == "pallas_call":
+        products = max(_count_products(equation.params["jaxpr"]), 1)
+    elif name.startswith("dot_product_attention"):  # cuDNN's; going back it makes the scores again
+        products = 5 if "bwd" in name else 2
+    else:
+        return None
+    queries = max(math.prod(v.aval.shape) for v in equation.invars if len(v.aval.shape) > 2)
+    pair = 2 * queries * float(_SCOPE.search(names)[1])
+    computed = pair * products
+    # Needed are two products, and four for the gradient, of which a kernel may make more or less.
+    forward = "transpose" not in names
+    needed = pair * (6 if "jvp" in names else 2) if forward else 0.0
+    return Operations(computed, needed, computed)
+
+
+def _count_products(jaxpr: jex_core.Jaxpr) -> int:
+    """Count the matrix products of a kernel's body, of branches those of the longest."""
+    total = 0
+    for equation in jaxpr.eqns:
+        branches = [_count_products(b.jaxpr) for b in equation.params.get("branches") or ()]
+        total += equation.primitive.name == "dot_general"
+        total += max(branches, default=0)
+        total += sum(map(_count_products, _inner_jaxprs(equation.params)))
     return total
 
 
@@ -91,80 +164,3 @@ def shard_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-_COLLECTIVE = re.compile(
-    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-_ARRAY = re.compile(r"\b([a-z]+\d+(?:[a-z]\d\w*)?|pred)\[([\d,]*)\]")
-_FUSED = re.compile(r" fusion\(.*\bcalls=%?([\w.\-]+)")
-_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_CALLED = re.compile(r"\b(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Count the collectives of a compiled program: kind -> (times, bytes of results per device).
-
-    `hlo` is `compiled.as_text()`. A loop counts as often as its condition's constant says. A gather
-    that the compiler writes as the sum of parts padded with zeros is an all-reduce here, too.
-    """
-    bodies, entry = _computations(hlo)
-    totals: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-
-    def visit(name: str, times: int, fused: set[str] | None = None) -> None:
-        """Add up a computation; `fused` are the channels met in fusions of its caller."""
-        own: set[str] = set()
-        for line in bodies.get(name, ()):
-            found = _COLLECTIVE.search(line)
-            if found:
-                channel = _CHANNEL.search(line)
-                if fused is not None and channel:
-                    # One that overlaps other work appears in every fusion that it overlaps.
-                    if channel[1] in fused:
-                        continue
-                    fused.add(channel[1])
-                sizes = [_array_bytes(*array) for array in _ARRAY.findall(found[1])]
-                # A start's result holds its operands too: the results are the larger half.
-                nbytes = max(sizes, default=0) if found[3] else sum(sizes)
-                totals[found[2]][0] += times
-                totals[found[2]][1] += times * nbytes
-                continue
-            if called := _FUSED.search(line):
-                visit(called[1], times, own if fused is None else fused)
-            elif " while(" in line:
-                called = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))
-                limits = _LIMIT.findall("\n".join(bodies.get(called["condition"], ())))
-                visit(called["body"], times * max(map(int, limits), default=1))
-            elif " conditional(" in line or " call(" in line:
-                names = _CALLED.findall(line)
-                for group in _BRANCHES.findall(line):
-                    names += [n.strip().lstrip("%") for n in group.split(",")]
-                for called in names:
-                    visit(called, times)
-
-    visit(entry, 1)
-    return {kind: (times, nbytes) for kind, (times, nbytes) in sorted(totals.items())}
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Return the lines of each computation, and the name of the entry."""
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if head:
-            current = bodies.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif line.rstrip() == "}":  # others end attributes of several lines
-            current = None
-        elif current is not None:
-            current.append(line)
-    return bodies, entry
-
-
-def _array_bytes(dtype: str, shape: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-    count = math.prod(int(n) for n in shape.split(",") if n)
-    return count * bits // 8

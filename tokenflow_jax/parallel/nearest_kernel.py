@@ -11,7 +11,6 @@ the chunked form everywhere, "interpret" the kernel, interpreted, on any machine
 Shapes: N tokens, K codes, C channels.
 """
 
-import concurrent.futures
 import functools
 import os
 from collections.abc import Callable
@@ -21,8 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tokenflow_jax.log import log
-from tokenflow_jax.messages import one_line
+from tokenflow_jax.parallel import self_check
 
 VARIABLE = "TOKENFLOW_NEAREST_KERNEL"
 _MODES = ("auto", "always", "never", "interpret")
@@ -72,15 +70,9 @@ def where_faster(z_NC: jax.Array, codes_KC: jax.Array, chunked: Search) -> Searc
 @functools.cache
 def proves_itself(interpret: bool = False) -> bool:
     """Compare the kernel with a plain search on this machine once; warn if they differ."""
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as apart:  # from a program being traced
-            worst = apart.submit(_difference, interpret).result()
-        problem = "" if worst < 1e-4 else f"its scores are off by {worst:.2g}"
-    except Exception as error:
-        problem = one_line(error)
-    if problem:
-        log.warning("the TPU kernel for nearest codes is not used here: %s", problem)
-    return not problem
+    return self_check.passes(
+        "the TPU kernel for nearest codes", functools.partial(_difference, interpret), 1e-4
+    )
 
 
 def _difference(interpret: bool) -> float:

@@ -174,14 +174,18 @@ class Understanding(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Run the model over whole rows: (B, L, width) after the final norm, and the cache.
 
-        No conversation reads another. A cache takes the keys and values, for answering: rows then
-        begin at its first entry, and each is one conversation.
+        No conversation reads another; padding is on the right. A cache takes the keys and values,
+        for answering: rows then begin at its first entry, each is one conversation, and padding
+        may be anywhere.
         """
         inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
         positions_BL = positions_in(segments_BL)
         real_BL = segments_BL > 0
         if cache is None:
-            return self.lm(inputs_BLC, positions_BL, Mask(real_BL, segments_BK=segments_BL))
+            shared = features_BMNC.shape[1] > 1  # a row has as many conversations
+            # Alone in its row, a conversation never reads the padding on its right.
+            mask = Mask(real_BL, segments_BK=segments_BL) if shared else Mask()
+            return self.lm(inputs_BLC, positions_BL, mask)
         # Entries to be written later are real; the causal order hides them until then.
         more = cache.keys.shape[2] - real_BL.shape[1]
         real_BK = jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True)
