@@ -1,6 +1,7 @@
 """The decoder against transformers' results; its cache, masks, remat and chunked loss."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import runpy
@@ -10,6 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from tokenflow_jax.nets import attention as attention_lib
 from tokenflow_jax.nets import lm
@@ -271,6 +273,36 @@ def plain_loss(decoder, params, ids, labels):
     logs = jax.nn.log_softmax(logits)
     own = jnp.take_along_axis(logs, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     return -jnp.where(labels >= 0, own, 0).sum()
+
+
+@pytest.mark.slow
+def test_remat_changes_no_gradient_of_splash(monkeypatch):
+    interpreted = functools.partial(attention_lib._splash, interpret=True)
+    monkeypatch.setattr(attention_lib, "_splash", interpreted)
+    monkeypatch.setattr(attention_lib, "choose", lambda *_: "splash")
+
+    def gradients(remat):
+        decoder, params, ids = tiny(remat=remat)
+        return jax.tree.leaves(
+            jax.jit(jax.grad(lambda p: plain_loss(decoder, p, ids, ids)))(params)
+        )
+
+    want = gradients("none")
+    for remat in ("block", "dots"):
+        for one, other in zip(gradients(remat), want, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("block", 2), ("dots", 1)])
+def test_kernels_of_attention_in_a_training_step(remat, times, monkeypatch):
+    """With "dots" the backward pass reads the forward kernel's results; "block" runs it again."""
+    decoder, params, ids = tiny(remat=remat)
+    monkeypatch.setattr(attention_lib, "choose", lambda *_: "splash")
+    jaxpr = jax.make_jaxpr(jax.grad(lambda p: plain_loss(decoder, p, ids, ids)))(params).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    names = [equation.params["name"] for equation in equations(used) if is_kernel(equation)]
+    assert sum("fwd" in name for name in names) == times
+    assert sum("dkv" in name for name in names) == 1
 
 
 @pytest.mark.parametrize("remat, tied", [("none", False), ("block", True), ("dots", False)])

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from tokenflow_jax.parallel import placement
 
@@ -157,7 +158,8 @@ def attention(
     ) * (width**-0.5)
     scores += jnp.where(mask, 0.0, NOT_ALLOWED)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BQHD.dtype)
-    return jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD).reshape(q_BQHD.shape)
+    out_BQGHD = jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD)
+    return checkpoint_name(out_BQGHD, SAVED).reshape(q_BQHD.shape)
 
 
 def _cudnn(q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: jax.Array) -> jax.Array:
