@@ -68,4 +68,5 @@ def test_the_quickstart_compiles_for_a_tpu():
     """Needs libtpu: pip install -e '.[test,preflight]'."""
     code, text, error = preflight("", "--topology=v5e:2x2", "--config.mesh.fsdp=2")
     assert code == 0, error
+    assert "compiler flags: xla_tpu_run_space_to_batch=false" in text
     assert "all-reduce" in text and "whole on every device" in text and ": fits" in text

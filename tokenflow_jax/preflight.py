@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from tokenflow_jax import cli, stages
+from tokenflow_jax.parallel import chip_flags
 from tokenflow_jax.parallel.chips import COMPILER_ONLY, Topology, parse_topology
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -60,6 +61,7 @@ def report(
     from tokenflow_jax.parallel import costs, mesh
 
     stages.stage_class(config.stage)
+    compiler_options = chip_flags.compiler_options(topology.chip)
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     pack = config.get("pack", 1)
@@ -82,7 +84,7 @@ def report(
         jaxpr = jax.make_jaxpr(program.function)(*arguments).jaxpr
     if chip.tpu:
         with mesh.use(device_mesh):
-            compiled = _compile(program.compiled.lower(*arguments), total)
+            compiled = _compile(program.compiled.lower(*arguments), total, compiler_options or {})
     else:
         temporaries = int(costs.live_bytes(jaxpr) / mesh.batch_parts(device_mesh))
         excess = max(total + temporaries - chip.memory_bytes, 0)
@@ -94,6 +96,7 @@ def report(
         + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
         f"parameters: {parameters / 1e6:.1f} million, "
         f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {stage.dtype}",
+        *([chip_flags.describe(compiler_options)] if chip.tpu else []),
         "",
         *_memory(held, compiled, chip.memory_bytes, estimated=not chip.tpu),
         "",
@@ -127,13 +130,13 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     return list(description.devices)
 
 
-def _compile(lowered: Any, held: int) -> Compiled:
+def _compile(lowered: Any, held: int, flags: Mapping[str, str]) -> Compiled:
     """Compile; a program that is too large is a result, too."""
     from tokenflow_jax.parallel import costs
 
     # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
         try:
             memory = lowered.compile(options).memory_analysis()
         except Exception as error:  # XlaRuntimeError is not public under one name
