@@ -96,6 +96,32 @@ need_shared_workdir() {
   esac
 }
 
+# flags_for TYPE: prints the flags of launch/flags for a TPU type such as v5p-128, or for gpu, in one
+# line; none with TOKENFLOW_FLAGS=off.
+flags_for() {
+  local chip="${1%%-*}"
+  [[ $chip == v5litepod ]] && chip=v5e
+  [[ ${TOKENFLOW_FLAGS:-} != off && -f $ROOT/launch/flags/$chip ]] || return 0
+  awk '/^--/ { printf "%s%s", gap, $0; gap = " " }' "$ROOT/launch/flags/$chip"
+}
+
+# use_flags [TYPE]: exports the flags for a chip, by default this machine's, in LIBTPU_INIT_ARGS or
+# XLA_FLAGS, before the user's own, which win.
+use_flags() {
+  local variable=LIBTPU_INIT_ARGS chip="${1:-${TPU_TYPE:-}}" flags
+  local metadata=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+  if [[ -n $chip ]]; then
+    :
+  elif [[ -e /dev/accel0 || -e /dev/vfio/0 ]]; then # a TPU VM
+    chip="$(curl -sf -m 5 -H "Metadata-Flavor: Google" "$metadata/accelerator-type" || true)"
+  elif command -v nvidia-smi >/dev/null; then
+    chip=gpu
+  fi
+  [[ $chip != gpu ]] || variable=XLA_FLAGS
+  flags="$(flags_for "$chip")"
+  [[ -z $flags ]] || export "$variable=$flags${!variable:+ ${!variable}}"
+}
+
 # check_needs: exits with code 2 after one line per problem, if there are any.
 check_needs() {
   local problem

@@ -16,6 +16,7 @@
 #   BASE_IMAGE               (default: python:3.12)
 #   MAX_RESTARTS             (default: 100)
 #   SAVE_SECONDS             time that a preempted worker gets to save (default: 120)
+#   TOKENFLOW_FLAGS          off: without the flags of launch/flags
 #   XPK_FLAGS                more flags for `xpk workload create`, such as "--priority=high"
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -29,9 +30,12 @@ SAVE_SECONDS="${SAVE_SECONDS:-120}"
 read -r -d "" -a xpk_flags <<<"${XPK_FLAGS:-}" || true # at the end of the text
 
 run() {
-  local train image folder
-  train="exec env TOKENFLOW_SIGTERM_CODE=$SIGTERM_CODE python -m tokenflow_jax.main --distributed"
-  train+=" $(quoted "$@")"
+  local train flags image folder
+  train="exec env TOKENFLOW_SIGTERM_CODE=$SIGTERM_CODE"
+  flags="$(flags_for "$TPU_TYPE")"
+  # The container's own value comes last and wins.
+  [[ -z $flags ]] || train+=" LIBTPU_INIT_ARGS=\"$flags \${LIBTPU_INIT_ARGS:-}\""
+  train+=" python -m tokenflow_jax.main --distributed $(quoted "$@")"
   if [[ -n ${IMAGE:-} ]]; then
     image=("--docker-image=$IMAGE")
   else

@@ -12,6 +12,7 @@
 #   JOB_NAME         (default: tokenflow)
 #   SAVE_SECONDS     seconds before the time limit at which the run is told to save (default: 300)
 #   PYTHON           the interpreter on the nodes (default: python)
+#   TOKENFLOW_FLAGS  off: without the flags of launch/flags/gpu
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -58,6 +59,7 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
   need_number SETTLE_SECONDS 0
   need_program srun "run this on a SLURM cluster"
   check_needs
+  use_flags gpu # srun passes the environment on
   run "$@"
 else
   for name in NODES GPUS SAVE_SECONDS; do

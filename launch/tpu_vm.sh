@@ -19,6 +19,7 @@
 #   RUNTIME_VERSION   the VM image (default: chosen by TPU_TYPE)
 #   TPU_CREATE_FLAGS  more flags for create, such as "--spot --service-account=NAME"
 #   TPU_SSH_FLAGS     more flags for ssh and scp, such as "--tunnel-through-iap"
+#   TOKENFLOW_FLAGS   off: without the flags of launch/flags
 #   POLL              seconds between two checks of the pod (default: 30)
 #   MAX_RESTARTS      limit of `keep` on new pods plus new starts (default: 100)
 set -euo pipefail
@@ -97,7 +98,11 @@ install() {
 && bash tokenflow/launch/worker.sh install"
 }
 
-start() { everywhere "bash tokenflow/launch/worker.sh start $(quoted "$@")"; }
+start() {
+  local settings=""
+  [[ ${TOKENFLOW_FLAGS:-} != off ]] || settings="TOKENFLOW_FLAGS=off "
+  everywhere "${settings}bash tokenflow/launch/worker.sh start $(quoted "$@")"
+}
 stop() { everywhere "bash tokenflow/launch/worker.sh stop"; }
 delete() { qr delete "$TPU_NAME" --force; }
 

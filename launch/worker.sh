@@ -60,6 +60,7 @@ start() {
 train() {
   local code=0
   trap "" HUP # inherited by Python
+  use_flags
   cd "$ROOT"
   TOKENFLOW_SIGTERM_CODE="$SIGTERM_CODE" "$ENVIRONMENT/bin/python" -m tokenflow_jax.main \
     --distributed "$@" || code=$?

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from tokenflow_jax import cli, stages
-from tokenflow_jax.parallel import compiling, hlo
+from tokenflow_jax.parallel import chip_flags, compiling, hlo
 from tokenflow_jax.parallel.chips import COMPILER_ONLY, Topology, parse_topology
 
 if TYPE_CHECKING:  # it imports jax
@@ -73,6 +73,7 @@ def report(
     from tokenflow_jax.parallel import costs, mesh
 
     stages.stage_class(config.stage)
+    compiler_options = chip_flags.compiler_options(topology.chip)
     began, chip, sizes = time.monotonic(), topology.chip, config.get("mesh") or {}
     device_mesh = mesh.make_abstract_mesh(sizes, topology.devices)
     pack = config.get("pack", 1)
@@ -103,7 +104,9 @@ def report(
         jaxpr = jax.make_jaxpr(program.function)(*arguments).jaxpr
     if really:
         with mesh.use(device_mesh):
-            compiled = compiling.compile_for(program.compiled.lower(*arguments), topology, total)
+            compiled = compiling.compile_for(
+                program.compiled.lower(*arguments), topology, total, compiler_options or {}
+            )
     else:
         temporaries = int(costs.live_bytes(jaxpr) / mesh.batch_parts(device_mesh))
         excess = max(total + temporaries - chip.memory_bytes, 0)
@@ -117,6 +120,7 @@ def report(
         + " x ".join(f"{axis}={size}" for axis, size in device_mesh.shape.items()),
         f"parameters: {parameters / 1e6:.1f} million, "
         f"batch: {config.batch_size}{f' in rows of {pack}' * (pack > 1)}, compute: {stage.dtype}",
+        *([chip_flags.describe(compiler_options)] if chip.tpu else []),
         "",
         *_memory(held, compiled, topology, really),
         "",

@@ -1,5 +1,6 @@
 """The launch scripts: exact calls, unchanged arguments, exit codes and error messages."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from fakes import ARGUMENTS, LAUNCH
 
 TRAIN = ["python", "-m", "tokenflow_jax.main"]
+FLAGS = "--xla_tpu_run_space_to_batch=false --xla_tpu_run_space_to_batch_on_new_platforms=false"
 
 
 def test_scripts_are_shellcheck_clean():
@@ -35,6 +37,44 @@ def test_one_machine(machine):
     assert machine.run("local.sh").returncode == 130
 
 
+@pytest.mark.parametrize(
+    "settings, tpu, gpu",
+    [
+        ({}, FLAGS, ""),  # v5p-128
+        ({"TPU_TYPE": "v5litepod-16", "LIBTPU_INIT_ARGS": "--mine=1"}, f"{FLAGS} --mine=1", ""),
+        ({"TPU_TYPE": "v5p-128", "TOKENFLOW_FLAGS": "off", "LIBTPU_INIT_ARGS": "--a"}, "--a", ""),
+        ({"TPU_TYPE": "gpu", "XLA_FLAGS": "--mine"}, "", "--of_gpus=1 --mine"),
+        ({"TPU_TYPE": "v3-8"}, "", ""),  # no file
+    ],
+)
+def test_flags_of_the_chip_come_before_the_users(machine, settings, tpu, gpu):
+    copy = machine.folder / "launch"
+    shutil.copytree(LAUNCH, copy)
+    (copy / "flags" / "gpu").write_text("# why\n--of_gpus=1\n")
+    program = '#!/bin/sh\nprintf "%s|%s" "$LIBTPU_INIT_ARGS" "$XLA_FLAGS"\n'
+    (machine.bin / "python").write_text(program)
+    assert machine.run("local.sh", launch=copy, **settings).stdout == f"{tpu}|{gpu}"
+
+
+def test_a_gpu_of_this_machine_and_of_a_cluster_is_noticed(machine):
+    copy = machine.folder / "launch"
+    shutil.copytree(LAUNCH, copy)
+    (copy / "flags" / "gpu").write_text("--of_gpus=1\n")
+    for program in ("python", "srun", "nvidia-smi"):
+        (machine.bin / program).write_text('#!/bin/sh\nprintf "%s" "$XLA_FLAGS"\n')
+        (machine.bin / program).chmod(0o755)
+    assert machine.run("local.sh", launch=copy, TPU_TYPE=None).stdout == "--of_gpus=1"
+    assert machine.run("slurm.sh", launch=copy, SLURM_JOB_ID="1").stdout == "--of_gpus=1"
+
+
+def test_files_of_flags_are_comments_and_flags():
+    files = sorted((LAUNCH / "flags").iterdir())
+    assert {"v5e", "v5p", "v6e", "gpu"} <= {path.name for path in files}
+    for path in files:
+        for line in path.read_text().splitlines():
+            assert not line or re.fullmatch(r"# .+|--\w+=\S+", line), (path.name, line)
+
+
 @pytest.mark.parametrize("place", range(3))
 def test_dry_run_may_stand_anywhere(machine, place):
     arguments = ["--config=a", "--workdir=b"]
@@ -58,8 +98,11 @@ def test_gke_with_an_image(machine):
     command = shlex.split(call[-1].removeprefix("--command="))
     # exec, so that the container's SIGTERM reaches Python; XPK restarts on 143.
     assert command == [
-        "exec", "env", "TOKENFLOW_SIGTERM_CODE=143", *TRAIN, "--distributed", *ARGUMENTS
+        "exec", "env", "TOKENFLOW_SIGTERM_CODE=143",
+        f"LIBTPU_INIT_ARGS={FLAGS} ${{LIBTPU_INIT_ARGS:-}}", *TRAIN, "--distributed", *ARGUMENTS,
     ]  # fmt: skip
+    [call] = machine.check("gke_xpk.sh", "run", *ARGUMENTS, **settings, TOKENFLOW_FLAGS="off")
+    assert "LIBTPU_INIT_ARGS" not in call[-1]
 
 
 def test_gke_with_this_checkout(machine, checkout):

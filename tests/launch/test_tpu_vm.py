@@ -260,6 +260,7 @@ esac
 """
 # The interpreter on the worker: records its arguments and trains until SIGTERM.
 PYTHON = """#!/bin/bash
+printf '%s' "$LIBTPU_INIT_ARGS" >"$HOME/flags"
 printf '%s\\0' "$@" >"$HOME/arguments"
 trap 'exit "$TOKENFLOW_SIGTERM_CODE"' TERM
 [[ $* != *quick* ]] || exit 0
@@ -311,6 +312,7 @@ def test_a_worker_installs_runs_stops_and_continues(pod):
     wait_until(lambda: log.exists() and "training" in log.read_text())
     words = (home / "arguments").read_text().split("\0")[:-1]
     assert words == ["-m", "tokenflow_jax.main", "--distributed", *ARGUMENTS]
+    assert "--xla_tpu_run_space_to_batch=false" in (home / "flags").read_text()
     assert run("status").stdout.endswith("tokenflow: running\n")
     for arguments in (("run", *ARGUMENTS), ("install",)):
         result = run(*arguments)

@@ -57,7 +57,7 @@ def array(*shape, spec):
 arrays = (array(3, 512, 512, spec=(None, "fsdp")), array(count, 256, 512, spec=("fsdp",)))
 with mesh.use(device_mesh):
     lowered = jax.jit(jax.grad(loss), out_shardings=arrays[0].sharding).lower(*arrays)
-    found = compiling.compile_for(lowered, topology, 0)
+    found = compiling.compile_for(lowered, topology, 0, {})
 print(found.temporaries, found.excess, found.costs.cycles)
 print(sum(times for times, _ in found.costs.collectives.values()))
 """

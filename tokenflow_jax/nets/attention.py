@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from tokenflow_jax.parallel import costs, placement, self_check
 
@@ -31,6 +32,7 @@ KINDS = ("auto", "xla", "splash", "cudnn")
 # Added to scores that are not allowed. It swallows the score, so that a query without any allowed
 # key attends evenly, while gradients still flow to the score: a sum, not a `where`.
 NOT_ALLOWED = float(np.finfo(np.float32).min)
+SAVED = "attention"  # checkpoint name of what a backward pass would have to run a kernel again for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,8 @@ def attention(
     ) * (width**-0.5)
     scores += jnp.where(mask, 0.0, NOT_ALLOWED)[:, None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BQHD.dtype)
-    return jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD).reshape(q_BQHD.shape)
+    out_BQGHD = jnp.einsum("bghqk,bkgd->bqghd", weights, v_BKGD)
+    return checkpoint_name(out_BQGHD, SAVED).reshape(q_BQHD.shape)
 
 
 def _cudnn(
@@ -231,6 +234,14 @@ def _cudnn(
     return out_BLHD[:, :length]
 
 
+def _splash_block(length: int) -> int:
+    """Return the side of the fewest equal square tiles of at most 1,024 that cover `length`."""
+    # Instructions per score fall up to this side, forward and backward; larger ones exceed the
+    # compiler's limit of VMEM (benchmarks/attention_kernel.py).
+    tiles = -(-length // 1024)
+    return -(-length // (128 * tiles)) * 128
+
+
 def _splash(
     q_BLHD: jax.Array, k_BLGD: jax.Array, v_BLGD: jax.Array, mask: Mask, interpret: bool = False
 ) -> jax.Array:
@@ -238,7 +249,8 @@ def _splash(
 
     # Padding reads only padding here: its rows differ from XLA's and mean nothing.
     batch, length, _, width = q_BLHD.shape
-    extra = -length % 128  # up to whole tiles
+    side = _splash_block(length)
+    extra = -length % side  # up to whole tiles
     segments_BL = mask.real_BK if mask.segments_BK is None else mask.segments_BK
     if segments_BL is None:
         segments_BL = jnp.ones((batch, length), jnp.int32)
@@ -248,17 +260,27 @@ def _splash(
 
     segments_BL = jnp.pad(segments_BL.astype(jnp.int32), ((0, 0), (0, extra)))
     arrays = (prepare(q_BLHD * width**-0.5), prepare(k_BLGD), prepare(v_BLGD), segments_BL)
-    last_L = mask.blocks.last_key(length + extra)
-    allowed_LL = np.arange(length + extra) <= last_L[:, None]
+    # Computed in the kernel, tile by tile, and without a tile that no query reads: key <= last key.
+    order = splash.CausalMask((length + extra,) * 2)
+    order.q_sequence = mask.blocks.last_key(length + extra)
+    sides = splash.BlockSizes(*[side] * 6, use_fused_bwd_kernel=True)
 
     def local(q_BHLD, k_BGLD, v_BGLD, segments_BL):  # one device's rows and heads
-        heads = q_BHLD.shape[1]
-        masks = splash.MultiHeadMask([splash.NumpyMask(allowed_LL)] * heads)
-        kernel = splash.make_splash_mha(masks, head_shards=1, q_seq_shards=1, interpret=interpret)
-        repeat = heads // k_BGLD.shape[1]
-        k_BHLD, v_BHLD = (jnp.repeat(x, repeat, axis=1) for x in (k_BGLD, v_BGLD))
+        rows, heads, *rest = q_BHLD.shape
+        groups = k_BGLD.shape[1]
+        kernel = splash.make_splash_mqa(
+            splash.MultiHeadMask([order] * (heads // groups)),
+            block_sizes=sides,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=SAVED,
+            interpret=interpret,
+        )
         ids = splash.SegmentIds(segments_BL, segments_BL)
-        return jax.vmap(kernel)(q_BHLD, k_BHLD, v_BHLD, ids)
+        # The grid's leading axes, rows and groups, share out the cores of a chip that has two.
+        kernel = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))
+        q_BGHLD = q_BHLD.reshape(rows, groups, heads // groups, *rest)
+        return kernel(q_BGHLD, k_BGLD, v_BGLD, ids).reshape(q_BHLD.shape)
 
     out_BHLD = placement.over_batch(local, arrays, heads=(1, 1, 1, None))
     return out_BHLD.transpose(0, 2, 1, 3)[:, :length]

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.nets.attention import SAVED
 from tokenflow_jax.parallel.placement import on_batch
 
 
@@ -25,7 +26,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": tanh_gelu,
 }
 REMAT = ("none", "block", "dots")
-_SAVED = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def _dots_and_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    # cuDNN's results have no checkpoint names.
+    return (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+        or jax.checkpoint_policies.save_only_these_names(SAVED)(primitive, *args, **params)
+        or primitive.name.startswith("dot_product_attention_fwd")
+    )
+
+
+_SAVED = {"block": None, "dots": _dots_and_attention}
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
@@ -154,7 +166,7 @@ def stack(block: type[nn.Module], depth: int, remat: str = "none", **scan: Any) 
     """Repeat a block as one scanned module, so that compile time does not grow with depth.
 
     Each parameter gets a leading layer axis. The backward pass recomputes "none", the whole
-    "block", or everything except the results of matrix products with parameters ("dots").
+    "block", or all but the results of attention and of matrix products with parameters ("dots").
     """
     if remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=_SAVED[remat])

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tokenflow_jax.parallel import hlo
@@ -61,10 +62,10 @@ def devices(topology: Topology) -> list[Any]:
         ) from error
 
 
-def compile_for(lowered: Any, topology: Topology, held: int) -> Compiled:
+def compile_for(lowered: Any, topology: Topology, held: int, flags: Mapping[str, str]) -> Compiled:
     """Compile; a program that is too large is a result, too.
 
-    `held` are the bytes of the program's arguments.
+    `held` are the bytes of the program's arguments, `flags` the compiler's for a TPU.
     """
     if not topology.chip.tpu:
         compiled = lowered.compile(_GPU_OPTIONS)
@@ -75,7 +76,7 @@ def compile_for(lowered: Any, topology: Topology, held: int) -> Compiled:
         return Compiled(temporaries, code, excess, hlo.read(text), text)
     # The text comes through a file: jaxlib cannot print every program of a newer libtpu.
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
         try:
             temporaries, code = _sizes(lowered.compile(options).memory_analysis())
         except Exception as error:  # XlaRuntimeError is not public under one name
