@@ -59,3 +59,24 @@ def test_the_clock_is_the_peak_over_the_operations_of_a_cycle():
         assert chip.tflops * 1e3 == pytest.approx(
             units * side * side * 2 * chip.clock_ghz, rel=0.01
         ), name
+
+
+@pytest.mark.parametrize(
+    "kind,name",
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_devices_are_known_by_what_jax_calls_them(kind, name):
+    chip = chips.chip_of(kind)
+    assert (chip and chip.name) == name

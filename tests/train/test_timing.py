@@ -37,7 +37,7 @@ def test_stopwatch_leaves_out_pauses(monkeypatch):
 def test_steps_have_percentiles_and_the_rest_has_names(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    watch = timing.Stopwatch(total_steps=1000, images_per_step=2)
+    watch = timing.Stopwatch(total_steps=1000, images_per_step=2, peak_rate=400.0)
     assert watch.goodput() == "unknown" and watch.usual_step == 0
 
     def spend(seconds):
@@ -48,7 +48,7 @@ def test_steps_have_percentiles_and_the_rest_has_names(monkeypatch):
     watch.start()
     for i in range(100):
         spend(3.0 if i == 50 else 0.5)  # one straggler
-        watch.step(tokens=10)
+        watch.step(tokens=10, operations=105.0)
         if i == 70:
             with watch.beside("saving"):  # no part of the next step
                 spend(7.5)
@@ -56,6 +56,7 @@ def test_steps_have_percentiles_and_the_rest_has_names(monkeypatch):
     assert figures["perf/step_seconds_p50"] == figures["perf/step_seconds_p90"] == 0.5
     assert 0.5 < figures["perf/step_seconds_p99"] <= 3.0
     assert figures["perf/tokens_per_second"] == pytest.approx(1000 / 52.5)
+    assert figures["perf/mfu"] == pytest.approx(0.5)
     watch.waited(2.5)
     spend(2.5)
     watch.step()

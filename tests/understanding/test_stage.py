@@ -7,6 +7,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import several_devices_program
@@ -166,6 +167,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tokenizer, chats, tm
     assert int(state.step) == 4
     again = run(tiny(tokenizer, chats), tmp_path.parent / "whole")
     jax.tree.map(np.testing.assert_array_equal, trained[1].params, again.params)
+
+
+@pytest.mark.parametrize("encode", ["once", "step"])
+def test_rows_of_all_lengths_are_compiled_before_the_first_step(tokenizer, chats, encode):
+    stage = make(tiny(tokenizer, chats, **{"data.encode": encode}))
+    state, batch = stage.init(), next(stage.data())
+    batch = jax.tree.map(lambda x: jax.device_put(x, stage.batch_sharding), batch)
+    assert stage.compile(state, batch) == 2
+    widened = {
+        name: jnp.resize(x, (x.shape[0], 80)) if x.ndim == 2 and x.shape[1] == 64 else x
+        for name, x in batch.items()
+    }
+    assert {batch["ids"].shape[1], widened["ids"].shape[1]} == {64, 80}
+    for rows in (batch, widened):
+        rows = jax.tree.map(lambda x: jax.device_put(x, stage.batch_sharding), rows)
+        state, _ = stage.step(state, rows)
+        assert stage.operations_of(rows) > 0
+    assert stage.operations_of(widened) > 1.1 * stage.operations_of(batch) or encode == "step"
+    assert stage.program.compiled._cache_size() == 0  # nothing was compiled by the way
 
 
 @pytest.mark.slow

@@ -97,6 +97,26 @@ CHIPS: dict[str, Chip] = {
 _NETWORK_GBS = 400
 
 
+# Pieces of the names that JAX gives to devices.
+_KINDS = {
+    "v4": ("TPU v4",),
+    "v5e": ("TPU v5 lite", "TPU v5e"),
+    "v5p": ("TPU v5",),
+    "v6e": ("TPU v6",),
+    "tpu7x": ("TPU7x",),
+    "a100": ("A100",),
+    "h100": ("H100",),
+    "h200": ("H200",),
+    "b200": ("B200",),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the chip of a JAX device's `device_kind`; None for an unknown one, such as a CPU."""
+    found = (n for n, kinds in _KINDS.items() if any(kind in device_kind for kind in kinds))
+    return CHIPS.get(next(found, ""))
+
+
 class Topology(NamedTuple):
     """Chips of one kind, in slices of the same shape."""
 

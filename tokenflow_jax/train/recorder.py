@@ -13,7 +13,7 @@ from etils import epath
 
 from tokenflow_jax.log import duration, log
 from tokenflow_jax.messages import one_line
-from tokenflow_jax.parallel import hosts
+from tokenflow_jax.parallel import chips, hosts
 from tokenflow_jax.train import checkpoint, curves, metrics, profile, report, timing, watch
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.stage import LoopOptions, Stage, State
@@ -50,13 +50,16 @@ class Recorder:
         self._writer = curves.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
         self._averages = metrics.Averages(**start.averages)
         self._failures: list[str] = []
-        self._stopwatch = timing.Stopwatch(options.total_steps, stage.config.batch_size)
+        self._stopwatch = timing.Stopwatch(
+            options.total_steps, stage.config.batch_size, _peak_rate()
+        )
         if began is not None:
             self._stopwatch.count("starting", time.perf_counter() - began)
         self._watch = watch.Watch(lambda: self._stopwatch.usual_step)
         self._profiler = profile.Profiler(profile_steps, lock.workdir)
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._step, self._first_step, self._tokens = step, step + 1, 0
+        self._pending: tuple[int, dict[str, jax.Array], tuple[int, float]] | None = None
+        self._work = 0, 0.0  # tokens and operations of the running step
+        self._step, self._first_step = step, step + 1
         self._compile_seconds: float | None = None
         evals = [line for line in self._writer.history if any(k[:5] == "eval/" for k in line)]
         # Of the process that has the files: whether to evaluate must be the same in all.
@@ -76,7 +79,7 @@ class Recorder:
             self._compile_seconds = time.perf_counter() - began
             many = f" for {count} lengths of rows" if count > 1 else ""
             log.info("compiled%s: %s", many, duration(self._compile_seconds))
-            self._tokens = self._stage.tokens_of(batch)
+        self._work = self._stage.tokens_of(batch), self._stage.operations_of(batch)
         self._profiler.before(step)
 
     def after_dispatch(self, step: int, scalars: dict[str, jax.Array], data_wait: float) -> None:
@@ -84,7 +87,7 @@ class Recorder:
         self._step = step
         self._stopwatch.waited(data_wait)
         self.drain()
-        self._pending = step, scalars
+        self._pending = step, scalars, self._work
         self._watch.doing(f"step {step}")
         self._profiler.after(step, scalars)
 
@@ -186,7 +189,7 @@ class Recorder:
         self._profiler.close()
         self._writer.close()
 
-    def _fetch(self, step: int, scalars: dict[str, jax.Array]) -> None:
+    def _fetch(self, step: int, scalars: dict[str, jax.Array], work: tuple[int, float]) -> None:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         bad = metrics.non_finite(values)
         if bad:
@@ -196,7 +199,8 @@ class Recorder:
             )
         self._averages.add(values)
         if step > self._first_step:  # which also loads the program
-            self._stopwatch.step(self._tokens * values.get("filled", 1.0))
+            tokens, operations = work
+            self._stopwatch.step(tokens * values.get("filled", 1.0), operations)
         self._stopwatch.start()
         if self._options.due(self._options.log_every, step):
             line = self._averages.pop() | self._stopwatch.pop(step)
@@ -220,6 +224,12 @@ class Recorder:
         notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures]
         self._writer.flush()
         report.write_report(self._lock.workdir, self._writer.history, facts, self._config, notes)
+
+
+def _peak_rate() -> float:
+    """Return operations per second of all devices at their peak; 0 where it is not known."""
+    chip = chips.chip_of(jax.devices()[0].device_kind)
+    return jax.device_count() / chip.devices * chip.tflops * 1e12 if chip else 0.0
 
 
 def _memory_peak() -> str:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenflow_jax.parallel import costs
 from tokenflow_jax.parallel import mesh as meshes
 from tokenflow_jax.train import optim
 from tokenflow_jax.train.run_config import config_to_dict
@@ -32,6 +33,13 @@ class Program(NamedTuple):
     compiled: Any  # the same, jitted; to be called or lowered with the mesh in use
     arguments: tuple[PyTree, ...]
     parts: Mapping[str, PyTree]  # the arguments by what they are, for reports
+
+
+class Step(NamedTuple):
+    """A compiled step."""
+
+    run: Callable[..., Any]
+    operations: float  # over all devices, see `costs.Operations.needed`
 
 
 class Stage(abc.ABC):
@@ -61,7 +69,7 @@ class Stage(abc.ABC):
         self.frozen: PyTree = {}
         self.notes: list[str] = []
         self.between_batches: Callable[[], None] = lambda: None
-        self._steps: dict[tuple, Any] = {}  # shapes of a batch -> compiled step
+        self._steps: dict[tuple, Step] = {}  # by the shapes of a batch
         meshes.check_batch_size(config.batch_size, mesh, self.pack)
 
     @abc.abstractmethod
@@ -179,9 +187,11 @@ class Stage(abc.ABC):
     def compile(self, state: State, batch: PyTree) -> int:
         """Compile the step for batches of all shapes; return how many there are."""
 
-        def compiled(shapes: PyTree) -> Any:
+        def compiled(shapes: PyTree) -> Step:
             with meshes.use(self.mesh):
-                return self.program.compiled.lower(state, self.frozen, shapes).compile()
+                traced = self.program.compiled.trace(state, self.frozen, shapes)
+                needed = costs.operations(traced.jaxpr.jaxpr).needed
+                return Step(traced.lower().compile(), needed)
 
         variants = self.all_shapes(batch)
         with ThreadPoolExecutor(min(len(variants), os.cpu_count() or 1)) as pool:
@@ -192,8 +202,13 @@ class Stage(abc.ABC):
     def step(self, state: State, batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
         """Run one step, giving up the state; return the new one and scalars, finite "loss/*"."""
         with meshes.use(self.mesh):
-            run = self._steps.get(_key(batch), self.program.compiled)
+            known = self._steps.get(_key(batch))
+            run = known.run if known else self.program.compiled
             return run(state, self.frozen, batch)
+
+    def operations_of(self, batch: PyTree) -> float:
+        """Return what a step on a batch of compiled shape needs; see `costs.Operations`."""
+        return self._steps[_key(batch)].operations
 
     def init(self) -> State:
         """Return the state from scratch, sharded."""

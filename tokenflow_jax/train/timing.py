@@ -19,13 +19,16 @@ class Stopwatch:
     loop spent blocked on the next batch. What `beside` measures is everything else.
     """
 
-    def __init__(self, total_steps: int, images_per_step: int) -> None:
+    def __init__(self, total_steps: int, images_per_step: int, peak_rate: float = 0.0) -> None:
+        """Set what figures refer to; `peak_rate` is of operations per second, 0 if unknown."""
         self._total_steps, self._images_per_step = total_steps, images_per_step
+        self._peak_rate = peak_rate
         self._running_since: float | None = None
         self._wall_since: float | None = None
         self._last_step = 0.0
-        # Seconds of training, of data wait, steps and tokens: since the last `pop`, and before it.
-        self._interval, self._earlier = np.zeros(4), np.zeros(4)
+        # Seconds of training, of data wait, steps, tokens and operations: since the last `pop`, and
+        # before it.
+        self._interval, self._earlier = np.zeros(5), np.zeros(5)
         self._steps: list[float] = []  # seconds of each step since the last `pop`
         self._all_steps = np.zeros(0, np.float32)
         self._beside: collections.Counter[str] = collections.Counter()
@@ -62,10 +65,10 @@ class Stopwatch:
         if self._running_since is not None:
             self._interval[1] += seconds
 
-    def step(self, tokens: float = 0.0) -> None:
-        """Count a finished step, and the tokens of its batch."""
+    def step(self, tokens: float = 0.0, operations: float = 0.0) -> None:
+        """Count a finished step, the tokens of its batch and the operations that it needed."""
         now = time.perf_counter()
-        self._interval[2:] += 1, tokens
+        self._interval[2:] += 1, tokens, operations
         self._steps.append(now - self._last_step)
         self._last_step = now
 
@@ -78,14 +81,15 @@ class Stopwatch:
     def pop(self, step: int) -> dict[str, float]:
         """Return the figures since the last `pop` and start a new interval; {} without a step.
 
-        perf/data_wait_fraction is of the training time, from 0 to 1.
+        perf/data_wait_fraction is of the training time, perf/mfu (operations that the model needs,
+        without recomputation) of what the devices could do in it, both from 0 to 1.
         """
         if not self._interval[2]:
             return {}
         self._count_running_time()
         figures = self._rates(self._interval, self._steps)
         self._earlier += self._interval
-        self._interval = np.zeros(4)
+        self._interval = np.zeros(5)
         self._all_steps = np.concatenate([self._all_steps, np.float32(self._steps)])
         self._steps = []
         wall_per_step = (time.perf_counter() - self._wall_since) / self._earlier[2]
@@ -123,7 +127,7 @@ class Stopwatch:
             self._running_since = now
 
     def _rates(self, counted: np.ndarray, step_seconds: list[float]) -> dict[str, float]:
-        seconds, wait, steps, tokens = counted.tolist()
+        seconds, wait, steps, tokens, operations = counted.tolist()
         if not steps:
             return {}
         seconds = max(seconds, 1e-9)
@@ -132,6 +136,7 @@ class Stopwatch:
             "perf/steps_per_second": steps / seconds,
             "perf/images_per_second": steps / seconds * self._images_per_step,
             **({"perf/tokens_per_second": tokens / seconds} if tokens else {}),
+            **({"perf/mfu": operations / seconds / self._peak_rate} if self._peak_rate else {}),
             **{
                 f"perf/step_seconds_p{p}": float(t)
                 for p, t in zip(_PERCENTILES, times, strict=True)
