@@ -68,6 +68,12 @@ class Mask:
     # None if rows are not shared; not for use with a cache.
     segments_BK: jax.Array | None = None
 
+    def over(self, keys: int) -> "Mask":
+        """Return the mask of the first keys."""
+        if self.real_BK is None:
+            return self
+        return dataclasses.replace(self, real_BK=self.real_BK[:, :keys])
+
     def allowed(self, queries: int, keys: int, first: jax.Array | int = 0) -> jax.Array:
         """Return the mask as bool (B, Q, K), or (1, Q, K) where all keys are real.
 

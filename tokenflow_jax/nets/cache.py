@@ -10,7 +10,7 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("keys", "values", "length"),
-    meta_fields=("visible",),
+    meta_fields=("visible", "fresh"),
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -22,6 +22,8 @@ class Cache:
     # How many entries attention reads, known when compiling: at least `length` and the new tokens;
     # 0 reads all.
     visible: int = 0
+    # Nothing is in it yet: the first tokens read only each other, with the kernel of training.
+    fresh: bool = False
 
     @property
     def readable(self) -> int:
@@ -31,18 +33,19 @@ class Cache:
     def at(self, length: jax.Array | int, visible: int | None = None) -> "Cache":
         """Return the same arrays with another length; what lies behind it gets overwritten."""
         visible = self.visible if visible is None else visible
-        return dataclasses.replace(self, length=jnp.asarray(length, jnp.int32), visible=visible)
+        length = jnp.asarray(length, jnp.int32)
+        return dataclasses.replace(self, length=length, visible=visible, fresh=False)
 
     def extend(
         self, layer: jax.Array | int, k_BLGD: jax.Array, v_BLGD: jax.Array
     ) -> tuple["Cache", jax.Array, jax.Array]:
-        """Write a layer's new keys and values; return the cache and that layer's visible ones."""
+        """Write a layer's new keys and values; return the cache and those that attention reads."""
         new, seen = [], []
         for buffer, entries in ((self.keys, k_BLGD), (self.values, v_BLGD)):
             start = (layer, 0, self.length, 0, 0)
             buffer = jax.lax.dynamic_update_slice(buffer, entries[None].astype(buffer.dtype), start)
             size = (1, buffer.shape[1], self.readable, *buffer.shape[3:])
             read = jax.lax.dynamic_slice(buffer, (layer, 0, 0, 0, 0), size)[0]
-            seen.append(read.astype(entries.dtype))
+            seen.append(entries if self.fresh else read.astype(entries.dtype))
             new.append(buffer)
         return dataclasses.replace(self, keys=new[0], values=new[1]), *seen

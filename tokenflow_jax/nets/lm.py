@@ -79,7 +79,8 @@ def init_cache(
 ) -> Cache:
     """Return an empty cache for `batch` rows of up to `max_length` tokens, prompts included."""
     shape = (config.layers, batch, max_length, config.kv_heads, config.head_channels)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    arrays = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    return Cache(*arrays, fresh=True)
 
 
 class Attention(nn.Module):
@@ -211,10 +212,13 @@ class Decoder(nn.Module):
         batch, length, _ = embeddings_BLC.shape
         mask = Mask() if mask is None else mask
         shape = (batch, length, cfg.heads, cfg.head_channels)
-        kernel = attention_lib.choose(cfg.attention, mask, self.dtype, shape, cache is not None)
-        first, keys = (0, length) if cache is None else (cache.length, cache.readable)
-        if length > keys:
-            raise ValueError(f"{length} tokens do not fit into a cache of {keys}")
+        if cache is not None and length > cache.readable:
+            raise ValueError(f"{length} tokens do not fit into a cache of {cache.readable}")
+        alone = cache is None or cache.fresh  # these tokens read only each other
+        if cache is not None and alone:
+            mask = mask.over(length) if isinstance(mask, Mask) else mask[..., :length]
+        kernel = attention_lib.choose(cfg.attention, mask, self.dtype, shape, not alone)
+        first, keys = (0, length) if alone else (cache.length, cache.readable)
         if isinstance(mask, Mask) and kernel == "xla":
             mask = mask.allowed(length, keys, first)
         carry = (on_batch(embeddings_BLC.astype(self.dtype)), cache)

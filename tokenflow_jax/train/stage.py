@@ -191,8 +191,12 @@ class Stage(abc.ABC):
             with meshes.use(self.mesh):
                 traced = self.program.compiled.trace(state, self.frozen, shapes)
                 needed = costs.operations(traced.jaxpr.jaxpr).needed
-                return Step(traced.lower().compile(), needed)
+                run = traced.lower().compile()
+            # jax 0.10 mistakes the layout of int4 arrays that a compiled program is given; jit
+            # finds the program in the cache.
+            return Step(self.program.compiled if packed else run, needed)
 
+        packed = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(state))
         variants = self.all_shapes(batch)
         with ThreadPoolExecutor(min(len(variants), os.cpu_count() or 1)) as pool:
             found = pool.map(compiled, variants)

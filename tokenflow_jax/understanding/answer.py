@@ -1,4 +1,4 @@
-"""Answer prompts with a cache: `answer` in one program, `start` and `step` token by token."""
+"""Answer prompts with a cache: `answer` in one program, `read` and `step` token by token."""
 
 import dataclasses
 from typing import Any
@@ -76,6 +76,37 @@ def start(
         real_BK,
         cache,
         jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)),
+    )
+
+
+def read(
+    model: Understanding, params: PyTree, prompt: dict[str, jax.Array], cache: Cache | None,
+    first: jax.Array, count: jax.Array, key: jax.Array, decoding: Decoding, room: int,
+) -> AnswerState:  # fmt: skip
+    """Read more of one conversation; return the state before the first token of the answer.
+
+    Args:
+      prompt: as for `start`, of one row that is padded on the right.
+      cache: has the conversation's first `first` tokens, whatever lies behind them; None: nothing.
+      count: of the prompt's tokens.
+      room: of the cache, in tokens.
+    """
+    cache = cache.at(first) if cache else init_cache(model.config.lm, 1, room, model.dtype)
+    hidden_1LC, cache = model.apply(
+        {"params": params}, prompt["ids"], prompt["places"], prompt["segments"], prompt["features"],
+        cache, method="read_on",
+    )  # fmt: skip
+    last_11C = jax.lax.dynamic_slice_in_dim(hidden_1LC, count - 1, 1, axis=1)
+    logits_11V = model.apply({"params": params}, last_11C, method="logits")
+    return AnswerState(
+        jnp.full((1, decoding.max_new), decoding.pad_id, jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros(1, bool),
+        logits_11V[:, 0],
+        (first + count)[None],
+        jnp.ones((1, room), bool),
+        cache.at(first + count),  # the next tokens take the place of the padding
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(1)),
     )
 
 

@@ -24,7 +24,7 @@ from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
-from tokenflow_jax.understanding.answer import Decoding, answer, start, step
+from tokenflow_jax.understanding.answer import Decoding, answer, read, step
 from tokenflow_jax.understanding.chat import Chat, as_list, human_turn
 from tokenflow_jax.understanding.folder import torch_config
 from tokenflow_jax.understanding.model import (
@@ -35,6 +35,7 @@ from tokenflow_jax.understanding.model import (
     visual_features,
 )
 from tokenflow_jax.understanding.names import PART
+from tokenflow_jax.understanding.session import Session
 from tokenflow_jax.weights.card import UNKNOWN, Trained
 from tokenflow_jax.weights.pretrained import Pretrained
 
@@ -157,7 +158,11 @@ class Assistant(Pretrained):
 
         compiled = {
             "likelihood": jax.jit(likelihood),
-            "start": jax.jit(functools.partial(start, model), static_argnames="decoding"),
+            "read": jax.jit(
+                functools.partial(read, model),
+                static_argnames=("decoding", "room"),
+                donate_argnums=2,
+            ),
             "answer": jax.jit(functools.partial(answer, model), static_argnames="decoding"),
             "step": jax.jit(
                 functools.partial(step, model), static_argnames="decoding", donate_argnames="state"
@@ -231,40 +236,49 @@ class Assistant(Pretrained):
         """Start a conversation."""
         return Chat(self)
 
+    def session(self) -> Session:
+        """Begin a conversation's cache."""
+        return Session(self._compiled, self.params, self.vectors, self._padded_features)
+
     def stream(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture], how: Decoding, seed: int = 0
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture],
+        how: Decoding,
+        seed: int = 0,
+        session: Session | None = None,
     ) -> Iterator[str]:
-        """Yield the next answer of a conversation piece by piece; see `Chat.stream`."""
-        prompt = self._prompt([list(turns)], [list(pictures)], how.max_new)
-        key = jax.random.key(seed)
-        state = self._compiled["start"](self.params, prompt, key, decoding=how)
-        said = ""
-        for count in range(1, how.max_new + 1):
-            state = self._compiled["step"](self.params, state=state, decoding=how)
-            ids_N = np.asarray(state.ids_BN)[0, :count]  # a slice on the device would be compiled
-            done = bool(state.done_B[0])
+        """Yield the next answer of a conversation piece by piece; see `Chat.stream`.
+
+        A `session` has what was read of the conversation before.
+        """
+        session, said = session or self.session(), ""
+        for ids_N, done in session.tokens(self._row(turns, how.max_new), pictures, how, seed):
             text = questions.answer_text(self.text_tokenizer, ids_N, how.stop_ids)
             # A character of several tokens waits for the last of them.
             if text.startswith(said) and (done or not text.endswith(_REPLACEMENT)):
                 if text != said:
                     yield text[len(said) :]
                 said = text
-            if done:
-                return
+
+    def _row(self, turns: Sequence[Turn], max_new: int) -> dict[str, np.ndarray]:
+        room = self.max_length - max_new
+        how = (self.template, self.text_tokenizer)
+        return questions.question_row(*how, list(turns), self.vectors, room)
 
     def _prompt(
         self, turns: Sequence[Sequence[Turn]], pictures: Sequence[Sequence[Picture]], max_new: int
     ) -> dict[str, np.ndarray]:
         """Return rows, padded on the left to one of few lengths, and their pictures' features."""
-        room = self.max_length - max_new
-        rows = [
-            questions.question_row(self.template, self.text_tokenizer, t, self.vectors, room)
-            for t in turns
-        ]
+        rows = [self._row(t, max_new) for t in turns]
         longest = max(len(row["ids"]) for row in rows)
         prompt = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND, "left")
         del prompt["labels"]
         return {**prompt, "features": self._row_features(pictures)}
+
+    def _padded_features(self, pictures: Sequence[Picture]) -> np.ndarray:
+        """Return the features of pictures, or one that nothing reads: float32 (M, N, C)."""
+        return self._row_features([pictures])[0]
 
     def _row_features(self, pictures: Sequence[Sequence[Picture]]) -> np.ndarray:
         """Return the features of each row's pictures, float32 (B, M, N, C), zero-padded."""

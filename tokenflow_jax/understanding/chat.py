@@ -15,6 +15,7 @@ class Chat:
         self.assistant = assistant
         self.turns: list[Turn] = []
         self.pictures: list[Picture] = []
+        self._session = assistant.session()
 
     def stream(
         self,
@@ -38,7 +39,7 @@ class Chat:
         pictures = [*self.pictures, *new]
         decoding = self.assistant.decoding(max_new, temperature, top_k, top_p)
         said = ""
-        for piece in self.assistant.stream(turns, pictures, decoding, seed):
+        for piece in self.assistant.stream(turns, pictures, decoding, seed, self._session):
             said += piece
             yield piece
         self.turns, self.pictures = [*turns, (GPT, said)], pictures

@@ -130,7 +130,7 @@ class Understanding(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     # Methods that run the decoder's linear layers.
-    runs_decoder = ("__call__", "loss", "likelihood", "next_token")
+    runs_decoder = ("__call__", "loss", "likelihood", "read_on", "next_token")
 
     def setup(self):
         cfg = self.config
@@ -243,6 +243,19 @@ class Understanding(nn.Module):
 
     def logits(self, hidden_BLC: jax.Array) -> jax.Array:
         return self.lm.logits(hidden_BLC)
+
+    def read_on(
+        self,
+        ids_BL: jax.Array,
+        places_BL: jax.Array,
+        segments_BL: jax.Array,
+        features_BMNC: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Read rows, padded on the right, behind all that the cache has; as `__call__`."""
+        inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
+        positions_BL = cache.length + jnp.arange(ids_BL.shape[1])[None]
+        return self.lm(inputs_BLC, positions_BL, Mask(), cache)
 
     def next_token(
         self, ids_B: jax.Array, positions_B: jax.Array, real_BK: jax.Array, cache: Cache

@@ -1,0 +1,112 @@
+"""A conversation's cache, kept between turns: the model reads only what is new."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenflow_jax.data.chat import insertion
+from tokenflow_jax.data.pictures import Picture
+from tokenflow_jax.understanding.answer import AnswerState, Decoding
+
+_CHUNK = 64  # tokens are read, and
+_ROOM = 256  # the cache grows, by multiples of these, so that few programs are compiled
+
+
+class Session:
+    """What the model has read of one conversation, and where the cache of it is."""
+
+    def __init__(
+        self,
+        compiled: Mapping[str, Callable],
+        params: Any,
+        vectors: int,
+        features: Callable[[Sequence[Picture]], np.ndarray],
+    ):
+        """Begin with nothing.
+
+        Args:
+          compiled: jitted functions, "read" and "step" of `understanding.answer`.
+          vectors: per picture.
+          features: of pictures, float32 (images, N, C).
+        """
+        self._compiled, self._params = compiled, params
+        self._vectors, self._features = vectors, features
+        self._state: AnswerState | None = None
+        self._read = np.zeros((2, 0), np.int32)  # ids and places of the tokens in the cache
+        self._pictures: list[Picture] = []
+
+    def tokens(
+        self,
+        row: Mapping[str, np.ndarray],  # of `insertion.merge_row`, the whole conversation
+        pictures: Sequence[Picture],
+        decoding: Decoding,
+        seed: int,
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        """Yield the ids of an answer so far, int32 (n,), and True if it is complete."""
+        tokens = np.stack([row["ids"], row["places"]])
+        state = self._begin(tokens, list(pictures), decoding, seed)
+        for count in range(1, decoding.max_new + 1):
+            self._state = None  # its arrays are given away
+            state = self._compiled["step"](self._params, state=state, decoding=decoding)
+            ids_N = np.asarray(state.ids_BN)[0, :count]  # a slice on the device would be compiled
+            self._state = state
+            self._read = np.concatenate([tokens, [ids_N, np.full(count, insertion.TEXT)]], axis=1)
+            done = bool(state.done_B[0])
+            yield ids_N, done
+            if done:
+                return
+
+    def _begin(
+        self, tokens: np.ndarray, pictures: list[Picture], decoding: Decoding, seed: int
+    ) -> AnswerState:
+        """Read what the cache lacks; the last token is read in any case, for what follows it."""
+        kept = self._common(tokens, pictures)
+        new = tokens[:, kept:]
+        count, padded = new.shape[1], -(-new.shape[1] // _CHUNK) * _CHUNK
+        room = max(kept + padded, tokens.shape[1] + decoding.max_new)
+        room = -(-room // _ROOM) * _ROOM
+        shown = new[1][new[1] >= 0]
+        first = int(shown.min()) // self._vectors if shown.size else len(pictures)
+        places = np.where(new[1] >= 0, new[1] - first * self._vectors, insertion.TEXT)
+        prompt = insertion.pad_rows([{"ids": new[0], "places": places}], padded)
+        del prompt["labels"]
+        prompt["features"] = self._features(pictures[first:])[None]
+        cache = self._state.cache if kept else None
+        if cache is not None and room > cache.keys.shape[2]:
+            cache = jax.tree.map(_grown(room), cache)
+        elif cache is not None:
+            room = cache.keys.shape[2]
+        self._state, self._read, self._pictures = None, self._read[:, :0], pictures
+        return self._compiled["read"](
+            self._params,
+            prompt,
+            cache,
+            np.int32(kept),
+            np.int32(count),
+            jax.random.key(seed),
+            decoding=decoding,
+            room=room,
+        )
+
+    def _common(self, tokens: np.ndarray, pictures: list[Picture]) -> int:
+        """Return how many tokens of a row are in the cache."""
+        most = min(tokens.shape[1] - 1, self._read.shape[1])
+        same = (tokens[:, :most] == self._read[:, :most]).all(axis=0)
+        kept = most if same.all() else int(np.argmin(same))
+        seen = -(-(int(tokens[1, :kept].max(initial=-1)) + 1) // self._vectors)
+        known = zip(pictures[:seen], self._pictures, strict=False)
+        return kept if self._state is not None and all(a is b for a, b in known) else 0
+
+
+def _grown(room: int) -> Callable[[jax.Array], jax.Array]:
+    """Return a function that makes room for more entries in the arrays of a cache."""
+
+    def grow(x: jax.Array) -> jax.Array:
+        if x.ndim < 3:
+            return x
+        return jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), *((0, 0),) * (x.ndim - 3)))
+
+    return grow
