@@ -144,7 +144,9 @@ def _base(model: GenerationConfig) -> ConfigDict:
 
 def _7b() -> ConfigDict:
     """The paper's model and recipe, with an unconditional branch of its own for guidance."""
-    return _base(VARIANTS["7b"])
+    config = _base(VARIANTS["7b"])
+    config.remat = "dots"  # on pods; where memory is short, block
+    return config
 
 
 def _parity() -> ConfigDict:

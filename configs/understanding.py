@@ -171,6 +171,7 @@ def _finetune(name: str) -> ConfigDict:
     """Stage 2: projector and language model, on 10 M instructions."""
     config = _base(VARIANTS[name])
     config.total_steps = 10_000_000 // 128
+    config.remat = "dots"  # on pods; where memory is short, block
     config.data.order = "grouped"
     config.pack, config.data.buckets = 2, (1536, 2048, 2304, 2560, 3072)
     config.optimizer.warmup_steps = round(0.03 * config.total_steps)

@@ -248,7 +248,7 @@ def _levers(
     if split < count:
         saved = state * (1 - split / count)
         rows.append((saved, f"--config.mesh.fsdp={count} --config.mesh.data=1: split the state"))
-    if config.remat == "none":
+    if config.remat != "block":
         rows.append((compiled.temporaries * 0.6, "--config.remat=block: recompute activations"))
     parts = batch_parts(mesh) * config.get("pack", 1)
     needed = max(compiled.temporaries - compiled.excess, 1)

@@ -1,5 +1,6 @@
 """The decoder against transformers' results; its cache, masks, remat and chunked loss."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -16,6 +17,7 @@ from tokenflow_jax.nets import attention as attention_lib
 from tokenflow_jax.nets import lm
 from tokenflow_jax.nets.attention import NOT_ALLOWED, Blocks, Mask, attention, choose
 from tokenflow_jax.nets.lm import Decoder, LMConfig
+from tokenflow_jax.parallel import mesh
 from tokenflow_jax.weights import language_model, rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -292,12 +294,15 @@ def test_remat_changes_no_gradient_of_splash(monkeypatch):
             np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("remat, times", [("none", 1), ("block", 2), ("dots", 1)])
-def test_kernels_of_attention_in_a_training_step(remat, times, monkeypatch):
+def test_kernels_of_attention_in_a_training_step(remat, times, split, monkeypatch):
     """With "dots" the backward pass reads the forward kernel's results; "block" runs it again."""
     decoder, params, ids = tiny(remat=remat)
     monkeypatch.setattr(attention_lib, "choose", lambda *_: "splash")
-    jaxpr = jax.make_jaxpr(jax.grad(lambda p: plain_loss(decoder, p, ids, ids)))(params).jaxpr
+    devices = mesh.make_abstract_mesh({"data": 3, "tensor": 2}, 6)
+    with mesh.use(devices) if split else contextlib.nullcontext():
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: plain_loss(decoder, p, ids, ids)))(params).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     names = [equation.params["name"] for equation in equations(used) if is_kernel(equation)]
     assert sum("fwd" in name for name in names) == times
