@@ -112,7 +112,7 @@ def choose(
         raise ValueError(f"attention {kind!r}: one of {', '.join(KINDS)}")
     if kind == "xla":
         return kind
-    device, name, width = _platform(), jnp.dtype(dtype).name, shape[-1]
+    device, name, width = platform(), jnp.dtype(dtype).name, shape[-1]
     kernel = kind
     if kind == "auto":
         kernel = "cudnn" if device in _GPUS else "splash"
@@ -144,7 +144,8 @@ def choose(
     return kind
 
 
-def _platform() -> str:
+def platform() -> str:
+    """Return "cpu", "tpu" or "gpu": where the program that is traced will run."""
     # The program may be for another machine (preflight): then the mesh in use knows its devices.
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
