@@ -56,9 +56,10 @@ def seconds(run: Callable[[], Any], rounds: int = 5) -> float:
     jax.block_until_ready(run())
     began = time.perf_counter()
     jax.block_until_ready(run())
-    calls = max(1, min(50, int(0.1 / (time.perf_counter() - began))))
+    once = time.perf_counter() - began
+    calls = max(1, min(50, int(0.1 / once)))
     times = []
-    for _ in range(rounds):
+    for _ in range(rounds if once < 1 else 2):
         began = time.perf_counter()
         for _ in range(calls):
             out = run()
@@ -95,9 +96,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_part(
-    rows: Iterator[Row], deadline: float, report: Callable[[Row], None]
-) -> dict[str, Any]:
+def run_part(rows: Iterator[Row], deadline: float, report: Callable[[Row], None]) -> dict[str, Any]:
     """Run a part until the time is over; return its rows, seconds and any error."""
     began, found = time.monotonic(), {"rows": []}
     try:
