@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 _SMALL_MEMORY = 24e9  # bytes; devices with less get smaller models and batches
@@ -96,7 +96,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run_part(rows: Iterator[Row], deadline: float, report: Callable[[Row], None]) -> dict[str, Any]:
+def run_part(
+    rows: Generator[Row], deadline: float, report: Callable[[Row], None]
+) -> dict[str, Any]:
     """Run a part until the time is over; return its rows, seconds and any error."""
     began, found = time.monotonic(), {"rows": []}
     try:
@@ -111,6 +113,8 @@ def run_part(rows: Iterator[Row], deadline: float, report: Callable[[Row], None]
                 break
     except Exception as error:  # whatever a compiler or a device says; the other parts go on
         found["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+    finally:
+        rows.close()  # leaves its contexts, such as a mesh in use
     found["seconds"] = round(time.monotonic() - began, 1)
     return found
 

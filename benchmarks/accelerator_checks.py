@@ -4,7 +4,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ _TOLERANCES = {
 }
 
 
-def goldens(setting: Setting) -> Iterator[Row]:
+def goldens(setting: Setting) -> Generator[Row]:
     """Compare with the reference's stored results, on weights drawn from their names."""
     if not (_TESTS / "golden" / "weights.py").is_file():
         raise FileNotFoundError(
@@ -133,7 +133,7 @@ def _relative(got: Any, want: Any) -> float:
     return float(abs(got - want).max() / abs(want).max())
 
 
-def kernels(setting: Setting) -> Iterator[Row]:
+def kernels(setting: Setting) -> Generator[Row]:
     """Compare kernels with their plain forms, in results and time."""
     if setting.platform == "cpu":
         splash = functools.partial(attention_lib._splash, interpret=True)

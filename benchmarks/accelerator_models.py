@@ -9,7 +9,7 @@ import importlib.util
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -145,7 +145,7 @@ def compiled_step(stage: Stage) -> tuple[Any, float, float]:
     return compiled, needed, time.perf_counter() - began
 
 
-def steps(setting: Setting) -> Iterator[Row]:
+def steps(setting: Setting) -> Generator[Row]:
     """Time the training steps of all stages."""
     for name in ("generation", "understanding", "tokenizer"):
         yield _step(name, setting)
@@ -195,7 +195,7 @@ def _peak() -> int:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def sampling(setting: Setting) -> Iterator[Row]:
+def sampling(setting: Setting) -> Generator[Row]:
     """Time drawing pictures with guidance, one pass per scale."""
     for variant in ("", *(() if setting.tiny else ("7b",))):
         for images in (1, 2) if setting.tiny else (1, 8):
@@ -211,7 +211,7 @@ def sampling(setting: Setting) -> Iterator[Row]:
             yield Row(name, {"images/s": images / took, "ms": 1e3 * took})
 
 
-def answering(setting: Setting) -> Iterator[Row]:
+def answering(setting: Setting) -> Generator[Row]:
     """Time answers of one device: reading a prompt with a picture, then token by token."""
     key = jax.random.key(0)
     with mesh.use(mesh.make_mesh(None, jax.devices()[:1])):
@@ -245,9 +245,10 @@ def answering(setting: Setting) -> Iterator[Row]:
             yield Row(name, figures)
 
 
-def tokenizer(setting: Setting) -> Iterator[Row]:
+def tokenizer(setting: Setting) -> Generator[Row]:
     """Time encoding and decoding on one device."""
-    config = make_stage("tokenizer", setting).model_config
+    one = mesh.make_mesh(None, jax.devices()[:1])
+    config = make_stage("tokenizer", setting, jax.devices()[:1]).model_config
     params = fill(TOKENIZER.template(config))
     rows = 2 if setting.tiny else 32
     size, tokens = config.image_size, config.pyramid.tokens
@@ -258,12 +259,13 @@ def tokenizer(setting: Setting) -> Iterator[Row]:
         calls = {"encode": (used.encode_fn, images_BHWC), "decode": (used.decode_fn, codes_BL)}
         for name, (function, array) in calls.items():
             setting.say(f"  compiling {name} in {dtype}")
-            took = seconds(functools.partial(jax.jit(function), params, array))
+            run = mesh.bind(one, jax.jit(function))
+            took = seconds(functools.partial(run, params, array))
             what = f"{name}, {size} px, {rows} images, {dtype}"
             yield Row(what, {"images/s": rows / took, "ms": 1e3 * took})
 
 
-def cache(setting: Setting) -> Iterator[Row]:
+def cache(setting: Setting) -> Generator[Row]:
     """Time compiling a step for the first time and again, with the persistent cache."""
     setting.say("  compiling a step twice")
     directory, least = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"

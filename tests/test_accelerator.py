@@ -31,7 +31,9 @@ def test_a_part_that_fails_keeps_its_rows_and_says_why():
 
 
 def test_a_part_stops_when_the_time_is_over():
-    part = accelerator.run_part(rows(1.0, 2.0), time.monotonic() - 1, lambda row: None)
+    given = rows(1.0, 2.0)
+    part = accelerator.run_part(given, time.monotonic() - 1, lambda row: None)
+    assert next(given, "closed") == "closed"
     assert len(part["rows"]) == 1 and "time is over" in part["stopped"] and "error" not in part
 
 
