@@ -109,11 +109,12 @@ def _values(leaf: jax.ShapeDtypeStruct, limit: int) -> jax.Array:
         return jax.random.split(jax.random.key(0), leaf.shape)
     bits = jnp.full(leaf.shape, 0x9E3779B9, jnp.uint32)
     for axis in range(len(leaf.shape)):
-        bits = (bits ^ jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)) * 0x85EBCA6B
+        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        bits = (bits ^ index) * jnp.uint32(0x85EBCA6B)
         bits ^= bits >> 15
     if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return (bits % min(limit, jnp.iinfo(leaf.dtype).max)).astype(leaf.dtype)
-    even = bits.astype(jnp.float32) / 2**32 - 0.5  # of deviation 0.29
+        return (bits % jnp.uint32(min(limit, jnp.iinfo(leaf.dtype).max))).astype(leaf.dtype)
+    even = bits.astype(jnp.float32) / 2.0**32 - 0.5  # of deviation 0.29
     return (even * (0.07 if len(leaf.shape) > 1 else 3.4)).astype(leaf.dtype)
 
 
