@@ -19,6 +19,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')  # GPUs; TPUs have it in the condition
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63  # cycles of an instruction that the compiler has no estimate for: -1, unsigned
 _ROOT = re.compile(r"^\s*ROOT ")
 _SYNCHRONOUS = re.compile(r'"is_sync":true')
 
@@ -75,7 +76,7 @@ def read(text: str) -> Costs:
                     nbytes, sent = _array_bytes(*_ARRAY.search(root).groups()), nbytes
                 costs.add(kind, times, nbytes, sent, waited)
                 continue
-            if fused is None and (cycles := _CYCLES.search(line)):
+            if fused is None and (cycles := _CYCLES.search(line)) and int(cycles[1]) < _UNKNOWN:
                 costs.cycles += times * int(cycles[1])
             called = _FUSED.search(line) or _ASYNC.search(line) or _OFFLOADED.search(line)
             if called:
