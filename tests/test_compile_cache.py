@@ -6,22 +6,24 @@ import sys
 
 import pytest
 
+from tokenflow_jax import remote
+
 PROGRAM = """
 import sys
 from absl import flags
 from tokenflow_jax import compile_cache
 import jax
-compile_cache.set_up(sys.argv[1] or None)
+compile_cache.set_up(sys.argv[1] or None, sys.argv[2] or None)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x + 1)(1.0)
 """
 
 
-def kept(tmp_path, choice="", **environment):
+def kept(tmp_path, choice="", workdir="", **environment):
     """Compile in a process; return the folders with programs, relative to tmp_path."""
     known = {k: v for k, v in os.environ.items() if "CACHE" not in k}
     environment = {**known, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
-    subprocess.run([sys.executable, "-c", PROGRAM, choice], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", PROGRAM, choice, workdir], env=environment, check=True)
     return {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("*-cache")}
 
 
@@ -48,3 +50,12 @@ def test_off(tmp_path, how):
 def test_a_folder_that_cannot_be_made_costs_a_line_only(tmp_path):
     (tmp_path / "file").write_text("")
     assert kept(tmp_path, str(tmp_path / "file" / "x")) == set()
+
+
+def test_a_bucket(tmp_path, bucket):
+    """A pod's machines come and go: programs are kept beside the checkpoints."""
+    assert kept(tmp_path, workdir=bucket) == set()
+    below = remote.files_below(f"{bucket}/compiled")
+    assert below and all(name.endswith("-cache") for name in below), below
+    kept(tmp_path, TOKENFLOW_COMPILE_CACHE=f"{bucket}/compiled")
+    assert remote.files_below(f"{bucket}/compiled") == below

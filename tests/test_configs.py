@@ -10,7 +10,7 @@ from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.tokenizer.stage import TokenizerStage
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig
 from tokenflow_jax.train import optim
-from tokenflow_jax.train.stage import LoopOptions
+from tokenflow_jax.train.run_config import LoopOptions
 
 VARIANTS = (
     "",

@@ -43,10 +43,10 @@ def test_estimated_times_are_the_sum_of_what_takes_them():
     assert found["step"] == pytest.approx(sum(parts.values()))
     assert {name: found[name] for name in parts} == pytest.approx(parts)
     assert found["mfu"] == pytest.approx(0.75 / found["step"])
-    # Beside 1.25 s of work, 1.5 s of traffic leave 0.25 to wait for.
+    # Beside the work, 1.5 s of traffic leave the rest to wait for.
     program.waiting, program.beside = 0, 810 * 10**9
     again = command._figures(operations, 10**9, compiled, pod)
-    assert again["waiting"] == pytest.approx(0.25)
+    assert again["waiting"] == pytest.approx(1.5 - parts["instructions"] - parts["kernels"])
     # Nobody estimates instructions of GPUs: they take the floor, at least.
     machine = chips.parse_topology("h100:8")
     found = command._figures(operations, 10**9, compiled, machine)

@@ -74,7 +74,8 @@ def run(
             verbose = verbose and jax.process_index() == 0
         log.set_up(verbose)
         if runtime:
-            compile_cache.set_up(options.compile_cache)
+            workdir = options.workdir if "workdir" in options else None
+            compile_cache.set_up(options.compile_cache, workdir)
         return main(options) or 0
     except (ValueError, OSError) as error:
         if absl_logging.level_debug():

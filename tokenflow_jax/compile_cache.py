@@ -21,12 +21,16 @@ def define_flag() -> None:
         "compile_cache",
         None,
         f"Folder (gs:// too) that keeps compiled programs, or off; by default ${VARIABLE}, else "
-        "one in the user's cache folder.",
+        "one in a remote workdir, else in the user's cache folder.",
     )
 
 
-def set_up(choice: str | None) -> None:
-    """Keep compiled programs in a folder, unless JAX's own variable names another or none."""
+def set_up(choice: str | None, workdir: str | None = None) -> None:
+    """Keep compiled programs in a folder, unless JAX's own variable names another or none.
+
+    Without a choice that is the user's cache folder or, if a run's `workdir` is remote, one in it:
+    machines come and go then.
+    """
     import jax  # here, so that wrong flags are reported at once
 
     choice = choice or os.environ.get(VARIABLE)
@@ -36,6 +40,8 @@ def set_up(choice: str | None) -> None:
         return
     if not choice and own:
         return
+    if not choice and workdir and remote.is_remote(workdir):
+        choice = remote.join(workdir, "compiled")
     if not choice or "://" not in choice:
         choice = os.path.abspath(choice or remote.cache_folder() / f"compiled-{_processor()}")
         try:

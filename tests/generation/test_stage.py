@@ -24,7 +24,7 @@ from tokenflow_jax.tokenizer import api
 from tokenflow_jax.train import loop
 from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.train.optim import OptimizerConfig
-from tokenflow_jax.train.stage import LoopOptions
+from tokenflow_jax.train.run_config import LoopOptions
 from tokenflow_jax.weights import quantized, rules
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model
 from tokenflow_jax.weights.start import extend_vocabulary

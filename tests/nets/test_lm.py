@@ -1,24 +1,19 @@
 """The decoder against transformers' results; its cache, masks, remat and chunked loss."""
 
-import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import runpy
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.interpreters import partial_eval
 
 from tokenflow_jax.nets import attention as attention_lib
 from tokenflow_jax.nets import lm
 from tokenflow_jax.nets.attention import NOT_ALLOWED, Blocks, Mask, attention, choose
 from tokenflow_jax.nets.lm import Decoder, LMConfig
-from tokenflow_jax.parallel import mesh
 from tokenflow_jax.weights import language_model, rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -199,50 +194,6 @@ def test_splash_attention_equals_xla():
         check_splash(mask, real, q, k, v)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("heads, blocks", [(2, Blocks()), (1, Blocks(200, (1, 4, 400, 200)))])
-def test_splash_attention_of_several_tiles_equals_xla(heads, blocks):
-    q = jax.random.normal(jax.random.key(0), (1, 1100, heads, 64))
-    k, v = jax.random.normal(jax.random.key(1), (2, 1, 1100, 1, 64))
-    check_splash(Mask(blocks=blocks), jnp.ones((1, 1100), bool), q, k, v)
-
-
-def test_splash_tiles_are_large_and_few():
-    """Tiles of one row, and the padding that they need."""
-    rows = {100: 128, 512: 512, 947: 1024, 1152: 640, 1536: 768, 2048: 1024, 2560: 896, 4096: 1024}
-    assert {length: attention_lib._splash_block(length) for length in rows} == rows
-    for length in range(1, 5000, 61):
-        side = attention_lib._splash_block(length)
-        assert side <= 1024 and -length % side < 128 * -(-length // 1024)
-
-
-def test_splash_neither_repeats_keys_nor_reads_tiles_without_any():
-    """Two groups of four heads, four tiles of which the upper right one is empty."""
-
-    def function(q, k, v):
-        return attention_lib._splash(q, k, v, Mask(blocks=Blocks(1100, (400,))))
-
-    q, k = (jax.ShapeDtypeStruct((1, 2048, heads, 64), jnp.bfloat16) for heads in (8, 2))
-    jaxpr = jax.make_jaxpr(function)(q, k, k)
-    (kernel,) = (equation for equation in equations(jaxpr.jaxpr) if is_kernel(equation))
-    assert kernel.params["grid_mapping"].grid == (2, 4, 2, 2)
-    shapes = [x.aval.shape for x in kernel.invars if x.aval.dtype == jnp.bfloat16]
-    assert shapes == [(2, 4, 2048, 64), (2, 2048, 64), (2, 2048, 64)]
-    tiles = [x.tolist() for x in jaxpr.consts if x.shape == (1, 2, 2)]
-    assert [[[1, 0], [2, 1]]] in tiles  # partly, not at all; whole, partly
-
-
-def is_kernel(equation):
-    return equation.primitive.name == "pallas_call"
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def check_splash(mask, real, q, k, v):
     length = q.shape[1]
 
@@ -275,39 +226,6 @@ def plain_loss(decoder, params, ids, labels):
     logs = jax.nn.log_softmax(logits)
     own = jnp.take_along_axis(logs, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
     return -jnp.where(labels >= 0, own, 0).sum()
-
-
-@pytest.mark.slow
-def test_remat_changes_no_gradient_of_splash(monkeypatch):
-    interpreted = functools.partial(attention_lib._splash, interpret=True)
-    monkeypatch.setattr(attention_lib, "_splash", interpreted)
-    monkeypatch.setattr(attention_lib, "choose", lambda *_: "splash")
-
-    def gradients(remat):
-        decoder, params, ids = tiny(remat=remat)
-        return jax.tree.leaves(
-            jax.jit(jax.grad(lambda p: plain_loss(decoder, p, ids, ids)))(params)
-        )
-
-    want = gradients("none")
-    for remat in ("block", "dots"):
-        for one, other in zip(gradients(remat), want, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-6 * np.abs(other).max())
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("remat, times", [("none", 1), ("block", 2), ("dots", 1)])
-def test_kernels_of_attention_in_a_training_step(remat, times, split, monkeypatch):
-    """With "dots" the backward pass reads the forward kernel's results; "block" runs it again."""
-    decoder, params, ids = tiny(remat=remat)
-    monkeypatch.setattr(attention_lib, "choose", lambda *_: "splash")
-    devices = mesh.make_abstract_mesh({"data": 3, "tensor": 2}, 6)
-    with mesh.use(devices) if split else contextlib.nullcontext():
-        jaxpr = jax.make_jaxpr(jax.grad(lambda p: plain_loss(decoder, p, ids, ids)))(params).jaxpr
-    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    names = [equation.params["name"] for equation in equations(used) if is_kernel(equation)]
-    assert sum("fwd" in name for name in names) == times
-    assert sum("dkv" in name for name in names) == 1
 
 
 @pytest.mark.parametrize("remat, tied", [("none", False), ("block", True), ("dots", False)])

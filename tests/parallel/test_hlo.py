@@ -116,3 +116,26 @@ def test_loops_and_starts_of_gpus():
     # Sent: of a gather its result, of a scatter its operands, of a sum its result twice.
     assert read.beside == 12 * 256 + 16
     assert read.waiting == 12 * (256 + 32) + 12 * 2 * 8
+
+
+def test_sums_that_sparse_cores_make_are_beside_other_work():
+    text = """
+%called.9 (p: f32[64,32]) -> f32[64,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  ROOT %all-reduce.1 = f32[64,32]{1,0} all-reduce(%p), channel_id=1, to_apply=%sum
+}, execution_thread="sparsecore"
+
+%async_computation (p: f32[64,32]) -> f32[64,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  ROOT %custom-call.2 = f32[64,32]{1,0} custom-call(%p), called_computations={%called.9}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[64,32]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %start = ((f32[64,32]), f32[64,32]) async-start(%x), calls=%async_computation
+  ROOT %done = f32[64,32]{1,0} async-done(%start), calls=%async_computation
+}
+"""
+    found = hlo.read(text)
+    assert found.collectives == {"all-reduce": (1, 64 * 32 * 4)}
+    assert found.waiting == 0 and found.beside == 2 * 64 * 32 * 4

@@ -23,7 +23,7 @@ from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train import loop, optim
 from tokenflow_jax.train.checkpoint import CheckpointError
-from tokenflow_jax.train.stage import LoopOptions
+from tokenflow_jax.train.run_config import LoopOptions
 from tokenflow_jax.understanding.folder import save_understanding_model
 from tokenflow_jax.understanding.stage import UnderstandingStage
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model

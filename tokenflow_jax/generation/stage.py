@@ -156,9 +156,14 @@ class GenerationStage(CodeStage):
         self.frozen = self.place(self._frozen(self.tokenizer_arrays), self.frozen_shapes)
         self._encode = functools.cache(lambda: encoding.image_encoder(self.tokenizer))
         sources = [data for _, data in self.data_sources.values()]
-        self._train_sets = [self._examples(data, data.split) for data in sources]
+        # All are opened before the first is encoded: a wrong path is an error at once.
+        *train_sets, eval_set = [
+            *(self._examples(data, data.split) for data in sources),
+            self._examples(sources[0], sources[0].eval_split),
+        ]
+        self._train_sets = [self._as_read(examples) for examples in train_sets]
         self._captions = [captions.CaptionConfig(d.captions, d.drop_rate) for d in sources]
-        self._eval_set = self._examples(sources[0], sources[0].eval_split)
+        self._eval_set = self._as_read(eval_set)
         self.notes += [
             f"image tokenizer {config.tokenizer.path}, fingerprint {config.tokenizer.fingerprint}; "
             f"text tokenizer {config.text_tokenizer}, {config.data.max_length} ids per prompt",
@@ -167,7 +172,7 @@ class GenerationStage(CodeStage):
         return self
 
     def _examples(self, data: Any, split: str) -> captions.Examples:
-        """Open a split: codes from disk or memory, or pictures for the step to encode."""
+        """Open a split, codes or pictures."""
         if data.name == "codes":
             try:
                 return CodeRecords(data.path, split, self.tokenizer_identity)
@@ -177,10 +182,13 @@ class GenerationStage(CodeStage):
         config = mixture.from_settings(
             *(pipeline.DataConfig, data), split=split, image_size=size, augment="center", flip=False
         )
-        images = captions.Pictures(config)
-        if self.encodes:
-            return images
-        return encoding.encode_in_memory(self._encode(), images, self.config.eval.batch_size)
+        return captions.Pictures(config)
+
+    def _as_read(self, examples: captions.Examples) -> captions.Examples:
+        """Make the codes of pictures, unless the step does."""
+        if self.encodes or isinstance(examples, CodeRecords):
+            return examples
+        return encoding.encode_in_memory(self._encode(), examples, self.config.eval.batch_size)
 
     @property
     def data_set(self) -> Any:

@@ -12,6 +12,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+(?:[a-z]\d\w*)?|pred)\[([\d,]*)\]")
 _DEFINED = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) [\w\-]+\(")
 _FUSED = re.compile(r" fusion\(.*\bcalls=%?([\w.\-]+)")
 _ASYNC = re.compile(r" async-start\(.*\bcalls=%?([\w.\-]+)")
+_OFFLOADED = re.compile(r" custom-call\(.*\bcalled_computations=\{%?([\w.\-]+)")  # to SparseCores
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CALLED = re.compile(r"\b(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -76,7 +77,8 @@ def read(text: str) -> Costs:
                 continue
             if fused is None and (cycles := _CYCLES.search(line)):
                 costs.cycles += times * int(cycles[1])
-            if called := _FUSED.search(line) or _ASYNC.search(line):
+            called = _FUSED.search(line) or _ASYNC.search(line) or _OFFLOADED.search(line)
+            if called:
                 visit(called[1], times, own if fused is None else fused)
             elif " while(" in line:
                 called = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", line))

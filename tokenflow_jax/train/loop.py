@@ -11,8 +11,8 @@ from tokenflow_jax.parallel import hosts
 from tokenflow_jax.train import checkpoint, checkpoint_info, curves, metrics
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.recorder import Recorder, Start, log_parameters
-from tokenflow_jax.train.run_config import config_differences, config_to_dict
-from tokenflow_jax.train.stage import LoopOptions, Stage, State
+from tokenflow_jax.train.run_config import LoopOptions, config_differences, config_to_dict
+from tokenflow_jax.train.stage import Stage, State
 from tokenflow_jax.train.stopping import StopSignals
 from tokenflow_jax.train.workdir import lock
 

@@ -16,7 +16,8 @@ from tokenflow_jax.messages import one_line
 from tokenflow_jax.parallel import chips, hosts
 from tokenflow_jax.train import checkpoint, curves, metrics, profile, report, timing, watch
 from tokenflow_jax.train.prefetch import DevicePrefetcher
-from tokenflow_jax.train.stage import LoopOptions, Stage, State
+from tokenflow_jax.train.run_config import LoopOptions
+from tokenflow_jax.train.stage import Stage, State
 from tokenflow_jax.train.stopping import StopRequested
 from tokenflow_jax.train.workdir import Lock
 

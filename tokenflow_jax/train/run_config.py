@@ -1,5 +1,6 @@
-"""The config of a run: as plain values, under today's keys, compared with another one."""
+"""The config of a run: as plain values, under today's keys, compared, and the loop's part of it."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -109,3 +110,38 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[s
         for key in sorted(old_flat.keys() | new_flat.keys())
         if old_flat.get(key) != new_flat.get(key)
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """The part of the config that the loop reads; an interval of 0 steps means at the end only."""
+
+    total_steps: int  # of the whole run, restored ones included
+    log_every: int = 20  # progress lines and points of the curves
+    eval_every: int = 0
+    image_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2  # how many of the latest stay on disk
+
+    def __post_init__(self) -> None:
+        lowest = {"total_steps": 1, "log_every": 1, "keep_checkpoints": 1}
+        problems = [
+            f"{name}={value!r} must be an integer of at least {lowest.get(name, 0)}"
+            for name, value in dataclasses.asdict(self).items()
+            if type(value) is not int or value < lowest.get(name, 0)
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LoopOptions":
+        """Take the fields from a ConfigDict; ValueError lists every wrong one."""
+        values = config_to_dict(config)
+        if "total_steps" not in values:
+            raise ValueError("the config has no total_steps; set the number of optimizer steps")
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
+
+    def due(self, every: int, step: int) -> bool:
+        """Tell whether something done each `every` steps, and at the end, is due after `step`."""
+        return step == self.total_steps or (every > 0 and step % every == 0)

@@ -5,7 +5,6 @@ have. `open` then loads frozen weights and data, after which the loop can run it
 """
 
 import abc
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ import numpy as np
 from tokenflow_jax.parallel import costs
 from tokenflow_jax.parallel import mesh as meshes
 from tokenflow_jax.train import optim
-from tokenflow_jax.train.run_config import config_to_dict
 
 PyTree = Any
 State = Any  # a flax.struct dataclass with an int32 scalar `step`, `params` and perhaps `ema`
@@ -266,38 +264,3 @@ def _shapes(batch: PyTree) -> PyTree:
 
 def _key(batch: PyTree) -> tuple:
     return tuple((name, x.shape) for name, x in sorted(batch.items()))
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopOptions:
-    """The part of the config that the loop reads; an interval of 0 steps means at the end only."""
-
-    total_steps: int  # of the whole run, restored ones included
-    log_every: int = 20  # progress lines and points of the curves
-    eval_every: int = 0
-    image_every: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2  # how many of the latest stay on disk
-
-    def __post_init__(self) -> None:
-        lowest = {"total_steps": 1, "log_every": 1, "keep_checkpoints": 1}
-        problems = [
-            f"{name}={value!r} must be an integer of at least {lowest.get(name, 0)}"
-            for name, value in dataclasses.asdict(self).items()
-            if type(value) is not int or value < lowest.get(name, 0)
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    @classmethod
-    def from_config(cls, config: Any) -> "LoopOptions":
-        """Take the fields from a ConfigDict; ValueError lists every wrong one."""
-        values = config_to_dict(config)
-        if "total_steps" not in values:
-            raise ValueError("the config has no total_steps; set the number of optimizer steps")
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: values[name] for name in names if name in values})
-
-    def due(self, every: int, step: int) -> bool:
-        """Tell whether something done each `every` steps, and at the end, is due after `step`."""
-        return step == self.total_steps or (every > 0 and step % every == 0)

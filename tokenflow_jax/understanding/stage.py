@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data import mixture
-from tokenflow_jax.data.chat import batches, insertion, questions
+from tokenflow_jax.data.chat import batches
 from tokenflow_jax.data.chat.mixed import MixedConversations
 from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.data.text import load_text_tokenizer
-from tokenflow_jax.evals.vqa_text import normalize
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.code_stage import CodeStage
 from tokenflow_jax.tokenizer.frozen import encoder_params
 from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
 from tokenflow_jax.understanding.answer import Decoding, answer
-from tokenflow_jax.understanding.answer_pictures import answer_grid
+from tokenflow_jax.understanding.held_out import HeldOutQuestions
 from tokenflow_jax.understanding.model import (
     Understanding,
     UnderstandingConfig,
@@ -32,7 +31,6 @@ from tokenflow_jax.understanding.names import PART
 from tokenflow_jax.understanding.train import Trainer, TrainState
 
 PyTree = Any
-_ROUND = 32  # prompts are padded to a multiple of this, so that few programs are compiled
 
 
 class UnderstandingStage(CodeStage):
@@ -135,10 +133,7 @@ class UnderstandingStage(CodeStage):
             self.frozen = self.place({"features": table}, self.frozen_shapes)
         # Held-out pictures are few: their features are made once, whatever the training does.
         self._eval_table = self._table(encoder, self._eval_set)
-        broken = self._eval_set.broken_images
-        asked = questions.first_questions(self._eval_set)
-        self._asked = [question for question in asked if question.image not in broken]
-        self._answers: list[str] = []
+        self._questions = HeldOutQuestions(self._eval_set, self._eval_table)
         self.notes += [
             f"image tokenizer {config.tokenizer.path}, fingerprint {config.tokenizer.fingerprint}; "
             f"{self.vectors} vectors of {self.model_config.vision_channels} channels per "
@@ -190,11 +185,7 @@ class UnderstandingStage(CodeStage):
 
     def final_notes(self) -> list[str]:
         """Return lines about skipped data, and the model's answers to some questions."""
-        said = [
-            f"{self._asked[i].text} {self._answers[i]} (in the data: {self._asked[i].answer})"
-            for i in (self._spread(10) if self._answers else [])
-        ]
-        return [*self._train_set.notes(), *self._eval_set.notes(), *said]
+        return [*self._train_set.notes(), *self._eval_set.notes(), *self._questions.notes()]
 
     @property
     def data_set(self) -> Any:
@@ -235,69 +226,39 @@ class UnderstandingStage(CodeStage):
             self.between_batches()
         labels = max(sums["labels"], 1.0)
         figures = {"loss": sums["loss"] / labels, "accuracy": sums["right"] / labels}
-        if self.config.eval.max_new and self._asked:
-            self._answers = list(self._answer(params))
-            figures["exact_match"] = self._exact(self._answers)
-        if int(state.step) == self.config.total_steps and self._answers:
-            figures["exact_match_other_images"] = self._exact(list(self._answer(params, 1)))
-            counts = Counter(normalize(asked.answer) for asked in self._asked)
-            figures["largest_answer"] = counts.most_common(1)[0][1] / len(self._asked)
+        asked = self._questions
+        if self.config.eval.max_new and len(asked):
+            asked.answers = self._answer(params)
+            figures["exact_match"] = asked.exact(asked.answers)
+        if int(state.step) == self.config.total_steps and asked.answers:
+            figures["exact_match_other_images"] = asked.exact(self._answer(params, 1))
+            figures["largest_answer"] = asked.most_common()
         return figures
-
-    def _exact(self, answers: list[str]) -> float:
-        pairs = zip(self._asked, answers, strict=True)
-        return float(np.mean([normalize(a.answer) == normalize(text) for a, text in pairs]))
-
-    @functools.cached_property
-    def _decoding(self) -> Decoding:
-        data = self._eval_set
-        return Decoding(self.config.eval.max_new, data.template.stop_ids(data.text_tokenizer))
 
     @functools.cached_property
     def _greedy(self):
         """Compiled (params, prompt) -> ids."""
-        model, decoding, key = self.model, self._decoding, jax.random.key(0)
+        model, key = self.model, jax.random.key(0)
+        decoding = Decoding(self.config.eval.max_new, self._questions.stop_ids)
         return self._compiled(lambda params, prompt: answer(model, params, prompt, key, decoding))
 
-    def _answer(self, params: PyTree, other: int = 0) -> Iterator[str]:
+    def _answer(self, params: PyTree, other: int = 0) -> list[str]:
         """Answer the held-out questions; `other` > 0 shows each another question's picture."""
-        asked, places, rows = self._asked, self._eval_set.image_places, self.eval_rows
-        shown = np.arange(len(asked))
-        if other:
-            shown = np.random.default_rng(other).permutation(len(asked))
-        longest = max(len(a.row["ids"]) for a in asked)
-        length = -(-longest // _ROUND) * _ROUND
-        for first in range(0, len(asked), rows):
-            part = asked[first : first + rows]
-            padding = rows - len(part)
-            prompt = insertion.pad_rows([a.row for a in part] + [{}] * padding, length, "left")
-            del prompt["labels"]
-            index = [places.get(asked[i].image, 0) for i in shown[first : first + rows]]
-            index += [0] * padding
-            prompt["features"] = self._eval_table[index][:, None]
+
+        def decode(prompt: dict[str, np.ndarray]) -> np.ndarray:
             ids_BN = np.asarray(self._greedy(params, self._global(prompt)))
             self.between_batches()
-            for ids_N in ids_BN[: len(part)]:
-                yield questions.answer_text(
-                    self._eval_set.text_tokenizer, ids_N, self._decoding.stop_ids
-                )
+            return ids_BN
 
-    def _spread(self, most: int) -> list[int]:
-        """Return the places of at most `most` questions, evenly spread over the data."""
-        count = min(most, len(self._asked))
-        return [i * len(self._asked) // count for i in range(count)]
+        return self._questions.answer(decode, self.eval_rows, other)
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """Return a grid of held-out pictures with the model's answers."""
-        if not self._asked or not self.config.eval.max_new:
+        asked = self._questions
+        if not len(asked) or not self.config.eval.max_new:
             return {}
-        if not self._answers:
-            self._answers = list(self._answer(self.weights(state)))
-        cells = []
-        for i in self._spread(self.config.eval.grid_images):
-            image = self._eval_set.image(self._asked[i].image) if self._asked[i].image else None
-            cells.append((image, self._answers[i], self._asked[i].answer))
-        return {"answers": answer_grid(cells)}
+        asked.answers = asked.answers or self._answer(self.weights(state))
+        return {"answers": asked.grid(self.config.eval.grid_images)}
 
 
 def complete_model(

@@ -43,9 +43,9 @@ def take(
 ) -> PyTree:
     """Replace parameters by arrays (lazy or not) of the same paths and shapes, one at a time.
 
-    A process reads what its devices hold. Adapters stay, and what matches a pattern of `fresh`;
-    without these `params` may be shapes. `path` and `remedy` go into the error, which lists all
-    arrays that are missing or of another shape.
+    A process reads what its devices hold, and what is replaced is freed. Adapters stay, and what
+    matches a pattern of `fresh`; without these `params` may be shapes. `path` and `remedy` go into
+    the error, which lists all arrays that are missing or of another shape.
     """
     ours, places = flatten(params), flatten(shardings)
     kept = flatten(optim.matching(params, fresh)) if fresh else {}
@@ -53,7 +53,15 @@ def take(
     check_fit(arrays, path, wanted, remedy)
     for name, array in wanted.items():
         ours[name] = _put(arrays[name], array, places[name])
+        _free(array)
     return unflatten(ours)
+
+
+def _free(array: Any) -> None:
+    """Free a replaced parameter now: whoever called still has the whole tree."""
+    for part in jax.tree.leaves(array):
+        if isinstance(part, jax.Array):
+            part.delete()
 
 
 def _put(array: Any, like: Any, place: Any) -> Any:
@@ -134,7 +142,8 @@ def take_language_model(
             taken = extend_vocabulary(ours[name], array, ids, _VOCABULARY[name], places[name])
         else:
             taken = _put(array, ours[name], places[name])
-        ours[name] = taken  # one by one: what it replaces is freed
+        _free(ours[name])
+        ours[name] = taken
     if ids is None:
         own = [name for name in ours if name.startswith("lm/") and not is_adapter(name)]
         if missing := [name for name in own if name not in arrays]:
