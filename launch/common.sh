@@ -122,6 +122,16 @@ use_flags() {
   [[ -z $flags ]] || export "$variable=$flags${!variable:+ ${!variable}}"
 }
 
+# use_tcmalloc: preloads tcmalloc where it is installed. On virtual machines page faults are dear: it
+# takes those of a quickstart step from 21,400 to 730.
+use_tcmalloc() {
+  local library
+  [[ ${TOKENFLOW_TCMALLOC:-} != off && ${LD_PRELOAD:-} != *malloc* ]] || return 0
+  library="$({ ldconfig -p || true; } 2>/dev/null |
+    awk '/libtcmalloc(_minimal)?\.so/ { print $NF; exit }')"
+  [[ -z $library ]] || export LD_PRELOAD="$library${LD_PRELOAD:+ $LD_PRELOAD}"
+}
+
 # check_needs: exits with code 2 after one line per problem, if there are any.
 check_needs() {
   local problem

@@ -67,6 +67,29 @@ def test_a_gpu_of_this_machine_and_of_a_cluster_is_noticed(machine):
     assert machine.run("slurm.sh", launch=copy, SLURM_JOB_ID="1").stdout == "--of_gpus=1"
 
 
+@pytest.mark.parametrize(
+    "settings, preloaded",
+    [
+        ({}, "/lib/libtcmalloc_minimal.so.4"),
+        ({"LD_PRELOAD": ""}, "/lib/libtcmalloc_minimal.so.4"),
+        ({"LD_PRELOAD": "/x/libjemalloc.so"}, "/x/libjemalloc.so"),
+        ({"TOKENFLOW_TCMALLOC": "off"}, ""),
+    ],
+)
+def test_tcmalloc_is_preloaded_where_installed(machine, settings, preloaded):
+    lines = "libother.so => /lib/libother.so\nlibtcmalloc_minimal.so.4 (x) => {}\n"
+    programs = {
+        "python": 'printf "%s" "$LD_PRELOAD"',
+        "ldconfig": f"printf '{lines}'".format("/lib/libtcmalloc_minimal.so.4"),
+    }
+    for name, program in programs.items():
+        (machine.bin / name).write_text(f"#!/bin/sh\n{program}\n")
+        (machine.bin / name).chmod(0o755)
+    assert machine.run("local.sh", **settings).stdout == preloaded
+    (machine.bin / "ldconfig").write_text("#!/bin/sh\nexit 127\n")
+    assert machine.run("local.sh", **settings).stdout == settings.get("LD_PRELOAD", "")
+
+
 def test_files_of_flags_are_comments_and_flags():
     files = sorted((LAUNCH / "flags").iterdir())
     assert {"v5e", "v5p", "v6e", "gpu"} <= {path.name for path in files}

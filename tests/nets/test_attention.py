@@ -25,7 +25,7 @@ from tokenflow_jax.nets.attention import Blocks, Mask, attention, choose
     ],
 )
 def test_auto_takes_a_kernel_that_proves_itself(monkeypatch, here, target, proved, kernel):
-    monkeypatch.setattr(attention_lib, "platform", lambda: target)
+    monkeypatch.setattr(attention_lib.placement, "platform", lambda: target)
     monkeypatch.setattr(jax, "default_backend", lambda: here)
     monkeypatch.setattr(attention_lib, "proves_itself", lambda *_: proved)
     assert choose("auto", Mask(), jnp.bfloat16, (2, 100, 4, 128), False) == kernel

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from tokenflow_jax.nets import chunked_attention
 from tokenflow_jax.parallel import costs, placement, self_check
 
 _GPUS = ("gpu", "cuda")
@@ -99,10 +100,10 @@ class Mask:
 def choose(
     kind: str, mask: Mask | jax.Array, dtype: Any, shape: tuple[int, ...], cached: bool
 ) -> str:
-    """Return the kernel to use: "xla", "splash" or "cudnn".
+    """Return the kernel to use: "xla", "splash", "cudnn" or "chunked".
 
     "auto" is splash attention on TPUs and cuDNN's on NVIDIA GPUs, where it can be used and proves
-    itself, else XLA.
+    itself, else XLA, in chunks of queries for long rows on CPUs.
 
     Args:
       dtype, shape: of the queries, (B, Q, heads, head width).
@@ -112,7 +113,7 @@ def choose(
         raise ValueError(f"attention {kind!r}: one of {', '.join(KINDS)}")
     if kind == "xla":
         return kind
-    device, name, width = platform(), jnp.dtype(dtype).name, shape[-1]
+    device, name, width = placement.platform(), jnp.dtype(dtype).name, shape[-1]
     kernel = kind
     if kind == "auto":
         kernel = "cudnn" if device in _GPUS else "splash"
@@ -131,6 +132,13 @@ def choose(
             (not isinstance(mask, Mask), "the mask is an array, not a `Mask`"),
             (width % 64, f"head width {width} is not a multiple of 64"),
         )
+    if (
+        kind == "auto"
+        and not cached
+        and isinstance(mask, Mask)
+        and chunked_attention.pays(shape[1])
+    ):
+        return "chunked"
     obstacles = [obstacle for found, obstacle in checks if found]
     if kind == "auto":
         # Compiling for a device that is not here (preflight), there is nothing to run.
@@ -142,13 +150,6 @@ def choose(
             "which picks the best kernel available"
         )
     return kind
-
-
-def platform() -> str:
-    """Return "cpu", "tpu" or "gpu": where the program that is traced will run."""
-    # The program may be for another machine (preflight): then the mesh in use knows its devices.
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
 
 
 @functools.cache
@@ -198,8 +199,10 @@ def attention(
 ) -> jax.Array:
     """Compute softmax attention, where H query heads share G key and value heads: (B, Q, H, D).
 
-    The mask is bool (B or 1, Q, K), but a `Mask` for "splash" and "cudnn"; the softmax is float32.
+    The mask is bool (B or 1, Q, K), but a `Mask` for all kernels but "xla"; the softmax is float32.
     """
+    if kernel == "chunked":
+        return chunked_attention.chunked(attention, q_BQHD, k_BKGD, v_BKGD, mask)
     if kernel != "xla":
         function, length = _splash if kernel == "splash" else _cudnn, q_BQHD.shape[1]
         keys = np.mean(mask.blocks.last_key(length) + 1) if isinstance(mask, Mask) else length

@@ -4,16 +4,15 @@ Channels at level i are `channels * multipliers[i]`, finest level first; each le
 the resolution by two. Attention sits on the coarsest level and in the middle.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.nets.layers import conv3x3
+from tokenflow_jax.nets.norm_swish import NormSwish
 from tokenflow_jax.parallel.placement import on_batch
-
-
-def _norm(groups: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class ResBlock(nn.Module):
@@ -25,9 +24,9 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        h = nn.swish(_norm(self.groups, self.dtype, "norm1")(x_BHWC))
+        h = NormSwish(self.groups, self.dtype, name="norm1")(x_BHWC)
         h = conv3x3(self.features, self.dtype, "conv1")(h)
-        h = nn.swish(_norm(self.groups, self.dtype, "norm2")(h))
+        h = NormSwish(self.groups, self.dtype, name="norm2")(h)
         h = conv3x3(self.features, self.dtype, "conv2")(h)
         if x_BHWC.shape[-1] != self.features:
             x_BHWC = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x_BHWC)
@@ -43,7 +42,8 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         batch, height, width, channels = x_BHWC.shape
-        h = _norm(self.groups, self.dtype, "norm")(x_BHWC)
+        norm = functools.partial(nn.GroupNorm, epsilon=1e-6, use_fast_variance=False)
+        h = norm(self.groups, dtype=self.dtype, name="norm")(x_BHWC)
         h = h.reshape(batch, height * width, 1, channels)
         q, k, v = (nn.Dense(channels, dtype=self.dtype, name=name)(h) for name in "qkv")
         out = jax.nn.dot_product_attention(q, k, v).reshape(x_BHWC.shape)
@@ -74,7 +74,7 @@ class PixelEncoder(nn.Module):
                 h = nn.Conv(h.shape[-1], (3, 3), 2, pad, dtype=self.dtype, name=name)(h)
                 h = on_batch(h)
         h = _middle(self, h)
-        h = nn.swish(_norm(self.groups, self.dtype, "norm_out")(h))
+        h = NormSwish(self.groups, self.dtype, name="norm_out")(h)
         return conv3x3(self.features, self.dtype, "conv_out")(h)
 
 
@@ -102,7 +102,7 @@ class PixelDecoder(nn.Module):
             if i != len(coarsest_first) - 1:
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 h = on_batch(conv3x3(h.shape[-1], self.dtype, f"level_{i}_up")(h))
-        h = nn.swish(_norm(self.groups, self.dtype, "norm_out")(h))
+        h = NormSwish(self.groups, self.dtype, name="norm_out")(h)
         return on_batch(conv3x3(3, self.dtype, "conv_out")(h)), on_batch(h)
 
 

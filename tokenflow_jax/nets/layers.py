@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.nets.attention import SAVED
+from tokenflow_jax.nets.convolve import convolve
 from tokenflow_jax.parallel.placement import on_batch
 
 
@@ -49,7 +50,10 @@ def conv3x3(
     features: int, dtype: jnp.dtype, name: str, stride: int = 1, groups: int = 1
 ) -> nn.Conv:
     """Convolution padded by one on every side, whatever the stride."""
-    return nn.Conv(features, (3, 3), stride, 1, feature_group_count=groups, dtype=dtype, name=name)
+    make = functools.partial(nn.Conv, features, (3, 3), stride, 1, dtype=dtype, name=name)
+    if stride == groups == 1:
+        return make(conv_general_dilated=convolve)
+    return make(feature_group_count=groups)
 
 
 class RMSNorm(nn.Module):

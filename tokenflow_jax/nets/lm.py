@@ -19,6 +19,7 @@ from tokenflow_jax.nets import attention as attention_lib
 from tokenflow_jax.nets.attention import Mask
 from tokenflow_jax.nets.cache import Cache
 from tokenflow_jax.nets.layers import REMAT, RMSNorm, rope, rotate, stack
+from tokenflow_jax.parallel import placement
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.parallel.token_losses import project, token_losses
 
@@ -44,8 +45,8 @@ class LMConfig:
     norms: str = "before"  # of the sublayers, x + f(norm(x)), or "after": x + norm(f(x))
     qk_norm: bool = False  # of each query and key head before the rotation
     remat: str = "none"  # what the backward pass recomputes; see `layers.stack`
-    # Splash attention, which "auto" takes on a TPU, gives other values in rows of padding, which
-    # nothing real reads.
+    # What "auto" takes on a TPU, and for long rows on a CPU, gives other values in rows of padding,
+    # which nothing real reads.
     attention: str = "auto"
 
     def __post_init__(self):
@@ -87,7 +88,7 @@ def _apart(x: jax.Array) -> jax.Array:
     """Keep what makes products' inputs out of the products, and its gradient out of theirs."""
     # On TPUs XLA computes norms and activations in a product's own loop, where they take longer
     # than the product: 5 % of the 7B model's step (benchmarks/compiled.md).
-    return jax.lax.optimization_barrier(x) if attention_lib.platform() == "tpu" else x
+    return jax.lax.optimization_barrier(x) if placement.platform() == "tpu" else x
 
 
 class Attention(nn.Module):

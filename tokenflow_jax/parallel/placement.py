@@ -28,6 +28,13 @@ class Split(NamedTuple):
         return rows * jax.lax.axis_index(self.codes) if self.codes else 0
 
 
+def platform() -> str:
+    """Return the platform that the program being traced is for."""
+    # It may be for another machine (preflight): then the mesh in use knows its devices.
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def on_batch(x: jax.Array, *others: str | None) -> jax.Array:
     """Constrain an activation's sharding: the leading axis is the batch, `others` name the last.
 
