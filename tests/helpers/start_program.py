@@ -16,6 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from tokenflow_jax.parallel import distributed, mesh
+from tokenflow_jax.weights import lazy
 
 distributed.define_flags()
 MIB = 2**20
@@ -73,6 +74,14 @@ def copies_are_read_once():
     assert len(read) == len(held), (read, held)
     for shard in placed.addressable_shards:
         np.testing.assert_array_equal(np.asarray(shard.data), array[shard.index])
+
+    def read_whole():
+        read.append("whole")
+        return array
+
+    read.clear()  # one that cannot be read in parts is read once
+    mesh.place(lazy.LazyTensor("x", array.shape, array.dtype, read_whole), where)
+    assert read == ["whole"]
 
 
 def main(argv):

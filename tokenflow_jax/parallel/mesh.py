@@ -199,6 +199,8 @@ def place(array: Any, where: jax.sharding.Sharding, dtype: Any = None) -> jax.Ar
       dtype: to convert to; None keeps the array's.
     """
     dtype, check = dtype or array.dtype, getattr(array, "check", None)
+    if hasattr(array, "read_part") and array.read_part is None:
+        array = array.read()  # once, not for every part
     parts: dict[str, np.ndarray] = {}  # copies of the model read it once
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
