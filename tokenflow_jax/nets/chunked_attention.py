@@ -27,16 +27,15 @@ def chunked(
     v_BLGD: jax.Array,
     mask,
 ) -> jax.Array:
-    """Compute `attention.attention`, which is `dense`, with a `Mask`.
-
-    Rows of padding may get other values than with dense scores; nothing real reads them.
-    """
+    """Compute `attention.attention`, which is `dense`, with a `Mask`."""
     length = q_BLHD.shape[1]
     allowed_BLL, last_key_L = mask.allowed(length, length), mask.blocks.last_key(length)
     dense, parts = jax.checkpoint(dense), []
     for start in range(0, length, _QUERIES):
         rows = slice(start, start + _QUERIES)
-        keys = slice(int(last_key_L[rows].max()) + 1)
+        keys = slice(length)  # a row of padding reads all evenly, and one predicts text
+        if mask.real_BK is None:
+            keys = slice(int(last_key_L[rows].max()) + 1)
         parts.append(
             dense(q_BLHD[:, rows], k_BLGD[:, keys], v_BLGD[:, keys], allowed_BLL[:, rows, keys])
         )

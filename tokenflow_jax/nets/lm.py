@@ -45,8 +45,8 @@ class LMConfig:
     norms: str = "before"  # of the sublayers, x + f(norm(x)), or "after": x + norm(f(x))
     qk_norm: bool = False  # of each query and key head before the rotation
     remat: str = "none"  # what the backward pass recomputes; see `layers.stack`
-    # What "auto" takes on a TPU, and for long rows on a CPU, gives other values in rows of padding,
-    # which nothing real reads.
+    # Splash attention, which "auto" takes on a TPU, gives other values in rows of padding, which
+    # nothing real reads.
     attention: str = "auto"
 
     def __post_init__(self):
