@@ -78,8 +78,8 @@ def tokenizer_step() -> tuple[Run, Run]:
     from tokenflow_jax.nets.discriminator import PatchGAN
     from tokenflow_jax.nets.lpips import LPIPS, lpips_template
     from tokenflow_jax.nets.vit import ViT, ViTConfig
-    from tokenflow_jax.tokenizer.state import LossConfig
     from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+    from tokenflow_jax.tokenizer.state import LossConfig
     from tokenflow_jax.tokenizer.teacher import Teacher
     from tokenflow_jax.tokenizer.train import CodebookConfig, Trainer
     from tokenflow_jax.train import optim
