@@ -175,6 +175,7 @@ def test_a_finished_run_only_writes_its_report_again(uninterrupted, caplog):
         ({"total_steps": 30}, False),
         ({"seed": 1}, False),
         ({"learning_rate": 1e-4}, False),
+        ({"learning_rate": 0.0}, False),  # no value that a stage fills in
     ],
 )
 def test_a_finished_run_is_known_before_anything_is_loaded(uninterrupted, change, finished):

@@ -13,6 +13,7 @@ parameters, and `logical_axes` maps the names to mesh axes.
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -211,9 +213,12 @@ def place(array: Any, where: jax.sharding.Sharding, dtype: Any = None) -> jax.Ar
     placed = jax.make_array_from_callback(tuple(array.shape), where, read)
     if check:
         check(placed)
-    if placed.dtype != dtype:
-        placed = jax.jit(lambda x: x.astype(dtype), out_shardings=where)(placed)
-    return placed
+    return placed if placed.dtype == dtype else _converter(where, jnp.dtype(dtype))(placed)
+
+
+@functools.cache
+def _converter(where: jax.sharding.Sharding, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=where)
 
 
 def stayed_whole(tree: PyTree, mesh: Mesh) -> list[tuple[str, int]]:

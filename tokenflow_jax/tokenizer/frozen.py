@@ -30,10 +30,12 @@ PRECISIONS = ("auto", "highest", "high", "bfloat16")
 _DECODERS = ("pixel_decoder", "pixel_out", "semantic_decoder", "semantic_out_1", "semantic_out_2")
 
 
-def full_precision(dtype: jnp.dtype | str) -> contextlib.AbstractContextManager:
+def full_precision(
+    dtype: jnp.dtype | str, precision: str = "highest"
+) -> contextlib.AbstractContextManager:
     """Compute float32 products in full on every accelerator: a code is an argmin."""
     exact = jnp.dtype(dtype) == jnp.float32
-    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+    return jax.default_matmul_precision(precision) if exact else contextlib.nullcontext()
 
 
 def image_codes(
@@ -48,8 +50,7 @@ def image_codes(
         images_BHWC = to_float(images_BHWC)
     variables = {"params": params}
     encoders = model.clone(dtype=jnp.bfloat16) if precision == "bfloat16" else model
-    exact = encoders.dtype == jnp.float32
-    with jax.default_matmul_precision(precision) if exact else contextlib.nullcontext():
+    with full_precision(encoders.dtype, precision):
         features = encoders.apply(variables, images_BHWC, method="encode")
     with full_precision(model.dtype):
         codes_BL = model.apply(variables, features, method="quantize").codes_BL

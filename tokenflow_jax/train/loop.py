@@ -95,7 +95,8 @@ def is_finished(config: Any, workdir: str | epath.Path) -> bool:
     """Tell, before anything is loaded, whether the same run in `workdir` has nothing left to do.
 
     It has its last checkpoint, the last evaluation and its pictures. What a stage fills into the
-    config (0, "", ()) may differ. All processes must call this together.
+    model and the tokenizer of a config (0, "", ()) may differ. All processes must call this
+    together.
     """
     workdir = files.absolute(workdir)
     total = LoopOptions.from_config(config).total_steps
@@ -105,10 +106,15 @@ def is_finished(config: Any, workdir: str | epath.Path) -> bool:
         changes = config_differences(
             checkpoint_info.read_info(path)["config"], config_to_dict(config)
         )
-        known = (key for key, (_, new) in changes.items() if new not in (0, "", [], None))
+        filled = ("model.", "tokenizer.")
+        kept = (
+            key
+            for key, (_, new) in changes.items()
+            if not _is_free(key) and not (key.startswith(filled) and new in (0, "", []))
+        )
         evaluated = curves.read_history(workdir / "metrics.jsonl")
         done = (
-            all(key.split(".")[0] in FREE_KEYS or key in FREE_KEYS for key in known)
+            not any(kept)
             and any(n["step"] == total and any(k[:5] == "eval/" for k in n) for n in evaluated)
             and any(step == total for _, step, _ in curves.grid_files(workdir / "images"))
         )
@@ -150,6 +156,10 @@ def restore_or_initialize(
     return Start(state, "initialized from scratch")
 
 
+def _is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.split(".")[0] in FREE_KEYS
+
+
 def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: Any) -> None:
     """Compare the config of a checkpoint with that of the run that continues it.
 
@@ -172,7 +182,7 @@ def check_config_change(old: Mapping[str, Any], new: Mapping[str, Any], path: An
             + "\n  - ".join(identity)
             + f"\nUndo the change, or begin another --workdir with --config.init_from={path}."
         )
-    free = [t for key, t in lines.items() if {key, key.split(".")[0]} & {*FREE_KEYS}]
+    free = [text for key, text in lines.items() if _is_free(key)]
     exact = [text for text in lines.values() if text not in free]
     if free:
         log.info("changed since the checkpoint: %s", "; ".join(free))

@@ -209,8 +209,9 @@ class Stage(abc.ABC):
             return run(state, self.frozen, batch)
 
     def operations_of(self, batch: PyTree) -> float:
-        """Return what a step on a batch of compiled shape needs; see `costs.Operations`."""
-        return self._steps[_key(batch)].operations
+        """Return what a step on a batch needs, see `costs.Operations`; 0 if it was not compiled."""
+        known = self._steps.get(_key(batch))
+        return known.operations if known else 0.0
 
     def init(self) -> State:
         """Return the state from scratch, sharded."""
