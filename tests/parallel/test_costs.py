@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from tokenflow_jax.nets.attention import Mask, attention
+from tokenflow_jax.nets.attention import SAVED, Mask, attention
 from tokenflow_jax.parallel import costs
 
 
@@ -42,8 +42,8 @@ def test_loops_branches_and_recomputation():
     assert count(loop, (4, 4), (4, 4)) == 5 * 2 * 4**3
     branch = lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)  # noqa: E731
     assert count(branch, (4, 4)) == 2 * 4**3
-    again = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: jnp.sin(x @ x) @ x)(x)))
-    plain = jax.grad(lambda x: jnp.sum((lambda x: jnp.sin(x @ x) @ x)(x)))
+    again = jax.value_and_grad(lambda x: jnp.sum(jax.checkpoint(lambda x: jnp.sin(x @ x) @ x)(x)))
+    plain = jax.value_and_grad(lambda x: jnp.sum((lambda x: jnp.sin(x @ x) @ x)(x)))
     assert count(again, (4, 4)) > count(plain, (4, 4)) == 6 * 2 * 4**3
     jaxpr = jax.make_jaxpr(again)(np.zeros((4, 4), np.float32)).jaxpr
     assert costs.operations(jaxpr).needed == count(plain, (4, 4))
@@ -81,7 +81,7 @@ def test_attention_counts_the_pairs_that_its_mask_allows():
 
     for function, products, needed in (
         (loss, (2,), 2),
-        (jax.grad(loss), (2 + 2 + 5, 2 + 2 + 7), 6),
+        (jax.value_and_grad(loss), (2 + 2 + 5, 2 + 2 + 7), 6),
         (lambda *x: attention(*x, x[1], Mask(), "splash"), (2,), 2),
     ):
         found = costs.operations(jax.make_jaxpr(function)(queries, keys).jaxpr)
@@ -89,6 +89,19 @@ def test_attention_counts_the_pairs_that_its_mask_allows():
         # Outside the kernel, its gradient sums over rows.
         assert found.computed == pytest.approx(found.kernels, rel=1e-3)
         assert found.needed == pytest.approx(needed * 2 * 64 * pairs, rel=1e-3)
+
+
+def test_a_kernel_whose_results_are_kept_is_counted_once():
+    """Recomputation is traced with it, but nothing reads that."""
+    queries = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+
+    def kernels(**how):
+        form = jax.checkpoint(lambda q: attention(q, q, q, Mask(), "splash"), **how)
+        traced = jax.make_jaxpr(jax.value_and_grad(lambda q: form(q).sum()))(queries)
+        return costs.operations(traced.jaxpr).kernels
+
+    assert kernels(policy=policy) == pytest.approx(kernels() * 7 / 9)
 
 
 def test_live_bytes_end_with_the_last_use():

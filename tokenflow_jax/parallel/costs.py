@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex_core
 import numpy as np
+from jax.interpreters import partial_eval
 
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr")
 
@@ -44,6 +45,8 @@ def operations(jaxpr: jex_core.Jaxpr, scopes: str = "") -> Operations:
     A scan's body counts as often as it runs (XLA's own count takes it once). Kernels of attention
     count the pairs of query and key that the mask allows, padding and shared rows left out.
     """
+    if not scopes:  # what nothing reads is traced, too: kernels whose results are kept
+        jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     total = Operations()
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
