@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # it imports jax
     from tokenflow_jax.parallel.costs import Operations
 
 # Of the peak that kernels reach, whose cycles XLA does not estimate. By the bundles that libtpu
-# schedules (benchmarks/compiled.md) splash attention reaches 55 % on v5p with 2,048 tokens and with
-# 947, waits for memory left out.
+# schedules (benchmarks/compiled.md) splash attention reaches 55 % on v5p with 2,048 tokens and 45 %
+# with 947, waits for memory left out.
 KERNEL_RATE = 0.5
 
 

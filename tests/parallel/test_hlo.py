@@ -65,7 +65,7 @@ TPU = """
 
 ENTRY %main (p: f32[]) -> f32[] {
   %copy.1 = f32[8]{0} copy(%p), backend_config={"window_config":{"estimated_cycles":"200"}}
-  %copy.2 = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"18446744073709551615"}
+  %copy.2 = f32[8]{0} copy(%p), backend_config={"estimated_cycles":"9223372036854775807"}
   %loop = (s32[]) while(%t), condition=%condition, body=%body
   %own = bf16[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %parts = f32[2]{0} reduce-scatter(%copy.1), channel_id=1, dimensions={0}, to_apply=%add

@@ -48,6 +48,28 @@ def test_a_quantized_model_computes_with_the_dequantized_weights(kind, params):
     np.testing.assert_allclose(loss_of(model, ours), loss_of(MODEL, unflatten(plain)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_parts_are_those_of_the_whole_and_layers_are_quantized_once(kind, params):
+    like = flatten(quantized.shapes_of(quantized.model_of(MODEL, kind), jnp.dtype("float32")))
+    name, read = "lm/blocks/mlp/up/kernel", []
+
+    class Counted:
+        array = np.asarray(flatten(params)[name])
+        shape = array.shape
+
+        def __getitem__(self, index):
+            read.append(index)
+            return self.array[index]
+
+    whole = quantized.quantized(Counted.array, like[name]).array
+    found = quantized.quantized(Counted(), like[name]).array
+    half = (slice(0, 2), slice(0, 8), slice(12, 24))
+    np.testing.assert_array_equal(found.qvalue[half], whole.qvalue.read()[half])
+    every = (slice(0, 2), slice(0, found.scale.shape[1]), slice(12, 24))
+    np.testing.assert_array_equal(found.scale[every], whole.scale.read()[every])
+    assert len(read) == 2  # layers
+
+
 def test_scales_of_four_bits_are_of_tiles_that_divide_the_inputs():
     lm = dataclasses.replace(CONFIG.lm, width=128, mlp_width=11008)
     tiles = {

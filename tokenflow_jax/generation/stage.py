@@ -157,10 +157,8 @@ class GenerationStage(CodeStage):
         self._encode = functools.cache(lambda: encoding.image_encoder(self.tokenizer))
         sources = [data for _, data in self.data_sources.values()]
         # All are opened before the first is encoded: a wrong path is an error at once.
-        *train_sets, eval_set = [
-            *(self._examples(data, data.split) for data in sources),
-            self._examples(sources[0], sources[0].eval_split),
-        ]
+        train_sets = [self._examples(data, data.split) for data in sources]
+        eval_set = self._examples(sources[0], sources[0].eval_split)
         self._train_sets = [self._as_read(examples) for examples in train_sets]
         self._captions = [captions.CaptionConfig(d.captions, d.drop_rate) for d in sources]
         self._eval_set = self._as_read(eval_set)

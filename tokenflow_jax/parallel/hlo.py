@@ -19,7 +19,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')  # GPUs; TPUs have it in the condition
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_UNKNOWN = 2**63  # cycles of an instruction that the compiler has no estimate for: -1, unsigned
+_UNKNOWN = 2**62  # an instruction without an estimate has the largest integer, 2**63 - 1
 _ROOT = re.compile(r"^\s*ROOT ")
 _SYNCHRONOUS = re.compile(r'"is_sync":true')
 

@@ -10,6 +10,7 @@ scales where the kernel was: one leaf of a flattened tree, whose arrays are
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -107,23 +108,36 @@ def quantized(array: Any, like: Any) -> Any:
     tiles = tuple(how.tiled_axes.items())
     run = _quantizer(how.qtype, tuple(how.channelwise_axes), tiles, jnp.dtype(like.dtype))
     inputs = slice(0, array.shape[1])
+    scales: dict[str, np.ndarray] = {}  # made beside the integers, which are read first
 
-    def lazy(field: str) -> LazyTensor:
-        def layer(number: int, index: Index) -> np.ndarray:
-            kernel = array[slice(number, number + 1), inputs, index[2]][0]
-            # One layer: qwix.quantize_params would take the axis of the layers for the inputs.
-            found = jax.tree.map(np.asarray, run(jnp.asarray(kernel, jnp.float32)))
-            leaf = like.replace(array=found)
-            leaf = stored(leaf) if like.array.qvalue.dtype == jnp.int4 else leaf
-            return getattr(leaf.array, field)[index[1]]
+    def layer(number: int, outputs: slice) -> tuple[np.ndarray, np.ndarray]:
+        kernel = array[slice(number, number + 1), inputs, outputs][0]
+        # One layer: qwix.quantize_params would take the axis of the layers for the inputs.
+        found = jax.tree.map(np.asarray, run(jnp.asarray(kernel, jnp.float32)))
+        leaf = like.replace(array=found)
+        leaf = stored(leaf) if like.array.qvalue.dtype == jnp.int4 else leaf
+        return leaf.array.qvalue, leaf.array.scale
 
-        def read(index: Index) -> np.ndarray:
-            return np.stack([layer(i, index) for i in range(index[0].start, index[0].stop)])
+    def values_of(index: Index) -> np.ndarray:
+        numbers, values, own = range(index[0].start, index[0].stop), [], []
+        for number in numbers:
+            value, scale = layer(number, index[2])
+            values.append(value[index[1]])
+            own.append(scale)
+        scales[str((index[0], index[2]))] = np.stack(own)
+        return np.stack(values)
 
-        kept = getattr(like.array, field)
-        return LazyTensor(field, kept.shape, kept.dtype, lambda: read(whole(kept.shape)), read)
+    def scales_of(index: Index) -> np.ndarray:
+        key = str((index[0], index[2]))
+        if key not in scales:
+            values_of((index[0], slice(0, 0), index[2]))
+        return scales[key][:, index[1]]
 
-    return like.replace(array=like.array.replace(qvalue=lazy("qvalue"), scale=lazy("scale")))
+    def lazy(read: Callable[[Index], np.ndarray], kept: Any) -> LazyTensor:
+        return LazyTensor("", kept.shape, kept.dtype, lambda: read(whole(kept.shape)), read)
+
+    qvalue, scale = lazy(values_of, like.array.qvalue), lazy(scales_of, like.array.scale)
+    return like.replace(array=like.array.replace(qvalue=qvalue, scale=scale))
 
 
 @functools.cache
