@@ -11,16 +11,11 @@ for grouped heads. Waiting for memory and skipped tiles are not included, so thi
 
 import argparse
 import contextlib
-import os
 import pathlib
 import re
-import subprocess
-import sys
-import tempfile
 from unittest import mock
 
-from benchmarks.nearest_kernel import scheduled_bundles
-from tokenflow_jax.parallel.chips import COMPILER_ONLY
+from benchmarks.nearest_kernel import run_apart, scheduled_bundles
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)  # of the 7B generation model, after 131 of text
@@ -93,16 +88,13 @@ def main() -> None:
     for topology in topologies:
         for case in CASES:
             for side in sides:
-                with tempfile.TemporaryDirectory() as folder:
-                    command = [sys.executable, "-m", "benchmarks.attention_kernel"]
-                    command += [f"--case={case}", f"--side={side}"]
-                    command += [f"--topology={topology}", f"--folder={folder}"]
-                    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-                    environment = os.environ | COMPILER_ONLY
-                    environment |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump}
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                    result = done.stdout.strip() if done.returncode == 0 else done.stderr[-2000:]
-                    print(f"{topology:<10} {case:<4} {result}", flush=True)
+                result = run_apart(
+                    "benchmarks.attention_kernel",
+                    f"--case={case}",
+                    f"--side={side}",
+                    f"--topology={topology}",
+                )
+                print(f"{topology:<10} {case:<4} {result}", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,17 @@ def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -
     return f"{total / tokens / codes * 1e3:8.2f} per 1,000 scores, {temporaries:,} B of temporaries"
 
 
+def run_apart(module: str, *arguments: str) -> str:
+    """Return what a benchmark prints in its own process, whose compiler dumps to --folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", module, *arguments, f"--folder={folder}"]
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = os.environ | COMPILER_ONLY
+        environment |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else done.stderr[-2000:]
+
+
 def main() -> None:
     """Print one line per chip and method, each compiled in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -90,16 +101,14 @@ def main() -> None:
         return
     for topology in topologies:
         for form in ("chunks", "kernel"):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "benchmarks.nearest_kernel", f"--form={form}"]
-                command += [f"--topology={topology}", f"--folder={folder}"]
-                command += [f"--tokens={options.tokens}", f"--codes={options.codes}"]
-                dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-                environment = os.environ | COMPILER_ONLY
-                environment |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dump}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                result = done.stdout.strip() if done.returncode == 0 else done.stderr[-2000:]
-                print(f"{topology:<12} {form:<7} {result}", flush=True)
+            result = run_apart(
+                "benchmarks.nearest_kernel",
+                f"--form={form}",
+                f"--topology={topology}",
+                f"--tokens={options.tokens}",
+                f"--codes={options.codes}",
+            )
+            print(f"{topology:<12} {form:<7} {result}", flush=True)
 
 
 if __name__ == "__main__":

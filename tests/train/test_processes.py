@@ -1,21 +1,17 @@
 """Several processes: the same run as in one, losing one, and going on with another number."""
 
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
+import processes as helper
 import pytest
 import tiny as tiny_config
+from processes import finish
 
 from tokenflow_jax.train import checkpoint_info, curves
 from tokenflow_jax.weights.formats import orbax as orbax_files
 
-HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 # Sums over devices are taken in another order, and Adam divides by their square roots: after 12
 # steps at a learning rate of 1e-3 that is what single parameters differ by.
 TOLERANCE = 2e-4
@@ -23,37 +19,7 @@ TOLERANCE = 2e-4
 
 def start(stage, workdir, processes=1, sizes="1,8,1,1", delay=0.0):
     """Starts a run on eight devices in so many processes."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(8 // processes),
-    }
-    started = []
-    for i in range(processes):
-        command = [sys.executable, HELPERS / "process_program.py"]
-        command += [stage, workdir, str(delay), sizes]
-        if processes > 1:
-            command += [f"--coordinator=localhost:{port}", f"--num_processes={processes}"]
-            command += [f"--process_id={i}"]
-        started.append(
-            subprocess.Popen(
-                list(map(str, command)),
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return started
-
-
-def finish(processes):
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(outputs)
-    return outputs
+    return helper.start("process_program.py", stage, workdir, delay, sizes, processes=processes)
 
 
 def wait_for_checkpoint(workdir, step, processes, limit=240):

@@ -1,21 +1,16 @@
 """Starts in several processes: each reads and holds what its own devices do."""
 
-import os
-import pathlib
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from processes import finish, start
 
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model
 
-PROGRAM = pathlib.Path(__file__).parents[1] / "helpers" / "start_program.py"
 SLACK = 48  # MiB: a piece of a file, compiled programs, threads
 
 
@@ -37,25 +32,8 @@ def places(tmp_path_factory):
 )
 def test_no_process_holds_what_its_devices_do_not(stage, processes, places):
     tokenizer, folder = places
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(8 // processes),
-        "TOKENIZER": tokenizer,
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, stage, folder, f"--coordinator=localhost:{port}",
-             f"--num_processes={processes}", f"--process_id={number}"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for number in range(processes)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [p.returncode for p in started] == [0] * processes, "\n".join(outputs)
+    started = start("start_program.py", stage, folder, processes=processes, TOKENIZER=tokenizer)
+    outputs = finish(started)
     for number, output in enumerate(outputs):
         found = re.search(rf"process {number} took (\d+) of (\d+), largest (\d+)", output)
         took, share, largest = map(int, found.groups())
