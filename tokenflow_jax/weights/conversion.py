@@ -184,7 +184,7 @@ def _open_torch(path: str | os.PathLike, part: Part, config: Any, weights: str |
         found = {"raw": open_state_dict(path)}
     weights = _choose(path, found, weights)
     try:
-        state, table = part.check(found[weights], config), part.table(config)
+        state, table = part.check(found[weights], config, not saved), part.table(config)
     except CheckpointMismatch:
         raise
     except ValueError as error:  # a model that PyTorch's names cannot express
@@ -243,7 +243,8 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _check_sizes(value)
             continue
-        most = 1000 if re.search("block|depth|layer", name) else 2**24
+        # Blocks of the pixel branch are traced one by one, layers of transformers all at once.
+        most = 64 if "block" in name else 1000 if re.search("depth|layer", name) else 2**24
         sizes = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(size, int) and not -1 <= size <= most for size in sizes):
             raise ValueError(f"{one_line(name)} is {shown(value)}")

@@ -29,16 +29,19 @@ class Part:
         names = [name for name, other in self.variants.items() if other == config]
         return f"variant {names[0]!r}" if names else str(config)
 
-    def check(self, state: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+    def check(
+        self, state: Mapping[str, Any], config: Any, chosen: bool = True
+    ) -> Mapping[str, Any]:
         """Return a checkpoint under the model's names.
 
-        One that does not fit raises CheckpointMismatch with the variants that it fits, or the
-        nearest one.
+        One that does not fit raises CheckpointMismatch; where the user has chosen the config, with
+        the variants that it fits, or the nearest one.
         """
         found, problems = self._fit(state, config)
         if not problems:
             return found
-        counts = {name: len(self._fit(state, other)[1]) for name, other in self.variants.items()}
+        others = self.variants if chosen else {}
+        counts = {name: len(self._fit(state, other)[1]) for name, other in others.items()}
         fitting = [name for name, count in counts.items() if not count]
         nearest = min(counts, key=counts.__getitem__, default=None)
         remedy = f"these weights fit the variant {' and the variant '.join(fitting)}"
