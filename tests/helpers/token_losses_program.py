@@ -1,6 +1,7 @@
 """Run by test_token_losses.py with eight fake devices; prints one JSON object per mesh.
 
-A mesh is "slice,data,fsdp,tensor", or "none". Results are losses, right predictions, both gradients
+A mesh is "slice,data,fsdp,tensor", or "none", with the size of the vocabulary and perhaps the id
+that begins its second part. Results are losses, right predictions, both gradients
 and the bytes that travel.
 """
 
@@ -17,12 +18,11 @@ BATCH, LENGTH, WIDTH, VOCABULARY = 8, 23, 16, 64
 TOKENS = 4  # of a piece: at least six pieces
 
 
-def total(hidden, kernel, labels, weights):
-    losses, right = token_losses(hidden, kernel, labels, TOKENS)
-    return (losses * weights).sum(), (losses, right)
+def run(name, vocabulary, *bounds):
+    def total(hidden, kernel, labels, weights):
+        losses, right = token_losses(hidden, kernel, labels, TOKENS, bounds=bounds)
+        return (losses * weights).sum(), (losses, right)
 
-
-def run(name, vocabulary):
     keys = jax.random.split(jax.random.key(0), 4)
     hidden = jax.random.normal(keys[0], (BATCH, LENGTH, WIDTH))
     kernel = jax.random.normal(keys[1], (WIDTH, vocabulary))
@@ -54,5 +54,5 @@ def run(name, vocabulary):
 
 if __name__ == "__main__":
     for arguments in sys.argv[1:]:
-        name, vocabulary = arguments.split(":")
-        print(json.dumps(run(name, int(vocabulary))))
+        name, *numbers = arguments.split(":")
+        print(json.dumps(run(name, *map(int, numbers))))

@@ -15,6 +15,9 @@ REAL = jnp.arange(LENGTH) >= jnp.array([[0], [9]])
 MASKS = {
     "causal": Mask(),
     "blocks after padding": Mask(REAL, Blocks(12, (1, 4, 16, 36))),
+    "blocks known at run time": Mask(
+        last_BK=jnp.maximum(jnp.arange(LENGTH), jnp.where(jnp.arange(LENGTH) < 40, 45, 0))[None]
+    ),
     "texts that share a row": Mask(segments_BK=jnp.repeat(jnp.arange(2), 35)[None].repeat(2, 0)),
 }
 

@@ -16,8 +16,9 @@ from tokenflow_jax.parallel.token_losses import project, token_losses
 HELPERS = pathlib.Path(__file__).parents[1] / "helpers"
 
 
-@pytest.mark.parametrize("tokens", [1, 10, 17, 1000])
-def test_losses_and_gradients_equal_the_plain_form(tokens):
+@pytest.mark.parametrize("tokens, bounds", [(1, ()), (10, ()), (17, (7, 15)), (1000, (12,))])
+def test_losses_and_gradients_equal_the_plain_form(tokens, bounds):
+    """Also where labels compete with the ids of their own part of the vocabulary only."""
     keys = jax.random.split(jax.random.key(3), 4)
     hidden = jax.random.normal(keys[0], (3, 11, 6))
     kernel = jax.random.normal(keys[1], (6, 19))
@@ -25,13 +26,18 @@ def test_losses_and_gradients_equal_the_plain_form(tokens):
     weights = jax.random.uniform(keys[3], (3, 11))
 
     def plain(hidden, kernel):
-        log_probabilities = jax.nn.log_softmax(project(hidden, kernel, jnp.float32))
+        logits, part = (
+            project(hidden, kernel, jnp.float32),
+            np.searchsorted(bounds, range(19), "right"),
+        )
+        logits = jnp.where(part == part[jnp.maximum(labels, 0)][..., None], logits, -jnp.inf)
+        log_probabilities = jax.nn.log_softmax(logits)
         own = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
         losses = jnp.where(labels >= 0, -own, 0.0)
         return (losses * weights).sum(), losses
 
     def pieces(hidden, kernel):
-        losses, _ = token_losses(hidden, kernel, labels, tokens)
+        losses, _ = token_losses(hidden, kernel, labels, tokens, bounds=bounds)
         return (losses * weights).sum(), losses
 
     (_, losses), gradients = jax.value_and_grad(pieces, (0, 1), has_aux=True)(hidden, kernel)
@@ -102,7 +108,8 @@ def test_a_frozen_head_costs_no_gradient():
 def test_eight_devices_agree_and_gather_the_head_once():
     # 64 ids split over tensor, 63 do not; 8 rows split over all axes but tensor.
     meshes = ("1,8,1,1:64", "1,1,8,1:64", "1,1,1,8:64", "1,2,2,2:64", "2,2,1,2:63")
-    arguments = ("none:64", "none:63", *meshes)
+    meshes = (*meshes, "1,2,2,2:64:24")  # labels compete within two parts of the vocabulary
+    arguments = ("none:64", "none:63", "none:64:24", *meshes)
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
     }
@@ -111,7 +118,7 @@ def test_eight_devices_agree_and_gather_the_head_once():
     assert done.returncode == 0, done.stderr[-3000:]
     results = dict(zip(arguments, map(json.loads, done.stdout.splitlines()), strict=True))
     for name in meshes:
-        got, want = results[name], results["none:" + name.split(":")[1]]
+        got, want = results[name], results["none:" + name.split(":", 1)[1]]
         np.testing.assert_allclose(got["losses"], want["losses"], rtol=1e-5, atol=1e-6)
         assert got["right"] == want["right"], name
         for mine, theirs in zip(got["gradients"], want["gradients"], strict=True):

@@ -17,7 +17,7 @@ whole. The prefix's last id is the block of the first scale.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,6 +44,8 @@ class GenerationConfig:
     image_start: int  # vocabulary id of code 0; all ids below are text and padding
     code_channels: int = 40  # semantic and pixel
 
+    kind: ClassVar[str] = "generation"
+
     def __post_init__(self):
         if isinstance(self.lm, Mapping):
             object.__setattr__(self, "lm", LMConfig(**self.lm))
@@ -66,7 +68,7 @@ class GenerationConfig:
                 f"text ids and {self.codebook_size} codes; it must be at least their sum"
             )
         if problems:
-            raise ValueError("generation model: " + "; ".join(problems))
+            raise ValueError(f"{self.kind} model: " + "; ".join(problems))
 
     @property
     def pyramid(self) -> Scales:
@@ -140,11 +142,12 @@ class Generation(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     runs_decoder = ("__call__", "losses", "decode")  # methods that run its linear layers
+    projector_path = "projector"  # among the parameters
 
     def setup(self):
         cfg = self.config
         self.lm = Decoder(cfg.lm, self.dtype)
-        self.projector = Projector(cfg.lm.width, self.dtype)
+        self.projector = Projector(cfg.lm.width, self.dtype, name=self.projector_path)
         # Row 0 is for everything that is not a scale's features. Row 1 would be for the first
         # scale, which has none: it is never used, as in released checkpoints.
         self.level_embedding = self.param(

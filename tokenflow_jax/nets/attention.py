@@ -55,7 +55,7 @@ class Blocks:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("real_BK", "segments_BK"),
+    data_fields=("real_BK", "segments_BK", "last_BK"),
     meta_fields=("blocks",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +68,23 @@ class Mask:
     # int, which of the texts that share a row a token belongs to: queries read only their own text.
     # None if rows are not shared; not for use with a cache.
     segments_BK: jax.Array | None = None
+    # int32, the last key that each query may read, for blocks whose place is known only at run
+    # time; None if `blocks` tell.
+    last_BK: jax.Array | None = None
 
     def over(self, keys: int) -> "Mask":
         """Return the mask of the first keys."""
-        if self.real_BK is None:
-            return self
-        return dataclasses.replace(self, real_BK=self.real_BK[:, :keys])
+        return jax.tree.map(lambda x_BK: x_BK[:, :keys], self)
 
     def allowed(self, queries: int, keys: int, first: jax.Array | int = 0) -> jax.Array:
         """Return the mask as bool (B, Q, K), or (1, Q, K) where all keys are real.
 
         `first` is the index of the first query among the keys.
         """
-        last_K = jnp.asarray(self.blocks.last_key(keys))
-        last_Q = last_K[jnp.minimum(first + jnp.arange(queries), keys - 1)]
-        allowed_BQK = (jnp.arange(keys) <= last_Q[:, None])[None]
+        last_BK = jnp.asarray(self.blocks.last_key(keys))[None]
+        last_BK = last_BK if self.last_BK is None else self.last_BK
+        last_BQ = last_BK[:, jnp.minimum(first + jnp.arange(queries), keys - 1)]
+        allowed_BQK = jnp.arange(keys) <= last_BQ[..., None]
         if self.segments_BK is not None:
             if not queries == keys == self.segments_BK.shape[1]:
                 raise ValueError("rows that several texts share are read whole, without a cache")
@@ -130,6 +132,7 @@ def choose(
             (cached, "it does not read a cache"),
             # A `Mask` has its order known when compiling.
             (not isinstance(mask, Mask), "the mask is an array, not a `Mask`"),
+            (getattr(mask, "last_BK", None) is not None, "blocks are known only at run time"),
             (width % 64, f"head width {width} is not a multiple of 64"),
         )
     if (
@@ -228,7 +231,8 @@ def _cudnn(
     pad = ((0, 0), (0, odd), (0, 0), (0, 0))
     # It skips what the causal order forbids and needs no mask for that. Anything else it reads as
     # an array that is added to the scores.
-    causal, allowed_BLL = isinstance(mask, Mask) and not mask.blocks.sizes, None
+    causal = isinstance(mask, Mask) and not mask.blocks.sizes and mask.last_BK is None
+    allowed_BLL = None
     if not isinstance(mask, Mask):
         allowed_BLL = mask
     elif not causal or mask.real_BK is not None or mask.segments_BK is not None:

@@ -34,7 +34,7 @@ def chunked(
     for start in range(0, length, _QUERIES):
         rows = slice(start, start + _QUERIES)
         keys = slice(length)  # a row of padding reads all evenly, and one predicts text
-        if mask.real_BK is None:
+        if mask.real_BK is None and mask.last_BK is None:
             keys = slice(int(last_key_L[rows].max()) + 1)
         parts.append(
             dense(q_BLHD[:, rows], k_BLGD[:, keys], v_BLGD[:, keys], allowed_BLL[:, rows, keys])

@@ -252,10 +252,22 @@ class Decoder(nn.Module):
         return on_batch(project(hidden_BLC, kernel_CV, self.dtype), "vocabulary")
 
     def token_losses(
-        self, hidden_BLC: jax.Array, labels_BL: jax.Array, tokens: int = 4096
+        self,
+        hidden_BLC: jax.Array,
+        labels_BL: jax.Array,
+        tokens: int = 4096,
+        bounds: tuple[int, ...] = (),
+        learned_from: int = 0,
     ) -> tuple[jax.Array, jax.Array]:
-        """Compute the cross entropy of every token; see the function `token_losses`."""
-        return token_losses(hidden_BLC, self.head_kernel(), labels_BL, tokens, self.dtype)
+        """Compute the cross entropy of every token; see the function `token_losses`.
+
+        The head's columns of ids below `learned_from` get no gradient.
+        """
+        kernel_CV = self.head_kernel()
+        if learned_from:
+            learned_V = jnp.arange(kernel_CV.shape[1]) >= learned_from
+            kernel_CV = jnp.where(learned_V, kernel_CV, jax.lax.stop_gradient(kernel_CV))
+        return token_losses(hidden_BLC, kernel_CV, labels_BL, tokens, self.dtype, bounds)
 
     def whole(self, ids_BL: jax.Array) -> jax.Array:
         """Compute logits (B, L, V) of plain text; `init` with this makes all parameters."""

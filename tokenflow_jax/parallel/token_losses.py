@@ -25,13 +25,14 @@ def project(hidden_BLC: jax.Array, kernel_CV: jax.Array, dtype: jnp.dtype) -> ja
     return _product("blc,cv->blv", dtype, hidden_BLC, kernel_CV)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def token_losses(
     hidden_BLC: jax.Array,
     kernel_CV: jax.Array,
     labels_BL: jax.Array,
     tokens: int = 4096,
     dtype: jnp.dtype = jnp.float32,
+    bounds: tuple[int, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the cross entropy of every token, piece by piece along L.
 
@@ -40,26 +41,30 @@ def token_losses(
       tokens: tokens of one piece over the rows of a device, at least one position of each row. The
         memory for logits is tokens x V per device, whatever the batch and the length.
       dtype: of the operands of the products.
+      bounds: ids that begin a part of the vocabulary, ascending; a label competes with the ids of
+        its own part only.
 
     Returns:
       Float32 losses_BL, and bool right_BL: the label has the highest score. Without a label they
       are 0 and False.
     """
-    return _forward(hidden_BLC, kernel_CV, labels_BL, tokens, dtype)[0]
+    return _forward(hidden_BLC, kernel_CV, labels_BL, tokens, dtype, bounds)[0]
 
 
-def _forward(hidden_BLC, kernel_CV, labels_BL, tokens, dtype):
+def _forward(hidden_BLC, kernel_CV, labels_BL, tokens, dtype, bounds):
     split = _Split.of(hidden_BLC, kernel_CV)
     rows = split.rows
-    run = split.map(_losses, tokens, dtype, (rows, split.kernel, rows), (rows, rows, rows))
+    ins, outs = (rows, split.kernel, rows), (rows, rows, rows)
+    run = split.map(_losses, tokens, dtype, bounds, ins, outs)
     losses_BL, right_BL, norms_BL = run(hidden_BLC, kernel_CV, labels_BL)
     return (losses_BL, right_BL), (hidden_BLC, kernel_CV, labels_BL, norms_BL)
 
 
-def _backward(tokens, dtype, saved, cotangents):
+def _backward(tokens, dtype, bounds, saved, cotangents):
     split = _Split.of(*saved[:2])
     rows, kernel = split.rows, split.kernel
-    run = split.map(_gradients, tokens, dtype, (rows, kernel, rows, rows, rows), (rows, kernel))
+    ins, outs = (rows, kernel, rows, rows, rows), (rows, kernel)
+    run = split.map(_gradients, tokens, dtype, bounds, ins, outs)
     return *run(*saved, cotangents[0]), None
 
 
@@ -89,9 +94,9 @@ class _Split(NamedTuple):
     def kernel(self) -> PartitionSpec:
         return PartitionSpec(self.embed or None, self.vocabulary or None)
 
-    def map(self, function: Callable, tokens: int, dtype: jnp.dtype, ins, outs) -> Callable:
-        """Return the function of (split, tokens, dtype, *arrays) as one of whole arrays."""
-        local = functools.partial(function, self, tokens, dtype)
+    def map(self, function: Callable, tokens: int, dtype, bounds, ins, outs) -> Callable:
+        """Return the function of (split, tokens, dtype, bounds, *arrays) as one of whole arrays."""
+        local = functools.partial(function, self, tokens, dtype, bounds)
         if not any(self):
             return local
         return jax.shard_map(local, in_specs=ins, out_specs=outs, check_vma=False)
@@ -121,14 +126,25 @@ class _Split(NamedTuple):
         return first + jnp.arange(count)
 
 
-def _losses(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL):
+def _within_part(logits_blv, ids_v, labels_bl, bounds):
+    """Leave -inf for ids of other parts of the vocabulary than the label's."""
+    if not bounds:
+        return logits_blv
+
+    def part(ids):
+        return sum((ids >= bound).astype(jnp.int32) for bound in bounds)
+
+    return jnp.where(part(ids_v) == part(labels_bl)[..., None], logits_blv, -jnp.inf)
+
+
+def _losses(split, tokens, dtype, bounds, hidden_bLC, kernel_cv, labels_bL):
     """Return a device's losses, hits (the label scores highest), and log-sum-exp norms."""
     kernel_Cv = split.gather(kernel_cv, dtype)
     ids_v = split.ids(kernel_Cv.shape[1])
 
     def piece(_, inputs):
         hidden_blC, labels_bl = inputs
-        logits_blv = project(hidden_blC, kernel_Cv, dtype)
+        logits_blv = _within_part(project(hidden_blC, kernel_Cv, dtype), ids_v, labels_bl, bounds)
         top_bl = split.over_ids(jax.lax.pmax, logits_blv.max(-1))
         total_bl = jnp.exp(logits_blv - top_bl[..., None]).sum(-1)
         norms_bl = top_bl + jnp.log(split.over_ids(jax.lax.psum, total_bl))
@@ -144,14 +160,15 @@ def _losses(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL):
     return tuple(map(pieces.join, out))
 
 
-def _gradients(split, tokens, dtype, hidden_bLC, kernel_cv, labels_bL, norms_bL, cotangents_bL):
+def _gradients(split, tokens, dtype, bounds, *arrays):
     """Return the gradients of a device's rows and of its part of the head."""
+    hidden_bLC, kernel_cv, labels_bL, norms_bL, cotangents_bL = arrays
     kernel_Cv = split.gather(kernel_cv, dtype)
     ids_v = split.ids(kernel_Cv.shape[1])
 
     def piece(kernel_gradient_Cv, inputs):
         hidden_blC, labels_bl, norms_bl, cotangents_bl = inputs
-        logits_blv = project(hidden_blC, kernel_Cv, dtype)
+        logits_blv = _within_part(project(hidden_blC, kernel_Cv, dtype), ids_v, labels_bl, bounds)
         own_blv = ids_v == labels_bl[..., None]
         scale_bl1 = jnp.where(labels_bl >= 0, cotangents_bl, 0.0)[..., None]
         gradient_blv = (jnp.exp(logits_blv - norms_bl[..., None]) - own_blv) * scale_bl1

@@ -156,13 +156,13 @@ class Understanding(nn.Module):
         `places_BL` is the index of an image's vector among the row's M * N, negative for a token;
         `segments_BL` the number of the conversation in its row from 1, 0 at padding.
         """
-        batch, images, vectors, _ = features_BMNC.shape
-        projected = on_batch(self.projector(features_BMNC))
-        projected_BNC = projected.reshape(batch, images * vectors, self.config.lm.width)
-        index_BL1 = jnp.maximum(places_BL, 0)[..., None]
-        vectors_BLC = jnp.take_along_axis(projected_BNC, index_BL1, axis=1)
-        inputs_BLC = jnp.where(places_BL[..., None] >= 0, vectors_BLC, self.lm.embed(ids_BL))
+        projected_BMNC = on_batch(self.projector(features_BMNC))
+        inputs_BLC = put_vectors(projected_BMNC, places_BL, self.embed_ids(ids_BL))
         return on_batch(jnp.where(segments_BL[..., None] > 0, inputs_BLC, 0))
+
+    def embed_ids(self, ids_BL: jax.Array) -> jax.Array:
+        """Return the inputs (B, L, width) of tokens."""
+        return self.lm.embed(ids_BL)
 
     def __call__(
         self,
@@ -182,14 +182,20 @@ class Understanding(nn.Module):
         positions_BL = positions_in(segments_BL)
         real_BL = segments_BL > 0
         if cache is None:
-            shared = features_BMNC.shape[1] > 1  # a row has as many conversations
-            # Alone in its row, a conversation never reads the padding on its right.
+            # Rows have as many conversations as images. Alone in its row, one never reads the
+            # padding on its right.
+            shared = jax.tree.leaves(features_BMNC)[0].shape[1] > 1
             mask = Mask(real_BL, segments_BK=segments_BL) if shared else Mask()
-            return self.lm(inputs_BLC, positions_BL, mask)
-        # Entries to be written later are real; the causal order hides them until then.
-        more = cache.keys.shape[2] - real_BL.shape[1]
-        real_BK = jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True)
-        return self.lm(inputs_BLC, positions_BL, Mask(real_BK), cache)
+        else:
+            # Entries to be written later are real; the causal order hides them until then.
+            more = cache.keys.shape[2] - real_BL.shape[1]
+            mask = Mask(jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True))
+        mask = self.ordered(mask, places_BL, features_BMNC, cache)
+        return self.lm(inputs_BLC, positions_BL, mask, cache)
+
+    def ordered(self, mask: Mask, places_BL: jax.Array, features: Any, cache: Cache | None) -> Mask:
+        """Return the mask of rows behind a cache with the order in which they are read."""
+        return mask  # causal
 
     def loss(
         self,
@@ -234,11 +240,13 @@ class Understanding(nn.Module):
         )
         return -losses_BL.sum(1), (right_BL | (next_BL < 0)).all(1)
 
-    def _token_losses(self, ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens=4096):
+    def _token_losses(
+        self, ids_BL, labels_BL, places_BL, segments_BL, features_BMNC, tokens=4096, **options
+    ):
         hidden_BLC, _ = self(ids_BL, places_BL, segments_BL, features_BMNC)
         # Each label is predicted one position before its own.
         next_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-        losses_BL, right_BL = self.lm.token_losses(hidden_BLC, next_BL, tokens)
+        losses_BL, right_BL = self.lm.token_losses(hidden_BLC, next_BL, tokens, **options)
         return losses_BL, right_BL, next_BL
 
     def logits(self, hidden_BLC: jax.Array) -> jax.Array:
@@ -255,16 +263,25 @@ class Understanding(nn.Module):
         """Read rows, padded on the right, behind all that the cache has; as `__call__`."""
         inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
         positions_BL = cache.length + jnp.arange(ids_BL.shape[1])[None]
-        return self.lm(inputs_BLC, positions_BL, Mask(), cache)
+        mask = self.ordered(Mask(), places_BL, features_BMNC, cache)
+        return self.lm(inputs_BLC, positions_BL, mask, cache)
 
     def next_token(
         self, ids_B: jax.Array, positions_B: jax.Array, real_BK: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """Read one more token per row; return the logits (B, V) that follow, and the cache."""
         hidden_B1C, cache = self.lm(
-            self.lm.embed(ids_B[:, None]), positions_B[:, None], Mask(real_BK), cache
+            self.embed_ids(ids_B[:, None]), positions_B[:, None], Mask(real_BK), cache
         )
-        return self.lm.logits(hidden_B1C)[:, 0], cache
+        return self.logits(hidden_B1C)[:, 0], cache
+
+
+def put_vectors(vectors_BMNC: jax.Array, places_BL: jax.Array, inputs_BLC: jax.Array) -> jax.Array:
+    """Put images' vectors where places, each one's index among the row's, are not negative."""
+    vectors_BNC = vectors_BMNC.reshape(inputs_BLC.shape[0], -1, inputs_BLC.shape[-1])
+    index_BL1 = jnp.maximum(places_BL, 0)[..., None]
+    placed_BLC = jnp.take_along_axis(vectors_BNC, index_BL1, axis=1)
+    return jnp.where(places_BL[..., None] >= 0, placed_BLC, inputs_BLC)
 
 
 def positions_in(segments_BL: jax.Array) -> jax.Array:

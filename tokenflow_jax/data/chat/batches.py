@@ -11,7 +11,7 @@ A row is one conversation, or `pack` of them, none of which reads another: long 
 with short ones, so that all rows are about as long and few tokens are padding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -28,7 +28,12 @@ _Data = Conversations | MixedConversations
 
 
 def collate(
-    data: _Data, places: list[int], shard: tuple[int, int] = (0, 1), *, pixels: bool = True
+    data: _Data,
+    places: list[int],
+    shard: tuple[int, int] = (0, 1),
+    *,
+    pixels: bool = True,
+    chances: Sequence[float] | None = None,  # of each sample, see `Conversations.row`
 ) -> dict[str, np.ndarray]:
     """Return the part of a batch of these samples (-1: none) for shard (this host, hosts).
 
@@ -38,7 +43,11 @@ def collate(
     int32 (R, P), the data set of each conversation, -1 where there is none.
     """
     config, size = data.config, data.config.image_size
-    found = [data.row(place) if place >= 0 else None for place in places]
+    chances = chances or [1.0] * len(places)
+    found = [
+        data.row(place, chance) if place >= 0 else None
+        for place, chance in zip(places, chances, strict=True)
+    ]
     lengths = [len(row[0]["ids"]) if row else 0 for row in found]
     members = _share_rows(lengths, config.pack)
     longest = max(sum(lengths[i] for i in row) for row in members)
@@ -61,7 +70,8 @@ def collate(
             kept.append({} if data.is_broken(name) else tokens)
             if kept[-1] and isinstance(data, MixedConversations):
                 sources[r, p] = data.source_of(places[i])
-        rows.append(insertion.join_rows(kept, config.vectors))
+        codes = config.drawn.codes if config.drawn else 0
+        rows.append(insertion.join_rows(kept, config.vectors, codes))
     batch = {**insertion.pad_rows(rows, length), "image" if pixels else "image_index": images}
     return {**batch, "source": sources} if isinstance(data, MixedConversations) else batch
 
@@ -102,7 +112,9 @@ def train_batches(
     def make(number: int, plan: Plan | None = None) -> dict[str, np.ndarray]:
         positions = range(number * batch_size, (number + 1) * batch_size)
         places = [data.sample_at(place, plan, seed, batch_size) for place in positions]
-        batch = collate(data, places, (shard_index, shard_count), pixels=pixels)
+        chances = [np.random.default_rng((seed, place)).random() for place in positions]
+        shard = shard_index, shard_count
+        batch = collate(data, places, shard, pixels=pixels, chances=chances)
         guard.check(bool(batch["segments"].any()), batch_size // shard_count)
         return batch
 

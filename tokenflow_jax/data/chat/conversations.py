@@ -14,7 +14,17 @@ from PIL import Image
 from tokenflow_jax import remote
 from tokenflow_jax.data import images
 from tokenflow_jax.data.chat import insertion, templates
-from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE, Template, Turn
+from tokenflow_jax.data.chat.insertion import Drawn
+from tokenflow_jax.data.chat.templates import (
+    DRAWN,
+    DRAWN_ID,
+    GPT,
+    HUMAN,
+    IGNORE,
+    IMAGE,
+    Template,
+    Turn,
+)
 from tokenflow_jax.data.examples import SPLITS, Broken, check_text, evenly_spaced
 from tokenflow_jax.data.jsonl import Described, LineSource, PathLike, parse_object
 from tokenflow_jax.messages import shown
@@ -35,6 +45,13 @@ class Sample:
         """Return the number of words, at least 1; negative where the data mention no picture."""
         words = max(1, sum(len(text.split()) for _, text in self.turns))
         return words if self.has_image_key else -words
+
+    def unasked(self) -> "Sample":
+        """Return the conversation without the texts that ask for a picture to be drawn."""
+        answers = (*self.turns[1:], (HUMAN, ""))
+        turns = zip(self.turns, answers, strict=True)
+        drawn = [(role, "" if IMAGE in a and by == GPT else t) for (role, t), (by, a) in turns]
+        return dataclasses.replace(self, turns=tuple(drawn))
 
 
 def parse_line(line: bytes) -> Sample:
@@ -104,20 +121,26 @@ class JsonlConversations(LineSource):
 
 
 def prepare(
-    sample: Sample, template: Template, text_tokenizer: Any, vectors: int, max_length: int
+    sample: Sample,
+    template: Template,
+    text_tokenizer: Any,
+    vectors: int,
+    max_length: int,
+    drawn: Drawn | None = None,  # for models that draw
 ) -> dict[str, np.ndarray]:
     """Turn a sample into a row of `insertion.merge_row`, cut to `max_length`, or raise Broken."""
     marked = [IMAGE in text for _, text in sample.turns]
     if any(marked) and not sample.image:
         raise Broken("marker without image", f"the text has an {IMAGE} and no picture")
-    turns = templates.prepare_turns(sample.turns, bool(sample.image))
+    turns = templates.prepare_turns(sample.turns, bool(sample.image), drawn is not None)
     try:
         templates.check_roles(turns)
     except ValueError as error:
         left_out = len(sample.turns) - len(turns)
         more = f" (before them {GPT}'s first turn is left out)" if left_out else ""
         raise Broken("bad order of turns", f"{error}{more}") from error
-    count = sum(IMAGE in text for _, text in turns)
+    count = sum(IMAGE in text.replace(DRAWN + IMAGE, DRAWN) for _, text in turns)
+    count += sum(text.count(DRAWN) for _, text in turns)
     if sample.image and not count:
         raise Broken("image without marker", f"no turn has an {IMAGE}")
     if count > 1:
@@ -126,7 +149,10 @@ def prepare(
         tokens = template.tokenize(text_tokenizer, turns)
     except ValueError as error:
         raise Broken("not for this template", str(error)) from error
-    row = insertion.merge_row(tokens.ids_L, tokens.labels_L, vectors, max_length)
+    row = insertion.merge_row(tokens.ids_L, tokens.labels_L, vectors, max_length, drawn)
+    codes = drawn.codes if drawn and DRAWN_ID in tokens.ids_L else 0
+    if (row["places"] < insertion.TEXT).sum() < codes:
+        raise Broken("picture beyond the end", f"its {codes} codes end after {max_length} tokens")
     if (row["labels"] == IGNORE).all():
         if (tokens.labels_L == IGNORE).all():
             raise Broken("no labels", "the template finds no answer in this conversation")

@@ -1,7 +1,8 @@
 """Questions and answers about the emoji inside the package, made from labels, tags and groups.
 
 Every emoji has one conversation per question, or one with all of them: its kind, its name, words
-that go with it, and whether it is something (half of the time something else). Its splits are
+that go with it, and whether it is something (half of the time something else); for models that draw
+also its name, to be drawn, and the same with a question about the drawn picture. Its splits are
 those of the tokenizer.
 """
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from tokenflow_jax.data import sources
 from tokenflow_jax.data.chat.conversations import Sample
-from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE
+from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.examples import evenly_spaced
 
 KIND_QUESTION = "Which kind of thing is this?"
@@ -31,19 +32,24 @@ class EmojiConversations:
         """Make the conversations of a split, with some keys of QUESTIONS or all when empty.
 
         With `together`, one conversation per picture asks all of them, in an order that varies.
+        Each of DRAWINGS is a conversation of its own.
         """
-        unknown = set(questions) - set(QUESTIONS)
+        unknown = set(questions) - {*QUESTIONS, *DRAWINGS}
         if unknown:
-            raise ValueError(f"questions {sorted(unknown)} are not among {list(QUESTIONS)}")
+            known = [*QUESTIONS, *DRAWINGS]
+            raise ValueError(f"questions {sorted(unknown)} are not among {known}")
         self.name = "emoji"
         self._examples = sources.EmojiSource(split)
         self._bytes = {e["name"]: e["bytes"] for e in self._examples}
-        chosen = questions or tuple(QUESTIONS)
-        rounds = [chosen] if together else [(name,) for name in chosen]
+        asked = tuple(name for name in questions or QUESTIONS if name in QUESTIONS)
+        rounds = [asked] if together and asked else [(name,) for name in asked]
+        rounds += [(name,) for name in questions if name in DRAWINGS]
         self._samples = [self._sample(e, names) for e in self._examples for names in rounds]
 
     def _sample(self, example: Any, names: Sequence[str]) -> tuple[str, Sample]:
         """Return the questions' names and their conversation, the picture with the first one."""
+        if names[0] in DRAWINGS:
+            return names[0], Sample(DRAWINGS[names[0]](example), example["name"], True)
         # In an order that depends on the picture alone.
         names = sorted(names, key=lambda name: zlib.crc32(f"{name} {example['name']}".encode()))
         turns = []
@@ -89,4 +95,17 @@ QUESTIONS: dict[str, Callable[[Any, Any], tuple[str, str]]] = {
         "Which words go with it?", ", ".join((example.get("tags") or [example["caption"]])[:_TAGS])
     ),
     "check": _check,
+}  # fmt: skip
+
+
+def _draw(example: Any) -> tuple[Turn, ...]:
+    return (HUMAN, example["caption"]), (GPT, IMAGE)
+
+
+# example -> turns in which the picture is drawn.
+DRAWINGS: dict[str, Callable[[Any], tuple[Turn, ...]]] = {
+    "draw": _draw,
+    "cycle": lambda example: (
+        *_draw(example), (HUMAN, KIND_QUESTION), (GPT, KINDS[int(example["group"])])
+    ),
 }  # fmt: skip

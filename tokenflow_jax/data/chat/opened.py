@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax.data import text
-from tokenflow_jax.data.chat import conversations, grouping
+from tokenflow_jax.data.chat import conversations, emoji, grouping
+from tokenflow_jax.data.chat.captioned import CaptionedPictures
 from tokenflow_jax.data.chat.conversations import JsonlConversations
 from tokenflow_jax.data.chat.emoji import EmojiConversations
+from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.tabular import TableConversations, TarConversations
 from tokenflow_jax.data.chat.templates import TEMPLATES, get_template
 from tokenflow_jax.data.examples import Broken, Skipped, notes_on
 
 _KINDS = ("emoji", "jsonl", "parquet", "arrow", "webdataset")
+_TASKS = ("chat", "draw")
 _KEPT_ROWS = 50_000  # rows of data sets up to this size are kept for the next epoch
 
 
@@ -28,7 +31,7 @@ class ConversationConfig:
     path: str = ""  # the file of conversations; not used by "emoji"
     image_folder: str = ""  # that paths of images are relative to; the file's folder when empty
     split: str = "train"  # or "heldout" or "all"
-    questions: tuple[str, ...] = ()  # for "emoji": keys of `emoji.QUESTIONS`; all when empty
+    questions: tuple[str, ...] = ()  # for "emoji": of its QUESTIONS, or DRAWINGS; () all questions
     together: bool = False  # for "emoji": all questions about a picture in one conversation
     template: str = "vicuna_v1"  # a key of `templates.TEMPLATES`
     system: str | None = None  # replaces the template's own system prompt
@@ -43,12 +46,15 @@ class ConversationConfig:
     threads: int = 0  # for preparing batches; 0 takes one per core, at most 32
     allow_outside: bool = False  # read pictures outside the folder, by path or link
     image_column: str = ""  # of "parquet" and "arrow"; found by name and type when empty
+    drawn: Drawn | None = None  # what a picture in an answer becomes; None: the model only reads
+    task: str = "chat"  # what the data are: conversations; "draw": captions to draw pictures of
+    drop_rate: float = 0.0  # probability that a drawn picture is not asked for, for guidance
 
     def __post_init__(self):
         problems = []
         choices = {
             "name": _KINDS, "image_mode": conversations.IMAGE_MODES,
-            "order": ("random", "grouped"), "template": tuple(TEMPLATES),
+            "order": ("random", "grouped"), "template": tuple(TEMPLATES), "task": _TASKS,
         }  # fmt: skip
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -56,6 +62,12 @@ class ConversationConfig:
         for field in ("image_size", "vectors", "max_length", "pack"):
             if getattr(self, field) < 1:
                 problems.append(f"{field} is {getattr(self, field)}, must be at least 1")
+        if self.drawn is None and (self.task == "draw" or {*self.questions} & {*emoji.DRAWINGS}):
+            problems.append("this model does not draw: no task=draw, and no such questions")
+        if self.task == "draw" and self.order != "random":
+            problems.append("task=draw has order=random: the lengths of captions are not known")
+        if not 0 <= self.drop_rate <= 1:
+            problems.append(f"drop_rate {self.drop_rate} is not a probability")
         if list(self.buckets) != sorted({*self.buckets}) or min(self.buckets, default=1) < 1:
             problems.append(f"buckets {self.buckets} must be positive and ascend")
         if problems:
@@ -74,7 +86,12 @@ class Conversations:
     def __init__(self, config: ConversationConfig, limit: int | None = None):
         self.config = config
         self.source: Any
-        if config.name == "emoji":
+        if config.task == "draw":
+            self.source = CaptionedPictures(
+                config.name, config.path, config.split, config.image_folder,
+                config.allow_outside, config.image_column,
+            )  # fmt: skip
+        elif config.name == "emoji":
             self.source = EmojiConversations(config.split, config.questions, config.together)
         elif config.name == "webdataset":
             self.source = TarConversations(config.path, config.split)
@@ -95,26 +112,30 @@ class Conversations:
         self.broken_images: set[str] = set()
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._ordering = threading.Lock()
-        self._rows: dict[int, tuple[dict[str, np.ndarray], str]] = {}
+        self._rows: dict[tuple[int, bool], tuple[dict[str, np.ndarray], str]] = {}
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def row(self, index: int) -> tuple[dict[str, np.ndarray], str] | None:
-        """Return the tokens of a sample and the name of its picture; None where it is broken."""
-        if index in self._rows:
-            return self._rows[index]
+    def row(self, index: int, chance: float = 1.0) -> tuple[dict[str, np.ndarray], str] | None:
+        """Return the tokens of a sample and the name of its picture; None where it is broken.
+
+        A `chance`, drawn from [0, 1), below the drop rate leaves out what asks for a picture.
+        """
+        key = index, chance < self.config.drop_rate
+        if key in self._rows:
+            return self._rows[key]
         try:
             sample = self.source[index]
             row = conversations.prepare(
-                sample, self.template, self.text_tokenizer, self.config.vectors,
-                self.config.max_length,
+                sample.unasked() if key[1] else sample, self.template, self.text_tokenizer,
+                self.config.vectors, self.config.max_length, self.config.drawn,
             )  # fmt: skip
         except Broken as error:
             self.skipped.add(self.source.label(index), error)
             return None
         if len(self) <= _KEPT_ROWS:
-            self._rows[index] = row, sample.image
+            self._rows[key] = row, sample.image
         return row, sample.image
 
     def image(self, image: str, label: str = "") -> np.ndarray | None:

@@ -47,13 +47,15 @@ def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int])
 
 
 def first_questions(data: Conversations) -> Iterator[Question]:
-    """Yield the first question of each usable conversation of an opened data set."""
+    """Yield the first question of each usable conversation, unless a picture is the answer."""
     for index in range(len(data)):
         if data.row(index) is None:  # skipped, and counted there
             continue
         sample = data.source[index]
         turns = templates.prepare_turns(sample.turns, bool(sample.image))
         answer = next(text for role, text in turns if role == GPT)
+        if data.config.drawn and IMAGE in answer:
+            continue
         row = question_row(data.template, data.text_tokenizer, turns[:1], data.config.vectors)
         text = turns[0][1].replace(IMAGE, "").strip()
         yield Question(row, sample.image, text, answer)

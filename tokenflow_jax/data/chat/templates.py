@@ -18,6 +18,7 @@ A text tokenizer is described in `data.text`.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,9 @@ import numpy as np
 
 IMAGE = "<image>"
 IMAGE_ID = -200
+# Where the model draws the picture. A text cannot hold it: Unicode has no such character.
+DRAWN = "\ufdd0"
+DRAWN_ID = -201
 IGNORE = -100
 HUMAN, GPT = "human", "gpt"
 _START, _END = "<s>", "</s>"
@@ -169,14 +173,31 @@ def get_template(name: str, system: str | None = None) -> Template:
     return template if system is None else dataclasses.replace(template, system=system)
 
 
-def prepare_turns(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """Leave one image marker in front of turns that have any; drop a first turn of the model."""
+def prepare_turns(turns: Sequence[Turn], has_image: bool, draws: bool = False) -> list[Turn]:
+    """Leave one image marker in front of turns that have any; drop a first turn of the model.
+
+    With `draws` a marker in a turn of the model's is a picture that it draws, in its place. If
+    anything follows, an image marker behind it shows the finished picture.
+    """
+    if draws:
+        turns = [_drawn(turns, i) for i in range(len(turns))]
     if has_image:
-        turns = [
-            (role, f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text)
-            for role, text in turns
-        ]
+        turns = [(role, text if DRAWN in text else _marked(text)) for role, text in turns]
     return list(turns[1:] if turns and turns[0][0] != HUMAN else turns)
+
+
+def _marked(text: str) -> str:
+    """Return a text with one marker, in front, if it has any."""
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
+
+
+def _drawn(turns: Sequence[Turn], place: int) -> Turn:
+    role, text = turns[place]
+    if role != GPT or IMAGE not in text:
+        return role, text
+    before, after = text.split(IMAGE, 1)
+    more = IMAGE if after.strip() or place + 1 < len(turns) else ""
+    return role, f"{before}{DRAWN}{more}{after}"
 
 
 def check_roles(turns: Sequence[Turn]) -> None:
@@ -198,12 +219,15 @@ def _labeled(ids: list[int], spans: Sequence[tuple[int, int]]) -> Tokens:
 
 
 def _encode(text_tokenizer: Any, text: str, start: bool = True) -> list[int]:
-    """Encode the pieces between image markers; a start id, if any, stands in front only."""
+    """Encode the pieces between markers; a start id, if any, stands in front only."""
     ids: list[int] = []
-    for i, piece in enumerate(text.split(IMAGE)):
+    for i, piece in enumerate(re.split(f"({IMAGE}|{DRAWN})", text)):
+        if i % 2:
+            ids.append(IMAGE_ID if piece == IMAGE else DRAWN_ID)
+            continue
         new = _encode_piece(text_tokenizer, piece, start)
         skip = _start_length(text_tokenizer, new) if i and start else 0
-        ids += [*([IMAGE_ID] if i else []), *new[skip:]]
+        ids += new[skip:]
     return ids
 
 
