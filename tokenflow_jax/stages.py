@@ -12,6 +12,7 @@ STAGES = {
     "tokenizer": "tokenflow_jax.tokenizer.stage:TokenizerStage",
     "generation": "tokenflow_jax.generation.stage:GenerationStage",
     "understanding": "tokenflow_jax.understanding.stage:UnderstandingStage",
+    "unified": "tokenflow_jax.unified.stage:UnifiedStage",
 }
 
 

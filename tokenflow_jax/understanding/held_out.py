@@ -1,7 +1,7 @@
 """Held-out questions of a run: the model's answers, how many are right, and a picture of some."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,22 @@ _ROUND = 32  # prompts are padded to a multiple of this, so that few programs ar
 class HeldOutQuestions:
     """The first question of each held-out conversation, and the answers of the last evaluation."""
 
-    def __init__(self, data: Conversations, features: np.ndarray):
-        """Take the questions whose picture can be read; `features` are those of `data.images`."""
+    def __init__(
+        self, data: Conversations, features: np.ndarray, among: Collection[str] | None = None
+    ):
+        """Take the questions whose picture can be read, or is `among` others.
+
+        `features` are those of `data.images`.
+        """
         self.stop_ids = data.template.stop_ids(data.text_tokenizer)
         self._data, self._features = data, features
         asked = questions.first_questions(data)
-        self._asked = [question for question in asked if question.image not in data.broken_images]
+        self._asked = [
+            question
+            for question in asked
+            if question.image not in data.broken_images
+            and (among is None or question.image in among)
+        ]
         self.answers: list[str] = []
 
     def __len__(self) -> int:

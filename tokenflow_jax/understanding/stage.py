@@ -11,6 +11,7 @@ import numpy as np
 
 from tokenflow_jax.data import mixture
 from tokenflow_jax.data.chat import batches
+from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.mixed import MixedConversations
 from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.data.text import load_text_tokenizer
@@ -42,6 +43,7 @@ class UnderstandingStage(CodeStage):
 
     name, part = "understanding", PART
     headline = ("loss/total", "accuracy/answers")
+    drawn: Drawn | None = None  # the model only reads
     images = 0  # known when `open` has made the table; preflight compiles the tokenizer in the step
 
     @functools.cached_property
@@ -95,6 +97,11 @@ class UnderstandingStage(CodeStage):
         side = self.tokenizer_config.image_size
         return shapes | {"image": self.batch_array(jnp.uint8, self.pack, side, side, 3)}
 
+    @property
+    def made_once(self) -> Callable[[PyTree, jax.Array], jax.Array]:
+        """The function of the tokenizer and of images whose results can be kept."""
+        return self.trainer.image_features
+
     def tokens_of(self, batch: PyTree) -> int:
         """Return the positions of a batch."""
         return batch["ids"].size
@@ -130,10 +137,10 @@ class UnderstandingStage(CodeStage):
         if config.data.encode == "once":
             table = self._table(encoder, self._train_set)
             self.images = len(table)
-            self.frozen = self.place({"features": table}, self.frozen_shapes)
+            self.frozen = self.place(self._with_table(table), self.frozen_shapes)
         # Held-out pictures are few: their features are made once, whatever the training does.
         self._eval_table = self._table(encoder, self._eval_set)
-        self._questions = HeldOutQuestions(self._eval_set, self._eval_table)
+        self._questions = self._questions_about(self._eval_table)
         self.notes += [
             f"image tokenizer {config.tokenizer.path}, fingerprint {config.tokenizer.fingerprint}; "
             f"{self.vectors} vectors of {self.model_config.vision_channels} channels per "
@@ -156,7 +163,16 @@ class UnderstandingStage(CodeStage):
             image_size=self.tokenizer_config.image_size,
             vectors=self.vectors,
             pack=1 if held_out else self.pack,
+            drawn=self.drawn,
         )
+
+    def _with_table(self, table: np.ndarray) -> PyTree:
+        """Return what the step reads in place of the tokenizer."""
+        return {"features": table}
+
+    def _questions_about(self, table: np.ndarray) -> HeldOutQuestions:
+        """Return the held-out questions, for pictures of a table."""
+        return HeldOutQuestions(self._eval_set, table)
 
     def _compiled(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """Jit a function whose results every device gets whole."""
@@ -171,8 +187,8 @@ class UnderstandingStage(CodeStage):
         )
 
     def _table(self, encoder: PyTree, data: Conversations) -> np.ndarray:
-        """Return the features of all pictures of a data set, float32 (images, N, C)."""
-        encode = self._compiled(self.trainer.image_features)
+        """Return what `made_once` makes of all pictures of a data set."""
+        encode = self._compiled(self.made_once)
         size, rows = self.tokenizer_config.image_size, self.eval_rows
         names, parts = data.images or [""], []
         for first in range(0, len(names), rows):
@@ -219,21 +235,34 @@ class UnderstandingStage(CodeStage):
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return the held-out loss, and how often the first answer is that of the data."""
-        sums, params = Counter(), self.weights(state)
+        params = self.weights(state)
+        figures, asked = self.held_out(params), self._questions
+        if self.config.eval.max_new and len(asked):
+            asked.answers = self._answer(params)
+            figures["exact_match"] = asked.exact(asked.answers)
+        if int(state.step) == self.config.total_steps:
+            figures |= self.at_the_end(params)
+        return figures
+
+    def held_out(self, params: PyTree) -> dict[str, float]:
+        """Return the held-out loss and the share of labels that rank first."""
+        sums = Counter()
         for batch in batches.eval_batches(self._eval_set, batch_size=self.eval_rows, pixels=False):
             batch["features"] = self._eval_table[batch.pop("image_index")[:, 0]]
             sums.update(jax.tree.map(float, self._loss(params, self._global(batch))))
             self.between_batches()
         labels = max(sums["labels"], 1.0)
-        figures = {"loss": sums["loss"] / labels, "accuracy": sums["right"] / labels}
+        return {"loss": sums["loss"] / labels, "accuracy": sums["right"] / labels}
+
+    def at_the_end(self, params: PyTree) -> dict[str, float]:
+        """Return figures of a finished run: what answers would be without the picture."""
         asked = self._questions
-        if self.config.eval.max_new and len(asked):
-            asked.answers = self._answer(params)
-            figures["exact_match"] = asked.exact(asked.answers)
-        if int(state.step) == self.config.total_steps and asked.answers:
-            figures["exact_match_other_images"] = asked.exact(self._answer(params, 1))
-            figures["largest_answer"] = asked.most_common()
-        return figures
+        if not asked.answers:
+            return {}
+        return {
+            "exact_match_other_images": asked.exact(self._answer(params, 1)),
+            "largest_answer": asked.most_common(),
+        }
 
     @functools.cached_property
     def _greedy(self):
@@ -242,7 +271,9 @@ class UnderstandingStage(CodeStage):
         decoding = Decoding(self.config.eval.max_new, self._questions.stop_ids)
         return self._compiled(lambda params, prompt: answer(model, params, prompt, key, decoding))
 
-    def _answer(self, params: PyTree, other: int = 0) -> list[str]:
+    def _answer(
+        self, params: PyTree, other: int = 0, asked: HeldOutQuestions | None = None
+    ) -> list[str]:
         """Answer the held-out questions; `other` > 0 shows each another question's picture."""
 
         def decode(prompt: dict[str, np.ndarray]) -> np.ndarray:
@@ -250,7 +281,7 @@ class UnderstandingStage(CodeStage):
             self.between_batches()
             return ids_BN
 
-        return self._questions.answer(decode, self.eval_rows, other)
+        return (asked or self._questions).answer(decode, self.eval_rows, other)
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """Return a grid of held-out pictures with the model's answers."""

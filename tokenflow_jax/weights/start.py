@@ -125,11 +125,33 @@ def take_language_model(
     on are ours alone (codes): their rows stay random, new rows below become the mean of the known
     ones, as in the reference, and arrays that only one of the two has are left alone.
     """
-    _check_language_model(path, lm, ("tied_head",) if ids is None else ())
-    ours, places = flatten(params), flatten(shardings)
+    if not gguf.is_gguf(path):  # its arrays are compared one by one
+        check_language_model(read_config(path), path, lm, ("tied_head",) if ids is None else ())
     found, arrays = open_language_model(path)
     arrays = {f"lm/{name}": array for name, array in arrays.items()}
-    if found.tied_head and ids is not None:
+    params, count = take_arrays(arrays, found.tied_head, path, params, shardings, ids)
+    if ids is None:
+        return params, f"language model {path}, the projector from scratch"
+    text = (
+        f"language model {path} ({count} of {len(flatten(params))} arrays), the rest from scratch"
+    )
+    return params, text
+
+
+def take_arrays(
+    arrays: Mapping[str, Any],
+    tied_head: bool,  # of the model that they are of
+    path: str,
+    params: PyTree,
+    shardings: PyTree,
+    ids: int | None = None,
+) -> tuple[PyTree, int]:
+    """Replace parameters by a language model's, and others of the same names; count them.
+
+    See `take_language_model`.
+    """
+    ours, places, arrays = flatten(params), flatten(shardings), dict(arrays)
+    if tied_head and ids is not None:
         arrays["lm/head/kernel"] = transposed(arrays["lm/embed/embedding"])
     for name, array in arrays.items():
         if name not in ours and ids is not None:
@@ -148,18 +170,13 @@ def take_language_model(
         own = [name for name in ours if name.startswith("lm/") and not is_adapter(name)]
         if missing := [name for name in own if name not in arrays]:
             raise ValueError(f"{path} lacks what config.model.lm has:\n{bullets(missing)}")
-        return unflatten(ours), f"language model {path}, the projector from scratch"
-    count = sum(name in ours for name in arrays)
-    return (
-        unflatten(ours),
-        f"language model {path} ({count} of {len(ours)} arrays), the rest from scratch",
-    )
+    return unflatten(ours), sum(name in ours for name in arrays)
 
 
-def _check_language_model(path: str, lm: LMConfig, more: tuple[str, ...]) -> None:
-    if gguf.is_gguf(path):  # its arrays are compared one by one
-        return
-    source = read_config(path)
+def check_language_model(
+    source: LMConfig, path: str, lm: LMConfig, more: tuple[str, ...] = ()
+) -> None:
+    """Raise ValueError unless a language model has the sizes of `lm`, vocabularies left out."""
     wrong = [
         f"{name} is {getattr(source, name)} there, {getattr(lm, name)} here"
         for name in (*_SAME, *more)
