@@ -95,6 +95,8 @@ def tokenizer_step(images_BCHW):
     average = tokenizer()
     update_ema(average, model, decay=0)
     model.train(), criterion.train()
+    # A leaf that is written in place; moved to a GPU, it is none any more.
+    model.quantize.codebook_used = model.quantize.codebook_used.detach()
     adam = functools.partial(torch.optim.Adam, lr=1e-4, betas=(0.9, 0.95))
     players = (model, criterion.discriminator)
     optimizers = [adam(player.parameters()) for player in players]

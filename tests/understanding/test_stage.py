@@ -232,7 +232,9 @@ def test_starts(trained, tokenizer, chats, tmp_path):
     save_language_model(tmp_path / "lm", lm, words)
     stage = make(tiny(tokenizer, chats, init_from=str(tmp_path / "lm")))
     start = stage.init()
-    projector = jax.tree.map(np.asarray, start.params["projector"])
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(start.params["lm"]))
+    projector = make(tiny(tokenizer, chats)).init().params["projector"]
+    jax.tree.map(np.testing.assert_array_equal, start.params["projector"], projector)
     fresh, text = stage.warm_start(start)
     assert "the projector from scratch" in text
     assert all((x == 0.5).all() for x in jax.tree.leaves(fresh.params["lm"]))

@@ -54,6 +54,11 @@ class GenerationStage(CodeStage):
         return self.with_own_choices(complete_model(given, self.tokenizer_config, self.prompts))
 
     @property
+    def own_ids(self) -> int:
+        """The codes' ids, from code 0 on."""
+        return self.model_config.image_start
+
+    @property
     def beside_adapters(self) -> tuple[str, ...]:
         """What trains beside adapters: the codes' columns of the head are new, as norms may be."""
         head = "lm/embed" if self.model_config.lm.tied_head else "lm/head"
@@ -217,10 +222,6 @@ class GenerationStage(CodeStage):
         """Return lines about skipped pictures and prompts that were cut."""
         notes = captions.skipped_notes(*self._train_sets, self._eval_set)
         return [*notes, *self.prompts.cut_notes()]
-
-    def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
-        """Return the weights of config.init_from: a language model or a generation model."""
-        return super().load_parameters(params, self.model_config.image_start)
 
     @functools.cached_property
     def _held_out_sums(self):

@@ -33,10 +33,12 @@ class CodeStage(Stage):
 
     Attributes:
       part: the model, as the stage's `names` describe it.
+      own_ids: ids of the vocabulary from there on are no language model's; None: it has none.
       beside_adapters: patterns of what trains beside LoRA's adapters, unless config.trainable says.
     """
 
     part: Part
+    own_ids: int | None = None
     beside_adapters: tuple[str, ...] = ("projector",)
     frozen_name = "frozen tokenizer"
 
@@ -125,7 +127,17 @@ class CodeStage(Stage):
                 f"config.lora.rank={self.adapters.config.rank} adapts a trained model: name it, "
                 "--config.init_from= (a language model or a run), or train all with a rank of 0"
             )
-        return super().init()
+        if not self.config.init_from:
+            return super().init()
+        brought = start.brought(self.config.init_from, self.parameters, self.own_ids)
+
+        def state(key: jax.Array) -> State:
+            # Random numbers that are replaced would take time, and up to three times the memory.
+            params = start.blanked(self.trainer.init(key).params, brought)
+            return self.trainer.init(key, params)
+
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
+        return jax.jit(state, out_shardings=shardings)(jax.random.key(self.config.seed))
 
     def averaged(self, params: PyTree) -> PyTree:
         return self.adapters.take(params) if self.adapters else params
@@ -137,11 +149,11 @@ class CodeStage(Stage):
             return weights
         return self.adapters.join(state.params, self.adapters.take(weights))
 
-    def load_parameters(self, params: PyTree, lm_ids: int | None = None) -> tuple[PyTree, str]:
+    def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
         """Return the weights of config.init_from: a language model or a model of this stage."""
         places = mesh.shardings(params, self.mesh)
         path, config = self.config.init_from, self.model_config
-        return start.load_model(path, self.part, config, params, places, lm_ids)
+        return start.load_model(path, self.part, config, params, places, self.own_ids)
 
     def check_sources(self, text_tokenizers: str) -> None:
         """Raise ValueError that lists everything a run still has to be given."""

@@ -101,6 +101,30 @@ def load_model(
     return take(source.arrays, path, params, shardings), f"{source.weights} weights of {path}"
 
 
+def brought(path: str, params: PyTree, lm_ids: int | None = None) -> PyTree:
+    """Mark the parameters that `load_model` replaces wholly; arguments as there."""
+    names = [name for name in flatten(params) if not is_adapter(name)]
+    if is_language_model(path):
+        known = {f"lm/{name}" for name in open_language_model(path)[1]}
+        if lm_ids is not None:
+            known -= _VOCABULARY.keys()
+        names = [name for name in names if name in known]
+    return unflatten({name: name in names for name in flatten(params)})
+
+
+def blanked(params: PyTree, brought: PyTree) -> PyTree:
+    """Fill the marked parameters with NaN, so that one that was not replaced is seen at once."""
+
+    def blank(x: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.full(x.shape, jnp.nan if floating else 0, x.dtype)
+
+    marks = flatten(brought)
+    return unflatten(
+        {n: jax.tree.map(blank, x) if marks[n] else x for n, x in flatten(params).items()}
+    )
+
+
 def is_language_model(path: str) -> bool:
     """Tell whether a path holds a language model alone, without a projector."""
     if gguf.is_gguf(path):
