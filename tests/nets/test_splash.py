@@ -37,6 +37,32 @@ def test_splash_attention_of_several_tiles_equals_xla(heads, blocks):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.slow
+def test_splash_attention_of_blocks_known_at_run_time_equals_xla():
+    """Two rows with pictures at other places, one across tiles; the second of two conversations."""
+    q, weights = jax.random.normal(jax.random.key(0), (2, 2, 1100, 2, 64))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 1100, 1, 64))
+    last = np.stack([Blocks(n, (1, 4, 100)).last_key(1100) for n in (530, 300)])
+    segments = jnp.asarray((np.arange(1100) >= [[0], [299]]) + 1)
+    mask = Mask(segments_BK=segments, last_BK=jnp.asarray(last), ahead=99)
+
+    def loss(function, q, k, v):
+        out = function(q, k, v)
+        return (out * weights).sum(), out
+
+    def xla(q, k, v):
+        return attention_lib.attention(q, k, v, mask.allowed(1100, 1100))
+
+    splash = functools.partial(attention_lib._splash, mask=mask, interpret=True)
+    (got, want) = (
+        jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2), has_aux=True))(q, k, v)
+        for f in (splash, xla)
+    )
+    np.testing.assert_allclose(got[1], want[1], atol=2e-5)
+    for one, other in zip(got[0], want[0], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
 def test_splash_tiles_are_large_and_few():
     """Tiles of one row, and the padding that they need."""
     rows = {100: 128, 512: 512, 947: 1024, 1152: 640, 1536: 768, 2048: 1024, 2560: 896, 4096: 1024}

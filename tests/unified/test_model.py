@@ -267,18 +267,6 @@ def test_writing_alone_it_is_the_generation_model(name):
         np.testing.assert_allclose(theirs.image.mean(), stored, atol=1e-5)
 
 
-def test_blocks_known_at_run_time_have_no_splash_kernel(monkeypatch):
-    from tokenflow_jax.nets import attention as attention_lib
-    from tokenflow_jax.nets.attention import Mask, choose
-
-    monkeypatch.setattr(attention_lib.placement, "platform", lambda: "tpu")
-    shape, mask = (2, 100, 4, 128), Mask(last_BK=jnp.zeros((2, 100), jnp.int32))
-    assert choose("auto", mask, jnp.bfloat16, shape, False) == "xla"
-    assert choose("auto", Mask(), jnp.bfloat16, shape, False) == "splash"
-    with pytest.raises(ValueError, match="known only at run time"):
-        choose("splash", mask, jnp.bfloat16, shape, False)
-
-
 def test_a_config_reports_its_own_fields():
     with pytest.raises(ValueError, match="unified model: strategy 'first'"):
         dataclasses.replace(CONFIG, strategy="first")

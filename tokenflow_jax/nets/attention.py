@@ -56,7 +56,7 @@ class Blocks:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("real_BK", "segments_BK", "last_BK"),
-    meta_fields=("blocks",),
+    meta_fields=("blocks", "ahead"),
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -69,8 +69,9 @@ class Mask:
     # None if rows are not shared; not for use with a cache.
     segments_BK: jax.Array | None = None
     # int32, the last key that each query may read, for blocks whose place is known only at run
-    # time; None if `blocks` tell.
+    # time; None if `blocks` tell. No query reads more than `ahead` keys after its own place.
     last_BK: jax.Array | None = None
+    ahead: int = 0
 
     def over(self, keys: int) -> "Mask":
         """Return the mask of the first keys."""
@@ -132,7 +133,6 @@ def choose(
             (cached, "it does not read a cache"),
             # A `Mask` has its order known when compiling.
             (not isinstance(mask, Mask), "the mask is an array, not a `Mask`"),
-            (getattr(mask, "last_BK", None) is not None, "blocks are known only at run time"),
             (width % 64, f"head width {width} is not a multiple of 64"),
         )
     if (
@@ -276,10 +276,13 @@ def _splash(
     arrays = (prepare(q_BLHD * width**-0.5), prepare(k_BLGD), prepare(v_BLGD), segments_BL)
     # Computed in the kernel, tile by tile, and without a tile that no query reads: key <= last key.
     order = splash.CausalMask((length + extra,) * 2)
-    order.q_sequence = mask.blocks.last_key(length + extra)
+    order.q_sequence = mask.blocks.last_key(length + extra) + mask.ahead
+    if mask.last_BK is not None:
+        last_BL = jnp.broadcast_to(mask.last_BK, (batch, length))
+        arrays += (jnp.pad(last_BL, ((0, 0), (0, extra))),)
     sides = splash.BlockSizes(*[side] * 6, use_fused_bwd_kernel=True)
 
-    def local(q_BHLD, k_BGLD, v_BGLD, segments_BL):  # one device's rows and heads
+    def local(q_BHLD, k_BGLD, v_BGLD, segments_BL, *last_BL):  # one device's rows and heads
         rows, heads, *rest = q_BHLD.shape
         groups = k_BGLD.shape[1]
         kernel = splash.make_splash_mqa(
@@ -290,11 +293,19 @@ def _splash(
             residual_checkpoint_name=SAVED,
             interpret=interpret,
         )
-        ids = splash.SegmentIds(segments_BL, segments_BL)
-        # The grid's leading axes, rows and groups, share out the cores of a chip that has two.
-        kernel = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))
-        q_BGHLD = q_BHLD.reshape(rows, groups, heads // groups, *rest)
-        return kernel(q_BGHLD, k_BGLD, v_BGLD, ids).reshape(q_BHLD.shape)
 
-    out_BHLD = placement.over_batch(local, arrays, heads=(1, 1, 1, None))
+        def row(q_GHLD, k_GLD, v_GLD, segments_L, *last_L):
+            ids, used = splash.SegmentIds(segments_L, segments_L), kernel
+            for last in last_L:  # in place of the order that its tiles were chosen by
+                infos, options = kernel.tree_flatten()
+                infos = [info and info._replace(q_sequence=last) for info in infos]
+                used = kernel.tree_unflatten(options, infos)
+            return jax.vmap(used, in_axes=(0, 0, 0, None))(q_GHLD, k_GLD, v_GLD, ids)
+
+        # The grid's leading axes, rows and groups, share out the cores of a chip that has two.
+        q_BGHLD = q_BHLD.reshape(rows, groups, heads // groups, *rest)
+        return jax.vmap(row)(q_BGHLD, k_BGLD, v_BGLD, segments_BL, *last_BL).reshape(q_BHLD.shape)
+
+    more = (None,) * (len(arrays) - 3)
+    out_BHLD = placement.over_batch(local, arrays, heads=(1, 1, 1, *more))
     return out_BHLD.transpose(0, 2, 1, 3)[:, :length]

@@ -148,14 +148,14 @@ class Unified(Generation, Understanding):
             return mask
         first = 0 if cache is None else cache.length
         index_L = first + jnp.arange(places_BL.shape[1], dtype=jnp.int32)
-        codes_BL = -2 - places_BL
-        ahead_BL = jnp.asarray(self.config.ahead())[codes_BL % self.config.pyramid.tokens]
+        codes_BL, ahead_N = -2 - places_BL, self.config.ahead()
+        ahead_BL = jnp.asarray(ahead_N)[codes_BL % len(ahead_N)]
         last_BK = index_L + jnp.where(codes_BL >= 0, ahead_BL, 0)
         if cache is not None:
             own_K = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
             every_BK = jnp.broadcast_to(own_K, (len(places_BL), len(own_K)))
             last_BK = jax.lax.dynamic_update_slice(every_BK, last_BK, (0, first))
-        return dataclasses.replace(mask, last_BK=last_BK)
+        return dataclasses.replace(mask, last_BK=last_BK, ahead=int(ahead_N.max()))
 
     def logits(self, hidden_BLC: jax.Array) -> jax.Array:
         """Return the scores of text ids, float32 (B, L, image_start)."""
