@@ -194,7 +194,7 @@ def _quickstart() -> ConfigDict:
     config.model.update(scales=(), codebook_size=0, code_channels=0, image_start=0)
     config.model.lm.vocabulary_size = 0
     config.remat = "none"
-    config.total_steps, config.batch_size = 800, 32
+    config.total_steps, config.batch_size, config.pack = 640, 32, 2
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.tokenizer.path = "runs/quickstart"  # of configs/tokenizer.py
     config.text_tokenizer = "bytes"
@@ -203,18 +203,18 @@ def _quickstart() -> ConfigDict:
     config.data.image_mode = "square"  # they are square
     config.data.template = "vicuna_v1"
     config.data.own_system = True  # none: bytes are many
-    config.data.questions = ("kind", "name", "draw", "draw", "cycle")
-    config.data.max_length, config.data.buckets = 300, (160, 208, 256)
+    config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "cycle")
+    config.data.max_length, config.data.buckets = 330, (352, 384, 416, 448, 512)
     config.losses.scale_power = 1.5  # fine scales cannot repair errors of coarse ones
     config.optimizer.name = "muon"  # two to three times faster than AdamW here
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.final_fraction = 0.02
     config.optimizer.b2 = 0.95
     config.sampling.guidance = 1.5
     config.sampling.passes = ((50, 0.7),)
     config.log_every, config.eval_every, config.image_every = 20, 0, 0
-    config.checkpoint_every = 400
+    config.checkpoint_every = 160
     config.eval.examples = 0
     config.eval.questions = ("kind", "draw", "cycle")
     config.eval.max_new = 24

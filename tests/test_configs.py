@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from config_files import generation, understanding
+from config_files import generation, understanding, unified
 from config_files import tokenizer as configs
 
 from tokenflow_jax.parallel import mesh
@@ -90,7 +90,7 @@ def test_bad_values_name_the_remedy(path, value, message):
         _stage(config)
 
 
-@pytest.mark.parametrize("file", [configs, generation, understanding])
+@pytest.mark.parametrize("file", [configs, generation, understanding, unified])
 def test_pictures_outside_the_folder_are_not_read_by_default(file):
     assert file.get_config().data.allow_outside is False
 

@@ -14,4 +14,6 @@ def load(name):
     return module
 
 
-tokenizer, generation, understanding = map(load, ("tokenizer", "generation", "understanding"))
+tokenizer, generation, understanding, unified = map(
+    load, ("tokenizer", "generation", "understanding", "unified")
+)

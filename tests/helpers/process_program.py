@@ -1,7 +1,7 @@
 """One process of a small run; started by test_processes.py.
 
 python process_program.py STAGE WORKDIR DELAY MESH [--coordinator= --num_processes= --process_id=]
-  STAGE  tokenizer, the real one; reader; lora, adapters on a reader; or toy
+  STAGE  tokenizer, the real one; reader; lora, adapters on a reader; unified; or toy
   DELAY  seconds to wait before each step
   MESH   slice,data,fsdp,tensor
 """
@@ -65,14 +65,32 @@ def lora():
     return config, make_stage
 
 
+def unified():
+    """The unified quickstart, tiny, two conversations in a row."""
+    import os
+
+    from config_files import unified
+
+    from tokenflow_jax.unified.stage import UnifiedStage
+
+    mesh.LEAST_SPLIT = 64
+    config = unified.get_config()
+    config.model.lm.update(width=16, layers=1, heads=2, kv_heads=2, mlp_width=24)
+    config.tokenizer.path = os.environ["TOKENIZER"]
+    config.data.max_length, config.data.buckets = 160, (200,)
+    config.optimizer.name, config.optimizer.warmup_steps = "adamw", 0
+    config.eval.update(max_new=0, examples=8, retrieval=0, prompts=())
+    return config, UnifiedStage
+
+
 def main(argv):
     distributed.start(flags.FLAGS)
     import jax
 
     _, name, workdir, delay, sizes = argv
     sizes = dict(zip(mesh.AXES, map(int, sizes.split(",")), strict=True))
-    kinds = {"toy": toy, "tokenizer": tokenizer, "reader": reader, "lora": lora}
-    config, make_stage = kinds[name]()
+    kinds = (toy, tokenizer, reader, lora, unified)
+    config, make_stage = {kind.__name__: kind for kind in kinds}[name]()
     config.update(total_steps=12, batch_size=8, checkpoint_every=4, log_every=1)
     config.mesh = sizes
     runlog.set_up(verbose=jax.process_index() == 0)

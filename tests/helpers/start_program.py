@@ -1,7 +1,7 @@
 """One process that starts a language stage from a folder; started by test_start.py.
 
 python start_program.py STAGE FOLDER [--coordinator= --num_processes= --process_id=]
-  STAGE   understanding or generation, with the tokenizer that the environment names
+  STAGE   understanding, generation or unified, with the tokenizer that the environment names
   FOLDER  a language model in Hugging Face's format
 
 Prints "process NUMBER took MiB of SHARE, largest LARGEST": how much more memory than before it had
@@ -45,6 +45,19 @@ def generation():
     config.model.lm.qk_norm, config.model.lm.norms = False, "before"
     config.sampling.passes = ((0, 0.0),)
     return config, GenerationStage
+
+
+def unified():
+    from config_files import unified
+
+    from tokenflow_jax.unified.stage import UnifiedStage
+
+    config = unified.get_config()
+    config.data.max_length, config.data.buckets, config.pack = 160, (), 1
+    config.eval.update(max_new=0, examples=8, prompts=(), retrieval=0)
+    config.model.lm.qk_norm = False
+    config.sampling.passes = ((0, 0.0),)
+    return config, UnifiedStage
 
 
 def memory(name):
@@ -93,14 +106,15 @@ def main(argv):
     from tokenflow_jax.weights import language_model
 
     _, name, folder = argv
-    config, make_stage = {"understanding": understanding, "generation": generation}[name]()
+    kinds = (understanding, generation, unified)
+    config, make_stage = {kind.__name__: kind for kind in kinds}[name]()
     lm = language_model.read_config(folder)
     sizes = ("width", "layers", "heads", "kv_heads", "mlp_width", "qkv_bias", "norm_eps")
     assert isinstance(lm, LMConfig)
     config.model.lm.update({size: getattr(lm, size) for size in sizes})
     if name == "understanding":
         config.model.lm.vocabulary_size = lm.vocabulary_size
-    config.update(init_from=folder, batch_size=8, trainable=("projector",))
+    config.update(init_from=folder, batch_size=8, trainable=("(write_)?projector",))
     config.tokenizer.path = os.environ["TOKENIZER"]
     config.mesh = {"fsdp": 8}
     stage = make_stage(config, mesh.make_mesh({"fsdp": 8})).open()

@@ -187,3 +187,11 @@ def transformer(
     """
     blocks = stack(Block, depth, "block" if remat else "none", unroll=unroll)
     return blocks(**fields, name="blocks")(on_batch(x_BLD))[0]
+
+
+def put_vectors(vectors_BMNC: jax.Array, places_BL: jax.Array, inputs_BLC: jax.Array) -> jax.Array:
+    """Put images' vectors where places, each one's index among the row's, are not negative."""
+    vectors_BNC = vectors_BMNC.reshape(inputs_BLC.shape[0], -1, inputs_BLC.shape[-1])
+    index_BL1 = jnp.maximum(places_BL, 0)[..., None]
+    placed_BLC = jnp.take_along_axis(vectors_BNC, index_BL1, axis=1)
+    return jnp.where(places_BL[..., None] >= 0, placed_BLC, inputs_BLC)

@@ -39,6 +39,11 @@ class HeldOutQuestions:
     def __len__(self) -> int:
         return len(self._asked)
 
+    @property
+    def images(self) -> set[str]:
+        """The pictures that are asked about."""
+        return {question.image for question in self._asked}
+
     def answer(
         self, decode: Callable[[dict[str, np.ndarray]], np.ndarray], rows: int, other: int = 0
     ) -> list[str]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.nets.attention import Mask
-from tokenflow_jax.nets.layers import exact_gelu
+from tokenflow_jax.nets.layers import exact_gelu, put_vectors
 from tokenflow_jax.nets.lm import Cache, Decoder, LMConfig
 from tokenflow_jax.nets.resize import area_resize, bicubic_resize
 from tokenflow_jax.parallel.placement import on_batch
@@ -274,14 +274,6 @@ class Understanding(nn.Module):
             self.embed_ids(ids_B[:, None]), positions_B[:, None], Mask(real_BK), cache
         )
         return self.logits(hidden_B1C)[:, 0], cache
-
-
-def put_vectors(vectors_BMNC: jax.Array, places_BL: jax.Array, inputs_BLC: jax.Array) -> jax.Array:
-    """Put images' vectors where places, each one's index among the row's, are not negative."""
-    vectors_BNC = vectors_BMNC.reshape(inputs_BLC.shape[0], -1, inputs_BLC.shape[-1])
-    index_BL1 = jnp.maximum(places_BL, 0)[..., None]
-    placed_BLC = jnp.take_along_axis(vectors_BNC, index_BL1, axis=1)
-    return jnp.where(places_BL[..., None] >= 0, placed_BLC, inputs_BLC)
 
 
 def positions_in(segments_BL: jax.Array) -> jax.Array:

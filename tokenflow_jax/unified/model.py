@@ -27,6 +27,7 @@ import numpy as np
 
 from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.nets.attention import Mask
+from tokenflow_jax.nets.layers import put_vectors
 from tokenflow_jax.nets.lm import Cache, LMConfig
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.understanding.model import (
@@ -34,7 +35,6 @@ from tokenflow_jax.understanding.model import (
     STRATEGIES,
     Projector,
     Understanding,
-    put_vectors,
 )
 
 # What the softmax of a token runs over: its "own" part of the vocabulary, text or codes, which the

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -203,16 +203,15 @@ class UnifiedStage(understanding.UnderstandingStage):
 
         The model sees that picture alone, not the request, which says what it should show.
         """
-        requests = self._requests["unseen"].first(self.config.eval.retrieval)
-        if not requests:
+        asked, options = self._questions, self.config.eval
+        requests = self._requests["unseen"].some(options.retrieval, asked.images)
+        if not requests or not options.max_new:
             return {}
-        texts, size = list(requests.values()), self.config.eval.sample_batch
+        texts, size = list(requests.values()), options.sample_batch
         table = np.array(self._eval_table)
         places = [self._eval_set.image_places[image] for image in requests]
         table[places] = drawn.codes(texts, [0] * len(texts), self._recipe, size)
         asked = self._questions_about(table, requests)
-        if not self.config.eval.max_new or not len(asked):
-            return {}
         return {"cycle": asked.exact(self._answer(drawn.params, asked=asked))}
 
     @functools.cached_property
@@ -257,9 +256,9 @@ class _Requests:
                 self._requests.setdefault(image, request)
         return self._requests
 
-    def first(self, count: int) -> dict[str, str]:
-        """Return at most so many, evenly spaced: picture -> request."""
-        pairs = list(self._all().items())
+    def some(self, count: int, among: Collection[str]) -> dict[str, str]:
+        """Return at most so many among some pictures, evenly spaced: picture -> request."""
+        pairs = [pair for pair in self._all().items() if pair[0] in among]
         count = min(count, len(pairs))
         return dict(pairs[i * len(pairs) // count] for i in range(count))
 

@@ -14,9 +14,9 @@ class DrawingPrompts(text.PromptEncoder):
     """An encoder of requests: the conversation up to the `<img>` of the answer."""
 
     def __init__(self, text_tokenizer: Any, budget: int, template: Template, image_start: int = 0):
-        """Let codes begin at id `image_start`, by default behind the text tokenizer's ids."""
+        """Let codes begin at id `image_start`, or behind the text tokenizer's ids."""
         super().__init__(text_tokenizer, budget)
-        self.template, self.image_start = template, image_start or self.image_start
+        self.template, self.image_start = template, max(image_start, self.image_start)
 
     def encode(self, prompt: str) -> np.ndarray:
         """Return the prefix of a request, int32 (prefix_length,); a long one loses its end."""
