@@ -245,9 +245,17 @@ class Generation(nn.Module):
         return self.lm.logits(hidden_BLC, rows)
 
     def decode(
-        self, inputs_BLC: jax.Array, start: int, mask: Mask, cache: Cache
+        self,
+        inputs_BLC: jax.Array,
+        start: jax.Array | int,
+        mask: Mask | jax.Array,
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]:
-        """Run the decoder on the inputs from index `start` on; the cache holds those before."""
+        """Run the decoder on the inputs from index `start` on; the cache holds those before.
+
+        With a traced `start` attention reads the whole cache, and with a known one its beginning.
+        """
         length = inputs_BLC.shape[1]
+        visible = start + length if isinstance(start, int) else 0
         positions = start + jnp.arange(length)[None]
-        return self.lm(inputs_BLC, positions, mask, cache.at(start, start + length))
+        return self.lm(inputs_BLC, positions, mask, cache.at(start, visible))

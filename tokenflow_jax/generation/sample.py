@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.generation.edit import Edit
 from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.nets import sampling
 from tokenflow_jax.nets.attention import Mask
@@ -86,6 +87,22 @@ class Draw(NamedTuple):
     logits_BLK: jax.Array  # guided, before the filter
 
 
+class Prefix(NamedTuple):
+    """What R rows have read before the first scale: a prompt, or any history before `<img>`."""
+
+    cache: Cache  # with room for the codes behind `start`
+    hidden_R1C: jax.Array  # of the last token, after the norm
+    start: jax.Array | int  # the cache's first free entry; a traced one reads the cache whole
+    real_RK: jax.Array  # bool, False at entries before `start` that a row does not read
+
+    def mask(self, stop: jax.Array | int) -> jax.Array:
+        """Return which entries before `stop` are read: bool (R, 1, K)."""
+        keys = stop if isinstance(stop, int) else self.real_RK.shape[1]
+        index_K = jnp.arange(keys)
+        real_RK = self.real_RK[:, :keys] | (index_K >= self.start)
+        return (real_RK & (index_K < stop))[:, None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """The sampling loop as a function of parameters and prompts; jit it."""
@@ -108,6 +125,7 @@ class Sampler:
         negative_BP: jax.Array | None,
         keys_B: jax.Array,
         guidance: jax.Array | float = GUIDANCE,
+        edit: Edit | None = None,
     ) -> Iterator[Draw]:
         """Yield every pass over every scale.
 
@@ -115,50 +133,85 @@ class Sampler:
           params, codebooks: the model's and the tokenizer's.
           ids_BP: prefixes of one length: text, padded on the left, and `<img>`.
           negative_BP: prefixes to be guided away from, one per image or one for all; or None.
-          keys_B: one random key per image; a row depends on its own key and prefix only.
-          guidance: strength g >= 0. With t = g i / (K - 1) for scale i of K, the logits are
-            (1 + t) conditional - t unconditional: unguided at the first scale, g at the last.
+          keys_B, guidance, edit: see `scales`.
         """
         self._check(ids_BP, negative_BP, keys_B)
-        config, pyramid = self.model.config, self.model.config.pyramid
-        apply = functools.partial(self.model.apply, {"params": params})
-        batch, prefix = ids_BP.shape
+        prefix = self.begin(params, ids_BP, negative_BP)
+        return self.scales(params, codebooks, prefix, keys_B, guidance, edit)
+
+    def begin(self, params: Any, ids_BP: jax.Array, negative_BP: jax.Array | None) -> Prefix:
+        """Read prefixes into a cache that holds the scales, too."""
+        config, length = self.model.config, ids_BP.shape[1]
         rows_RP = ids_BP  # of the model: the prompts, then the negative prompt of each
         if negative_BP is not None:
             rows_RP = jnp.concatenate([ids_BP, jnp.broadcast_to(negative_BP, ids_BP.shape)])
         # The last code's scale is input, too: P - 1 ids before the blocks, and N positions in them.
-        length = prefix - 1 + pyramid.tokens
-        padding = ((0, 0), (0, length - prefix))
-        mask = Mask(
-            jnp.pad(rows_RP != self.pad_id, padding, constant_values=True), config.blocks(prefix)
-        )
-        cache = init_cache(config.lm, rows_RP.shape[0], length, self.model.dtype)
+        room = length - 1 + config.pyramid.tokens
+        padding = ((0, 0), (0, room - length))
+        real_RK = jnp.pad(rows_RP != self.pad_id, padding, constant_values=True)
+        cache = init_cache(config.lm, rows_RP.shape[0], room, self.model.dtype)
+        mask, variables = Mask(real_RK, config.blocks(length)), {"params": params}
+        inputs_RPC = self.model.apply(variables, rows_RP, True, method="embed_text")
+        hidden_RPC, cache = self.model.apply(variables, inputs_RPC, 0, mask, cache, method="decode")
+        return Prefix(cache, hidden_RPC[:, -1:], length, real_RK)
+
+    def scales(
+        self,
+        params: Any,
+        codebooks: Codebooks,
+        prefix: Prefix,
+        keys_B: jax.Array,
+        guidance: jax.Array | float = GUIDANCE,
+        edit: Edit | None = None,
+    ) -> Iterator[Draw]:
+        """Yield every pass over every scale after a prefix.
+
+        Args:
+          params, codebooks: the model's and the tokenizer's.
+          prefix: of B rows; or of 2 B, the last B of which are to be guided away from.
+          keys_B: one random key per image; a row depends on its own key and prefix only.
+          guidance: strength g >= 0. With t = g i / (K - 1) for scale i of K, the logits are
+            (1 + t) conditional - t unconditional: unguided at the first scale, g at the last.
+          edit: the picture whose codes are kept in places.
+        """
+        pyramid, cache = self.model.config.pyramid, prefix.cache
+        apply = functools.partial(self.model.apply, {"params": params})
+        batch, rows = keys_B.shape[0], prefix.hidden_R1C.shape[0]
         features_BhwC = None  # of all scales so far, at the latest one's size
+        residual_BHWC = kept_BL = z_BLC = None  # of an edit
+        if edit is not None:
+            residual_BHWC = jnp.tile(edit.map_1HWC, (batch, 1, 1, 1))
 
         for scale, (side, where) in enumerate(zip(pyramid.sides, pyramid.slices(), strict=True)):
-            start = prefix - 1 + where.start if scale else 0
+            start, size = prefix.start + where.start - 1, side * side
+            mask_R1K = prefix.mask(start + size) if scale else None
             up_BhwC = bicubic_resize(features_BhwC, side) if scale else None
             inputs_BhwC, first_pass = up_BhwC, None
+            if edit is not None:
+                kept_BL, z_BLC = edit.kept(scale, residual_BHWC, codebooks)
             for index, (top_k, top_p) in enumerate(self.passes if scale else self.passes[:1]):
+                hidden_RLC = prefix.hidden_R1C
                 if scale:
-                    features_BLC = inputs_BhwC.reshape(batch, side * side, -1)
+                    features_BLC = inputs_BhwC.reshape(batch, size, -1)
                     tokens_BLC = apply(features_BLC, scale, method="embed_features")
-                    inputs_RLC = jnp.tile(tokens_BLC, (rows_RP.shape[0] // batch, 1, 1))
-                else:
-                    inputs_RLC = apply(rows_RP, True, method="embed_text")
-                if index == 1:
-                    first_pass = _entries(cache, start, inputs_RLC.shape[1])
-                hidden_RLC, cache = apply(inputs_RLC, start, mask, cache, method="decode")
-                hidden_RLC = hidden_RLC if scale else hidden_RLC[:, -1:]
-                if negative_BP is not None:
+                    inputs_RLC = jnp.tile(tokens_BLC, (rows // batch, 1, 1))
+                    if index == 1:
+                        first_pass = _entries(cache, start, size)
+                    hidden_RLC, cache = apply(inputs_RLC, start, mask_R1K, cache, method="decode")
+                if rows > batch:
                     hidden_RLC = guided(hidden_RLC, guidance * scale / max(len(pyramid) - 1, 1))
                 logits_BLK = apply(hidden_RLC, method="code_logits")
                 fold = functools.partial(jax.random.fold_in, data=scale * len(self.passes) + index)
                 codes_BL = sampling.draw(jax.vmap(fold)(keys_B), logits_BLK, top_k, top_p)
+                if edit is not None:
+                    codes_BL = edit.put(scale, codes_BL, kept_BL)
                 yield Draw(scale, index, codes_BL, logits_BLK)
-                z_BhwC = codebooks.look_up(codes_BL).reshape(batch, side, side, -1)
+                vectors_BLC = codebooks.look_up(codes_BL)
+                z_BhwC = vectors_BLC.reshape(batch, side, side, -1)
                 inputs_BhwC = up_BhwC + z_BhwC if scale else z_BhwC
             features_BhwC = inputs_BhwC
+            if edit is not None:
+                residual_BHWC = edit.left_over(scale, residual_BHWC, vectors_BLC, z_BLC)
             if first_pass is not None:
                 cache = _with_entries(cache, start, first_pass)
 
@@ -185,11 +238,16 @@ def guided(hidden_RLC: jax.Array, strength: jax.Array | float) -> jax.Array:
 
 
 # Only a scale's own entries are kept aside: a second whole cache would double the memory.
-def _entries(cache: Cache, start: int, count: int) -> tuple[jax.Array, jax.Array]:
-    return cache.keys[:, :, start : start + count], cache.values[:, :, start : start + count]
+def _entries(cache: Cache, start: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
+    keys, values = (
+        jax.lax.dynamic_slice_in_dim(x, start, count, axis=2) for x in (cache.keys, cache.values)
+    )
+    return keys, values
 
 
-def _with_entries(cache: Cache, start: int, entries: tuple[jax.Array, jax.Array]) -> Cache:
+def _with_entries(
+    cache: Cache, start: jax.Array | int, entries: tuple[jax.Array, jax.Array]
+) -> Cache:
     keys, values = (
         jax.lax.dynamic_update_slice(x, new, (0, 0, start, 0, 0))
         for x, new in zip((cache.keys, cache.values), entries, strict=True)
