@@ -7,11 +7,17 @@ if TYPE_CHECKING:
     from tokenflow_jax.generation.api import Generator
     from tokenflow_jax.tokenizer.api import Tokenizer
     from tokenflow_jax.understanding.api import Assistant
+    from tokenflow_jax.unified.api import Unified
 
 __version__ = "0.1.0"
-__all__ = ["Assistant", "Generator", "Tokenizer", "__version__"]
+__all__ = ["Assistant", "Generator", "Tokenizer", "Unified", "__version__"]
 
-_PARTS = {"Assistant": "understanding", "Generator": "generation", "Tokenizer": "tokenizer"}
+_PARTS = {
+    "Assistant": "understanding",
+    "Generator": "generation",
+    "Tokenizer": "tokenizer",
+    "Unified": "unified",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -120,14 +120,12 @@ class Generator(Pretrained):
                 f"{path} does not name the text tokenizer that it was trained with: give it "
                 "(--text_tokenizer=FOLDER), for released checkpoints LLaMA-2's"
             )
-        known = {field.name for field in dataclasses.fields(Recipe)}
-        sampling = model.saved.get("sampling", {})
         generator = cls(
             config=model.config,
             params=model.params,
             tokenizer=model.tokenizer,
             prompts=PromptEncoder(load_text_tokenizer(text_tokenizer), length),
-            recipe=Recipe(**{name: sampling[name] for name in known & sampling.keys()}),
+            recipe=Recipe.recorded(model.saved),
             dtype=model.dtype,
             source={"checkpoint": path, "weights": model.trained.weights},
             device_mesh=model.device_mesh,
@@ -209,7 +207,7 @@ class Generator(Pretrained):
             texts = list(prompts[start : start + batch_size])
             count = len(texts)
             missing = _padded(count, parts) - count
-            keys = _keys(texts, numbers[start : start + batch_size], recipe.seed)
+            keys = request_keys(texts, numbers[start : start + batch_size], recipe.seed)
             keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], missing, axis=0)])
             texts += texts[-1:] * missing
             ids = self.prompts.encode_all([*texts, recipe.negative_prompt], shortest=True)
@@ -284,7 +282,8 @@ def _padded(count: int, parts: int = 1) -> int:
     return rows + -rows % parts
 
 
-def _keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
+def request_keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
+    """Return a random key for each picture, which its prompt, number and seed decide."""
     hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
 
     def key(prompt: jax.Array, number: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ everything, with the regular input of every scale but the current one.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,15 @@ class Recipe:
                 raise ValueError(f"passes {passes} must be one of {sorted(PASSES)}")
             passes = PASSES[passes]
         object.__setattr__(self, "passes", tuple((int(k), float(p)) for k, p in passes))
+
+    @classmethod
+    def recorded(cls, saved: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe that a run's config records."""
+        known, sampling = (
+            {field.name for field in dataclasses.fields(cls)},
+            saved.get("sampling", {}),
+        )
+        return cls(**{name: sampling[name] for name in known & sampling.keys()})
 
     def check(self, config: GenerationConfig) -> None:
         """Raise ValueError naming all options that do not suit the model."""
@@ -163,8 +172,8 @@ class Sampler:
         keys_B: jax.Array,
         guidance: jax.Array | float = GUIDANCE,
         edit: Edit | None = None,
-    ) -> Iterator[Draw]:
-        """Yield every pass over every scale after a prefix.
+    ) -> Generator[Draw, None, Cache]:
+        """Yield every pass over every scale after a prefix; return the cache, without the last code.
 
         Args:
           params, codebooks: the model's and the tokenizer's.
@@ -214,6 +223,7 @@ class Sampler:
                 residual_BHWC = edit.left_over(scale, residual_BHWC, vectors_BLC, z_BLC)
             if first_pass is not None:
                 cache = _with_entries(cache, start, first_pass)
+        return cache
 
     def _check(self, ids_BP, negative_BP, keys_B) -> None:
         problems, (batch, prefix) = [], ids_BP.shape

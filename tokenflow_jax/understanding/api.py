@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,12 @@ from tokenflow_jax.data.pictures import Picture, read_picture
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
-from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
+from tokenflow_jax.tokenizer.loading import (
+    TrainedModel,
+    describe,
+    load_model,
+    save_language_model,
+)
 from tokenflow_jax.understanding.answer import Decoding, answer, read, step
 from tokenflow_jax.understanding.chat import Chat, as_list, human_turn
 from tokenflow_jax.understanding.folder import torch_config
@@ -58,6 +63,8 @@ class Assistant(Pretrained):
     device_mesh: mesh.Mesh | None = None  # holds `params`; None if one device has all of them
     trained: Trained = UNKNOWN  # where the weights come from, for `save_pretrained`
     model: Understanding | None = None  # runs `params`; None: the plain one
+
+    drawn: ClassVar[insertion.Drawn | None] = None  # it only reads
 
     def __post_init__(self):
         own, strategy = self.tokenizer.config, self.config.strategy
@@ -113,6 +120,19 @@ class Assistant(Pretrained):
             path, PART, Understanding, config, known, tokenizer=tokenizer, step=step, dtype=dtype,
             tokenizer_variant=tokenizer_variant, weights_dtype=weights_dtype,
         )  # fmt: skip
+        return cls._of(path, model, text_tokenizer, template, system, image_mode)
+
+    @classmethod
+    def _of(
+        cls,
+        path: str,
+        model: TrainedModel,
+        text_tokenizer: str | os.PathLike | None,
+        template: str | None,
+        system: str | None,
+        image_mode: str | None,
+        **more: Any,
+    ) -> "Assistant":
         data = model.saved.get("data", {})
         text_tokenizer = text_tokenizer or model.saved.get("text_tokenizer")
         if not text_tokenizer:
@@ -131,15 +151,21 @@ class Assistant(Pretrained):
             device_mesh=model.device_mesh,
             trained=model.trained,
             model=model.model,
+            **more,
         )
 
     from_pretrained = load
 
     def _save(self, folder: str | os.PathLike, **options: Any) -> None:
+        data = {"data": self.data_settings}
+        save_language_model(self, folder, PART, data, self.text_tokenizer, **options)
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """What `load` must know of the training's data."""
         conversation = {"template": self.template.name, "system": self.template.system}
         pictures = {"image_mode": self.image_mode, "max_length": self.max_length}
-        data = {**conversation, "own_system": True, **pictures}
-        save_language_model(self, folder, PART, {"data": data}, self.text_tokenizer, **options)
+        return {**conversation, "own_system": True, **pictures}
 
     def __repr__(self) -> str:
         return describe("Assistant", self, self.text_tokenizer)
@@ -148,10 +174,14 @@ class Assistant(Pretrained):
     def vectors(self) -> int:
         return vectors_per_image(self.tokenizer.config.pyramid, self.config.strategy)
 
+    @property
+    def _module(self) -> Understanding:
+        return self.model or Understanding(self.config, jnp.dtype(self.dtype))
+
     @functools.cached_property
     def _compiled(self) -> dict[str, Callable]:
         """Jitted functions of (params, ...), and "features" of (codes, codebooks)."""
-        model = self.model or Understanding(self.config, jnp.dtype(self.dtype))
+        model = self._module
 
         def likelihood(params, *arrays):
             return model.apply({"params": params}, *arrays, method="likelihood")
@@ -177,14 +207,19 @@ class Assistant(Pretrained):
 
     def features(self, pictures: Sequence[Picture]) -> np.ndarray:
         """Return what the language model reads of pictures of any size: float32 (images, N, C)."""
+        return np.asarray(
+            self._compiled["features"](self.codes(pictures), self.tokenizer.codebooks)
+        )
+
+    def codes(self, pictures: Sequence[Picture]) -> np.ndarray:
+        """Return the codes of pictures of any size: int32 (images, codes)."""
         size, arrays = self.tokenizer.config.image_size, []
         for picture in pictures:
             image_HWC = read_picture(picture)
             if image_HWC.dtype != np.uint8:
                 raise ValueError(f"a picture of dtype {image_HWC.dtype}: give uint8 (H, W, 3)")
             arrays.append(conversations.fit_image(image_HWC, size, self.image_mode))
-        codes_BL = self.tokenizer.encode(np.stack(arrays))
-        return np.asarray(self._compiled["features"](codes_BL, self.tokenizer.codebooks))
+        return self.tokenizer.encode(np.stack(arrays))
 
     def decoding(self, max_new: int, temperature: float, top_k: int, top_p: float) -> Decoding:
         """Return decoding options with this model's stop ids."""
@@ -238,7 +273,7 @@ class Assistant(Pretrained):
 
     def session(self) -> Session:
         """Begin a conversation's cache."""
-        return Session(self._compiled, self.params, self.vectors, self._padded_features)
+        return Session(self._compiled, self.params, self.vectors, self._row_features)
 
     def stream(
         self,
@@ -264,7 +299,7 @@ class Assistant(Pretrained):
     def _row(self, turns: Sequence[Turn], max_new: int) -> dict[str, np.ndarray]:
         room = self.max_length - max_new
         how = (self.template, self.text_tokenizer)
-        return questions.question_row(*how, list(turns), self.vectors, room)
+        return questions.question_row(*how, list(turns), self.vectors, room, self.drawn)
 
     def _prompt(
         self, turns: Sequence[Sequence[Turn]], pictures: Sequence[Sequence[Picture]], max_new: int
@@ -275,10 +310,6 @@ class Assistant(Pretrained):
         prompt = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND, "left")
         del prompt["labels"]
         return {**prompt, "features": self._row_features(pictures)}
-
-    def _padded_features(self, pictures: Sequence[Picture]) -> np.ndarray:
-        """Return the features of pictures, or one that nothing reads: float32 (M, N, C)."""
-        return self._row_features([pictures])[0]
 
     def _row_features(self, pictures: Sequence[Sequence[Picture]]) -> np.ndarray:
         """Return the features of each row's pictures, float32 (B, M, N, C), zero-padded."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from tokenflow_jax.data.chat import insertion
 from tokenflow_jax.data.pictures import Picture
+from tokenflow_jax.nets.cache import Cache
 from tokenflow_jax.understanding.answer import AnswerState, Decoding
 
 _CHUNK = 64  # tokens are read, and
@@ -23,18 +24,18 @@ class Session:
         compiled: Mapping[str, Callable],
         params: Any,
         vectors: int,
-        features: Callable[[Sequence[Picture]], np.ndarray],
+        features: Callable[..., Any],
     ):
         """Begin with nothing.
 
         Args:
           compiled: jitted functions, "read" and "step" of `understanding.answer`.
           vectors: per picture.
-          features: of pictures, float32 (images, N, C).
+          features: of a row's pictures, as the model takes them, for a batch of one.
         """
         self._compiled, self._params = compiled, params
         self._vectors, self._features = vectors, features
-        self._state: AnswerState | None = None
+        self._kept: Cache | None = None
         self._read = np.zeros((2, 0), np.int32)  # ids and places of the tokens in the cache
         self._pictures: list[Picture] = []
 
@@ -49,10 +50,10 @@ class Session:
         tokens = np.stack([row["ids"], row["places"]])
         state = self._begin(tokens, list(pictures), decoding, seed)
         for count in range(1, decoding.max_new + 1):
-            self._state = None  # its arrays are given away
+            self._kept = None  # its arrays are given away
             state = self._compiled["step"](self._params, state=state, decoding=decoding)
             ids_N = np.asarray(state.ids_BN)[0, :count]  # a slice on the device would be compiled
-            self._state = state
+            self._kept = state.cache
             self._read = np.concatenate([tokens, [ids_N, np.full(count, insertion.TEXT)]], axis=1)
             done = bool(state.done_B[0])
             yield ids_N, done
@@ -64,22 +65,9 @@ class Session:
     ) -> AnswerState:
         """Read what the cache lacks; the last token is read in any case, for what follows it."""
         kept = self._common(tokens, pictures)
-        new = tokens[:, kept:]
-        count, padded = new.shape[1], -(-new.shape[1] // _CHUNK) * _CHUNK
-        room = max(kept + padded, tokens.shape[1] + decoding.max_new)
-        room = -(-room // _ROOM) * _ROOM
-        shown = new[1][new[1] >= 0]
-        first = int(shown.min()) // self._vectors if shown.size else len(pictures)
-        places = np.where(new[1] >= 0, new[1] - first * self._vectors, insertion.TEXT)
-        prompt = insertion.pad_rows([{"ids": new[0], "places": places}], padded)
-        del prompt["labels"]
-        prompt["features"] = self._features(pictures[first:])[None]
-        cache = self._state.cache if kept else None
-        if cache is not None and room > cache.keys.shape[2]:
-            cache = jax.tree.map(_grown(room), cache)
-        elif cache is not None:
-            room = cache.keys.shape[2]
-        self._state, self._read, self._pictures = None, self._read[:, :0], pictures
+        prompt, count = self._prompt(tokens[:, kept:], pictures)
+        cache, room = self._cache(kept, prompt, tokens.shape[1] + decoding.max_new)
+        self._forget(pictures)
         return self._compiled["read"](
             self._params,
             prompt,
@@ -91,6 +79,37 @@ class Session:
             room=room,
         )
 
+    def _prompt(
+        self, new: np.ndarray, pictures: list[Picture]
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """Return a padded row of new tokens with the pictures that it shows, and their number."""
+        count = new.shape[1]
+        shown = new[1][new[1] >= 0]
+        first = int(shown.min()) // self._vectors if shown.size else len(pictures)
+        places = np.where(new[1] >= 0, new[1] - first * self._vectors, new[1])
+        row = {"ids": new[0], "places": places}
+        prompt = insertion.pad_rows([row], -(-count // _CHUNK) * _CHUNK)
+        del prompt["labels"]
+        prompt["features"] = self._features([pictures[first:]])
+        return prompt, count
+
+    def _cache(
+        self, kept: int, prompt: Mapping[str, np.ndarray], needed: int
+    ) -> tuple[Cache | None, int]:
+        """Return the cache of `kept` tokens with room for a prompt and for `needed` in all."""
+        room = max(kept + prompt["ids"].shape[1], needed)
+        room = -(-room // _ROOM) * _ROOM
+        cache = self._kept if kept else None
+        if cache is not None and room > cache.keys.shape[2]:
+            cache = jax.tree.map(_grown(room), cache)
+        elif cache is not None:
+            room = cache.keys.shape[2]
+        return cache, room
+
+    def _forget(self, pictures: list[Picture]) -> None:
+        """Give the cache away."""
+        self._kept, self._read, self._pictures = None, self._read[:, :0], pictures
+
     def _common(self, tokens: np.ndarray, pictures: list[Picture]) -> int:
         """Return how many tokens of a row are in the cache."""
         most = min(tokens.shape[1] - 1, self._read.shape[1])
@@ -98,7 +117,7 @@ class Session:
         kept = most if same.all() else int(np.argmin(same))
         seen = -(-(int(tokens[1, :kept].max(initial=-1)) + 1) // self._vectors)
         known = zip(pictures[:seen], self._pictures, strict=False)
-        return kept if self._state is not None and all(a is b for a, b in known) else 0
+        return kept if self._kept is not None and all(a is b for a, b in known) else 0
 
 
 def _grown(room: int) -> Callable[[jax.Array], jax.Array]:

@@ -26,12 +26,14 @@ def question_row(
     turns: Sequence[Turn],
     vectors: int,
     max_length: int | None = None,
+    drawn: insertion.Drawn | None = None,  # for models that draw
 ) -> dict[str, np.ndarray]:
     """Return the row of turns of `prepare_turns` whose last one waits for an answer.
 
     A row longer than `max_length` is refused with ValueError.
     """
-    row = insertion.merge_row(template.prompt_ids(text_tokenizer, turns), None, vectors)
+    ids = template.prompt_ids(text_tokenizer, turns)
+    row = insertion.merge_row(ids, None, vectors, drawn=drawn)
     if max_length is not None and len(row["ids"]) > max_length:
         raise ValueError(
             f"the conversation is {len(row['ids'])} tokens long, images included; there is room "
