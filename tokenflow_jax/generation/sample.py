@@ -15,7 +15,8 @@ everything, with the regular input of every scale but the current one.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -253,3 +254,13 @@ def _with_entries(
         for x, new in zip((cache.keys, cache.values), entries, strict=True)
     )
     return dataclasses.replace(cache, keys=keys, values=values)
+
+
+def image_keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
+    """Return a key per image, of its prompt, its number and the seed."""
+    hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
+
+    def key(prompt: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+
+    return jax.vmap(key)(jnp.array(hashes, jnp.uint32), jnp.array(numbers, jnp.uint32))
