@@ -8,7 +8,6 @@ drawn.pictures[0].save("apple.png")     # PIL; drawn.images is uint8 (2, H, H, 3
 import dataclasses
 import functools
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from tokenflow_jax.data.pictures import Picture
 from tokenflow_jax.data.text import PromptEncoder, load_text_tokenizer
+from tokenflow_jax.generation.edit import Edit, request
 from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfig
 from tokenflow_jax.generation.names import PART
-from tokenflow_jax.generation.sample import Recipe, Sampler
+from tokenflow_jax.generation.sample import Recipe, Sampler, image_keys
 from tokenflow_jax.nets.pixels import to_uint8
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
@@ -193,7 +194,12 @@ class Generator(Pretrained):
         return self._compiled[passes]
 
     def codes(
-        self, prompts: Sequence[str], numbers: Sequence[int], recipe: Recipe, batch_size: int = 16
+        self,
+        prompts: Sequence[str],
+        numbers: Sequence[int],
+        recipe: Recipe,
+        batch_size: int = 16,
+        edit: Edit | None = None,
     ) -> np.ndarray:
         """Sample codes (B, N); `numbers` are the images' numbers among those of their prompt.
 
@@ -207,12 +213,12 @@ class Generator(Pretrained):
             texts = list(prompts[start : start + batch_size])
             count = len(texts)
             missing = _padded(count, parts) - count
-            keys = request_keys(texts, numbers[start : start + batch_size], recipe.seed)
+            keys = image_keys(texts, numbers[start : start + batch_size], recipe.seed)
             keys = jnp.concatenate([keys, jnp.repeat(keys[-1:], missing, axis=0)])
             texts += texts[-1:] * missing
             ids = self.prompts.encode_all([*texts, recipe.negative_prompt], shortest=True)
             negative = ids[-1:] if recipe.guidance > 0 else None
-            codes = sampler(self.params, self.codebooks, ids[:-1], negative, keys, guidance)
+            codes = sampler(self.params, self.codebooks, ids[:-1], negative, keys, guidance, edit)
             rows.append(np.asarray(codes)[:count])
         return np.concatenate(rows)
 
@@ -229,6 +235,11 @@ class Generator(Pretrained):
         *,
         images_per_prompt: int = 1,
         batch_size: int = 16,
+        image: Picture | None = None,
+        mask: Picture | None = None,
+        strength: float | None = None,
+        keep: int | None = None,
+        outpaint: Sequence[float] = (),
         **changes: Any,
     ) -> Generated:
         """Sample pictures, in the prompts' order, with their codes and recipe.
@@ -238,6 +249,7 @@ class Generator(Pretrained):
             lets the model choose.
           images_per_prompt: pictures of each prompt, one after the other.
           batch_size: images at a time; up to 64.
+          image, mask, strength, keep, outpaint: draw into this picture; see `edit.request`.
           **changes: to the default recipe: guidance, passes, negative_prompt, seed.
 
         Raises:
@@ -250,20 +262,21 @@ class Generator(Pretrained):
                 f"time: give at least one prompt and image, and 1 to {_LARGEST_BATCH} at a time"
             )
         recipe = dataclasses.replace(self.recipe, **changes)
+        asked = request(self.tokenizer, image, mask, strength, keep, outpaint)
         texts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         numbers = list(range(images_per_prompt)) * len(prompts)
-        codes = self.codes(texts, numbers, recipe, batch_size)
+        codes = self.codes(texts, numbers, recipe, batch_size, asked.edit)
         images = np.concatenate(
             [self.decode(codes[i : i + batch_size]) for i in range(0, len(codes), batch_size)]
         )
-        return Generated(images, codes, self.describe(recipe))
+        return Generated(images, codes, self.describe(recipe, asked.about))
 
     def previews(self, codes_BN: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the pictures after each scale, coarse to fine: uint8 (B, H, H, 3)."""
         for where in self.config.pyramid.slices():
             yield self.decode(codes_BN[:, : where.stop])
 
-    def describe(self, recipe: Recipe) -> dict[str, Any]:
+    def describe(self, recipe: Recipe, edit: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the recipe and everything else that decides on the pictures, JSON-able."""
         return {
             **dataclasses.asdict(recipe),
@@ -273,6 +286,7 @@ class Generator(Pretrained):
             "text_tokenizer": getattr(self.prompts.text_tokenizer, "name_or_path", ""),
             "text_budget": self.prompts.budget,
             "dtype": self.dtype,
+            **({"edit": edit} if edit else {}),
         }
 
 
@@ -280,13 +294,3 @@ def _padded(count: int, parts: int = 1) -> int:
     """Round up to a power of two, so that few programs are compiled, and a multiple of `parts`."""
     rows = 1 << (count - 1).bit_length()
     return rows + -rows % parts
-
-
-def request_keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
-    """Return a random key for each picture, which its prompt, number and seed decide."""
-    hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
-
-    def key(prompt: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
-
-    return jax.vmap(key)(jnp.array(hashes, jnp.uint32), jnp.array(numbers, jnp.uint32))

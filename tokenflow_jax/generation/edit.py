@@ -16,12 +16,20 @@ Kept pixels are the decoder's, not the picture's: nothing is pasted.
 
 import dataclasses
 import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from tokenflow_jax.data.pictures import Picture, fit, read_picture
+from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.nets.resize import area_matrix, area_resize, bicubic_resize
+from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.tokenizer.quantizer import (
     Codebooks,
@@ -99,3 +107,122 @@ def make_edit(
         drawn.append((area @ inside_HW @ area.T >= share - 1e-6).ravel() & (scale >= keep))
     arrays = (map_HWC[None], jnp.asarray(outside_SHW), jnp.asarray(np.concatenate(drawn)[None]))
     return Edit(*arrays, scales, pixel_weight)
+
+
+class Request(NamedTuple):
+    """An edit as users ask for it, fitted to the tokenizer."""
+
+    edit: Edit | None = None  # None: there is no picture
+    image_HWC: np.ndarray | None = None  # uint8
+    mask_HW: np.ndarray | None = None  # bool
+    about: dict[str, Any] | None = None  # for recipes
+
+
+def request(
+    tokenizer: Tokenizer,
+    image: Picture | None,
+    mask: Picture | None = None,
+    strength: float | None = None,
+    keep: int | None = None,
+    outpaint: Sequence[float] = (),
+) -> Request:
+    """Prepare an edit, if there is a picture.
+
+    Args:
+      image: the picture, fitted as the tokenizer fits pictures.
+      mask: bool (H, W), or a picture, white where the image is to change; None: everywhere, or
+        with `outpaint` only around the picture.
+      strength: 0 to 1, the part of the scales, the finest ones, that is drawn again.
+      keep: the same as a number of coarsest scales that are kept; 0 by default.
+      outpaint: parts of its size that the picture grows by on the left, top, right and bottom; it
+        shrinks within the tokenizer's square, and the rest of the square is drawn.
+
+    Raises:
+      ValueError: a picture that cannot be read, a mask of another aspect, values out of range.
+    """
+    config = tokenizer.config
+    size, scales = config.image_size, config.pyramid
+    asked = mask is not None or strength is not None or keep is not None or bool(outpaint)
+    if image is None:
+        if asked:
+            raise ValueError("mask, strength, keep and outpaint need an image")
+        return Request()
+    image_HWC, name = read_picture(image, "image"), _name(image)
+    if image_HWC.dtype != np.uint8:
+        raise ValueError(f"image {name} of dtype {image_HWC.dtype}: give uint8")
+    if not asked:
+        raise ValueError(f"image {name}: give a mask, strength, keep or outpaint to say what stays")
+    mask_HW = np.full(image_HWC.shape[:2], mask is None and not outpaint)
+    if mask is not None:
+        mask_HW = _read_mask(mask, image_HWC.shape[:2], name)
+    if outpaint:
+        image_HWC, mask_HW = _outpainted(image_HWC, mask_HW, outpaint)
+    image_HWC = fit(image_HWC, size, name=f"image {name}")
+    mask_HW = fit(np.repeat(mask_HW[..., None] * np.uint8(255), 3, axis=2), size)[..., 0] > 127
+    keep = _kept_scales(len(scales), strength, keep)
+    map_HWC = tokenizer.compiled["maps"](tokenizer.params, to_float(image_HWC)[None])[0]
+    pixels = hashlib.sha256(image_HWC.tobytes() + mask_HW.tobytes()).hexdigest()[:16]
+    about = {
+        "image": name,
+        "mask": None if mask is None else _name(mask),
+        "keep": keep,
+        "outpaint": list(outpaint),
+        "pixels": pixels,  # of the fitted picture and mask
+    }
+    edit = make_edit(map_HWC, mask_HW, keep, scales, config.pixel_weight)
+    return Request(edit, image_HWC, mask_HW, about)
+
+
+def _name(picture: Picture) -> str:
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else "given as pixels"
+
+
+def _read_mask(mask: Picture, shape: tuple[int, int], image: str) -> np.ndarray:
+    """Return a mask as bool (H, W) of the image's size."""
+    name = _name(mask)
+    if isinstance(mask, np.ndarray) and mask.ndim == 2:
+        mask = mask * np.uint8(255) if mask.dtype == bool else mask
+        mask = mask[..., None].repeat(3, axis=2)
+    pixels_HWC = read_picture(mask, "mask")
+    (height, width), (rows, columns) = shape, pixels_HWC.shape[:2]
+    if abs(height * columns - width * rows) > max(height, width, rows, columns):
+        raise ValueError(
+            f"mask {name} of {columns} x {rows} pixels has another aspect than the image {image} "
+            f"of {width} x {height}: crop or draw it to the image's size"
+        )
+    gray = Image.fromarray(pixels_HWC).convert("L").resize((width, height), Image.Resampling.BOX)
+    return np.asarray(gray) > 127
+
+
+def _outpainted(
+    image_HWC: np.ndarray, mask_HW: np.ndarray, outpaint: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a square with the picture and what is to be drawn around it."""
+    if len(outpaint) != 4 or not all(0 <= part <= 4 for part in outpaint) or not any(outpaint):
+        raise ValueError(
+            f"outpaint {tuple(outpaint)}: give the parts of the picture's size, 0 to 4, that it "
+            "grows by on the left, top, right and bottom, such as 0.5,0,0.5,0"
+        )
+    height, width = mask_HW.shape
+    left, top, right, bottom = (
+        round(part * side)
+        for part, side in zip(outpaint, (width, height, width, height), strict=True)
+    )
+    wide, high = left + width + right, top + height + bottom
+    side = max(wide, high)  # what is missing to a square goes to both sides
+    left, top = left + (side - wide) // 2, top + (side - high) // 2
+    around = ((top, side - top - height), (left, side - left - width))
+    image_HWC = np.pad(image_HWC, (*around, (0, 0)), mode="edge")
+    return image_HWC, np.pad(mask_HW, around, constant_values=True)
+
+
+def _kept_scales(count: int, strength: float | None, keep: int | None) -> int:
+    if strength is not None and keep is not None:
+        raise ValueError(f"strength {strength} and keep {keep} say the same: give one of them")
+    if strength is not None:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength} must be 0 (change nothing) to 1")
+        return int((1 - strength) * count + 0.5)
+    if not 0 <= (keep or 0) <= count:
+        raise ValueError(f"keep {keep} must be 0 to {count}, the number of scales")
+    return keep or 0

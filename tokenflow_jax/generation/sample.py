@@ -15,7 +15,8 @@ everything, with the regular input of every scale but the current one.
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator, Mapping
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -173,7 +174,7 @@ class Sampler:
         guidance: jax.Array | float = GUIDANCE,
         edit: Edit | None = None,
     ) -> Generator[Draw, None, Cache]:
-        """Yield every pass over every scale after a prefix; return the cache, without the last code.
+        """Yield every pass over every scale after a prefix; return the cache, all but the last code.
 
         Args:
           params, codebooks: the model's and the tokenizer's.
@@ -263,3 +264,13 @@ def _with_entries(
         for x, new in zip((cache.keys, cache.values), entries, strict=True)
     )
     return dataclasses.replace(cache, keys=keys, values=values)
+
+
+def image_keys(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> jax.Array:
+    """Return a key per image, of its prompt, its number and the seed."""
+    hashes = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
+
+    def key(prompt: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), number)
+
+    return jax.vmap(key)(jnp.array(hashes, jnp.uint32), jnp.array(numbers, jnp.uint32))

@@ -149,6 +149,7 @@ class Tokenizer(Pretrained):
         # "pixels" and "semantics" take maps, not codes: one program for any number of scales.
         return {
             "encode": jax.jit(self.encode_fn),
+            "maps": jax.jit(self._method("encode")),  # before quantization, of floats
             "features": jax.jit(self._method("features")),
             "pixels": jax.jit(self._pixels_fn),
             "semantics": jax.jit(self._method("decode_semantics")),

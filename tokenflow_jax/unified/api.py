@@ -23,9 +23,9 @@ from tokenflow_jax.data.chat import drawing, insertion
 from tokenflow_jax.data.chat.templates import DRAWN, GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.pictures import Picture
 from tokenflow_jax.data.text import encodable
-from tokenflow_jax.generation.api import Generated, Generator, request_keys
+from tokenflow_jax.generation.api import Generated, Generator
 from tokenflow_jax.generation.model import next_scale_features
-from tokenflow_jax.generation.sample import Recipe
+from tokenflow_jax.generation.sample import Recipe, image_keys
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.inputs import to_pil
@@ -113,7 +113,7 @@ class Unified(Assistant):
         return super()._compiled | {"draw": drawing, "next_scale": next_scale}
 
     def generate(self, prompts: str | Sequence[str], **options: Any) -> Generated:
-        """Draw pictures of requests, each in a conversation of its own; see `Generator.generate`."""
+        """Draw pictures, each in a conversation of its own; see `Generator.generate`."""
         return self.generator.generate(prompts, **options)
 
     def chat(self) -> "DrawingChat":
@@ -140,7 +140,7 @@ class Unified(Assistant):
         row = {name: array[:stop] for name, array in row.items()}
         empty = self.prompts.encode("")
         empty_1P = empty[empty != self.prompts.pad_id][None] if recipe.guidance > 0 else None
-        key_1 = request_keys([turns[-2][1]], [0], recipe.seed)
+        key_1 = image_keys([turns[-2][1]], [0], recipe.seed)
         codebooks = self.tokenizer.codebooks
         codes_N = session.draw(row, pictures, codebooks, empty_1P, key_1, recipe)
         return DrawnPicture(self.generator.decode(codes_N[None])[0], codes_N)
