@@ -7,10 +7,13 @@ r"""Answer questions about pictures with a trained understanding model.
         --tokenizer_variant=xl --question="Name three prime numbers."
 
 The answer appears word by word. With --chat more questions are read from the terminal: an empty
-line ends, `/image PATH` shows another picture with the next question, `/new` starts over.
+line ends, `/image PATH` shows another picture with the next question, `/new` starts over. A unified
+model also draws: `/draw red apple` writes a picture into --out, and questions can be about it.
 """
 
 import functools
+import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +32,7 @@ def main(options: flags.FlagValues) -> None:
     names = ("max_new", "temperature", "top_k", "top_p", "seed")
     chosen = {name: options[name].value for name in names}
     if options.chat:
-        _chat(assistant, options.question, options.image, chosen)
+        _chat(assistant, options.question, options.image, chosen, options.out)
     else:
         for question in options.question:
             _print(assistant.chat().stream(question, options.image, **chosen))
@@ -41,7 +44,9 @@ def _print(pieces: Iterator[str]) -> None:
     print(flush=True)
 
 
-def _chat(assistant: Any, first: Sequence[str], image: str | None, chosen: dict[str, Any]) -> None:
+def _chat(
+    assistant: Any, first: Sequence[str], image: str | None, chosen: dict[str, Any], out: str
+) -> None:
     """Hold a conversation: the `first` questions, then those of the terminal."""
     chat = assistant.chat()
 
@@ -49,6 +54,15 @@ def _chat(assistant: Any, first: Sequence[str], image: str | None, chosen: dict[
         nonlocal image
         _print(chat.stream(question, image, **chosen))
         image = None  # it is part of the conversation now
+
+    def draw(request: str) -> None:
+        if not hasattr(chat, "draw"):
+            raise ValueError(
+                "this model only reads: /draw needs a unified model (configs/unified.py)"
+            )
+        path = _free_name(out)
+        chat.draw(request, seed=chosen["seed"]).save(path)
+        print(path)
 
     for question in first:
         print(f"> {question}")
@@ -64,18 +78,26 @@ def _chat(assistant: Any, first: Sequence[str], image: str | None, chosen: dict[
             image = line.removeprefix("/image").strip() or None
         else:
             try:
-                ask(line)
+                drawing = line.partition(" ")[0] == "/draw"
+                draw(line.removeprefix("/draw").strip()) if drawing else ask(line)
             except ValueError as error:  # a broken picture, a conversation that is too long
                 print(error)
 
 
+def _free_name(folder: str) -> str:
+    """Return the first unused name of a picture."""
+    os.makedirs(folder, exist_ok=True)
+    names = (os.path.join(folder, f"drawn_{i:03d}.png") for i in itertools.count())
+    return next(name for name in names if not os.path.exists(name))
+
+
 def load_assistant(options: flags.FlagValues) -> Any:
-    from tokenflow_jax.understanding.api import Assistant  # here, so that --help is quick
+    from tokenflow_jax.unified import api  # here, so that --help is quick
 
     names = ("tokenizer", "tokenizer_variant", "text_tokenizer", "template", "system",
              "image_mode", "step", "dtype", "weights_dtype")  # fmt: skip
     known = {name: options[name].value for name in names}
-    return Assistant.load(options.checkpoint, options.variant, **known)
+    return api.load_assistant(options.checkpoint, options.variant, **known)
 
 
 def define_assistant_flags(define: cli.Define) -> None:
@@ -97,6 +119,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("image", None, "The picture; omit for text-only questions.")
     define.multi_string("question", [], "May be repeated.")
     define.bool("chat", False, "Continue with questions from the terminal.")
+    define.string("out", "drawn", "Folder for the pictures of /draw.")
     define.integer("max_new", 256, "Tokens of an answer at most.")
     define.float("temperature", 0.0, "0 takes the most likely token.")
     define.integer("top_k", 0, "Draw from the k most likely tokens; 0: off.")

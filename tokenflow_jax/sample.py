@@ -262,12 +262,12 @@ def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint", "out")
     tasks = read_tasks(options.layout, options.prompt, options.prompts)
     files.writable_folder(options.out)
-    from tokenflow_jax.generation.api import Generator
+    from tokenflow_jax.unified.api import load_generator
 
     names = ("text_tokenizer", "variant", "tokenizer_variant", "ema", "step", "dtype",
              "weights_dtype")  # fmt: skip
     known = {name: options[name].value for name in names}
-    generator = Generator.load(options.checkpoint, options.tokenizer, **known)
+    generator = load_generator(options.checkpoint, options.tokenizer, **known)
     asked = edit_of_flags(generator.tokenizer, options)
     draw(
         generator,

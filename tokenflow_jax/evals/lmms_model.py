@@ -4,7 +4,7 @@
     python -m lmms_eval --model tokenflow_jax --tasks pope,mme --batch_size 16 \
         --model_args pretrained=runs/understanding
 
-`pretrained` is the path for `Assistant.load`; its other arguments (tokenizer, template, dtype, ...)
+`pretrained` is the path of a model that answers; other arguments (tokenizer, template, dtype, ...)
 go into --model_args as well. lmms-eval finds this module by the entry point in setup.py; only
 lmms-eval needs torch.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from tokenflow_jax.understanding.api import Assistant
+from tokenflow_jax.unified.api import load_assistant
 
 
 class TokenFlow(lmms):
@@ -26,7 +26,7 @@ class TokenFlow(lmms):
         super().__init__()
         for name in ("device", "max_batch_size"):  # lmms-eval adds them for torch
             options.pop(name, None)
-        self.assistant = Assistant.load(pretrained, **options)
+        self.assistant = load_assistant(pretrained, **options)
         self.batch_size = int(batch_size)
 
     def _pictures(self, get: Any, number: int, task: str, split: str) -> list[Any] | None:

@@ -174,7 +174,7 @@ class Sampler:
         guidance: jax.Array | float = GUIDANCE,
         edit: Edit | None = None,
     ) -> Generator[Draw, None, Cache]:
-        """Yield every pass over every scale after a prefix; return the cache, all but the last code.
+        """Yield every pass over every scale after a prefix; return the cache.
 
         Args:
           params, codebooks: the model's and the tokenizer's.
@@ -182,6 +182,7 @@ class Sampler:
           keys_B: one random key per image; a row depends on its own key and prefix only.
           guidance: strength g >= 0. With t = g i / (K - 1) for scale i of K, the logits are
             (1 + t) conditional - t unconditional: unguided at the first scale, g at the last.
+            The cache has all inputs but the one after the last code.
           edit: the picture whose codes are kept in places.
         """
         pyramid, cache = self.model.config.pyramid, prefix.cache

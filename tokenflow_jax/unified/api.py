@@ -33,10 +33,32 @@ from tokenflow_jax.tokenizer.loading import load_model, save_language_model
 from tokenflow_jax.understanding.api import Assistant
 from tokenflow_jax.understanding.chat import Chat
 from tokenflow_jax.unified import model as models
+from tokenflow_jax.unified import start
 from tokenflow_jax.unified.draw import draw
 from tokenflow_jax.unified.names import PART
 from tokenflow_jax.unified.session import DrawingSession, DrawnPicture
 from tokenflow_jax.weights import conversion
+
+
+def load_assistant(path: str, variant: str | None = None, **options: Any) -> Assistant:
+    """Load a model that answers: a unified one, or one that only reads."""
+    kind = Unified if _is_unified(path) else Assistant
+    return kind.load(path, variant, **options)
+
+
+def load_generator(path: str, tokenizer: str | None = None, **options: Any) -> Generator:
+    """Load a model that draws: a unified one, or one that only draws."""
+    if not _is_unified(path):
+        return Generator.load(path, tokenizer, **options)
+    options.pop("ema")  # it keeps none
+    return Unified.load(path, tokenizer=tokenizer, **options).generator
+
+
+def _is_unified(path: str) -> bool:
+    try:
+        return start.stage_of(path) == PART.stage
+    except (OSError, ValueError):
+        return False  # whoever opens it says what is wrong
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

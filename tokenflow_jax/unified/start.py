@@ -29,11 +29,7 @@ def load(
             path, config.lm, params, places, config.image_start
         )
         return _without_first_level(params), text
-    if conversion.is_torch(path):
-        stage = (record.read_record(path) or {}).get("stage")
-    else:
-        info = checkpoint_info.read_info(checkpoint_info.find_checkpoint(path))
-        stage = info["config"].get("stage")
+    stage = stage_of(path)
     parts = {part.stage: part for part in (UNDERSTANDING, GENERATION)}
     part = parts.get(stage, PART)
     own = None if conversion.knows_itself(path) else config
@@ -60,6 +56,14 @@ def load(
     params, _ = start.take_arrays(arrays, tied, path, params, places, config.image_start)
     text = "codes' rows of the vocabulary, writing projector, levels and positions from scratch"
     return _without_first_level(params), f"{what}, {text}"
+
+
+def stage_of(path: str) -> str | None:
+    """Return the stage whose model a path records that it holds; None if it does not."""
+    if conversion.is_torch(path):
+        return (record.read_record(path) or {}).get("stage")
+    info = checkpoint_info.read_info(checkpoint_info.find_checkpoint(path))
+    return info["config"].get("stage")
 
 
 def _renamed(arrays: dict[str, Any], projector: str) -> dict[str, Any]:

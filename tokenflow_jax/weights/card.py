@@ -97,6 +97,15 @@ generator.generate("red apple", seed=1).pictures[0].save("apple.png")""",
         """assistant = tfx.Assistant.from_pretrained("{name}")
 print(assistant.answer("What is this?", "picture.png"))""",
     ),
+    "unified": (
+        "TokenFlow model that reads and draws pictures",
+        "It answers questions about pictures, draws pictures by writing the codes of an image "
+        "tokenizer scale by scale, and talks about what it drew (TokenFlow, arXiv 2412.03069).",
+        "any-to-any",
+        """chat = tfx.Unified.from_pretrained("{name}").chat()
+chat.draw("red apple", seed=1).save("apple.png")
+print(chat.ask("What is this?"))""",
+    ),
 }
 
 

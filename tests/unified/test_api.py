@@ -1,0 +1,132 @@
+"""The unified model's API: it answers, draws, and talks about what it drew, with one cache."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny as tiny_config
+from picture_files import picture
+from unified.test_stage import make, tiny
+
+import tokenflow_jax as tfx
+from tokenflow_jax import answer, sample
+from tokenflow_jax.data.chat.templates import DRAWN, GPT, HUMAN, IMAGE
+from tokenflow_jax.train import loop
+from tokenflow_jax.understanding.answer import Decoding
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    config = tiny(str(tiny_config.write_tokenizer(folder / "tokenizer")))
+    config.eval.update(max_new=0, retrieval=0, prompts=())
+    loop.train_and_evaluate(config, folder / "run", make(config))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return tfx.Unified.load(workdir)
+
+
+def read_tokens(session):
+    """Count the tokens that a session reads from now on."""
+    counts, read = [], session._prompt
+
+    def counted(new, pictures):
+        counts.append(new.shape[1])
+        return read(new, pictures)
+
+    session._prompt = counted
+    return counts
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_the_first_picture_of_a_chat_is_that_of_generate(model, guidance):
+    chat = model.chat()
+    drawn = chat.draw("red apple", seed=3, guidance=guidance)
+    alone = model.generate("red apple", seed=3, guidance=guidance, negative_prompt="")
+    np.testing.assert_array_equal(chat.pictures[0].codes_N, alone.codes[0])
+    np.testing.assert_array_equal(np.asarray(drawn), alone.images[0])
+
+
+def test_a_chat_reads_each_token_once(model):
+    """Answers are those of a chat that reads everything anew; a turn costs its own tokens."""
+    chat, options = model.chat(), {"max_new": 5}
+    counts = read_tokens(chat._session)
+    chat.ask("What is this?", picture(16, 16, 1), **options)
+    chat.draw("red apple", seed=1, guidance=2.0)
+    chat.draw("dog", seed=2, guidance=2.0)
+    second = chat.ask("Which one?", **options)
+    third = chat.ask("Why?", picture(16, 16, 2), **options)
+    row = model._row([*chat.turns[:-1]], 5)
+    written = 2 * (model.config.pyramid.tokens - 1)  # by drawing
+    # What was drawn or answered is in the cache but for its last token; a request is read with the
+    # place of its first code.
+    assert sum(counts) <= len(row["ids"]) - written + 2 + 5
+    again = model.chat()
+    again.turns, again.pictures = chat.turns[:6], chat.pictures[:3]
+    fresh = read_tokens(again._session)
+    assert again.ask("Which one?", **options) == second
+    assert again.ask("Why?", chat.pictures[-1], **options) == third
+    assert fresh[0] > sum(counts[1:4])  # nothing was known
+    assert [turn for turn in chat.turns if turn[0] == GPT][1:3] == [(GPT, DRAWN + IMAGE)] * 2
+
+
+def test_another_drawn_picture_is_read_anew(model):
+    chat = model.chat()
+    chat.draw("red apple", seed=1)
+    said = chat.ask("What?", max_new=4)
+    other = model.chat()
+    other.draw("red apple", seed=2)
+    chat.turns, chat.pictures = chat.turns[:2], other.pictures
+    fresh = model.chat()
+    fresh.turns, fresh.pictures = chat.turns, chat.pictures
+    counts = read_tokens(chat._session)
+    assert chat.ask("What?", max_new=4) == fresh.ask("What?", max_new=4)
+    assert counts[0] > model.config.pyramid.tokens and isinstance(said, str)
+
+
+def test_later_tokens_see_the_drawn_picture(model):
+    chats = []
+    for codes in (0, 1):
+        chat = model.chat()
+        chat.draw("red apple", seed=1)
+        if codes:
+            picture = chat.pictures[0]
+            chat.pictures = [picture._replace(codes_N=(picture.codes_N + 5) % 32)]
+        turns = [*chat.turns, (HUMAN, "What?")]
+        row = model._row(turns, 4)
+        prompt, count = model.session()._prompt(
+            np.stack([row["ids"], row["places"]]), chat.pictures
+        )
+        state = model._compiled["read"](
+            model.params, prompt, None, np.int32(0), np.int32(count), jax.random.key(0),
+            decoding=Decoding(4), room=256,
+        )  # fmt: skip
+        chats.append(np.asarray(state.logits_BV))
+    assert np.abs(chats[0] - chats[1]).max() > 1e-6
+
+
+def test_saved_models_draw_and_answer_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    loaded = tfx.Unified.from_pretrained(tmp_path / "saved")
+    one, two = (m.generate("dog", seed=1).codes for m in (model, loaded))
+    np.testing.assert_array_equal(one, two)
+    asked = ("What is this?", picture(16, 16, 1))
+    assert model.answer(*asked, max_new=5) == loaded.answer(*asked, max_new=5)
+
+
+def test_commands_take_a_unified_model(model, workdir, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    options = [f"--checkpoint={workdir}", "--prompt=red apple", f"--out={out}", "--seed=4"]
+    assert sample.run(options) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["00000_red-apple.png", "recipe.json"]
+    lines = iter(["/draw red apple\n", "What is this?\n", "/draw\n", "\n"])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines), raising=False)
+    command = [f"--checkpoint={workdir}", "--chat", "--max_new=4", f"--out={tmp_path / 'chat'}"]
+    assert answer.run(command) == 0
+    names = sorted(path.name for path in (tmp_path / "chat").iterdir())
+    assert names == ["drawn_000.png", "drawn_001.png"]
+    assert str(tmp_path / "chat" / "drawn_000.png") in capsys.readouterr().out
