@@ -158,6 +158,7 @@ def _pretrain(name: str) -> ConfigDict:
     config.batch_size = 256
     config.total_steps = 2_500_000 // 256
     config.trainable = ("projector",)
+    config.remat = "dots"  # on pods; where memory is short, block
     config.data.template = "plain"
     config.data.image_mode = "square"
     config.pack, config.data.buckets = 2, (1536, 1664, 1792, 2048, 2560)  # 729 and a caption, twice
