@@ -44,7 +44,7 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.model = _model(model)  # see unified.model.UnifiedConfig
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "block"  # what the backward pass recomputes: none, block or dots
-    config.attention = "auto"  # its kernel: auto, xla or cudnn (GPU)
+    config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)
     config.loss_tokens = 4096  # positions whose logits a device holds at the same time
 
     config.total_steps = 100_000

@@ -251,6 +251,54 @@ def test_flags_change_the_checkpoint_s_recipe(arguments, expected):
         sample.recipe_of_flags(RECIPE, options)
 
 
+def command(generator, monkeypatch, tmp_path, *arguments):
+    monkeypatch.setattr(Generator, "load", lambda *_, **__: generator)
+    options = flags.FlagValues()
+    sample.define_flags(cli.Define(options))
+    options(["sample", "--checkpoint=x", "--prompt=dog", f"--out={tmp_path / 'out'}", *arguments])
+    sample.main(options)
+
+
+def test_an_edit_is_drawn_and_shown_beside_the_original(generator, monkeypatch, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    mask = np.arange(16)[None].repeat(16, axis=0) < 8
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    flags = (f"--image={tmp_path / 'a.png'}", f"--mask={tmp_path / 'm.png'}", "--keep=1")
+    command(generator, monkeypatch, tmp_path, *flags)
+    drawn = generator.generate("dog", image=picture, mask=mask, keep=1)
+    out = tmp_path / "out"
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "00000_dog.png")), drawn.images[0])
+    row = np.asarray(Image.open(out / "00000_dog_edit.png"))
+    rebuilt = np.asarray(generator.tokenizer.reconstruct(picture))
+    white = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
+    for i, cell in enumerate((picture, rebuilt, white, drawn.images[0])):
+        np.testing.assert_array_equal(row[2:18, 2 + 18 * i : 18 + 18 * i], cell)
+    about = json.loads((out / "recipe.json").read_text())["recipe"]["edit"]
+    assert about["keep"] == 1 and about["image"] == str(tmp_path / "a.png")
+    Image.fromarray(~mask).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match=r"with other settings \(recipe differ"):
+        command(generator, monkeypatch, tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image=no.png", "--keep=1"], r"image 'no\.png': cannot be read"),
+        (["--image={a}", "--mask={black}"], r"--mask=.*black\.png is black: paint white"),
+        (["--image={a}", "--outpaint=1,x"], "--outpaint=1,x: give 4 numbers"),
+        (["--image={a}", "--strength=2"], "strength 2.0 must be 0"),
+        (["--mask={black}"], "need an image"),
+    ],
+)
+def test_an_edit_that_cannot_be_made(generator, monkeypatch, tmp_path, arguments, message):
+    names = {name: tmp_path / f"{name}.png" for name in ("a", "black")}
+    for path in names.values():
+        Image.new("RGB", (16, 16)).save(path)
+    with pytest.raises(ValueError, match=message):
+        command(generator, monkeypatch, tmp_path, *(text.format(**names) for text in arguments))
+
+
 def test_tokenizers_of_another_model_are_refused(generator):
     words = dataclasses.replace(generator, prompts=PromptEncoder(ByteTokenizer(), 8))
     words.prompts.image_start = 300

@@ -34,7 +34,6 @@ from tokenflow_jax.messages import bullets, plain
 if TYPE_CHECKING:  # loaded in main, so that --help is quick
     from tokenflow_jax.generation.api import Generator, Recipe
     from tokenflow_jax.generation.edit import Request
-    from tokenflow_jax.tokenizer.api import Tokenizer
 
 _MOST = 2**28  # bytes of a file of prompts
 LAYOUTS = ("plain", "geneval", "dpg")
@@ -119,8 +118,6 @@ def draw(
 ) -> int:
     """Draw and write the pictures that do not exist yet; return how many this process drew.
 
-    `asked` is the edit that they are.
-
     Raises:
       ValueError: values that the model cannot do, or a folder with pictures of another recipe.
     """
@@ -136,10 +133,9 @@ def draw(
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     names = {task.name: _files(out, task, layout, images_per_prompt) for task in tasks}
-    edit, about = (asked.edit, asked.about) if asked else (None, None)
-    _write_recipe(
-        generator.describe(recipe, about), tasks, names, out, layout, jax.process_index() == 0
-    )
+    edit, about = asked[:2] if asked else (None, None)
+    about = generator.describe(recipe, about)
+    _write_recipe(about, tasks, names, out, layout, jax.process_index() == 0)
     mine = tasks[jax.process_index() :: jax.process_count()]
     missing = [task for task in mine if not all(file.exists() for file in names[task.name])]
     if len(missing) < len(mine):
@@ -155,7 +151,9 @@ def draw(
             own = slice(i * images_per_prompt, (i + 1) * images_per_prompt)
             _save(task, [images[own] for images in grown], names[task.name], layout)
             if edit is not None and layout == "plain":
-                _save_edits(generator, asked, grown[-1][own], names[task.name])
+                for image, file in zip(grown[-1][own], names[task.name], strict=True):
+                    row = asked.row(generator.tokenizer, image)
+                    pictures.write_png(row, file.with_name(f"{file.stem}_edit.png"))
         done += len(texts)
         log.info("%d of %d pictures", done, len(missing) * images_per_prompt)
     return done
@@ -184,18 +182,6 @@ def _save(task: Task, grown: list[np.ndarray], files: list[epath.Path], layout: 
         if len(grown) > 1 and layout == "plain":
             row = pictures.grid([np.stack([step[i] for step in grown])])
             pictures.write_png(row, file.with_name(f"{file.stem}_scales.png"))
-
-
-def _save_edits(
-    generator: "Generator", asked: "Request", images: np.ndarray, files: list[epath.Path]
-) -> None:
-    """Write a row beside each picture: the original, its reconstruction, the mask, the edit."""
-    image_HWC = asked.image_HWC
-    rebuilt_HWC = np.asarray(generator.tokenizer.reconstruct(image_HWC))
-    mask_HWC = np.repeat(asked.mask_HW[..., None] * np.uint8(255), 3, axis=2)
-    for edited_HWC, file in zip(images, files, strict=True):
-        row = pictures.grid([np.stack([image_HWC, rebuilt_HWC, mask_HWC, edited_HWC])])
-        pictures.write_png(row, file.with_name(f"{file.stem}_edit.png"))
 
 
 def _write_recipe(
@@ -242,33 +228,25 @@ def recipe_of_flags(default: "Recipe", options: flags.FlagValues) -> "Recipe":
     return dataclasses.replace(default, seed=options.seed, **changes)
 
 
-def edit_of_flags(tokenizer: "Tokenizer", options: flags.FlagValues) -> "Request":
-    """Return the edit that the flags describe, if they name an image."""
-    from tokenflow_jax.generation.edit import request
-
-    try:
-        outpaint = [float(part) for part in options.outpaint.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"--outpaint={options.outpaint}: give numbers, as 0.5,0,0.5,0") from None
-    asked = request(
-        tokenizer, options.image, options.mask, options.strength, options.keep, outpaint
-    )
-    if asked.edit is not None and not asked.mask_HW.any():
-        raise ValueError(f"--mask={options.mask} is black: paint white what is to change")
-    return asked
-
-
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint", "out")
     tasks = read_tasks(options.layout, options.prompt, options.prompts)
+    try:
+        outpaint = [float(part) for part in options.outpaint]
+    except ValueError as error:
+        raise ValueError(f"--outpaint={','.join(options.outpaint)}: give 4 numbers") from error
     files.writable_folder(options.out)
+    from tokenflow_jax.generation.edit import request
     from tokenflow_jax.unified.api import load_generator
 
     names = ("text_tokenizer", "variant", "tokenizer_variant", "ema", "step", "dtype",
              "weights_dtype")  # fmt: skip
     known = {name: options[name].value for name in names}
     generator = load_generator(options.checkpoint, options.tokenizer, **known)
-    asked = edit_of_flags(generator.tokenizer, options)
+    edits = {name: options[name].value for name in ("image", "mask", "strength", "keep")}
+    asked = request(generator.tokenizer, **edits, outpaint=outpaint)
+    if asked.edit is not None and not asked.mask_HW.any():
+        raise ValueError(f"--mask={options.mask} is black: paint white what is to change")
     draw(
         generator,
         tasks,
@@ -298,13 +276,11 @@ def define_flags(define: cli.Define) -> None:
     define.multi_string("prompt", [], "What to draw; may be repeated.")
     define.string("prompts", None, "One prompt per line; geneval: .jsonl; dpg: folder of .txt.")
     define.integer("images_per_prompt", None, "By default 1, for the benchmarks 4.", 1)
-    define.string(
-        "image", None, "A picture to edit: give also --mask, --strength, --keep or --outpaint."
-    )
+    define.string("image", None, "To edit, with --mask, --strength, --keep or --outpaint.")
     define.string("mask", None, "A picture of the same aspect, white where the image changes.")
     define.float("strength", None, "0 to 1: the part of the scales that is drawn again.")
     define.integer("keep", None, "The same as a number of coarsest scales that are kept.", 0)
-    define.string("outpaint", "", "Extend the image by parts of its size: left,top,right,bottom.")
+    define.list("outpaint", [], "Extend --image by parts of its size: left,top,right,bottom.")
     define.string("out", None, "Folder for the pictures.")
     define.enum("layout", "plain", LAYOUTS, "Names of the files.")
     define.bool("previews", False, "plain: also the pictures after every scale.")

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_jax.data.pictures import Picture, fit, read_picture
+from tokenflow_jax.evals import pictures
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.nets.resize import area_matrix, area_resize, bicubic_resize
 from tokenflow_jax.tokenizer.api import Tokenizer
@@ -113,9 +114,16 @@ class Request(NamedTuple):
     """An edit as users ask for it, fitted to the tokenizer."""
 
     edit: Edit | None = None  # None: there is no picture
+    about: dict[str, Any] | None = None  # for recipes
     image_HWC: np.ndarray | None = None  # uint8
     mask_HW: np.ndarray | None = None  # bool
-    about: dict[str, Any] | None = None  # for recipes
+
+    def row(self, tokenizer: Tokenizer, edited_HWC: np.ndarray) -> np.ndarray:
+        """Return the original, its reconstruction, the mask and the edit side by side."""
+        rebuilt_HWC = np.asarray(tokenizer.reconstruct(self.image_HWC))
+        mask_HWC = np.repeat(self.mask_HW[..., None] * np.uint8(255), 3, axis=2)
+        cells = [self.image_HWC, rebuilt_HWC, mask_HWC, edited_HWC]
+        return pictures.grid([np.stack(cells)])
 
 
 def request(
@@ -170,7 +178,7 @@ def request(
         "pixels": pixels,  # of the fitted picture and mask
     }
     edit = make_edit(map_HWC, mask_HW, keep, scales, config.pixel_weight)
-    return Request(edit, image_HWC, mask_HW, about)
+    return Request(edit, about, image_HWC, mask_HW)
 
 
 def _name(picture: Picture) -> str:
