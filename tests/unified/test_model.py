@@ -268,22 +268,21 @@ def test_writing_alone_it_is_the_generation_model(name):
     params["read_projector"] = jax.tree.map(zeros, template["read_projector"])
     prefix, suffix = data["input_ids"][:, :start], data["input_ids"][:, -4:]
     real = prefix != case.pad_id
-    theirs = Generation(case.config).apply(
-        case.params, prefix, real, codes, features, suffix, text=True, method="losses"
-    )
+    run = jax.jit(lambda p, *a: Generation(case.config).apply(p, *a, text=True, method="losses"))
+    theirs = run(case.params, prefix, real, codes, features, suffix)
+    options = {"vocabulary": "all", "method": "losses"}
+    ours = jax.jit(lambda p, *a: Unified(config).apply({"params": p}, *a, **options))
     for i in range(len(codes)):
         ids = np.concatenate([prefix[i][real[i]], [DRAWN_ID], suffix[i]])
         row = insertion.merge_row(ids, ids, 1, drawn=Drawn(count))
-        batch = insertion.pad_rows([row], len(row["ids"]))
+        length = len(row["ids"])
+        batch = insertion.pad_rows([row], start + count + 4)
         rows = [batch[key] for key in ("ids", "labels", "places", "segments")]
         both = {"read": jnp.zeros((1, 1, 1, 4)), "write": features[i : i + 1][None]}
-        got, right, _ = Unified(config).apply(
-            {"params": params}, *rows, both, codes[i : i + 1][None], vocabulary="all",
-            method="losses",
-        )  # fmt: skip
+        got, right, _ = ours(params, *rows, both, codes[i : i + 1][None])
         first = real[i].sum() - 1
-        np.testing.assert_allclose(got[0, first:-1], theirs.image[i], atol=5e-5)
-        np.testing.assert_array_equal(right[0, first:-1], theirs.image_right[i])
+        np.testing.assert_allclose(got[0, first : length - 1], theirs.image[i], atol=5e-5)
+        np.testing.assert_array_equal(right[0, first : length - 1], theirs.image_right[i])
         np.testing.assert_allclose(got[0, :first], theirs.text[i, -first:], atol=5e-5)
     if name == "s4":
         stored = np.float32(data["loss_vision"])
