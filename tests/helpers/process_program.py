@@ -80,6 +80,7 @@ def unified():
     config.data.max_length, config.data.buckets = 160, (200,)
     config.optimizer.name, config.optimizer.warmup_steps = "adamw", 0
     config.eval.update(max_new=0, examples=8, retrieval=0, prompts=())
+    config.sampling.passes = ((0, 0.0),)
     return config, UnifiedStage
 
 

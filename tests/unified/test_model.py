@@ -12,6 +12,7 @@ from tokenflow_jax.data.chat import insertion
 from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.templates import DRAWN_ID, IGNORE, IMAGE_ID
 from tokenflow_jax.generation.model import Generation, next_scale_features
+from tokenflow_jax.generation.sample import Sampler
 from tokenflow_jax.nets import chunked_attention
 from tokenflow_jax.nets.lm import Decoder, LMConfig, init_cache
 from tokenflow_jax.tokenizer.quantizer import Codebooks
@@ -198,6 +199,28 @@ def test_a_cache_is_read_as_whole_rows_are(params, pictures):
     np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=2e-5)
 
 
+def test_a_sampler_draws_what_whole_rows_predict(params):
+    """Greedy codes, scale by scale with a cache, rank first in the row that training would see."""
+    rng = np.random.default_rng(1)
+    books = Codebooks(*(jnp.asarray(rng.normal(size=(16, c)), jnp.float32) for c in (6, 3)))
+    requests = [[3, 5], [3, 6, 7, 8]]
+    ids = np.array([[*[0] * (4 - len(text)), *text, *DRAWN.open_ids] for text in requests])
+    sampler = Sampler(MODEL, 0, ((1, 0.0),))
+    codes = jax.jit(sampler)(params, books, ids, None, jax.random.split(jax.random.key(0), 2), 0.0)
+    for text, codes_N in zip(requests, codes, strict=True):
+        row = insertion.merge_row(np.array([*text, DRAWN_ID]), None, VECTORS, drawn=DRAWN)
+        batch = insertion.pad_rows([row], len(row["ids"]))
+        rows = (batch["ids"], batch["places"], batch["segments"])
+        features = {
+            "read": visual_features(codes_N[None], books, CONFIG.pyramid)[None],
+            "write": next_scale_features(codes_N[None], books, CONFIG.pyramid)[None],
+        }
+        hidden, _ = MODEL.apply({"params": params}, *rows, features)
+        logits = MODEL.apply({"params": params}, hidden, method="code_logits")[0]
+        first = int(np.flatnonzero(row["places"] == -2)[0]) - 1
+        np.testing.assert_array_equal(logits[first : first + CODES].argmax(-1), codes_N)
+
+
 def test_reading_alone_it_is_the_understanding_model(params, pictures):
     """Losses and gradients of equal weights, whose first level is zero as `init_from` makes it."""
     config = UnderstandingConfig(dataclasses.replace(LM, vocabulary_size=36), 9)
@@ -245,22 +268,21 @@ def test_writing_alone_it_is_the_generation_model(name):
     params["read_projector"] = jax.tree.map(zeros, template["read_projector"])
     prefix, suffix = data["input_ids"][:, :start], data["input_ids"][:, -4:]
     real = prefix != case.pad_id
-    theirs = Generation(case.config).apply(
-        case.params, prefix, real, codes, features, suffix, text=True, method="losses"
-    )
+    run = jax.jit(lambda p, *a: Generation(case.config).apply(p, *a, text=True, method="losses"))
+    theirs = run(case.params, prefix, real, codes, features, suffix)
+    options = {"vocabulary": "all", "method": "losses"}
+    ours = jax.jit(lambda p, *a: Unified(config).apply({"params": p}, *a, **options))
     for i in range(len(codes)):
         ids = np.concatenate([prefix[i][real[i]], [DRAWN_ID], suffix[i]])
         row = insertion.merge_row(ids, ids, 1, drawn=Drawn(count))
-        batch = insertion.pad_rows([row], len(row["ids"]))
+        length = len(row["ids"])
+        batch = insertion.pad_rows([row], start + count + 4)
         rows = [batch[key] for key in ("ids", "labels", "places", "segments")]
         both = {"read": jnp.zeros((1, 1, 1, 4)), "write": features[i : i + 1][None]}
-        got, right, _ = Unified(config).apply(
-            {"params": params}, *rows, both, codes[i : i + 1][None], vocabulary="all",
-            method="losses",
-        )  # fmt: skip
+        got, right, _ = ours(params, *rows, both, codes[i : i + 1][None])
         first = real[i].sum() - 1
-        np.testing.assert_allclose(got[0, first:-1], theirs.image[i], atol=5e-5)
-        np.testing.assert_array_equal(right[0, first:-1], theirs.image_right[i])
+        np.testing.assert_allclose(got[0, first : length - 1], theirs.image[i], atol=5e-5)
+        np.testing.assert_array_equal(right[0, first : length - 1], theirs.image_right[i])
         np.testing.assert_allclose(got[0, :first], theirs.text[i, -first:], atol=5e-5)
     if name == "s4":
         stored = np.float32(data["loss_vision"])

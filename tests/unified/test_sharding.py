@@ -21,7 +21,7 @@ def test_losses_are_the_same(tmp_path, monkeypatch):
         workdir = tmp_path / name
         finish(start("process_program.py", "unified", workdir, 0, options.pop("sizes"), **options))
         history = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-        keys = ("loss/text", "loss/codes", "kind/both", "eval/loss", "eval/accuracy_codes")
+        keys = ("loss/text", "loss/codes", "eval/loss", "eval/loss_draw", "eval/loss_answer")
         found[name] = [[point[key] for key in keys if key in point] for point in history]
     assert len(found["one"]) == 13 and found["one"][11][0] < found["one"][0][0]
     for name in ("eight", "two"):

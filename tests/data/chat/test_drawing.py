@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from picture_files import encode, picture
 
-from tokenflow_jax.data.chat import batches, conversations, drawing, insertion
+from tokenflow_jax.data.chat import batches, conversations, drawing, insertion, templates
 from tokenflow_jax.data.chat.emoji import KIND_QUESTION
 from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.mixed import MixedConversations
@@ -69,6 +69,11 @@ def test_what_has_no_place_is_left_out(turns, options, reason):
     with pytest.raises(Broken) as error:
         prepared(turns, **options)
     assert error.value.reason == reason
+
+
+def test_the_mark_of_a_drawn_picture_is_no_text():
+    row = prepared(((HUMAN, f"a {templates.DRAWN}cat"), (GPT, f"{templates.DRAWN}{IMAGE}")))
+    assert shown(row) == shown(prepared(DRAW))
 
 
 def test_a_model_that_reads_takes_markers_in_answers_as_before():

@@ -26,7 +26,7 @@ import numpy as np
 
 IMAGE = "<image>"
 IMAGE_ID = -200
-# Where the model draws the picture. A text cannot hold it: Unicode has no such character.
+# Where the model draws the picture; no character of Unicode, and left out of all texts.
 DRAWN = "\ufdd0"
 DRAWN_ID = -201
 IGNORE = -100
@@ -179,6 +179,7 @@ def prepare_turns(turns: Sequence[Turn], has_image: bool, draws: bool = False) -
     With `draws` a marker in a turn of the model's is a picture that it draws, in its place. If
     anything follows, an image marker behind it shows the finished picture.
     """
+    turns = [(role, text.replace(DRAWN, "")) for role, text in turns]
     if draws:
         turns = [_drawn(turns, i) for i in range(len(turns))]
     if has_image:
