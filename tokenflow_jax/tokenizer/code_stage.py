@@ -129,7 +129,7 @@ class CodeStage(Stage):
             )
         if not self.config.init_from:
             return super().init()
-        brought = start.brought(self.config.init_from, self.parameters, self.own_ids)
+        brought = self.brought
 
         def state(key: jax.Array) -> State:
             # Random numbers that are replaced would take time, and up to three times the memory.
@@ -138,6 +138,11 @@ class CodeStage(Stage):
 
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
         return jax.jit(state, out_shardings=shardings)(jax.random.key(self.config.seed))
+
+    @property
+    def brought(self) -> PyTree:
+        """Marks of the parameters that config.init_from replaces wholly."""
+        return start.brought(self.config.init_from, self.parameters, self.own_ids)
 
     def averaged(self, params: PyTree) -> PyTree:
         return self.adapters.take(params) if self.adapters else params

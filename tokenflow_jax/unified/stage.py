@@ -32,6 +32,7 @@ from tokenflow_jax.unified import start
 from tokenflow_jax.unified.model import Unified, UnifiedConfig
 from tokenflow_jax.unified.names import PART
 from tokenflow_jax.unified.train import KINDS, LossConfig, Trainer
+from tokenflow_jax.weights import start as weights_start
 
 PyTree = Any
 _LARGEST_BANK = 5_000  # pictures among which drawn ones are looked up
@@ -119,6 +120,18 @@ class UnifiedStage(understanding.UnderstandingStage):
         first = getattr(self._train_set, "sets", [self._train_set])[0]
         self._requests = {"trained": _Requests(first), "unseen": _Requests(self._eval_set)}
         return self
+
+    @property
+    def own_ids(self) -> int:
+        """The codes' ids, from code 0 on."""
+        return self.model_config.image_start
+
+    @property
+    def brought(self) -> PyTree:
+        """Marks of the parameters that config.init_from replaces wholly: a language model's."""
+        if weights_start.is_language_model(self.config.init_from):
+            return super().brought
+        return jax.tree.map(lambda _: False, self.parameters)  # a run may bring a part
 
     def load_parameters(self, params: PyTree) -> tuple[PyTree, str]:
         """Return the weights of config.init_from; see `start.load`."""
