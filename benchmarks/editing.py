@@ -115,7 +115,7 @@ def main() -> None:
     def drawn(edit, texts):
         return generator.decode(generator.codes(texts, [0] * len(texts), recipe, edit=edit))
 
-    rules = {"ours, drawn if any part is inside": 1e-6, "ours, half (default)": 0.5,
+    rules = {"ours, drawn if any part is inside": 1e-3, "ours, half (default)": 0.5,
              "ours, only if all is inside": 1.0}  # fmt: skip
     names = [*rules, "ours, half, kept codes see the inside", "VAR's recipe", "copied neighbors",
              "exact map outside, another inside", "plain reconstruction"]  # fmt: skip
