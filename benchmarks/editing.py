@@ -115,8 +115,9 @@ def main() -> None:
     def drawn(edit, texts):
         return generator.decode(generator.codes(texts, [0] * len(texts), recipe, edit=edit))
 
-    rules = {"ours, drawn if any part is inside": 1e-6, "ours, half (default)": 0.5,
-             "ours, only if all is inside": 1.0}  # fmt: skip
+    rules = {"ours, drawn if any part is inside": 1e-3, "ours, half (default)": 0.5,
+             "ours, only if all is inside": 1.0,
+             "plain drawing of the prompt": 0.0}  # fmt: skip
     names = [*rules, "ours, half, kept codes see the inside", "VAR's recipe", "copied neighbors",
              "exact map outside, another inside", "plain reconstruction"]  # fmt: skip
     judges = {"teacher": jax.jit(
@@ -140,17 +141,17 @@ def main() -> None:
             for name, share in rules.items():
                 edited[name].append(drawn(make(share=share), prompts))
             whole = dataclasses.replace(default, outside_SHW=jnp.ones_like(default.outside_SHW))
-            edited[names[3]].append(drawn(whole, prompts))
+            edited[names[4]].append(drawn(whole, prompts))
             forced = Forced(**vars(default), codes_1N=jnp.asarray(own_codes[query][None]))
-            edited[names[4]].append(drawn(forced, prompts))
+            edited[names[5]].append(drawn(forced, prompts))
             inside_HW = np.asarray(default.outside_SHW[-1]) == 0
             nearest = ndimage.distance_transform_edt(
                 inside_HW, return_distances=False, return_indices=True
             )
-            edited[names[5]].append(decoded(np.stack([features[query][tuple(nearest)]] * 2)))
+            edited[names[6]].append(decoded(np.stack([features[query][tuple(nearest)]] * 2)))
             swapped = np.where(inside_HW[..., None], features[other], features[query])
-            edited[names[6]].append(decoded(np.stack([swapped] * 2)))
-            edited[names[7]].append(np.stack([rebuilt[query]] * 2))
+            edited[names[7]].append(decoded(np.stack([swapped] * 2)))
+            edited[names[8]].append(np.stack([rebuilt[query]] * 2))
         gray = np.where(mask_HW[..., None], bank_NHWC, 128).astype(np.uint8)
         banks = {judge: np.asarray(function(gray)) for judge, function in judges.items()}
         for name, pairs in edited.items():
@@ -172,7 +173,7 @@ def main() -> None:
         mask_image = np.repeat(mask_HW[..., None] * np.uint8(255), 3, axis=2)
         for i in range(3):
             cells = [bank_NHWC[queries[i]], rebuilt[queries[i]], mask_image]
-            cells += [edited[n][i][k] for n in names[:6] for k in (0, 1)]
+            cells += [edited[n][i][k] for n in names[:7] for k in (0, 1)]
             shown.append(np.stack(cells))
 
     columns = list(dict.fromkeys(key for figures in totals["VAR's recipe"] for key in figures))
