@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from tokenflow_jax.log import duration
 
-
 # Curves of what a batch may have none of, which is NaN then and not averaged.
 _PARTS = ("source/", "kind/", "scale/", "accuracy/")
 
