@@ -19,6 +19,9 @@ def test_averages_count_each_key_by_itself():
     averages.add({"a": 3.0})
     assert averages.pop() == {"a": 2.0, "b": 4.0}
     assert averages.pop() == {}
+    averages.add({"kind/draw": 2.0, "accuracy/codes": math.nan, "loss/total": 1.0})
+    averages.add({"kind/draw": math.nan, "accuracy/codes": 0.5, "loss/total": 3.0})
+    assert averages.pop() == {"kind/draw": 2.0, "accuracy/codes": 0.5, "loss/total": 2.0}
 
 
 @pytest.mark.parametrize(

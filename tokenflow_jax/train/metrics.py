@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from tokenflow_jax.log import duration
 
+# Curves of what a batch may have none of, which is NaN then and not averaged.
+_PARTS = ("source/", "kind/", "scale/", "accuracy/")
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a part of the training state is NaN or infinite."""
@@ -30,8 +33,8 @@ class Averages:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def add(self, scalars: Mapping[str, float]) -> None:
-        """Add one step's scalars; a key may be absent from some steps, or NaN for a source."""
-        scalars = {k: v for k, v in scalars.items() if v == v or not k.startswith("source/")}
+        """Add one step's scalars; a key may be absent from some steps, or NaN for a part."""
+        scalars = {k: v for k, v in scalars.items() if v == v or not k.startswith(_PARTS)}
         self._sums.update(scalars)
         self._counts.update(scalars.keys())
 
