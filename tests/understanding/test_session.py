@@ -48,9 +48,11 @@ class Counted(Session):
 
         super().__init__({**compiled, "read": reader}, params, VECTORS, self.features)
 
-    def features(self, pictures):
+    def features(self, rows):
+        (pictures,) = rows
         self.shown = len(pictures)
-        return np.stack(pictures) if pictures else np.zeros((1, VECTORS, 9), np.float32)
+        own = np.stack(pictures) if pictures else np.zeros((1, VECTORS, 9), np.float32)
+        return own[None]
 
     def ids(self, row, pictures, how=HOW):
         return [ids_N for ids_N, _ in self.tokens(row, pictures, how, 0)][-1].tolist()

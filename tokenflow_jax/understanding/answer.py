@@ -1,6 +1,8 @@
 """Answer prompts with a cache: `answer` in one program, `read` and `step` token by token."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 
 from tokenflow_jax.nets.lm import Cache, init_cache
 from tokenflow_jax.nets.sampling import draw
+from tokenflow_jax.parallel import mesh
 from tokenflow_jax.understanding.model import Understanding
 
 PyTree = Any
@@ -151,3 +154,23 @@ def answer(
     state = start(model, params, prompt, key, decoding)
     state = jax.lax.while_loop(unfinished, lambda s: step(model, params, s, decoding), state)
     return state.ids_BN
+
+
+def programs(model: Understanding, device_mesh: mesh.Mesh | None) -> dict[str, Callable]:
+    """Return `answer`, `read` and `step` of a model, and "likelihood", jitted: (params, ...)."""
+
+    def likelihood(params: PyTree, *arrays: PyTree) -> tuple[jax.Array, jax.Array]:
+        return model.apply({"params": params}, *arrays, method="likelihood")
+
+    partial = functools.partial
+    compiled = {
+        "likelihood": jax.jit(likelihood),
+        "read": jax.jit(
+            partial(read, model), static_argnames=("decoding", "room"), donate_argnums=2
+        ),
+        "answer": jax.jit(partial(answer, model), static_argnames="decoding"),
+        "step": jax.jit(partial(step, model), static_argnames="decoding", donate_argnames="state"),
+    }
+    if device_mesh is None:
+        return compiled
+    return {name: mesh.bind(device_mesh, function) for name, function in compiled.items()}

@@ -29,7 +29,8 @@ from tokenflow_jax.tokenizer.loading import (
     load_model,
     save_language_model,
 )
-from tokenflow_jax.understanding.answer import Decoding, answer, read, step
+from tokenflow_jax.understanding import rows
+from tokenflow_jax.understanding.answer import Decoding, programs
 from tokenflow_jax.understanding.chat import Chat, as_list, human_turn
 from tokenflow_jax.understanding.folder import torch_config
 from tokenflow_jax.understanding.model import (
@@ -44,7 +45,6 @@ from tokenflow_jax.understanding.session import Session
 from tokenflow_jax.weights.card import UNKNOWN, Trained
 from tokenflow_jax.weights.pretrained import Pretrained
 
-_ROUND = 64  # prompts are padded to a multiple, so that few programs are compiled
 _REPLACEMENT = "\ufffd"  # decodes an incomplete character
 
 
@@ -168,7 +168,7 @@ class Assistant(Pretrained):
         return {**conversation, "own_system": True, **pictures}
 
     def __repr__(self) -> str:
-        return describe("Assistant", self, self.text_tokenizer)
+        return describe(type(self).__name__, self, self.text_tokenizer)
 
     @property
     def vectors(self) -> int:
@@ -181,26 +181,7 @@ class Assistant(Pretrained):
     @functools.cached_property
     def _compiled(self) -> dict[str, Callable]:
         """Jitted functions of (params, ...), and "features" of (codes, codebooks)."""
-        model = self._module
-
-        def likelihood(params, *arrays):
-            return model.apply({"params": params}, *arrays, method="likelihood")
-
-        compiled = {
-            "likelihood": jax.jit(likelihood),
-            "read": jax.jit(
-                functools.partial(read, model),
-                static_argnames=("decoding", "room"),
-                donate_argnums=2,
-            ),
-            "answer": jax.jit(functools.partial(answer, model), static_argnames="decoding"),
-            "step": jax.jit(
-                functools.partial(step, model), static_argnames="decoding", donate_argnames="state"
-            ),
-        }
-        if self.device_mesh is not None:
-            bind = functools.partial(mesh.bind, self.device_mesh)
-            compiled = {name: bind(function) for name, function in compiled.items()}
+        compiled = programs(self._module, self.device_mesh)
         scales, strategy = self.tokenizer.config.pyramid, self.config.strategy
         features = functools.partial(visual_features, scales=scales, strategy=strategy)
         return compiled | {"features": jax.jit(features)}
@@ -305,23 +286,16 @@ class Assistant(Pretrained):
         self, turns: Sequence[Sequence[Turn]], pictures: Sequence[Sequence[Picture]], max_new: int
     ) -> dict[str, np.ndarray]:
         """Return rows, padded on the left to one of few lengths, and their pictures' features."""
-        rows = [self._row(t, max_new) for t in turns]
-        longest = max(len(row["ids"]) for row in rows)
-        prompt = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND, "left")
+        prompt = rows.padded([self._row(t, max_new) for t in turns], "left")
         del prompt["labels"]
         return {**prompt, "features": self._row_features(pictures)}
 
     def _row_features(self, pictures: Sequence[Sequence[Picture]]) -> np.ndarray:
         """Return the features of each row's pictures, float32 (B, M, N, C), zero-padded."""
-        most = max([1, *map(len, pictures)])
-        shape = (len(pictures), most, self.vectors, self.config.vision_channels)
-        features = np.zeros(shape, np.float32)
         flat = [picture for own in pictures for picture in own]
-        found = iter(self.features(flat) if flat else ())
-        for i, own in enumerate(pictures):
-            for j in range(len(own)):
-                features[i, j] = next(found)
-        return features
+        found = self.features(flat) if flat else ()
+        counts, size = [len(own) for own in pictures], (self.vectors, self.config.vision_channels)
+        return rows.features(found, counts, *size)
 
     def likelihood(
         self,
@@ -330,13 +304,12 @@ class Assistant(Pretrained):
         answers: Sequence[str],
     ) -> list[tuple[float, bool]]:
         """Return each answer's log probability, and True if all its ids are the most likely."""
-        own, rows = [as_list(picture) for picture in pictures], []
+        own, answered = [as_list(picture) for picture in pictures], []
         for question, shown, text in zip(asked, own, answers, strict=True):
             turns = [human_turn(question, len(shown)), (GPT, text)]
             tokens = self.template.tokenize(self.text_tokenizer, turns)
-            rows.append(insertion.merge_row(tokens.ids_L, tokens.labels_L, self.vectors))
-        longest = max(len(row["ids"]) for row in rows)
-        batch = insertion.pad_rows(rows, -(-longest // _ROUND) * _ROUND)
+            answered.append(insertion.merge_row(tokens.ids_L, tokens.labels_L, self.vectors))
+        batch = rows.padded(answered)
         arrays = [batch[name] for name in ("ids", "labels", "places", "segments")]
         found = self._compiled["likelihood"](self.params, *arrays, self._row_features(own))
         return list(zip(*(np.asarray(x).tolist() for x in found), strict=True))
