@@ -149,7 +149,7 @@ def _understanding():
     from tokenflow_jax.understanding.names import understanding_table, understanding_template
     from tokenflow_jax.weights import rules
 
-    config = UnderstandingConfig(_llama())
+    config = UnderstandingConfig(_llama(remat="dots"))  # as configs/understanding.py:smollm2
     theirs = original.understanding(config.lm).eval()
     table, template = understanding_table(config), understanding_template(config)
     params = jax.tree.map(jnp.asarray, rules.to_flax(_arrays(theirs), table, template))

@@ -215,6 +215,7 @@ def _smollm2(config: ConfigDict) -> ConfigDict:
     """SmolLM2-135M-Instruct reads the quickstart's codes."""
     pretrain = bool(config.trainable)  # not all of it
     config = _on_emoji(config, 8, 100 if pretrain else 80, 120)
+    config.remat = "dots"  # a fifth less memory than none, and no slower
     # Its own chat in both stages: plain rows begin with the picture, and with nothing before that
     # stage 1's loss rises from 8 to 10 first, and rounding decides where it goes from there.
     config.data.template = "qwen_2_5"
