@@ -12,6 +12,7 @@ process used once the weights were there.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib.util
 import io
@@ -72,15 +73,15 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
 
     def child(*arguments):
-        with context.Pool(1) as pool:
-            return pool.apply(measure, arguments)
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(measure, *arguments).result()
 
     print("row                   ours   original  ratio   aim  CPU ratio   memory ours / original")
     for name in options.rows or ROWS:
         try:
             found = child(name, options.original, (0, 1), options.repeats)
             memory = [child(name, options.original, (side,), 1)["memory"] for side in (0, 1)]
-        except RuntimeError as error:  # the other rows still run
+        except RuntimeError as error:  # or out of memory; the other rows still run
             print(f"{name:<19} not available: {error}", flush=True)
             continue
         (ours, theirs), (our_cpu, their_cpu) = found["seconds"], found["cpu"]
