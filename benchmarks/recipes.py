@@ -28,6 +28,8 @@ RECIPES = (
     ("understanding:qwen2_5_14b", _POD, ("pack=1",)),
     ("understanding:qwen2_5_14b", _POD, ()),
     ("understanding:vicuna_13b", _POD, ()),
+    ("unified:7b_pretrain", _POD, ()),
+    ("unified:7b", _POD, ()),
     ("generation:7b", _MACHINE, ("data.encode=once",)),
     ("understanding:qwen2_5_14b", _MACHINE, ("data.encode=once",)),
 )
