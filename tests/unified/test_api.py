@@ -145,7 +145,7 @@ def test_a_chat_draws_up_to_its_length(model):
     request = "a" * (128 - len(row["ids"]))
     chat = short.chat()
     chat.draw(request, seed=1)
-    with pytest.raises(ValueError, match="129 tokens long, .* room for 128"):
+    with pytest.raises(ValueError, match=r"129 tokens long, .* room for 128"):
         short.chat().draw(request + "a")
     with pytest.raises(ValueError, match="negative_prompt"):
         chat.draw("dog", negative_prompt="blue")

@@ -195,7 +195,7 @@ class DrawingChat(Chat):
           seed, **changes: to the default recipe: guidance, passes.
         """
         if "negative_prompt" in changes:
-            raise ValueError("guidance leads a chat away from no request: leave out negative_prompt")
+            raise ValueError("a chat is guided away from an empty request: no negative_prompt")
         recipe = dataclasses.replace(self.assistant.recipe, seed=seed, **changes)
         turns = [*self.turns, (HUMAN, without_markers(request))]
         what = ([*turns, (GPT, DRAWN)], self.pictures, recipe, self._session)
