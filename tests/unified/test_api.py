@@ -193,3 +193,6 @@ def test_commands_take_a_unified_model(model, workdir, tmp_path, monkeypatch, ca
     names = sorted(path.name for path in (tmp_path / "chat").iterdir())
     assert names == ["drawn_000.png", "drawn_001.png"]
     assert str(tmp_path / "chat" / "drawn_000.png") in capsys.readouterr().out
+    lines = iter(["/draw red apple\n", "What is this?\n", "\n"])
+    command[-1] = f"--out={tmp_path / 'chat' / 'drawn_000.png'}"  # no folder
+    assert answer.run(command) == 0 and "drawn_000.png" in capsys.readouterr().out
