@@ -113,6 +113,7 @@ def test_a_long_prompt_is_cut_and_noted(generator):
         ({"passes": ()}, "there is no pass"),
         ({"guidance": -1.0}, "guidance -1.0 must not be negative"),
         ({"guidance": float("nan")}, "guidance nan must not be negative"),
+        ({"guidance": float("inf")}, "guidance inf must not be .* infinite"),
         ({"images_per_prompt": 0}, "0 images of each"),
         ({"batch_size": 0}, "0 at a time"),
     ],

@@ -80,7 +80,7 @@ def _chat(
             try:
                 drawing = line.partition(" ")[0] == "/draw"
                 draw(line.removeprefix("/draw").strip()) if drawing else ask(line)
-            except ValueError as error:  # a broken picture, a conversation that is too long
+            except (OSError, ValueError) as error:  # a broken picture, a folder without access
                 print(error)
 
 

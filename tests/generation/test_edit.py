@@ -102,6 +102,10 @@ def test_outpainting_shrinks_the_picture_into_a_square(generator):
     where[6:10, 4:12] = True
     np.testing.assert_array_equal(asked.mask_HW, ~where)
     assert asked.image_HWC.shape == (16, 16, 3) and (asked.image_HWC == 90).all()
+    # Also one that is large, whose square would be larger than pictures may be.
+    large = np.full((1600, 3200, 3), 90, np.uint8)
+    asked = editing.request(generator.tokenizer, large, outpaint=np.array([1, 0, 1, 0]))
+    assert (asked.image_HWC == 90).all() and not asked.mask_HW.all()
 
 
 def test_a_recipe_records_the_edit(generator, tmp_path):
@@ -128,6 +132,9 @@ def test_a_recipe_records_the_edit(generator, tmp_path):
         ({"image": PICTURE, "keep": 4}, "keep 4 must be 0 to 3, the number of scales"),
         ({"image": PICTURE, "keep": 1, "strength": 0.5}, "give one of them"),
         ({"image": PICTURE, "outpaint": (0, -1, 0, 0)}, r"outpaint \(0, -1, 0, 0\).*0\.5,0,0\.5,0"),
+        ({"image": PICTURE, "outpaint": (0.01,) * 4}, "less than a pixel of 16 x 16"),
+        ({"image": PICTURE, "mask": LEFT.astype(np.float32)}, "float32, at most 1.0: give bool"),
+        ({"image": PICTURE, "mask": LEFT.astype(np.uint8)}, "uint8, at most 1: give bool"),
         ({"mask": LEFT}, "need an image"),
     ],
 )

@@ -1,5 +1,6 @@
 """The unified model's API: it answers, draws, and talks about what it drew, with one cache."""
 
+import dataclasses
 import sys
 
 import jax
@@ -88,6 +89,68 @@ def test_another_drawn_picture_is_read_anew(model):
     assert counts[0] > model.config.pyramid.tokens and isinstance(said, str)
 
 
+def test_a_picture_drawn_another_time_is_read_anew(model):
+    chats = [model.chat(), model.chat()]
+    for seed, chat in enumerate(chats):
+        chat.draw("red apple", seed=seed)
+    chats[0].pictures = chats[1].pictures
+    for chat in chats:
+        chat.ask("What?", max_new=1)
+    one, two = (np.asarray(chat._session._kept.keys)[:, :, :80] for chat in chats)
+    np.testing.assert_allclose(one, two, atol=1e-4)
+
+
+def test_texts_stand_for_no_picture(model):
+    chat = model.chat()
+    chat.draw(f"{IMAGE}red {DRAWN}apple", seed=1)
+    chat.ask(f"What {DRAWN}is{IMAGE} this?", max_new=2)
+    assert [text for role, text in chat.turns if role == HUMAN] == ["red apple", "What is this?"]
+    # Also where the model writes a marker.
+    ids = model.text_tokenizer.encode(f"a{DRAWN}{IMAGE}", add_special_tokens=False)
+    chat._session.tokens = lambda *_: iter([(np.array(ids), True)])
+    chat.ask("And this?")
+    assert chat.turns[-1] == (GPT, "a")
+
+
+def test_pictures_that_the_turns_lack_are_an_error(model):
+    chat = model.chat()
+    chat.draw("red apple", seed=1)
+    drawn, chat.pictures = chat.pictures, []
+    with pytest.raises(ValueError, match="show 1 pictures, and there are 0"):
+        chat.ask("What?", max_new=2)
+    chat.pictures = [picture(16, 16, 1)]
+    with pytest.raises(ValueError, match="have 1 drawn pictures, and there are 0"):
+        chat.ask("What?", max_new=2)
+    chat.pictures = drawn
+    counts = read_tokens(chat._session)
+    assert isinstance(chat.ask("What?", max_new=2), str)
+    assert counts[0] < model.config.pyramid.tokens + model.vectors + 40  # the cache was kept
+
+
+def test_an_answer_that_is_overtaken_says_so(model):
+    chat = model.chat()
+    overtaken = chat._session.tokens(
+        model._row([(HUMAN, "a")], 4), [], model.decoding(4, 0.0, 0, 0.0), 0
+    )
+    next(overtaken)
+    chat.draw("red apple", seed=1)
+    with pytest.raises(ValueError, match="went on before this answer"):
+        next(overtaken)
+    chat.ask("What?", max_new=2)
+
+
+def test_a_chat_draws_up_to_its_length(model):
+    short = dataclasses.replace(model, max_length=128)
+    row = short._row([(HUMAN, ""), (GPT, DRAWN)], 0)
+    request = "a" * (128 - len(row["ids"]))
+    chat = short.chat()
+    chat.draw(request, seed=1)
+    with pytest.raises(ValueError, match=r"129 tokens long, .* room for 128"):
+        short.chat().draw(request + "a")
+    with pytest.raises(ValueError, match="negative_prompt"):
+        chat.draw("dog", negative_prompt="blue")
+
+
 def test_later_tokens_see_the_drawn_picture(model):
     chats = []
     for codes in (0, 1):
@@ -130,3 +193,6 @@ def test_commands_take_a_unified_model(model, workdir, tmp_path, monkeypatch, ca
     names = sorted(path.name for path in (tmp_path / "chat").iterdir())
     assert names == ["drawn_000.png", "drawn_001.png"]
     assert str(tmp_path / "chat" / "drawn_000.png") in capsys.readouterr().out
+    lines = iter(["/draw red apple\n", "What is this?\n", "\n"])
+    command[-1] = f"--out={tmp_path / 'chat' / 'drawn_000.png'}"  # no folder
+    assert answer.run(command) == 0 and "drawn_000.png" in capsys.readouterr().out

@@ -116,6 +116,17 @@ def test_a_start_from_a_language_model(tokenizer, tmp_path):
     )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_trains_beside_adapters(tied, tokenizer):
+    config = tiny(tokenizer, **{"model.lm.tied_head": tied, "lora.rank": 2})
+    stage = stages.make_stage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+    stage.open_tokenizer()
+    trained = {*rules.flatten(jax.eval_shape(stage.adapters.take, stage.parameters))}
+    parts = {name.split("/")[0] for name in trained}
+    assert {"read_projector", "write_projector", "level_embedding", "position_embedding"} < parts
+    assert ("lm/embed/embedding" if tied else "lm/head/kernel") in trained
+
+
 @pytest.mark.parametrize("kind", ["understanding", "generation"])
 def test_a_start_from_a_run_of_one_task(kind, tokenizer, tmp_path):
     files = {"understanding": understanding, "generation": generation}

@@ -40,6 +40,7 @@ from tokenflow_jax.tokenizer.quantizer import (
 )
 
 SHARE = 0.5  # of a cell inside the mask from which on it is drawn
+_LARGEST_SIDE = 4096  # of a square around a picture, before it is fitted
 
 
 @functools.partial(
@@ -148,7 +149,7 @@ def request(
     Raises:
       ValueError: a picture that cannot be read, a mask of another aspect, values out of range.
     """
-    config = tokenizer.config
+    config, outpaint = tokenizer.config, tuple(outpaint)
     size, scales = config.image_size, config.pyramid
     asked = mask is not None or strength is not None or keep is not None or bool(outpaint)
     if image is None:
@@ -192,6 +193,11 @@ def _read_mask(mask: Picture, shape: tuple[int, int], image: str) -> np.ndarray:
         mask = mask * np.uint8(255) if mask.dtype == bool else mask
         mask = mask[..., None].repeat(3, axis=2)
     pixels_HWC = read_picture(mask, "mask")
+    if pixels_HWC.dtype != np.uint8 or pixels_HWC.max() == 1:
+        raise ValueError(
+            f"mask {name} of dtype {pixels_HWC.dtype}, at most {pixels_HWC.max()}: give bool, or "
+            "uint8 with 255 where the image is to change"
+        )
     (height, width), (rows, columns) = shape, pixels_HWC.shape[:2]
     if abs(height * columns - width * rows) > max(height, width, rows, columns):
         raise ValueError(
@@ -208,7 +214,7 @@ def _outpainted(
     """Return a square with the picture and what is to be drawn around it."""
     if len(outpaint) != 4 or not all(0 <= part <= 4 for part in outpaint) or not any(outpaint):
         raise ValueError(
-            f"outpaint {tuple(outpaint)}: give the parts of the picture's size, 0 to 4, that it "
+            f"outpaint {outpaint}: give the parts of the picture's size, 0 to 4, that it "
             "grows by on the left, top, right and bottom, such as 0.5,0,0.5,0"
         )
     height, width = mask_HW.shape
@@ -216,8 +222,15 @@ def _outpainted(
         round(part * side)
         for part, side in zip(outpaint, (width, height, width, height), strict=True)
     )
+    if not (left or top or right or bottom):
+        raise ValueError(f"outpaint {outpaint} is less than a pixel of {width} x {height}")
     wide, high = left + width + right, top + height + bottom
     side = max(wide, high)  # what is missing to a square goes to both sides
+    if side > _LARGEST_SIDE:
+        image, mask = Image.fromarray(image_HWC), Image.fromarray(mask_HW * np.uint8(255))
+        factor = -(-side // _LARGEST_SIDE)
+        mask_HW = np.asarray(mask.reduce(factor)) > 127
+        return _outpainted(np.asarray(image.reduce(factor)), mask_HW, outpaint)
     left, top = left + (side - wide) // 2, top + (side - high) // 2
     around = ((top, side - top - height), (left, side - left - width))
     image_HWC = np.pad(image_HWC, (*around, (0, 0)), mode="edge")

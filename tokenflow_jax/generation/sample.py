@@ -15,6 +15,7 @@ everything, with the regular input of every scale but the current one.
 
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,8 +76,8 @@ class Recipe:
     def check(self, config: GenerationConfig) -> None:
         """Raise ValueError naming all options that do not suit the model."""
         size, problems = config.codebook_size, []
-        if not self.guidance >= 0:
-            problems.append(f"guidance {self.guidance} must not be negative")
+        if not 0 <= self.guidance < math.inf:
+            problems.append(f"guidance {self.guidance} must not be negative or infinite")
         if not self.passes:
             problems.append("there is no pass")
         for top_k, top_p in self.passes:

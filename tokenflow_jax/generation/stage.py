@@ -62,7 +62,8 @@ class GenerationStage(CodeStage):
     def beside_adapters(self) -> tuple[str, ...]:
         """What trains beside adapters: the codes' columns of the head are new, as norms may be."""
         head = "lm/embed" if self.model_config.lm.tied_head else "lm/head"
-        return "projector", "level_embedding", "position_embedding", head, r"lm/.*norm\d?/scale"
+        tables = "level_embedding", "position_embedding", head
+        return r"(\w+_)?projector", *tables, r"lm/.*norm\d?/scale"
 
     @functools.cached_property
     def model(self) -> Generation:

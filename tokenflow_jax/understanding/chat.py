@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
+from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn, without_markers
 from tokenflow_jax.data.pictures import Picture, is_single
-from tokenflow_jax.data.text import encodable
 
 
 class Chat:
@@ -42,7 +41,7 @@ class Chat:
         for piece in self.assistant.stream(turns, pictures, decoding, seed, self._session):
             said += piece
             yield piece
-        self.turns, self.pictures = [*turns, (GPT, said)], pictures
+        self.turns, self.pictures = [*turns, (GPT, without_markers(said))], pictures
 
     def ask(self, question: str, image: Picture | None = None, **options: Any) -> str:
         """Ask, and return the whole answer; see `stream`."""
@@ -56,7 +55,7 @@ def as_list(image: Picture | Iterable[Picture] | None) -> list[Picture]:
 
 
 def human_turn(question: str, pictures: int) -> Turn:
-    text = encodable(question).replace(IMAGE, "").strip()
+    text = without_markers(question).strip()
     if not text and not pictures:
         raise ValueError("the question is empty")
     return HUMAN, f"{IMAGE}\n" * pictures + text

@@ -50,6 +50,8 @@ class Session:
         tokens = np.stack([row["ids"], row["places"]])
         state = self._begin(tokens, list(pictures), decoding, seed)
         for count in range(1, decoding.max_new + 1):
+            if count > 1 and self._kept is not state.cache:
+                raise ValueError("the conversation went on before this answer was complete")
             self._kept = None  # its arrays are given away
             state = self._compiled["step"](self._params, state=state, decoding=decoding)
             ids_N = np.asarray(state.ids_BN)[0, :count]  # a slice on the device would be compiled
@@ -86,6 +88,8 @@ class Session:
         count = new.shape[1]
         shown = new[1][new[1] >= 0]
         first = int(shown.min()) // self._vectors if shown.size else len(pictures)
+        if (wanted := (int(shown.max(initial=-1)) + 1) // self._vectors) > len(pictures):
+            raise ValueError(f"the turns show {wanted} pictures, and there are {len(pictures)}")
         places = np.where(new[1] >= 0, new[1] - first * self._vectors, new[1])
         row = {"ids": new[0], "places": places}
         prompt = insertion.pad_rows([row], -(-count // _CHUNK) * _CHUNK)

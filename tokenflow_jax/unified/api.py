@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_jax.data.chat import drawing, insertion
-from tokenflow_jax.data.chat.templates import DRAWN, GPT, HUMAN, IMAGE, Turn
+from tokenflow_jax.data.chat.templates import DRAWN, GPT, HUMAN, IMAGE, Turn, without_markers
 from tokenflow_jax.data.pictures import Picture
-from tokenflow_jax.data.text import encodable
 from tokenflow_jax.generation.api import Generated, Generator
 from tokenflow_jax.generation.model import next_scale_features
 from tokenflow_jax.generation.sample import Recipe, image_keys
@@ -156,7 +155,7 @@ class Unified(Assistant):
     ) -> DrawnPicture:
         """Draw the picture with which a conversation ends, its last turn."""
         recipe.check(self.config)
-        row = self._row(turns, self.config.pyramid.tokens)
+        row = self._row(turns, 0)  # it has the picture's codes
         first = int((row["places"] < insertion.TEXT).sum()) - self.config.pyramid.tokens
         stop = int(np.argmax(row["places"] == insertion.code_places(first, 1))) + 1
         row = {name: array[:stop] for name, array in row.items()}
@@ -195,9 +194,10 @@ class DrawingChat(Chat):
           request: a text as those that the model was trained with.
           seed, **changes: to the default recipe: guidance, passes.
         """
+        if "negative_prompt" in changes:
+            raise ValueError("a chat is guided away from an empty request: no negative_prompt")
         recipe = dataclasses.replace(self.assistant.recipe, seed=seed, **changes)
-        text = encodable(request).replace(IMAGE, "").replace(DRAWN, "")
-        turns = [*self.turns, (HUMAN, text)]
+        turns = [*self.turns, (HUMAN, without_markers(request))]
         what = ([*turns, (GPT, DRAWN)], self.pictures, recipe, self._session)
         picture = self.assistant.draw_next(*what)
         self.turns = [*turns, (GPT, DRAWN + IMAGE)]

@@ -1,5 +1,6 @@
 """The cache of a conversation in which pictures are drawn, too."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +65,9 @@ class DrawingSession(Session):
         first = -2 - tokens[1, -1]
         places = code_places(first, self._codes - 1)
         self._read = np.concatenate([tokens[:, :-1], [0 * places, places]], axis=1)
-        return np.asarray(codes_1N)[0]
+        codes_N = np.asarray(codes_1N)[0]
+        self._pictures = [*pictures, DrawnPicture(None, codes_N)]
+        return codes_N
 
     def _prompt(
         self, new: np.ndarray, pictures: list[Picture]
@@ -75,9 +78,13 @@ class DrawingSession(Session):
         prompt, count = super()._prompt(np.stack([new[0], shifted]), pictures)
         if codes.size:
             drawn = [p.codes_N for p in pictures if isinstance(p, DrawnPicture)][first:]
-            # The one that is to be drawn has none yet.
-            missing = int(codes.max()) // self._codes + 1 - first - len(drawn)
-            drawn += [np.zeros(self._codes, np.int32)] * missing
+            if new[1, -1] < TEXT:  # the one that is to be drawn
+                drawn.append(np.zeros(self._codes, np.int32))
+            if (wanted := int(codes.max()) // self._codes + 1 - first) != len(drawn):
+                raise ValueError(
+                    f"the turns have {wanted + first} drawn pictures, and there are "
+                    f"{len(drawn) + first}"
+                )
             write_MNC = self._compiled["next_scale"](np.stack(drawn))
             prompt["features"] = {**prompt["features"], "write": np.asarray(write_MNC)[None]}
         return prompt, count
@@ -86,8 +93,7 @@ class DrawingSession(Session):
         kept = super()._common(tokens, pictures)
         count = -(-int((-1 - tokens[1, :kept]).max(initial=0)) // self._codes)
         old, new = (
-            [p for p in some if isinstance(p, DrawnPicture)][:count]
+            [p.codes_N for p in some if isinstance(p, DrawnPicture)][:count]
             for some in (self._pictures, pictures)
         )
-        # The last one drawn is not among the pictures of that time.
-        return kept if all(a is b for a, b in zip(old, new, strict=False)) else 0
+        return kept if len(old) == len(new) and all(map(operator.is_, old, new)) else 0

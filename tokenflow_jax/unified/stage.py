@@ -43,11 +43,7 @@ class UnifiedStage(understanding.UnderstandingStage):
 
     name, part = "unified", PART
     headline = ("loss/total", "accuracy/answers", "accuracy/codes")
-    # The codes' columns of the head are new, as norms may be.
-    beside_adapters = (
-        "read_projector", "write_projector", "level_embedding", "position_embedding", "lm/head",
-        r"lm/.*norm\d?/scale",
-    )  # fmt: skip
+    beside_adapters = generation.GenerationStage.beside_adapters
 
     @functools.cached_property
     def prompts(self) -> PromptIds:

@@ -7,7 +7,15 @@ import numpy as np
 
 from tokenflow_jax.data import text
 from tokenflow_jax.data.chat.opened import Conversations
-from tokenflow_jax.data.chat.templates import DRAWN, DRAWN_ID, GPT, HUMAN, IMAGE, Template
+from tokenflow_jax.data.chat.templates import (
+    DRAWN,
+    DRAWN_ID,
+    GPT,
+    HUMAN,
+    IMAGE,
+    Template,
+    without_markers,
+)
 
 
 class DrawingPrompts(text.PromptEncoder):
@@ -20,7 +28,7 @@ class DrawingPrompts(text.PromptEncoder):
 
     def encode(self, prompt: str) -> np.ndarray:
         """Return the prefix of a request, int32 (prefix_length,); a long one loses its end."""
-        prompt = text.encodable(prompt).replace(IMAGE, "").replace(DRAWN, "")
+        prompt = without_markers(prompt)
         ids = self._ids(prompt)
         if len(ids) > self.budget:
             self._note_cut(prompt, len(ids))

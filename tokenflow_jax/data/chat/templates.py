@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenflow_jax.data.text import encodable
+
 IMAGE = "<image>"
 IMAGE_ID = -200
 # Where the model draws the picture; no character of Unicode, and left out of all texts.
@@ -199,6 +201,11 @@ def _drawn(turns: Sequence[Turn], place: int) -> Turn:
     before, after = text.split(IMAGE, 1)
     more = IMAGE if after.strip() or place + 1 < len(turns) else ""
     return role, f"{before}{DRAWN}{more}{after}"
+
+
+def without_markers(text: str) -> str:
+    """Return a text that stands for no picture, and has an encoding."""
+    return encodable(text).replace(DRAWN, "").replace(IMAGE, "")
 
 
 def check_roles(turns: Sequence[Turn]) -> None:
