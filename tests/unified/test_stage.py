@@ -199,7 +199,9 @@ def test_a_mixture_of_conversations_and_pairs(tokenizer, tmp_path):
     config = tiny(tokenizer, **{"data.name": "mixture", "data.mixture": mixture})
     config.data.encode, config.total_steps = "step", 2
     config.eval.update(examples=6, retrieval=0, prompts=())
-    loop.train_and_evaluate(config, tmp_path / "run", make(config))
+    stage = make(config)
+    assert all("number" in request for request in stage._requests["trained"]._all().values())
+    loop.train_and_evaluate(config, tmp_path / "run", stage)
     history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     found = {name: value for line in history for name, value in line.items()}
     assert found["source/pairs/loss"] == found["kind/draw"]

@@ -1,7 +1,6 @@
 """The unified stage: conversations, codes and evaluation around `train.Trainer.step`."""
 
 import functools
-import itertools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -113,8 +112,9 @@ class UnifiedStage(understanding.UnderstandingStage):
         self._recipe = Recipe(**self.config.sampling)
         self._recipe.check(self.model_config)
         super().open()
-        first = getattr(self._train_set, "sets", [self._train_set])[0]
-        self._requests = {"trained": _Requests(first), "unseen": _Requests(self._eval_set)}
+        sets = getattr(self._train_set, "sets", [self._train_set])
+        drawn = next((own for own in sets if own.config.task == "draw"), sets[0])
+        self._requests = {"trained": _Requests(drawn), "unseen": _Requests(self._eval_set)}
         return self
 
     @property
@@ -260,8 +260,8 @@ class _Requests:
 
     def _all(self) -> dict[str, str]:
         if self._requests is None:  # only the end of a run asks
-            found, self._requests = drawing.first_drawings(self._data), {}
-            for request, image in itertools.islice(found, 4 * _LARGEST_BANK):
+            self._requests = {}
+            for request, image in drawing.first_drawings(self._data, 4 * _LARGEST_BANK):
                 self._requests.setdefault(image, request)
         return self._requests
 

@@ -102,6 +102,7 @@ def test_emoji_are_drawn_and_asked_about():
     assert ["<img>" in text for text in texts] == [False, True, True, True]
     assert texts[1] == texts[2] and KIND_QUESTION in texts[3]
     requests = list(drawing.first_drawings(data))
+    assert list(drawing.first_drawings(data, 5)) == requests[:3]
     assert len(requests) == 3 * pictures and requests[0][1] == data.source[0].image
     with pytest.raises(ValueError, match="does not draw"):
         of_emoji(drawn=None)

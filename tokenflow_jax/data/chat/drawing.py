@@ -46,9 +46,9 @@ class DrawingPrompts(text.PromptEncoder):
         return ids[: ids.index(DRAWN_ID)]
 
 
-def first_drawings(data: Conversations) -> Iterator[tuple[str, str]]:
-    """Yield the request and the picture of conversations that begin with a drawn picture."""
-    for index in range(len(data)):
+def first_drawings(data: Conversations, most: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yield request and picture of those of the first `most` that begin with a drawn picture."""
+    for index in range(len(data))[:most]:
         if data.row(index) is None:
             continue
         sample = data.source[index]
