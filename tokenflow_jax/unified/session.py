@@ -45,6 +45,11 @@ class DrawingSession(Session):
           codebooks, empty_1P, key_1, recipe: see `unified.draw.draw`.
         """
         tokens, pictures = np.stack([row["ids"], row["places"]]), list(pictures)
+        if empty_1P is not None and empty_1P.shape[1] >= tokens.shape[1]:
+            raise ValueError(
+                f"the conversation has {tokens.shape[1] - 1} tokens, one that asks for nothing "
+                f"{empty_1P.shape[1]}: draw without guidance (guidance=0)"
+            )
         kept = self._common(tokens[:, :-1], pictures)
         prompt, count = self._prompt(tokens[:, kept:], pictures)
         cache, room = self._cache(kept, prompt, tokens.shape[1] + self._codes)

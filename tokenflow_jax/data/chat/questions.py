@@ -45,7 +45,9 @@ def question_row(
 def answer_text(text_tokenizer: Any, ids_N: np.ndarray, stop_ids: Sequence[int]) -> str:
     """Return the text of an answer's ids, up to its first stop id."""
     ids = itertools.takewhile(lambda token: token not in stop_ids, np.asarray(ids_N).tolist())
-    return text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    # A model's table may have more rows than the text tokenizer has ids.
+    known = [token for token in ids if token < len(text_tokenizer)]
+    return text_tokenizer.decode(known, skip_special_tokens=True).strip()
 
 
 def first_questions(data: Conversations) -> Iterator[Question]:
