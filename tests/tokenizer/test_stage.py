@@ -150,6 +150,7 @@ def test_kmeans_start_uses_the_data():
     np.testing.assert_allclose(norms, 1, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mixture_has_a_curve_for_each_source_and_goes_on_with_other_weights(tmp_path, caplog):
     lines = ("1 emoji as=faces", "3 emoji split=heldout as=others")
     config = tiny_config(**{"data.name": "mixture", "data.mixture": lines})

@@ -127,6 +127,7 @@ def test_what_trains_beside_adapters(tied, tokenizer):
     assert ("lm/embed/embedding" if tied else "lm/head/kernel") in trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["understanding", "generation"])
 def test_a_start_from_a_run_of_one_task(kind, tokenizer, tmp_path):
     files = {"understanding": understanding, "generation": generation}
