@@ -13,7 +13,7 @@ from tokenflow_jax.nets.cache import Cache
 from tokenflow_jax.understanding.answer import AnswerState, Decoding
 
 _CHUNK = 64  # tokens are read, and
-_ROOM = 256  # the cache grows, by multiples of these, so that few programs are compiled
+_ROOM = 256  # the cache doubles from this on, so that few programs are compiled
 
 
 class Session:
@@ -102,7 +102,7 @@ class Session:
     ) -> tuple[Cache | None, int]:
         """Return the cache of `kept` tokens with room for a prompt and for `needed` in all."""
         room = max(kept + prompt["ids"].shape[1], needed)
-        room = -(-room // _ROOM) * _ROOM
+        room = _ROOM << max(0, (room - 1) // _ROOM).bit_length()
         cache = self._kept if kept else None
         if cache is not None and room > cache.keys.shape[2]:
             cache = jax.tree.map(_grown(room), cache)

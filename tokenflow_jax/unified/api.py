@@ -33,7 +33,7 @@ from tokenflow_jax.understanding.api import Assistant
 from tokenflow_jax.understanding.chat import Chat
 from tokenflow_jax.unified import model as models
 from tokenflow_jax.unified import start
-from tokenflow_jax.unified.draw import draw
+from tokenflow_jax.unified.draw import begin, draw
 from tokenflow_jax.unified.names import PART
 from tokenflow_jax.unified.session import DrawingSession, DrawnPicture
 from tokenflow_jax.weights import conversion
@@ -123,15 +123,18 @@ class Unified(Assistant):
 
     @functools.cached_property
     def _compiled(self) -> dict[str, Callable]:
-        drawing = jax.jit(
-            functools.partial(draw, self._module), static_argnames=("passes", "room"),
-            donate_argnums=3,
-        )  # fmt: skip
+        own = {
+            # Guided, the cache becomes one of two rows, which cannot take its place.
+            "begin": jax.jit(functools.partial(begin, self._module), static_argnames="room"),
+            "draw": jax.jit(
+                functools.partial(draw, self._module), static_argnames="passes", donate_argnums=2
+            ),
+        }
         if self.device_mesh is not None:
-            drawing = mesh.bind(self.device_mesh, drawing)
+            own = {name: mesh.bind(self.device_mesh, function) for name, function in own.items()}
         codebooks, pyramid = self.tokenizer.codebooks, self.config.pyramid
         next_scale = jax.jit(lambda codes_MN: next_scale_features(codes_MN, codebooks, pyramid))
-        return super()._compiled | {"draw": drawing, "next_scale": next_scale}
+        return super()._compiled | own | {"next_scale": next_scale}
 
     def generate(self, prompts: str | Sequence[str], **options: Any) -> Generated:
         """Draw pictures, each in a conversation of its own; see `Generator.generate`."""

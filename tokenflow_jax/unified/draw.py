@@ -16,29 +16,24 @@ from tokenflow_jax.unified.model import Unified
 PyTree = Any
 
 
-def draw(
+def begin(
     model: Unified,
     params: PyTree,
-    codebooks: Codebooks,
     prompt: Mapping[str, jax.Array],
     cache: Cache | None,
     first: jax.Array,
     count: jax.Array,
     empty_1P: jax.Array | None,
-    key_1: jax.Array,
-    guidance: jax.Array,
     *,
-    passes: tuple[tuple[int, float], ...],
     room: int,
-) -> tuple[jax.Array, Cache]:
-    """Read on up to `<img>` and draw; return the codes (1, N), and the cache without the last one.
+) -> Prefix:
+    """Read on up to `<img>`.
 
     Args:
       prompt, cache, first, count, room: as for `understanding.answer.read`; behind the prompt's
         `count` tokens stands the place of the picture's first code.
       empty_1P: ids of a conversation that asks for nothing, up to `<img>`, to be guided away from;
         None for no guidance.
-      key_1, guidance, passes: see `Sampler`.
     """
     variables, config = {"params": params}, model.config
     cache = cache.at(first) if cache else init_cache(config.lm, 1, room, model.dtype)
@@ -67,7 +62,26 @@ def draw(
             for name in ("keys", "values")
         )
         cache = dataclasses.replace(cache, keys=keys, values=values)
-    prefix = Prefix(cache, hidden_R1C, start, real_RK)
+    return Prefix(cache, hidden_R1C, start, real_RK)
+
+
+def draw(
+    model: Unified,
+    params: PyTree,
+    codebooks: Codebooks,
+    cache: Cache,
+    prefix: Prefix,
+    key_1: jax.Array,
+    guidance: jax.Array,
+    *,
+    passes: tuple[tuple[int, float], ...],
+) -> tuple[jax.Array, Cache]:
+    """Return the codes (1, N) of a picture, and the cache of all rows without the last one.
+
+    This is what takes long to compile, and it depends on the room of the cache alone. Arguments are
+    those of `Sampler.scales`, but that the prefix's cache comes by itself, to be given away.
+    """
+    prefix = prefix._replace(cache=cache)
     scales = Sampler(model, 0, passes).scales(params, codebooks, prefix, key_1, guidance)
     codes: dict[int, jax.Array] = {}
     while True:
@@ -77,5 +91,5 @@ def draw(
             cache = end.value
             break
         codes[one.scale] = one.codes_BL
-    own = dataclasses.replace(cache, keys=cache.keys[:, :1], values=cache.values[:, :1])
-    return jnp.concatenate(list(codes.values()), axis=1), own.at(start + config.pyramid.tokens - 1)
+    codes_1N = jnp.concatenate(list(codes.values()), axis=1)
+    return codes_1N, cache.at(prefix.start + codes_1N.shape[1] - 1)

@@ -1,5 +1,6 @@
 """The cache of a conversation in which pictures are drawn, too."""
 
+import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,19 +55,20 @@ class DrawingSession(Session):
         prompt, count = self._prompt(tokens[:, kept:], pictures)
         cache, room = self._cache(kept, prompt, tokens.shape[1] + self._codes)
         self._forget(pictures)
-        codes_1N, self._kept = self._compiled["draw"](
+        places = (np.int32(kept), np.int32(count - 1))
+        prefix = self._compiled["begin"](self._params, prompt, cache, *places, empty_1P, room=room)
+        how = (key_1, np.float32(recipe.guidance))
+        codes_1N, cache = self._compiled["draw"](
             self._params,
             codebooks,
-            prompt,
-            cache,
-            np.int32(kept),
-            np.int32(count - 1),
-            empty_1P,
-            key_1,
-            np.float32(recipe.guidance),
+            prefix.cache,
+            prefix._replace(cache=None),
+            *how,
             passes=recipe.passes,
-            room=room,
         )
+        # The other row is what was guided away from.
+        own = (cache.keys[:, :1], cache.values[:, :1])
+        self._kept = dataclasses.replace(cache, keys=own[0], values=own[1])
         first = -2 - tokens[1, -1]
         places = code_places(first, self._codes - 1)
         self._read = np.concatenate([tokens[:, :-1], [0 * places, places]], axis=1)
