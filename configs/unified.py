@@ -189,7 +189,7 @@ QUICKSTART = UnifiedConfig(
 
 
 def _quickstart() -> ConfigDict:
-    """Ten minutes on two cores: a small model that has never seen text learns both."""
+    """Twenty minutes of CPU time: a small model that has never seen text learns both."""
     config = _base(QUICKSTART)
     config.model.update(scales=(), codebook_size=0, code_channels=0, image_start=0)
     config.model.lm.vocabulary_size = 0

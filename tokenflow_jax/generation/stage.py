@@ -13,9 +13,7 @@ from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
 from tokenflow_jax.data.stream_order import threads_for
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
-from tokenflow_jax.evals import pictures
-from tokenflow_jax.generation import retrieval
-from tokenflow_jax.generation.api import Generator
+from tokenflow_jax.generation.drawing import Draws
 from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler
@@ -33,7 +31,7 @@ from tokenflow_jax.weights import quantized
 PyTree = Any
 
 
-class GenerationStage(CodeStage):
+class GenerationStage(Draws, CodeStage):
     """Trains the model that draws pictures; its config is `configs/generation.py`."""
 
     name, part = "generation", PART
@@ -259,39 +257,13 @@ class GenerationStage(CodeStage):
             self.between_batches()
         figures = {"loss": sums[0] / sums[2], "accuracy": sums[1] / sums[2], "images": sums[2]}
         if int(state.step) == self.config.total_steps and options.retrieval:
-            for name, examples in (("trained", self._train_sets[0]), ("unseen", self._eval_set)):
-                found = retrieval.caption_retrieval(
-                    self._generator.with_params(weights),
-                    self._recipe,
-                    examples,
-                    count=options.retrieval,
-                    batch_size=options.sample_batch,
-                    between_batches=self.between_batches,
-                )
-                figures |= {f"{kind}_{name}": value for kind, value in found.items()}
+            sets = {"trained": self._train_sets[0], "unseen": self._eval_set}
+            figures |= self.recognized(weights, sets)
         return {name: float(value) for name, value in figures.items()}
-
-    @functools.cached_property
-    def _generator(self) -> Generator:
-        """A generator without weights: all that draw share what it compiles."""
-        return Generator(
-            self.model_config,
-            {},
-            self.tokenizer,
-            self.prompts,
-            self._recipe,
-            str(self.dtype),
-            device_mesh=self.mesh,
-            model=self.model,
-        )
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """Return grids of fixed prompts: the pictures, and how they grow scale by scale."""
-        drawn, options = self._generator.with_params(self.weights(state)), self.config.eval
-        numbers = [0] * len(options.prompts)
-        codes = drawn.codes(options.prompts, numbers, self._recipe, options.sample_batch)
-        growing = list(drawn.previews(codes))
-        return {"samples": pictures.grid([growing[-1]]), "scales": pictures.grid(growing)}
+        return self.drawings(self.weights(state))
 
 
 def complete_model(

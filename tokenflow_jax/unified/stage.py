@@ -13,10 +13,9 @@ from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.opened import Conversations
 from tokenflow_jax.data.chat.templates import get_template
 from tokenflow_jax.data.text import PromptIds, load_text_tokenizer
-from tokenflow_jax.evals import pictures
-from tokenflow_jax.generation import retrieval
 from tokenflow_jax.generation import stage as generation
 from tokenflow_jax.generation.api import Generator
+from tokenflow_jax.generation.drawing import Draws
 from tokenflow_jax.generation.sample import Recipe
 from tokenflow_jax.tokenizer.frozen import encoder_params
 from tokenflow_jax.tokenizer.model import TokenFlow
@@ -37,7 +36,7 @@ PyTree = Any
 _LARGEST_BANK = 5_000  # pictures among which drawn ones are looked up
 
 
-class UnifiedStage(understanding.UnderstandingStage):
+class UnifiedStage(Draws, understanding.UnderstandingStage):
     """Trains the model that reads and draws; its config is `configs/unified.py`."""
 
     name, part = "unified", PART
@@ -192,20 +191,8 @@ class UnifiedStage(understanding.UnderstandingStage):
         figures, options = super().at_the_end(params), self.config.eval
         if not options.retrieval:
             return figures
-        drawn = self._generator.with_params(params)
-        for name, requests in self._requests.items():
-            if not len(requests):
-                continue
-            found = retrieval.caption_retrieval(
-                drawn,
-                self._recipe,
-                requests,
-                count=options.retrieval,
-                batch_size=options.sample_batch,
-                between_batches=self.between_batches,
-            )
-            figures |= {f"{kind}_{name}": value for kind, value in found.items()}
-        return figures | self._cycle(drawn)
+        figures |= self.recognized(params, self._requests)
+        return figures | self._cycle(self._generator.with_params(params))
 
     def _cycle(self, drawn: Generator) -> dict[str, float]:
         """Draw from held-out requests, and ask the held-out questions about what was drawn.
@@ -223,29 +210,11 @@ class UnifiedStage(understanding.UnderstandingStage):
         asked = self._questions_about(table, requests)
         return {"cycle": asked.exact(self._answer(drawn.params, asked=asked))}
 
-    @functools.cached_property
-    def _generator(self) -> Generator:
-        """A generator without weights: all that draw share what it compiles."""
-        return Generator(
-            self.model_config,
-            {},
-            self.tokenizer,
-            self.prompts,
-            self._recipe,
-            str(self.dtype),
-            device_mesh=self.mesh,
-            model=self.model,
-        )
-
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """Return grids: answers, pictures of fixed prompts, and how they grow scale by scale."""
-        options, grids = self.config.eval, dict(super().visualize(state))
-        if options.prompts:
-            drawn = self._generator.with_params(self.weights(state))
-            numbers = [0] * len(options.prompts)
-            codes = drawn.codes(options.prompts, numbers, self._recipe, options.sample_batch)
-            growing = list(drawn.previews(codes))
-            grids |= {"samples": pictures.grid([growing[-1]]), "scales": pictures.grid(growing)}
+        grids = dict(super().visualize(state))
+        if self.config.eval.prompts:
+            grids |= self.drawings(self.weights(state))
         return grids
 
 
