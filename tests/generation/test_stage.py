@@ -89,7 +89,7 @@ def test_adapters_average_and_draw_as_their_merged_weights(trained, tokenizer, d
     assert frozen not in rules.flatten(state.ema) and frozen in rules.flatten(state.params)
     for name in ("lm/head/kernel", "lm/blocks/norm1/scale", "level_embedding", f"{frozen}_lora_b"):
         assert not np.array_equal(rules.flatten(state.ema)[name], rules.flatten(state.params)[name])
-    own = stage._generator.with_params(stage.weights(state))
+    own = stage.generator.with_params(stage.weights(state))
     loaded = tfx.Generator.load(tmp_path)
     draw = ["red apple", "dog face"], [0, 1], stage._recipe
     np.testing.assert_array_equal(own.codes(*draw), loaded.codes(*draw))

@@ -18,7 +18,7 @@ class Draws:
     """A part of a stage with `prompts` and, once it is open, the recipe `_recipe`."""
 
     @functools.cached_property
-    def _generator(self) -> Generator:
+    def generator(self) -> Generator:
         """A generator without weights: all that draw share what it compiles."""
         return Generator(
             self.model_config,
@@ -38,7 +38,7 @@ class Draws:
             if not len(examples):
                 continue
             found = retrieval.caption_retrieval(
-                self._generator.with_params(params),
+                self.generator.with_params(params),
                 self._recipe,
                 examples,
                 count=options.retrieval,
@@ -50,7 +50,7 @@ class Draws:
 
     def drawings(self, params: PyTree) -> dict[str, np.ndarray]:
         """Return grids of config.eval.prompts: the pictures, and how they grow scale by scale."""
-        drawn, options = self._generator.with_params(params), self.config.eval
+        drawn, options = self.generator.with_params(params), self.config.eval
         numbers = [0] * len(options.prompts)
         codes = drawn.codes(options.prompts, numbers, self._recipe, options.sample_batch)
         growing = list(drawn.previews(codes))

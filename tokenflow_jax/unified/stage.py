@@ -192,12 +192,13 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
         if not options.retrieval:
             return figures
         figures |= self.recognized(params, self._requests)
-        return figures | self._cycle(self._generator.with_params(params))
+        return figures | self.cycle(params, self.generator.with_params(params))
 
-    def _cycle(self, drawn: Generator) -> dict[str, float]:
+    def cycle(self, params: PyTree, drawn: Generator) -> dict[str, float]:
         """Draw from held-out requests, and ask the held-out questions about what was drawn.
 
-        The model sees that picture alone, not the request, which says what it should show.
+        The model sees that picture alone, not the request, which says what it should show. Its
+        weights, `params`, may be another run's than those that draw.
         """
         asked, options = self._questions, self.config.eval
         requests = self._requests["unseen"].some(options.retrieval, asked.images)
@@ -208,7 +209,7 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
         places = [self._eval_set.image_places[image] for image in requests]
         table[places] = drawn.codes(texts, [0] * len(texts), self._recipe, size)
         asked = self._questions_about(table, requests)
-        return {"cycle": asked.exact(self._answer(drawn.params, asked=asked))}
+        return {"cycle": asked.exact(self._answer(params, asked=asked))}
 
     def visualize(self, state: TrainState) -> Mapping[str, np.ndarray]:
         """Return grids: answers, pictures of fixed prompts, and how they grow scale by scale."""

@@ -1,0 +1,58 @@
+"""A matrix of runs, configs by seeds, that may be killed and started again; and its table."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config with settings of its own."""
+
+    name: str
+    config: str  # as --config takes it
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def train(self, seed: int, out: Path) -> Path:
+        """Train in `out/NAME_SEED`, or go on there, unless it is finished; return the folder."""
+        workdir = out / f"{self.name}_{seed}"
+        settings = {**self.settings, "seed": seed}
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        command = [sys.executable, "-m", "tokenflow_jax.main", f"--config={self.config}", *flags]
+        with open(out / f"{self.name}_{seed}.log", "a", encoding="utf-8") as log:
+            done = subprocess.run([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
+        if done.returncode:
+            raise SystemExit(f"{self.name}, seed {seed}, failed: see {log.name}")
+        return workdir
+
+
+def figures(workdir: str | os.PathLike) -> dict[str, float]:
+    """Return the last held-out figures of a run."""
+    lines = Path(workdir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {}
+    for line in map(json.loads, lines):
+        found |= {k[5:]: value for k, value in line.items() if k.startswith("eval/")}
+    return found
+
+
+def spread(values: list[float], form: str = "{:.1f}", times: float = 100.0) -> str:
+    """Return "mean ± standard deviation" of the same figure of several seeds."""
+    values = times * np.asarray([value for value in values if value is not None], float)
+    if not len(values):
+        return ""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(values.mean())} ± {form.format(values.std(ddof=1))}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
