@@ -124,7 +124,7 @@ def test_words():
 
 def test_bad_prompts_and_budgets():
     encoder = PromptEncoder(ByteTokenizer(), 8)
-    with pytest.raises(ValueError, match="a prompt is text, not NoneType"):
+    with pytest.raises(ValueError, match="text is wanted, not NoneType: None"):
         encoder.encode(None)
     with pytest.raises(ValueError, match="budget 0 must be at least 1"):
         PromptEncoder(ByteTokenizer(), 0)

@@ -108,6 +108,21 @@ def test_outpainting_shrinks_the_picture_into_a_square(generator):
     assert (asked.image_HWC == 90).all() and not asked.mask_HW.all()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"outpaint": (4,) * 4}, "nothing is left of it in 16 pixels"),
+        ({"strength": 0}, "only reconstructed"),
+        ({"mask": LEFT & ~LEFT}, "only reconstructed"),
+        ({"strength": 1}, ""),
+        ({"mask": LEFT}, ""),
+    ],
+)
+def test_edits_that_keep_or_draw_nothing_are_told(generator, caplog, options, told):
+    editing.request(generator.tokenizer, PICTURE, **options)
+    assert (told in caplog.text) if told else not caplog.text
+
+
 def test_a_recipe_records_the_edit(generator, tmp_path):
     from PIL import Image
 
@@ -129,6 +144,10 @@ def test_a_recipe_records_the_edit(generator, tmp_path):
         ({"image": PICTURE}, "give a mask, strength, keep or outpaint"),
         ({"image": PICTURE, "mask": LEFT[:4]}, "16 x 4 pixels has another aspect.*16 x 16"),
         ({"image": PICTURE, "strength": 1.5}, r"strength 1\.5 must be 0"),
+        ({"image": PICTURE, "strength": "0.5"}, r"strength '0\.5' must be 0"),
+        ({"image": PICTURE, "keep": 1.5}, r"keep 1\.5 must be 0 to 3"),
+        ({"image": PICTURE, "outpaint": 0.5}, r"outpaint 0\.5: give the parts"),
+        ({"image": PICTURE, "outpaint": "0101"}, "outpaint '0101': give the parts"),
         ({"image": PICTURE, "keep": 4}, "keep 4 must be 0 to 3, the number of scales"),
         ({"image": PICTURE, "keep": 1, "strength": 0.5}, "give one of them"),
         ({"image": PICTURE, "outpaint": (0, -1, 0, 0)}, r"outpaint \(0, -1, 0, 0\).*0\.5,0,0\.5,0"),

@@ -362,6 +362,8 @@ def test_likelihood(assistant, picture):
     assert found[0][0] > found[1][0] and all(value < 0 for value, _ in found)
     alone = assistant.likelihood(*zip(*rows[:1], strict=True))
     np.testing.assert_allclose(alone[0][0], found[0][0], rtol=1e-4)
+    marked = assistant.likelihood(["What?"], [picture], ["n7<image>"])  # stands for no picture
+    assert marked == alone
 
 
 def test_a_conversation_remembers(assistant, picture):

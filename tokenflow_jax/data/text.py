@@ -132,7 +132,13 @@ def load_text_tokenizer(name: str | os.PathLike) -> Any:
 
 
 def encodable(text: str) -> str:
-    """Return a text in which "?" stands for halves of surrogate pairs, which have no UTF-8."""
+    """Return a text in which "?" stands for halves of surrogate pairs, which have no UTF-8.
+
+    Raises:
+      ValueError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"text is wanted, not {type(text).__name__}: {shown(text)}")
     return text.encode(errors="replace").decode()
 
 
@@ -191,8 +197,6 @@ class PromptEncoder(PromptIds):
 
         A prompt that is too long loses its end, is named in the log (the first one) and counted.
         """
-        if not isinstance(prompt, str):
-            raise ValueError(f"a prompt is text, not {type(prompt).__name__}: {shown(prompt)}")
         ids = list(self.text_tokenizer.encode(encodable(prompt), add_special_tokens=True))
         ids = ids if ids and ids[0] == self.start_id else [self.start_id, *ids]
         if len(ids) > self.budget:

@@ -59,6 +59,7 @@ class Checker:
     max_length: int  # of a conversation, vectors included
     decode: bool  # every picture; else it is enough that the file is there
     allow_outside: bool = False  # of the folder
+    drawn: insertion.Drawn | None = None  # what a picture in an answer becomes, if models draw
 
     def faults(self, number: int, line: bytes) -> Iterator[Fault]:
         """Yield the faults of one line."""
@@ -67,8 +68,9 @@ class Checker:
             if sample.image and (broken := self._image_fault(sample.image)) is not None:
                 yield Fault(number, broken.reason, broken.detail)
             row = conversations.prepare(
-                sample, self.template, self.text_tokenizer, self.vectors, self.max_length
-            )
+                sample, self.template, self.text_tokenizer, self.vectors, self.max_length,
+                self.drawn,
+            )  # fmt: skip
         except Broken as error:
             yield Fault(number, error.reason, error.detail)
             return
@@ -81,9 +83,9 @@ class Checker:
             yield Fault(number, "empty answer", "an answer has no text", False)
         if len(row["ids"]) < self.max_length:
             return
-        turns = templates.prepare_turns(sample.turns, bool(sample.image))
+        turns = templates.prepare_turns(sample.turns, bool(sample.image), self.drawn is not None)
         ids_L = self.template.tokenize(self.text_tokenizer, turns).ids_L
-        length = insertion.merged_length(ids_L, self.vectors)
+        length = len(insertion.merge_row(ids_L, None, self.vectors, drawn=self.drawn)["ids"])
         if length > self.max_length:
             detail = f"{length} tokens, cut to {self.max_length}"
             question_T = self.template.prompt_ids(self.text_tokenizer, turns[:1])
@@ -169,14 +171,17 @@ def main(options: flags.FlagValues) -> int:
     folder = options.image_folder or os.path.dirname(options.file) or "."
     if remote.kind_of(folder) != "folder":
         raise ValueError(f"--image_folder {folder} is not a folder")
+    text_tokenizer = text.load_text_tokenizer(options.text_tokenizer)
+    marks = [text_tokenizer.encode(m, add_special_tokens=False) for m in (text.OPEN, text.CLOSE)]
     checker = Checker(
         templates.get_template(options.template, options.system),
-        text.load_text_tokenizer(options.text_tokenizer),
+        text_tokenizer,
         folder,
         options.vectors,
         options.max_length,
         options.decode_images,
         options.allow_outside,
+        insertion.Drawn(options.codes, *marks) if options.codes else None,
     )
     if (processes := options.processes) < 1:
         processes = (os.cpu_count() or 1) if path.stat().st_size > _LARGE else 1
@@ -201,6 +206,7 @@ def define_flags(define: cli.Define) -> None:
     define.string("system", None, "Replaces the template's system prompt.")
     define.string("text_tokenizer", "bytes", "bytes, or a folder of a Hugging Face model.")
     define.integer("vectors", 729, "Vectors per image (27 x 27).")
+    define.integer("codes", 0, "Of a picture in an answer, for models that draw; 0: none draws.", 0)
     define.integer("max_length", 2048, "Tokens of a conversation, vectors included.")
     define.integer("show", 100, "Faults to print; 0: all.")
     define.integer("processes", 0, "0: one per core for a large file.")

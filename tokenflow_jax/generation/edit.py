@@ -19,6 +19,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ from PIL import Image
 
 from tokenflow_jax.data.pictures import Picture, fit, read_picture
 from tokenflow_jax.evals import pictures
+from tokenflow_jax.log import log
+from tokenflow_jax.messages import shown
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.nets.resize import area_matrix, area_resize, bicubic_resize
 from tokenflow_jax.tokenizer.api import Tokenizer
@@ -149,7 +152,7 @@ def request(
     Raises:
       ValueError: a picture that cannot be read, a mask of another aspect, values out of range.
     """
-    config, outpaint = tokenizer.config, tuple(outpaint)
+    config, outpaint = tokenizer.config, _parts(outpaint)
     size, scales = config.image_size, config.pyramid
     asked = mask is not None or strength is not None or keep is not None or bool(outpaint)
     if image is None:
@@ -164,6 +167,7 @@ def request(
     mask_HW = np.full(image_HWC.shape[:2], mask is None and not outpaint)
     if mask is not None:
         mask_HW = _read_mask(mask, image_HWC.shape[:2], name)
+    everywhere = mask_HW.all()
     if outpaint:
         image_HWC, mask_HW = _outpainted(image_HWC, mask_HW, outpaint)
     image_HWC = fit(image_HWC, size, name=f"image {name}")
@@ -179,6 +183,10 @@ def request(
         "pixels": pixels,  # of the fitted picture and mask
     }
     edit = make_edit(map_HWC, mask_HW, keep, scales, config.pixel_weight)
+    if not edit.drawn_1N.any():
+        log.warning("image %s: nothing of it is drawn, it is only reconstructed", name)
+    elif edit.drawn_1N.all() and not everywhere:
+        log.warning("image %s: nothing is left of it in %d pixels, all is drawn", name, size)
     return Request(edit, about, image_HWC, mask_HW)
 
 
@@ -208,15 +216,27 @@ def _read_mask(mask: Picture, shape: tuple[int, int], image: str) -> np.ndarray:
     return np.asarray(gray) > 127
 
 
+def _parts(outpaint: Sequence[float]) -> tuple[float, ...]:
+    parts = tuple(outpaint) if np.iterable(outpaint) and not isinstance(outpaint, str) else None
+    if parts == ():
+        return parts
+    if (
+        parts is None
+        or len(parts) != 4
+        or not all(isinstance(part, Real) and 0 <= part <= 4 for part in parts)
+        or not any(parts)
+    ):
+        raise ValueError(
+            f"outpaint {shown(outpaint)}: give the parts of the picture's size, 0 to 4, that it "
+            "grows by on the left, top, right and bottom, such as 0.5,0,0.5,0"
+        )
+    return parts
+
+
 def _outpainted(
     image_HWC: np.ndarray, mask_HW: np.ndarray, outpaint: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a square with the picture and what is to be drawn around it."""
-    if len(outpaint) != 4 or not all(0 <= part <= 4 for part in outpaint) or not any(outpaint):
-        raise ValueError(
-            f"outpaint {outpaint}: give the parts of the picture's size, 0 to 4, that it "
-            "grows by on the left, top, right and bottom, such as 0.5,0,0.5,0"
-        )
     height, width = mask_HW.shape
     left, top, right, bottom = (
         round(part * side)
@@ -241,9 +261,9 @@ def _kept_scales(count: int, strength: float | None, keep: int | None) -> int:
     if strength is not None and keep is not None:
         raise ValueError(f"strength {strength} and keep {keep} say the same: give one of them")
     if strength is not None:
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength {strength} must be 0 (change nothing) to 1")
+        if not isinstance(strength, Real) or not 0 <= strength <= 1:
+            raise ValueError(f"strength {shown(strength)} must be 0 (change nothing) to 1")
         return int((1 - strength) * count + 0.5)
-    if not 0 <= (keep or 0) <= count:
-        raise ValueError(f"keep {keep} must be 0 to {count}, the number of scales")
-    return keep or 0
+    if keep is not None and (not isinstance(keep, Integral) or not 0 <= keep <= count):
+        raise ValueError(f"keep {shown(keep)} must be 0 to {count}, the number of scales")
+    return int(keep or 0)

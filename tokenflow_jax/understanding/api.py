@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.data.chat import conversations, insertion, questions, templates
-from tokenflow_jax.data.chat.templates import GPT, Template, Turn
+from tokenflow_jax.data.chat.templates import GPT, Template, Turn, without_markers
 from tokenflow_jax.data.pictures import Picture, read_picture
 from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
@@ -306,7 +306,7 @@ class Assistant(Pretrained):
         """Return each answer's log probability, and True if all its ids are the most likely."""
         own, answered = [as_list(picture) for picture in pictures], []
         for question, shown, text in zip(asked, own, answers, strict=True):
-            turns = [human_turn(question, len(shown)), (GPT, text)]
+            turns = [human_turn(question, len(shown)), (GPT, without_markers(text))]
             tokens = self.template.tokenize(self.text_tokenizer, turns)
             answered.append(insertion.merge_row(tokens.ids_L, tokens.labels_L, self.vectors))
         batch = rows.padded(answered)

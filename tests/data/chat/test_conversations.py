@@ -165,6 +165,21 @@ def test_the_validator_names_faults_that_training_tolerates(folder, capsys):
         assert f"{skipped} of them are skipped" in capsys.readouterr().out
 
 
+def test_the_validator_knows_drawn_pictures(folder, capsys):
+    """A picture in an answer is its codes; a model that only reads takes its vectors there."""
+    file = folder / "drawn.jsonl"
+    drawn = ("a.png", [(HUMAN, "a cat"), (GPT, "<image>"), (HUMAN, "What?"), (GPT, "A cat.")])
+    file.write_bytes(line(drawn))
+    run = [str(file), "--template=vicuna_v1", "--vectors=4", "--system="]
+    assert validate.run([*run, "--max_length=60"]) == 0
+    assert validate.run([*run, "--codes=30"]) == 0
+    capsys.readouterr()
+    assert validate.run([*run, "--codes=60", "--max_length=60"]) == 1
+    assert "picture beyond the end" in capsys.readouterr().out
+    assert validate.run([*run, "--codes=30", "--max_length=60"]) == 1
+    assert "tokens, cut to 60" in capsys.readouterr().out
+
+
 def test_the_validator_names_swapped_roles_and_lost_answers(folder, capsys):
     """With swapped roles the first turn is left out, with its picture; the order is the fault."""
     file = folder / "odd.jsonl"
