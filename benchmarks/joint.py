@@ -1,6 +1,7 @@
 """Compare one model that answers and draws with two specialists of its size, over several seeds.
 
     python -m benchmarks.joint --tokenizer=runs/quickstart --out=runs/joint
+    python -m benchmarks.joint --switches --seeds=1     options of the drawer, one by one
 
 All are the unified quickstart's model, and see as many examples of each kind of data: the reader
 as many questions, the drawer as many requests as the joint model, in other batches. The cycle of
@@ -10,6 +11,7 @@ was finished is not trained again.
 
 import argparse
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import matrix
@@ -33,13 +35,28 @@ RUNS = (
     ),
     Run("drawer", _CONFIG, {"total_steps": _STEPS, "data.questions": ("draw",)}),
 )
+_DRAWER = RUNS[-1]
+SWITCHES = (
+    _DRAWER,
+    _DRAWER.with_settings({"model.rope": "3d"}, "rope_3d"),
+    _DRAWER.with_settings({"model.scale_inputs": "residual"}, "residual_inputs"),
+    _DRAWER.with_settings({"losses.scale_power": 1.8}, "power_1.8"),  # NextFlow's exponent, 0.9
+    _DRAWER.with_settings({"losses.scale_power": 0.0}, "power_0"),
+)
 FIGURES = {
     "kinds named": "exact_match",
     "with pictures exchanged": "exact_match_other_images",
     "held-out retrieval in ten": "top10_unseen",
     "trained retrieval in ten": "top10_trained",
-    "codes": "accuracy_codes",
+    "held-out codes": "accuracy_codes",
+    "loss of held-out codes": "loss_draw",
     "cycle": "cycle",
+}
+_DRAWN = {
+    "loss of held-out codes": "loss_draw",
+    "held-out codes": "accuracy_codes",
+    "held-out retrieval in ten": "top10_unseen",
+    "trained retrieval in ten": "top10_trained",
 }
 _READ = ("exact_match", "exact_match_other_images")
 
@@ -52,35 +69,53 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="runs/quickstart")
     parser.add_argument("--out", default="runs/joint")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--switches", action="store_true", help="compare options of the drawer")
     options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    compare = _switches if options.switches else _joint
+    compare(options.tokenizer, out, options.seeds)
+
+
+def _trained(runs: Sequence[Run], tokenizer: str, seed: int, out: Path) -> dict[str, Path]:
+    folders = {}
+    for run in runs:
+        print(f"training {run.name}, seed {seed}", flush=True)
+        folders[run.name] = run.with_settings({"tokenizer.path": tokenizer}).train(seed, out)
+    return folders
+
+
+def _joint(tokenizer: str, out: Path, seeds: int) -> None:
     found, cycle = defaultdict(list), None
-    for seed in range(options.seeds):
-        runs = {}
-        for run in RUNS:
-            print(f"training {run.name}, seed {seed}", flush=True)
-            own = Run(run.name, run.config, {**run.settings, "tokenizer.path": options.tokenizer})
-            runs[run.name] = own.train(seed, out)
+    for seed in range(seeds):
+        runs = _trained(RUNS, tokenizer, seed, out)
         read, joint, drawn = (matrix.figures(runs[n]) for n in ("reader", "joint", "drawer"))
-        cycle = cycle or Cycle(options.tokenizer)
-        specialists = {key: (read if key in _READ else drawn)[key] for key in FIGURES.values()
-                       if key != "cycle"}  # fmt: skip
+        cycle = cycle or Cycle(tokenizer)
+        specialists = {key: (read if key in _READ else drawn).get(key) for key in FIGURES.values()}
         specialists["cycle"] = cycle(runs["reader"], runs["drawer"])
         found["joint"].append(joint)
         found["specialists"].append(specialists)
-        text = _table(found)
-        print(text, flush=True)
-        (out / "joint.md").write_text(text + "\n", encoding="utf-8")
+        _write(found, FIGURES, out / "joint.md")
 
 
-def _table(found: dict[str, list[dict[str, float]]]) -> str:
-    rows = [
-        [label, *(matrix.spread([figures[key] for figures in found[name]]) for name in found)]
-        for label, key in FIGURES.items()
-    ]
-    seeds = len(found["joint"])
-    return matrix.table([f"%, of {seeds} seeds", *found], rows)
+def _switches(tokenizer: str, out: Path, seeds: int) -> None:
+    found = defaultdict(list)
+    for seed in range(seeds):
+        for name, folder in _trained(SWITCHES, tokenizer, seed, out).items():
+            found[name].append(matrix.figures(folder))
+        _write(found, _DRAWN, out / "switches.md")
+
+
+def _write(found: dict[str, list[dict[str, float]]], figures: dict[str, str], path: Path) -> None:
+    """Print and write the table so far, a line per figure."""
+    rows = []
+    for label, key in figures.items():
+        form = {"times": 1.0, "form": "{:.3f}"} if key.startswith("loss") else {}
+        values = ([one.get(key) for one in found[name]] for name in found)
+        rows.append([label, *(matrix.spread(own, **form) for own in values)])
+    text = matrix.table([f"%, {len(next(iter(found.values())))} seeds", *found], rows)
+    print(text, flush=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 class Cycle:

@@ -20,6 +20,10 @@ class Run:
     config: str  # as --config takes it
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def with_settings(self, settings: Mapping[str, Any], name: str = "") -> "Run":
+        """Return the run with more settings, under its name or another."""
+        return Run(name or self.name, self.config, {**self.settings, **settings})
+
     def train(self, seed: int, out: Path) -> Path:
         """Train in `out/NAME_SEED`, or go on there, unless it is finished; return the folder."""
         workdir = out / f"{self.name}_{seed}"
