@@ -31,18 +31,26 @@ class Run:
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "tokenflow_jax.main", f"--config={self.config}", *flags]
         with open(out / f"{self.name}_{seed}.log", "a", encoding="utf-8") as log:
-            done = subprocess.run([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
-        if done.returncode:
+            process = subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        if os.waitstatus_to_exitcode(status):
             raise SystemExit(f"{self.name}, seed {seed}, failed: see {log.name}")
+        peak = out / f"{self.name}_{seed}.peak"  # of all its processes: a finished one takes little
+        peak.write_text(str(max(usage.ru_maxrss, int(peak.read_text()) if peak.exists() else 0)))
         return workdir
 
 
-def figures(workdir: str | os.PathLike) -> dict[str, float]:
-    """Return the last held-out figures of a run."""
+def history(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """Return the lines of a run's curves."""
     lines = Path(workdir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def figures(workdir: str | os.PathLike) -> dict[str, float]:
+    """Return the last value of each curve of a run; held-out figures by their bare names."""
     found = {}
-    for line in map(json.loads, lines):
-        found |= {k[5:]: value for k, value in line.items() if k.startswith("eval/")}
+    for line in history(workdir):
+        found |= {name.removeprefix("eval/"): value for name, value in line.items()}
     return found
 
 

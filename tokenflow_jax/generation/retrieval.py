@@ -23,15 +23,18 @@ def caption_retrieval(
     count: int,
     batch_size: int,
     between_batches: Callable[[], None] = lambda: None,
+    judges: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {},
 ) -> dict[str, float]:
     """Measure how often a caption's own picture is among the ten nearest to the one drawn for it.
 
     Pictures are compared by the tokenizer's semantic encoder: the mean of its patch features, less
     the mean over all pictures, by cosine. The real pictures are the tokenizer's reconstructions, so
-    that its losses do not tell them from drawn ones.
+    that its losses do not tell them from drawn ones. Other `judges` turn codes (N, L) into features
+    (N, D) of their pictures.
 
     Returns:
-      "top10", a rate; "chance", the same for guessing; "rank", the median place, from 1.
+      "top10", a rate; "chance", the same for guessing; "rank", the median place, from 1; and
+      "top10_NAME", "rank_NAME" of other judges.
     """
     bank_codes, bank_captions = _bank(drawn.tokenizer, examples, batch_size)
     # Captions to draw, evenly spaced like the bank.
@@ -43,17 +46,21 @@ def caption_retrieval(
         parts.append(drawn.codes(some, [0] * len(some), recipe, batch_size))
         between_batches()
     codes = np.concatenate(parts)
-    features = make_feature_fn(drawn, batch_size)
-    bank_ND, queries_QD = features(bank_codes), features(codes)
+    found = {"chance": min(1.0, TOP / len(bank_captions))}
+    for name, features in {"": make_feature_fn(drawn, batch_size), **judges}.items():
+        rank_Q = _ranks(features(codes), features(bank_codes), chosen)
+        end = f"_{name}" if name else ""
+        found[f"top10{end}"] = float(np.mean(rank_Q <= TOP))
+        found[f"rank{end}"] = float(np.median(rank_Q))
+    return found
+
+
+def _ranks(queries_QD: np.ndarray, bank_ND: np.ndarray, own_Q: np.ndarray) -> np.ndarray:
+    """Return the place of each query's own picture among those of the bank, from 1."""
     center_D = bank_ND.mean(axis=0)
     similarity_QN = _unit(queries_QD - center_D) @ _unit(bank_ND - center_D).T
-    own_Q = similarity_QN[np.arange(len(chosen)), chosen]
-    rank_Q = (similarity_QN > own_Q[:, None]).sum(axis=1) + 1
-    return {
-        "top10": float(np.mean(rank_Q <= TOP)),
-        "chance": min(1.0, TOP / len(bank_captions)),
-        "rank": float(np.median(rank_Q)),
-    }
+    own_Q = similarity_QN[np.arange(len(own_Q)), own_Q]
+    return (similarity_QN > own_Q[:, None]).sum(axis=1) + 1
 
 
 def _bank(

@@ -94,15 +94,18 @@ def write_report(
     body.append(f"<h2>Run</h2><table>{''.join(rows)}</table>")
     text = escape(json.dumps(config, indent=2, sort_keys=True, default=str))
     body.append(f"<h2>Config</h2><details><summary>all values</summary><pre>{text}</pre></details>")
-    page = (
+    path = workdir / "report.html"
+    path.write_text(page(title, "".join(body)))
+    return path
+
+
+def page(title: str, body: str) -> str:
+    """Return a self-contained page; both texts are HTML."""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-    path = workdir / "report.html"
-    path.write_text(page)
-    return path
 
 
 def collect_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -1,0 +1,91 @@
+"""The paper's ablations in miniature: which idea helps, at a size that two cores can train.
+
+    python -m benchmarks.ablation --suite=paper --budget=2h --out=runs/ablation
+    python -m benchmarks.ablation --page --out=runs/ablation      the page again, from the results
+
+Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
+(table 8) and `sampling` (table 6). Each row is trained with several seeds, one run after another;
+a run that was killed goes on, a finished one is kept. OUT/results has the raw figures of each run,
+OUT/ablation.html and ablation.md the tables, curves, pictures, and the verdict on each claim by the
+rule in `claims`. Without --inception there is no rFID, which decides on most claims.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import matrix
+from benchmarks.ablation import page, suites
+
+_ON_ACCELERATOR = "import jax; print(jax.default_backend())"
+
+
+def main() -> None:
+    """Train what is missing of the suites, and write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", action="append", choices=suites.SUITES, help="default: all")
+    parser.add_argument("--budget", default="2h", choices=suites.BUDGETS, help="of each suite")
+    parser.add_argument("--out", default="runs/ablation")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--inception", default="", help="weights of FID's Inception")
+    parser.add_argument("--tokenizer", default="runs/quickstart", help="that is read and written")
+    parser.add_argument("--cifar10", help="folder that `data.prepare cifar10` made; else the emoji")
+    parser.add_argument("--page", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    out = Path(options.out)
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    for suite in [] if options.page else options.suite or suites.SUITES:
+        _run(suite, options, out)
+    for path in page.write(out):
+        print(path)
+
+
+def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
+    data = {}
+    if options.cifar10:
+        data = {
+            "data.name": "array_record", "data.path": options.cifar10, "data.eval_split": "test",
+            "eval.knn_label": "label", "eval.examples": 2_000,
+        }  # fmt: skip
+    # In a process of its own: only one at a time may hold a TPU.
+    backend = subprocess.run([sys.executable, "-c", _ON_ACCELERATOR], capture_output=True)
+    runs = suites.rows(
+        suite,
+        options.budget,
+        data=data,
+        tokenizer=options.tokenizer,
+        inception=options.inception,
+        accelerator=backend.stdout.strip() not in (b"cpu", b""),
+    )
+    folder = out / suite
+    folder.mkdir(exist_ok=True)
+    for seed in range(options.seeds):  # a stopped matrix has whole seeds
+        for run in runs:
+            print(f"{suite}: {run.name}, seed {seed}", flush=True)
+            workdir = run.train(seed, folder)
+            if suite == "sampling":
+                from benchmarks.ablation import sampling
+
+                for name, found in sampling.draw(workdir, options.inception).items():
+                    _keep(out, suite, name, seed, options.budget, found)
+                continue
+            found = matrix.figures(workdir)
+            found["memory_gb"] = int((folder / f"{run.name}_{seed}.peak").read_text()) / 1e6
+            if suite in ("paper", "quantizers"):
+                found["bits"] = suites.bits(run.settings)
+            _keep(out, suite, run.name, seed, options.budget, found)
+
+
+def _keep(out: Path, suite: str, row: str, seed: int, budget: str, found: dict) -> None:
+    """Write the raw figures of a run, from which the page is made."""
+    line = {"suite": suite, "row": row, "seed": seed, "budget": budget, "figures": found}
+    path = out / "results" / f"{suite}_{row}_{seed}.json"
+    path.write_text(json.dumps(line, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
