@@ -1,10 +1,11 @@
 """The ablations: the rule that decides on claims, and a small run of the matrix."""
 
+import json
 import math
 
 import pytest
 
-from benchmarks.ablation import claims
+from benchmarks.ablation import claims, page, suites
 from benchmarks.ablation.claims import Claim
 
 BETTER = Claim("a is larger", "us", "a", "b", "figure")
@@ -39,3 +40,41 @@ def test_smaller_may_be_better_and_the_interval_is_welch_s():
 def test_figures_that_a_row_lacks_decide_nothing():
     found = claims.decide(BETTER, {"a": [{"figure": 1.0}], "b": [{"other": 1.0}] * 3})
     assert found.words == "cannot tell: too few runs"
+
+
+def test_the_page_has_tables_and_verdicts(tmp_path):
+    """From the raw results alone; rows without a figure leave their cell empty."""
+    (tmp_path / "results").mkdir()
+    for row, values in {"joined": (9.0, 9.1, 9.2), "shared": (4.0, 4.1, 4.2)}.items():
+        for seed, rfid in enumerate(values):
+            figures = {"rfid": rfid, "psnr": 20 + rfid, "bits": 704.0}
+            line = {"suite": "paper", "row": row, "seed": seed, "budget": "2h", "figures": figures}
+            path = tmp_path / "results" / f"paper_{row}_{seed}.json"
+            path.write_text(json.dumps(line))
+    html, markdown = page.write(tmp_path)
+    text = markdown.read_text()
+    assert "| joined | 3 | 704 ± 0 | 9.1 ± 0.1 | 29.10 ± 0.10 |" in text
+    assert "joined features (TokenFlow, table 5): held here. rfid of shared against joined" in text
+    assert text.count("cannot tell: too few runs") == len(claims.CLAIMS["paper"]) - 1
+    assert "<table>" in html.read_text() and "4.1 ± 0.1" in html.read_text()
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_claims_name_rows_of_their_suite(suite):
+    options = {"data": {}, "tokenizer": "t"}
+    names = {run.name for run in suites.rows(suite, "2h", **options)}
+    names |= set(suites.RECIPES) if suite == "sampling" else set()
+    for claim in claims.CLAIMS[suite]:
+        assert {claim.better, claim.worse} <= names
+    large = suites.rows(suite, "2h", accelerator=True, **options)
+    assert (
+        large[0].settings["total_steps"]
+        > suites.rows(suite, "2h", **options)[0].settings["total_steps"]
+    )
+
+
+def test_two_indices_of_half_the_bits():
+    rows = {run.name: run.settings for run in suites.rows("paper", "2h", data={}, tokenizer="")}
+    assert suites.bits(rows["shared"]) == 704
+    assert abs(suites.bits(rows["separate"]) / 704 - 1) < 0.01
+    assert abs(suites.bits(rows["three_scales"]) / 704 - 1) < 0.08
