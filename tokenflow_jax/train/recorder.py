@@ -14,7 +14,16 @@ from etils import epath
 from tokenflow_jax.log import duration, log
 from tokenflow_jax.messages import one_line
 from tokenflow_jax.parallel import chips, hosts
-from tokenflow_jax.train import checkpoint, curves, metrics, profile, report, timing, watch
+from tokenflow_jax.train import (
+    alarms,
+    checkpoint,
+    curves,
+    metrics,
+    profile,
+    report,
+    timing,
+    watch,
+)
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 from tokenflow_jax.train.run_config import LoopOptions
 from tokenflow_jax.train.stage import Stage, State
@@ -51,6 +60,9 @@ class Recorder:
         self._writer = curves.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
         self._averages = metrics.Averages(**start.averages)
         self._failures: list[str] = []
+        self._alarms, self._alarmed = alarms.Alarms(options.total_steps), []
+        for line in self._writer.history:  # a run that goes on
+            self._alarmed += self._alarms.of(line["step"], line)
         self._stopwatch = timing.Stopwatch(
             options.total_steps, stage.config.batch_size, _peak_rate()
         )
@@ -208,6 +220,9 @@ class Recorder:
             total, headline = self._options.total_steps, self._stage.headline
             log.info("%s", metrics.progress_line(step, total, line, headline))
             self._writer.scalars(step, line)
+            for text in self._alarms.of(step, line):
+                log.warning("%s", text)
+                self._alarmed.append(text)
 
     def _write_report(self, step: int) -> None:
         if jax.process_index() != 0:
@@ -222,7 +237,7 @@ class Recorder:
         facts["memory at most"] = _memory_peak()
         facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts["start"] = self._origin
-        notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures]
+        notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures, *self._alarmed]
         self._writer.flush()
         report.write_report(self._lock.workdir, self._writer.history, facts, self._config, notes)
 

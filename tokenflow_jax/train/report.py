@@ -16,9 +16,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 14, 40  # margins around the plot area
 _MAX_POINTS = 400
 _LOG_RATIO = 30.0  # a positive curve that spans more than this is drawn on a logarithmic axis
 
-_SECTIONS = (  # title, prefix of the metric names
+_SECTIONS = (  # title, prefixes of the metric names
     ("Held-out figures", "eval/"),
     ("Losses", "loss/"),
+    ("Codebook", ("usage", "perplexity", "distance")),
     ("Throughput", "perf/"),
     ("Other curves", ""),
 )
