@@ -14,18 +14,17 @@ from tokenflow_jax.data.chat import batches
 from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.mixed import MixedConversations
 from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
-from tokenflow_jax.data.text import load_text_tokenizer
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.code_stage import CodeStage
 from tokenflow_jax.tokenizer.frozen import encoder_params
-from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
 from tokenflow_jax.understanding.answer import Decoding, answer
+from tokenflow_jax.understanding.complete import complete_model
 from tokenflow_jax.understanding.held_out import HeldOutQuestions
 from tokenflow_jax.understanding.model import (
     Understanding,
     UnderstandingConfig,
-    feature_channels,
     vectors_per_image,
 )
 from tokenflow_jax.understanding.names import PART
@@ -290,36 +289,3 @@ class UnderstandingStage(CodeStage):
             return {}
         asked.answers = asked.answers or self._answer(self.weights(state))
         return {"answers": asked.grid(self.config.eval.grid_images)}
-
-
-def complete_model(
-    given: dict[str, Any], tokenizer: TokenizerConfig, text_tokenizer: str
-) -> dict[str, Any]:
-    """Fill in what the tokenizers decide: `vision_channels` and `lm.vocabulary_size` may be 0.
-
-    Without the name of a text tokenizer the vocabulary's size must be given.
-
-    Raises:
-      ValueError: values that do not go with the tokenizers, all of them.
-    """
-    problems = []
-    channels = feature_channels(
-        tokenizer.semantic_channels, tokenizer.pixel_channels, given["strategy"]
-    )
-    if given["vision_channels"] not in (0, channels):
-        problems.append(
-            f"model.vision_channels is {given['vision_channels']}, the tokenizer's features have "
-            f"{channels} with model.strategy={given['strategy']!r} (0 takes that)"
-        )
-    rows = given["lm"]["vocabulary_size"]
-    if text_tokenizer:
-        size = len(load_text_tokenizer(text_tokenizer))
-        rows = rows or size
-        if rows < size:
-            problems.append(f"model.lm.vocabulary_size {rows} does not hold {size} ids of text")
-    elif not rows:
-        problems.append("text_tokenizer or model.lm.vocabulary_size must be given")
-    if problems:
-        raise ValueError("; ".join(problems))
-    lm = {**given["lm"], "vocabulary_size": rows}
-    return {**given, "vision_channels": channels, "lm": lm}

@@ -23,6 +23,7 @@ from tokenflow_jax.tokenizer.names import PART as TOKENIZER
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 from tokenflow_jax.understanding import stage as understanding
 from tokenflow_jax.understanding.answer import Decoding, answer
+from tokenflow_jax.understanding.complete import complete_model
 from tokenflow_jax.understanding.held_out import HeldOutQuestions
 from tokenflow_jax.understanding.model import visual_features
 from tokenflow_jax.understanding.train import TrainState
@@ -65,7 +66,7 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
         """The model's hyper-parameters, completed by the tokenizers."""
         given, tokenizer = self.config.model.to_dict(), self.tokenizer_config
         given = generation.complete_model(given, tokenizer, self.prompts)
-        given = understanding.complete_model(given, tokenizer, self.config.text_tokenizer)
+        given = complete_model(given, tokenizer, self.config.text_tokenizer)
         return self.with_own_choices(given)
 
     @functools.cached_property
