@@ -42,6 +42,8 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.stage = "unified"
     config.seed = 0  # of weights, data order and dropped requests
     config.model = _model(model)  # see unified.model.UnifiedConfig
+    config.model.rope = "1d"  # positions of scales' inputs, or 3d: by scale, row and column
+    config.model.scale_inputs = "accumulated"  # from all coarser scales, or residual: from one
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "block"  # what the backward pass recomputes: none, block or dots
     config.attention = "auto"  # its kernel: auto, xla, splash (TPU) or cudnn (GPU)

@@ -26,9 +26,11 @@ CONFIG = GenerationConfig(
 )
 PICTURE = np.random.default_rng(3).integers(0, 256, (16, 16, 3), np.uint8)
 LEFT = np.arange(16)[None].repeat(16, axis=0) < 8
+ONCE = {"guidance": 2.0, "passes": ((8, 0.9),)}
 SETTINGS = [
-    {"guidance": guidance, "passes": passes}
-    for guidance, passes in ((2.0, ((8, 0.9),)), (0.0, ((8, 0.9), (4, 0.5), (1, 0.0))))
+    (ONCE, {}),
+    ({"guidance": 0.0, "passes": ((8, 0.9), (4, 0.5), (1, 0.0))}, {}),
+    (ONCE, {"rope": "3d", "scale_inputs": "residual"}),
 ]
 
 
@@ -43,8 +45,9 @@ def generator():
     return Generator(CONFIG, params, tokenizer, PromptEncoder(ByteTokenizer(), 16), recipe)
 
 
-@pytest.mark.parametrize("changes", SETTINGS)
-def test_nothing_inside_is_the_encoding_and_everything_is_drawing(generator, changes):
+@pytest.mark.parametrize("changes, options", SETTINGS)
+def test_nothing_inside_is_the_encoding_and_everything_is_drawing(generator, changes, options):
+    generator = dataclasses.replace(generator, config=dataclasses.replace(CONFIG, **options))
     draw = functools.partial(generator.generate, ["dog", "cat"], seed=2, **changes)
     own = np.asarray(generator.tokenizer.encode(PICTURE))
     kept = draw(image=PICTURE, mask=np.zeros((16, 16), bool)).codes

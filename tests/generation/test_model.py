@@ -11,6 +11,8 @@ from golden import generation as golden
 
 from tokenflow_jax.generation.model import Generation, GenerationConfig, next_scale_features
 from tokenflow_jax.generation.names import generation_table
+from tokenflow_jax.nets.lm import LMConfig
+from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.tokenizer.pyramid import features_from_codes
 
 CASES = ("s3", "s4", pytest.param("s9", marks=pytest.mark.slow))
@@ -20,7 +22,7 @@ def batch(case, data):
     """Return the stored sequences in the form that the model takes."""
     prefix = data["input_ids"].shape[1] - data["codes"].shape[1] - 4
     ids, codes = data["input_ids"], data["codes"]
-    features = next_scale_features(jnp.asarray(codes), case.codebooks, case.config.pyramid)
+    features = next_scale_features(jnp.asarray(codes), case.codebooks, case.config)
     return {
         "prefix_BP": ids[:, :prefix],
         "real_BP": ids[:, :prefix] != case.pad_id,
@@ -38,7 +40,7 @@ def forward(inputs):
 def test_features_are_a_chain_and_the_decoders_input_is_not(name):
     case, data = golden.load(name), golden.stored(name, "features")
     codes, scales = jnp.asarray(data["codes"]), case.config.pyramid
-    got = next_scale_features(codes, case.codebooks, scales)
+    got = next_scale_features(codes, case.codebooks, case.config)
     np.testing.assert_allclose(got, data["next_scale_features"], atol=5e-6)
     compared = 0
     vectors = case.codebooks.look_up(codes)
@@ -180,6 +182,33 @@ def test_the_bounds_tell_epsilon_and_gelu_apart(monkeypatch):
         assert off() > 1e-4
 
 
+def test_residual_inputs_are_those_of_the_scale_before():
+    case, data = golden.load("s4"), golden.stored("s4", "features")
+    config = dataclasses.replace(case.config, scale_inputs="residual")
+    codes, scales = jnp.asarray(data["codes"]), config.pyramid
+    got, vectors = next_scale_features(codes, case.codebooks, config), case.codebooks.look_up(codes)
+    places = scales.slices()
+    for before, where, side in zip(places, places[1:], scales.sides, strict=False):
+        own = vectors[:, before].reshape(len(codes), side, side, -1)
+        want = bicubic_resize(own, round((where.stop - where.start) ** 0.5))
+        want = want.reshape(len(codes), -1, own.shape[-1])
+        np.testing.assert_allclose(got[:, where.start - 1 : where.stop - 1], want, atol=1e-6)
+
+
+def test_three_axes_are_those_of_scale_row_and_column():
+    """A prefix of 6 ids, scales of 1, 4 and 16 codes, and `</img>`, for which it is text."""
+    lm = LMConfig(40, 16, 1, 2, 2, 16)
+    config = GenerationConfig(lm, (1, 2, 4), codebook_size=8, image_start=32, rope="3d")
+    index = np.arange(28)
+    numbers = np.where((index < 6) | (index > 26), -1, 21 + index - 6)  # a row's second picture
+    got = config.positions(jnp.asarray(index)[None], jnp.asarray(numbers)[None])[0]
+    np.testing.assert_array_equal(got[:6], np.repeat(index[:6, None], 3, axis=1))
+    np.testing.assert_array_equal(got[6:10], [[6, 6, 6], [6, 6, 8], [6, 8, 6], [6, 8, 8]])
+    fine = [[7, 5.5 + row, 5.5 + column] for row in range(4) for column in range(4)]
+    np.testing.assert_array_equal(got[10:26], fine)
+    np.testing.assert_array_equal(got[26:], [[26] * 3, [27] * 3])
+
+
 def test_config_reports_everything():
     lm = {
         "vocabulary_size": 40, "width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "mlp_width": 16,
@@ -188,5 +217,7 @@ def test_config_reports_everything():
     assert config.lm.width == 16 and config.scales == (1, 2)
     with pytest.raises(ValueError, match=r"begin with 1.*image_start=0.*"):
         GenerationConfig(lm, (2, 4), codebook_size=8, image_start=0)
+    with pytest.raises(ValueError, match=r"rope '2d' is not one of 1d, 3d; scale_inputs ''"):
+        GenerationConfig(lm, (1, 2), codebook_size=8, image_start=32, rope="2d", scale_inputs="")
     with pytest.raises(ValueError, match=r"vocabulary_size=40 does not hold 32 text ids and 9"):
         GenerationConfig(lm, (1, 2), codebook_size=9, image_start=32)

@@ -1,5 +1,6 @@
 """Sampling: the reference's codes and logits in every setting, with the cache and without."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,6 +75,30 @@ def test_equals_the_reference(name, passes, method):
             got = np.concatenate([logits for _, _, _, logits in draws], axis=1)
             np.testing.assert_allclose(got, want, atol=2e-4, rtol=0)
     assert run._cache_size() == 1  # one program, whatever the guidance
+
+
+@pytest.mark.parametrize("option", [{"rope": "3d"}, {"scale_inputs": "residual"}])
+def test_options_are_the_same_with_the_cache_and_without(option):
+    """In two passes, whatever the padding in front; and each changes what is drawn."""
+    case, data = golden.load("s3"), golden.stored("s3", "generate")
+    config = dataclasses.replace(case.config, **option)
+    passes = ((1, 0.0),) * 2
+    plain, other = (Sampler(Generation(c), case.pad_id, passes) for c in (case.config, config))
+    ids, keys = prompts(data), jax.random.split(jax.random.key(0), 2)
+    longer = [jnp.pad(x, ((0, 0), (5, 0)), constant_values=case.pad_id) for x in ids]
+
+    @jax.jit
+    def run(params):
+        recomputed = functools.partial(recomputed_sampling.draws, other, "so_far")
+        draws = ((plain.draws, ids), (other.draws, ids), (recomputed, ids), (other.draws, longer))
+        return [list(draw(params, case.codebooks, *x, keys, 7.5)) for draw, x in draws]
+
+    plain, *found = run(case.params["params"])
+    assert any((a.codes_BL != b.codes_BL).any() for a, b in zip(plain, found[0], strict=True))
+    for want in found[1:]:
+        for one, draw in zip(found[0], want, strict=True):
+            np.testing.assert_array_equal(one.codes_BL, draw.codes_BL)
+            np.testing.assert_allclose(one.logits_BLK, draw.logits_BLK, atol=2e-4, rtol=0)
 
 
 def test_codes_are_the_last_passes_of_all_scales():

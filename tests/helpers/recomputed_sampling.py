@@ -5,6 +5,7 @@ What `generation.sample.Sampler` must equal, and what `benchmarks.generation` co
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenflow_jax.generation.sample import Draw, Sampler, guided
 from tokenflow_jax.nets import sampling
@@ -14,8 +15,22 @@ from tokenflow_jax.nets.resize import bicubic_resize
 METHODS = ("so_far", "whole")
 
 
-def _decode(model, inputs_BLC, mask):
-    return model.lm(inputs_BLC, jnp.arange(inputs_BLC.shape[1])[None], mask)[0]
+def positions(config, before, length) -> np.ndarray:
+    """Rotary positions of a sequence with `before` tokens before its first scale's input."""
+    own = [(i, i, i) for i in range(before)]
+    for scale, side in enumerate(config.scales[1:], 1):
+        for row in range(side):
+            for column in range(side):
+                cell = (scale, *((x + 0.5) / side * config.scales[-1] for x in (row, column)))
+                own.append([before - 1 + x for x in cell])
+    own += [(i, i, i) for i in range(len(own), length)]
+    own = np.array(own[:length], np.float32)
+    return own if config.rope == "3d" else np.arange(length)
+
+
+def _decode(model, inputs_BLC, mask, prefix):
+    at = positions(model.config, prefix, inputs_BLC.shape[1])
+    return model.lm(inputs_BLC, jnp.asarray(at)[None], mask)[0]
 
 
 def draws(
@@ -51,7 +66,7 @@ def draws(
                 constant_values=True,
             )
             mask = Mask(real, model.config.blocks(prefix))
-            hidden = model.apply(variables, whole, mask, method=_decode)
+            hidden = model.apply(variables, whole, mask, prefix, method=_decode)
             hidden = hidden[:, prefix - 1 + where.start : prefix - 1 + where.stop]
             hidden = guided(hidden, guidance * scale / max(len(pyramid) - 1, 1))
             logits = model.apply(variables, hidden, method="code_logits")
@@ -61,6 +76,6 @@ def draws(
             found.append(Draw(scale, index, codes, logits))
             z = codebooks.look_up(codes).reshape(batch, side, side, -1)
             inputs = z if scale == 0 else up + z
-        features = inputs
+        features = z if model.config.scale_inputs == "residual" else inputs
         earlier += regular
     return found

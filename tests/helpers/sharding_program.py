@@ -152,7 +152,7 @@ def language(sizes):
     real = np.arange(9) >= rng.integers(0, 5, (16, 1))
     codes = rng.integers(0, 64, (16, 21))
     suffix = np.broadcast_to(np.array([3, 4]), (16, 2))
-    features = np.asarray(next_scale_features(jnp.asarray(codes), books, config.pyramid))
+    features = np.asarray(next_scale_features(jnp.asarray(codes), books, config))
     batch = (prefix, real, codes, features, suffix)
     params = model.init(jax.random.key(0), *batch, method="losses")
     params = jax.tree.map(lambda x: 3 * np.asarray(x) if x.ndim > 1 else np.asarray(x), params)

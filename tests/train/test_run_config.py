@@ -1,7 +1,7 @@
 """Keys that were renamed: old checkpoints are read under the new names, old configs are refused."""
 
 import pytest
-from config_files import understanding
+from config_files import generation, understanding
 
 from tokenflow_jax.train import run_config
 
@@ -48,3 +48,12 @@ def test_runs_of_before_adapters_had_none():
     assert not run_config.config_differences(old, new)
     changed = {**new, "lora": {**new["lora"], "rank": 4}}
     assert run_config.config_differences(old, changed) == {"lora.rank": (0, 4)}
+
+
+def test_runs_of_before_options_had_the_first_ones():
+    new = run_config.config_to_dict(generation.get_config())
+    model = {k: v for k, v in new["model"].items() if k not in ("rope", "scale_inputs")}
+    old = {**new, "model": model}
+    assert not run_config.config_differences(old, new)
+    changed = {**new, "model": {**new["model"], "rope": "3d"}}
+    assert run_config.config_differences(old, changed) == {"model.rope": ("1d", "3d")}

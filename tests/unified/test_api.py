@@ -31,6 +31,13 @@ def model(workdir):
     return tfx.Unified.load(workdir)
 
 
+@pytest.fixture(scope="module", params=[{}, {"rope": "3d", "scale_inputs": "residual"}])
+def either(model, request):
+    """The model, and one with the same weights and other options."""
+    config = dataclasses.replace(model.config, **request.param)
+    return dataclasses.replace(model, config=config, model=None)
+
+
 def read_tokens(session):
     """Count the tokens that a session reads from now on."""
     counts, read = [], session._prompt
@@ -44,16 +51,17 @@ def read_tokens(session):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_the_first_picture_of_a_chat_is_that_of_generate(model, guidance):
-    chat = model.chat()
+def test_the_first_picture_of_a_chat_is_that_of_generate(either, guidance):
+    chat = either.chat()
     drawn = chat.draw("red apple", seed=3, guidance=guidance)
-    alone = model.generate("red apple", seed=3, guidance=guidance, negative_prompt="")
+    alone = either.generate("red apple", seed=3, guidance=guidance, negative_prompt="")
     np.testing.assert_array_equal(chat.pictures[0].codes_N, alone.codes[0])
     np.testing.assert_array_equal(np.asarray(drawn), alone.images[0])
 
 
-def test_a_chat_reads_each_token_once(model):
+def test_a_chat_reads_each_token_once(either):
     """Answers are those of a chat that reads everything anew; a turn costs its own tokens."""
+    model = either
     chat, options = model.chat(), {"max_new": 5}
     counts = read_tokens(chat._session)
     chat.ask("What is this?", picture(16, 16, 1), **options)
@@ -71,6 +79,9 @@ def test_a_chat_reads_each_token_once(model):
     fresh = read_tokens(again._session)
     assert again.ask("Which one?", **options) == second
     assert again.ask("Why?", chat.pictures[-1], **options) == third
+    length = len(model._row(chat.turns[:-1], 5)["ids"])
+    kept = [np.asarray(c._session._kept.keys)[:, :, :length] for c in (chat, again)]
+    np.testing.assert_allclose(*kept, atol=1e-4)
     assert fresh[0] > sum(counts[1:4])  # nothing was known
     assert [turn for turn in chat.turns if turn[0] == GPT][1:3] == [(GPT, DRAWN + IMAGE)] * 2
 
@@ -172,13 +183,14 @@ def test_later_tokens_see_the_drawn_picture(model):
     assert np.abs(chats[0] - chats[1]).max() > 1e-6
 
 
-def test_saved_models_draw_and_answer_the_same(model, tmp_path):
-    model.save_pretrained(tmp_path / "saved")
+def test_saved_models_draw_and_answer_the_same(either, tmp_path):
+    either.save_pretrained(tmp_path / "saved")
     loaded = tfx.Unified.from_pretrained(tmp_path / "saved")
-    one, two = (m.generate("dog", seed=1).codes for m in (model, loaded))
+    assert loaded.config == either.config
+    one, two = (m.generate("dog", seed=1).codes for m in (either, loaded))
     np.testing.assert_array_equal(one, two)
     asked = ("What is this?", picture(16, 16, 1))
-    assert model.answer(*asked, max_new=5) == loaded.answer(*asked, max_new=5)
+    assert either.answer(*asked, max_new=5) == loaded.answer(*asked, max_new=5)
 
 
 def test_commands_take_a_unified_model(model, workdir, tmp_path, monkeypatch, capsys):

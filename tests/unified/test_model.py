@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recomputed_sampling
 from golden import generation as golden
 
 from tokenflow_jax.data.chat import insertion
 from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.templates import DRAWN_ID, IGNORE, IMAGE_ID
-from tokenflow_jax.generation.model import Generation, next_scale_features
+from tokenflow_jax.generation.model import ROPES, Generation, next_scale_features
 from tokenflow_jax.generation.sample import Sampler
 from tokenflow_jax.nets import chunked_attention
 from tokenflow_jax.nets.lm import Decoder, LMConfig, init_cache
@@ -40,7 +41,7 @@ def pictures():
     return {
         "codes": codes,
         "read": visual_features(codes, books, CONFIG.pyramid),
-        "write": next_scale_features(codes, books, CONFIG.pyramid),
+        "write": next_scale_features(codes, books, CONFIG),
     }
 
 
@@ -70,7 +71,7 @@ def arrays(numbers, pictures, padding=4):
     return [jnp.asarray(row[name]) for name in names], features, pictures["codes"][own][None]
 
 
-def alone(params, number, pictures):
+def alone(params, number, pictures, config=CONFIG):
     """The logits of one conversation by a decoder without cache, its inputs and mask by loops."""
     row, p = conversation(number), jax.tree.map(np.asarray, params)
     level, position, embedding = (
@@ -105,22 +106,28 @@ def alone(params, number, pictures):
     allowed = np.array([[j <= last[i] for j in range(length)] for i in range(length)])[None]
     decoder = {"params": params["lm"]}
     xla = Decoder(dataclasses.replace(LM, attention="xla"))
-    hidden, _ = xla.apply(decoder, np.array(inputs)[None], np.arange(length)[None], allowed)
+    start = int(np.argmax(places == -2)) if -2 in places else length
+    at = recomputed_sampling.positions(config, start, length)[None]
+    hidden, _ = xla.apply(decoder, np.array(inputs)[None], at, allowed)
     return row, np.asarray(xla.apply(decoder, hidden, method="logits")[0])
 
 
-@pytest.mark.parametrize("kernel", ["xla", "chunked"])
-def test_a_row_of_several_conversations_equals_each_alone(params, pictures, kernel, monkeypatch):
+@pytest.mark.parametrize("kernel, rope", [("xla", "1d"), ("chunked", "1d"), ("xla", "3d")])
+def test_a_row_of_several_conversations_equals_each_alone(
+    params, pictures, kernel, rope, monkeypatch
+):
     (ids, _, places, segments), features, _ = arrays((2, 0, 1), pictures)
     if kernel == "chunked":
         monkeypatch.setattr(chunked_attention, "_QUERIES", 16)
-    hidden, _ = jax.jit(MODEL.apply)({"params": params}, ids, places, segments, features)
+    config = dataclasses.replace(CONFIG, rope=rope)
+    apply = jax.jit(Unified(config).apply)
+    hidden, _ = apply({"params": params}, ids, places, segments, features)
     logits = MODEL.apply({"params": params}, hidden, method=lambda m, x: m.lm.logits(x))
     text = MODEL.apply({"params": params}, hidden, method="logits")
     np.testing.assert_allclose(text, logits[..., :36], atol=1e-6)
     first = 0
     for number in (2, 0, 1):
-        row, want = alone(params, number, pictures)
+        row, want = alone(params, number, pictures, config)
         np.testing.assert_allclose(logits[0, first : first + len(want)], want, atol=2e-5)
         first += len(row["ids"])
 
@@ -183,29 +190,35 @@ def test_gradients_do_not_reach_a_head_s_frozen_columns(params, pictures):
     np.testing.assert_allclose(part[:, 36:], whole[:, 36:], atol=1e-6)
 
 
-def test_a_cache_is_read_as_whole_rows_are(params, pictures):
+@pytest.mark.parametrize("rope", ROPES)
+def test_a_cache_is_read_as_whole_rows_are(params, pictures, rope):
     """A first part of a conversation, and then what follows, with a picture written there."""
+    apply = Unified(dataclasses.replace(CONFIG, rope=rope)).apply
     (ids, _, places, segments), features, _ = arrays((2,), pictures, padding=0)
-    want, _ = MODEL.apply({"params": params}, ids, places, segments, features)
+    want, _ = apply({"params": params}, ids, places, segments, features)
     variables, length = {"params": params}, ids.shape[1]
     whole = init_cache(LM, 1, length + 3)
-    got, _ = MODEL.apply(variables, ids, places, segments, features, whole)
+    got, _ = apply(variables, ids, places, segments, features, whole)
     np.testing.assert_allclose(got, want, atol=2e-5)
     cache, parts = init_cache(LM, 1, length + 3), []
     for part in (slice(0, 2), slice(2, 2 + 2 + CODES + 3), slice(7 + CODES, length)):
         row = (ids[:, part], places[:, part], segments[:, part])
-        hidden, cache = MODEL.apply(variables, *row, features, cache, method="read_on")
+        hidden, cache = apply(variables, *row, features, cache, method="read_on")
         parts.append(hidden)
     np.testing.assert_allclose(np.concatenate(parts, 1), want, atol=2e-5)
 
 
-def test_a_sampler_draws_what_whole_rows_predict(params):
+@pytest.mark.parametrize("option", [{}, {"rope": "3d"}, {"scale_inputs": "residual"}])
+def test_a_sampler_draws_what_whole_rows_predict(params, option):
     """Greedy codes, scale by scale with a cache, rank first in the row that training would see."""
+    config = dataclasses.replace(CONFIG, **option)
+    model = Unified(config)
+    params = jax.tree.map(lambda x: 9 * x, params)  # attention is far from even
     rng = np.random.default_rng(1)
     books = Codebooks(*(jnp.asarray(rng.normal(size=(16, c)), jnp.float32) for c in (6, 3)))
     requests = [[3, 5], [3, 6, 7, 8]]
     ids = np.array([[*[0] * (4 - len(text)), *text, *DRAWN.open_ids] for text in requests])
-    sampler = Sampler(MODEL, 0, ((1, 0.0),))
+    sampler = Sampler(model, 0, ((1, 0.0),))
     codes = jax.jit(sampler)(params, books, ids, None, jax.random.split(jax.random.key(0), 2), 0.0)
     for text, codes_N in zip(requests, codes, strict=True):
         row = insertion.merge_row(np.array([*text, DRAWN_ID]), None, VECTORS, drawn=DRAWN)
@@ -213,10 +226,10 @@ def test_a_sampler_draws_what_whole_rows_predict(params):
         rows = (batch["ids"], batch["places"], batch["segments"])
         features = {
             "read": visual_features(codes_N[None], books, CONFIG.pyramid)[None],
-            "write": next_scale_features(codes_N[None], books, CONFIG.pyramid)[None],
+            "write": next_scale_features(codes_N[None], books, config)[None],
         }
-        hidden, _ = MODEL.apply({"params": params}, *rows, features)
-        logits = MODEL.apply({"params": params}, hidden, method="code_logits")[0]
+        hidden, _ = model.apply({"params": params}, *rows, features)
+        logits = model.apply({"params": params}, hidden, method="code_logits")[0]
         first = int(np.flatnonzero(row["places"] == -2)[0]) - 1
         np.testing.assert_array_equal(logits[first : first + CODES].argmax(-1), codes_N)
 
@@ -260,7 +273,7 @@ def test_writing_alone_it_is_the_generation_model(name):
     config = UnifiedConfig(**vars(case.config), vision_channels=4)
     codes = jnp.asarray(data["codes"])
     count, start = codes.shape[1], data["input_ids"].shape[1] - codes.shape[1] - 4
-    features = next_scale_features(codes, case.codebooks, config.pyramid)
+    features = next_scale_features(codes, case.codebooks, config)
     template = jax.eval_shape(Unified(config).init_params, jax.random.key(0))
     params = dict(case.params["params"])
     params["write_projector"] = params.pop("projector")

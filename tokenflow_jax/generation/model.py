@@ -22,6 +22,7 @@ from typing import ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tokenflow_jax.nets.attention import Blocks, Mask
 from tokenflow_jax.nets.layers import exact_gelu
@@ -32,6 +33,9 @@ from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 
 _INIT = nn.initializers.normal(0.02)
+# Options of NextFlow (arXiv 2601.02204, sec. 2.2) after those of the paper and its released models.
+ROPES = ("1d", "3d")
+SCALE_INPUTS = ("accumulated", "residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,10 @@ class GenerationConfig:
     codebook_size: int
     image_start: int  # vocabulary id of code 0; all ids below are text and padding
     code_channels: int = 40  # semantic and pixel
+    # Rotary positions of a scale's inputs: in the sequence ("1d"), or by scale, row, column ("3d").
+    rope: str = "1d"
+    # Made from all coarser scales ("accumulated"), or from the one before alone ("residual").
+    scale_inputs: str = "accumulated"
 
     kind: ClassVar[str] = "generation"
 
@@ -67,6 +75,9 @@ class GenerationConfig:
                 f"lm.vocabulary_size={self.lm.vocabulary_size} does not hold {self.image_start} "
                 f"text ids and {self.codebook_size} codes; it must be at least their sum"
             )
+        for name, known in (("rope", ROPES), ("scale_inputs", SCALE_INPUTS)):
+            if getattr(self, name) not in known:
+                problems.append(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if problems:
             raise ValueError(f"{self.kind} model: " + "; ".join(problems))
 
@@ -77,6 +88,25 @@ class GenerationConfig:
     def blocks(self, prefix: int) -> Blocks:
         """Return the blocks of attention after a prefix of `prefix` ids."""
         return Blocks(prefix - 1, tuple(side * side for side in self.scales))
+
+    def positions(self, index_BL: jax.Array, codes_BL: jax.Array) -> jax.Array:
+        """Return the rotary positions of tokens, (B, L) or (B, L, 3), from their sequence's index.
+
+        `codes_BL` numbers the inputs behind `<img>` of a row's pictures, N each; other tokens have
+        negative ones. In three axes a scale's input lies behind the last id of `<img>` by its scale
+        and by its cell's center, in cells of the finest scale; all else has its index on each axis.
+        """
+        if self.rope == "1d":
+            return index_BL
+        behind = [
+            (scale, *((at + 0.5) * self.scales[-1] / side for at in divmod(cell, side)))
+            for scale, side in enumerate(self.scales[1:], 1)
+            for cell in range(side * side)
+        ]
+        index_N = np.arange(1, self.pyramid.tokens + 1)  # the last one's input is no scale's
+        shift_N3 = np.array([*behind, 3 * index_N[-1:].tolist()], np.float32) - index_N[:, None]
+        own_BL = jnp.where(codes_BL < 0, -1, codes_BL % len(index_N))
+        return index_BL[..., None] + jnp.asarray(shift_N3)[own_BL]
 
 
 # The published text-to-image model: LLaMA-2-7B, a row for padding, and the 32,768 codes of the
@@ -94,12 +124,16 @@ VARIANTS: dict[str, GenerationConfig] = {
 }  # fmt: skip
 
 
-def next_scale_features(codes_BN: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
+def next_scale_features(
+    codes_BN: jax.Array, codebooks: Codebooks, config: GenerationConfig
+) -> jax.Array:
     """Return the inputs at all codes but the first, float32 (B, N - 1, C).
 
     A chain: f = z_1; every further scale's input is up(f), f resized to that scale only, and then
-    f = up(f) + z. (The image decoder's input is another: see `pyramid.features_from_codes`.)
+    f = up(f) + z, or f = z if inputs are residual. (The image decoder's input is another: see
+    `pyramid.features_from_codes`.)
     """
+    scales = config.pyramid
     vectors_BNC = codebooks.look_up(codes_BN)
     batch, _, channels = vectors_BNC.shape
     features_BhwC, inputs = None, [jnp.zeros((batch, 0, channels))]
@@ -109,7 +143,7 @@ def next_scale_features(codes_BN: jax.Array, codebooks: Codebooks, scales: Scale
             features_BhwC = z_BhwC
             continue
         up_BhwC = bicubic_resize(features_BhwC, side)
-        features_BhwC = up_BhwC + z_BhwC
+        features_BhwC = z_BhwC if config.scale_inputs == "residual" else up_BhwC + z_BhwC
         inputs.append(up_BhwC.reshape(batch, -1, channels))
     return jnp.concatenate(inputs, axis=1)
 
@@ -193,8 +227,9 @@ class Generation(nn.Module):
         length = inputs_BLC.shape[1]
         real_BL = jnp.concatenate([real_BP, jnp.ones((batch, length - prefix), bool)], axis=1)
         mask = Mask(real_BL, self.config.blocks(prefix))
-        hidden_BLC, _ = self.lm(inputs_BLC, jnp.arange(length)[None], mask)
-        return hidden_BLC
+        index_1L, stop = jnp.arange(length)[None], prefix + self.config.pyramid.tokens
+        codes_1L = jnp.where(index_1L < stop, index_1L - prefix, -1)
+        return self.lm(inputs_BLC, self.config.positions(index_1L, codes_1L), mask)[0]
 
     def inputs(
         self, prefix_BP: jax.Array, features_BMC: jax.Array, suffix_BT: jax.Array
@@ -250,12 +285,15 @@ class Generation(nn.Module):
         start: jax.Array | int,
         mask: Mask | jax.Array,
         cache: Cache,
+        scale: int | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Run the decoder on the inputs from index `start` on; the cache holds those before.
+        """Run the decoder on inputs, of text or `scale`, from index `start` on, behind a cache.
 
         With a traced `start` attention reads the whole cache, and with a known one its beginning.
         """
         length = inputs_BLC.shape[1]
         visible = start + length if isinstance(start, int) else 0
-        positions = start + jnp.arange(length)[None]
+        first = -length if scale is None else self.config.pyramid.slices()[scale].start - 1
+        index_1L = jnp.arange(length)[None]
+        positions = self.config.positions(start + index_1L, first + index_1L)
         return self.lm(inputs_BLC, positions, mask, cache.at(start, visible))

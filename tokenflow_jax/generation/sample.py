@@ -189,7 +189,7 @@ class Sampler:
         pyramid, cache = self.model.config.pyramid, prefix.cache
         apply = functools.partial(self.model.apply, {"params": params})
         batch, rows = keys_B.shape[0], prefix.hidden_R1C.shape[0]
-        features_BhwC = None  # of all scales so far, at the latest one's size
+        features_BhwC = None  # what the next scale's input comes from, at the latest one's size
         residual_BHWC = kept_BL = z_BLC = None  # of an edit
         if edit is not None:
             residual_BHWC = jnp.tile(edit.map_1HWC, (batch, 1, 1, 1))
@@ -209,7 +209,8 @@ class Sampler:
                     inputs_RLC = jnp.tile(tokens_BLC, (rows // batch, 1, 1))
                     if index == 1:
                         first_pass = _entries(cache, start, size)
-                    hidden_RLC, cache = apply(inputs_RLC, start, mask_R1K, cache, method="decode")
+                    run = (inputs_RLC, start, mask_R1K, cache, scale)
+                    hidden_RLC, cache = apply(*run, method="decode")
                 if rows > batch:
                     hidden_RLC = guided(hidden_RLC, guidance * scale / max(len(pyramid) - 1, 1))
                 logits_BLK = apply(hidden_RLC, method="code_logits")
@@ -221,7 +222,8 @@ class Sampler:
                 vectors_BLC = codebooks.look_up(codes_BL)
                 z_BhwC = vectors_BLC.reshape(batch, side, side, -1)
                 inputs_BhwC = up_BhwC + z_BhwC if scale else z_BhwC
-            features_BhwC = inputs_BhwC
+            residual = self.model.config.scale_inputs == "residual"
+            features_BhwC = z_BhwC if residual else inputs_BhwC
             if edit is not None:
                 residual_BHWC = edit.left_over(scale, residual_BHWC, vectors_BLC, z_BLC)
             if first_pass is not None:

@@ -179,7 +179,7 @@ class Trainer:
         """Return the loss of every label."""
         config, options = self.model.config, self.losses
         codebooks = Codebooks.of(frozen["tokenizer"])
-        features_BMC = next_scale_features(codes_BN, codebooks, config.pyramid)
+        features_BMC = next_scale_features(codes_BN, codebooks, config)
         real_BP = prefix_BP != self.pad_id
         variables = {"params": params}
         if options.vocabulary == "all":

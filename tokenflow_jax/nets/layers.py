@@ -70,11 +70,18 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
-def rope(positions_BL: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines of the rotary angles, float32 (B, L, 1, head_width // 2) each."""
+def rope(positions: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Return cosines and sines of the rotary angles, float32 (B, L, 1, head_width // 2) each.
+
+    Of positions (B, L, axes) the axes take turns at the frequencies; (B, L) are those of one axis.
+    """
     half = head_width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+    if positions.ndim == 2:
+        positions = positions[..., None]
+    else:
+        positions = positions[..., jnp.arange(half) % positions.shape[-1]]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

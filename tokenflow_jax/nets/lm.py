@@ -204,14 +204,15 @@ class Decoder(nn.Module):
     def __call__(
         self,
         embeddings_BLC: jax.Array,
-        positions_BL: jax.Array,
+        positions: jax.Array,
         mask: Mask | jax.Array | None = None,
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the blocks and the final norm; return tokens (B, L, C) and the extended cache.
 
         Args:
-          positions_BL: int positions for the rotation; (1, L) serves all rows.
+          positions: for the rotation, (B, L) or of several axes (B, L, axes); a single row serves
+            all.
           mask: a `Mask`, bool (B or 1, L, K) with True for allowed, or None for causal. With a
             cache, K is the number of its visible entries.
           cache: holds the tokens before these; None computes these alone.
@@ -230,7 +231,7 @@ class Decoder(nn.Module):
         if isinstance(mask, Mask) and kernel == "xla":
             mask = mask.allowed(length, keys, first)
         carry = (on_batch(embeddings_BLC.astype(self.dtype)), cache)
-        cos_sin = rope(positions_BL, cfg.head_channels, cfg.rope_theta)
+        cos_sin = rope(positions, cfg.head_channels, cfg.rope_theta)
         remat = cfg.remat if cache is None else "none"
         blocks = stack(Block, cfg.layers, remat, in_axes=(0, nn.broadcast, nn.broadcast))(
             cfg, self.dtype, kernel, name="blocks"

@@ -35,6 +35,8 @@ BEFORE = {
     "lora.alpha": 16.0,
     "lora.modules": [],
     "lora.weights": "auto",
+    "model.rope": "1d",
+    "model.scale_inputs": "accumulated",
 }
 
 

@@ -190,12 +190,11 @@ class Understanding(nn.Module):
             # Entries to be written later are real; the causal order hides them until then.
             more = cache.keys.shape[2] - real_BL.shape[1]
             mask = Mask(jnp.pad(real_BL, ((0, 0), (0, more)), constant_values=True))
-        mask = self.ordered(mask, places_BL, features_BMNC, cache)
-        return self.lm(inputs_BLC, positions_BL, mask, cache)
+        return self.run(inputs_BLC, positions_BL, mask, places_BL, features_BMNC, cache)
 
-    def ordered(self, mask: Mask, places_BL: jax.Array, features: Any, cache: Cache | None) -> Mask:
-        """Return the mask of rows behind a cache with the order in which they are read."""
-        return mask  # causal
+    def run(self, inputs_BLC, index_BL, mask, places_BL, features_BMNC, cache):
+        """Run the decoder on rows, in causal order, behind a cache."""
+        return self.lm(inputs_BLC, index_BL, mask, cache)
 
     def loss(
         self,
@@ -262,9 +261,8 @@ class Understanding(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Read rows, padded on the right, behind all that the cache has; as `__call__`."""
         inputs_BLC = self.embed(ids_BL, places_BL, segments_BL, features_BMNC)
-        positions_BL = cache.length + jnp.arange(ids_BL.shape[1])[None]
-        mask = self.ordered(Mask(), places_BL, features_BMNC, cache)
-        return self.lm(inputs_BLC, positions_BL, mask, cache)
+        index_1L = cache.length + jnp.arange(ids_BL.shape[1])[None]
+        return self.run(inputs_BLC, index_1L, Mask(), places_BL, features_BMNC, cache)
 
     def next_token(
         self, ids_B: jax.Array, positions_B: jax.Array, real_BK: jax.Array, cache: Cache

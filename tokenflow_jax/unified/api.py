@@ -132,8 +132,8 @@ class Unified(Assistant):
         }
         if self.device_mesh is not None:
             own = {name: mesh.bind(self.device_mesh, function) for name, function in own.items()}
-        codebooks, pyramid = self.tokenizer.codebooks, self.config.pyramid
-        next_scale = jax.jit(lambda codes_MN: next_scale_features(codes_MN, codebooks, pyramid))
+        codebooks, config = self.tokenizer.codebooks, self.config
+        next_scale = jax.jit(lambda codes_MN: next_scale_features(codes_MN, codebooks, config))
         return super()._compiled | own | {"next_scale": next_scale}
 
     def generate(self, prompts: str | Sequence[str], **options: Any) -> Generated:

@@ -140,12 +140,18 @@ class Unified(Generation, Understanding):
         """Run the model over whole rows; see `Understanding.__call__`."""
         return Understanding.__call__(self, ids_BL, places_BL, segments_BL, features, cache)
 
-    def ordered(
-        self, mask: Mask, places_BL: jax.Array, features: Features, cache: Cache | None
-    ) -> Mask:
-        """Add the order of rows in which pictures are written: a scale reads itself whole."""
+    def run(
+        self,
+        inputs_BLC: jax.Array,
+        index_BL: jax.Array,
+        mask: Mask,
+        places_BL: jax.Array,
+        features: Features,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run the decoder on rows in which pictures are written: a scale reads itself whole."""
         if "write" not in features:
-            return mask
+            return self.lm(inputs_BLC, index_BL, mask, cache)
         first = 0 if cache is None else cache.length
         index_L = first + jnp.arange(places_BL.shape[1], dtype=jnp.int32)
         codes_BL, ahead_N = -2 - places_BL, self.config.ahead()
@@ -155,7 +161,8 @@ class Unified(Generation, Understanding):
             own_K = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
             every_BK = jnp.broadcast_to(own_K, (len(places_BL), len(own_K)))
             last_BK = jax.lax.dynamic_update_slice(every_BK, last_BK, (0, first))
-        return dataclasses.replace(mask, last_BK=last_BK, ahead=int(ahead_N.max()))
+        mask = dataclasses.replace(mask, last_BK=last_BK, ahead=int(ahead_N.max()))
+        return self.lm(inputs_BLC, self.config.positions(index_BL, codes_BL), mask, cache)
 
     def logits(self, hidden_BLC: jax.Array) -> jax.Array:
         """Return the scores of text ids, float32 (B, L, image_start)."""

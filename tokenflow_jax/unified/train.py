@@ -139,7 +139,7 @@ class Trainer(understanding.Trainer):
         config, flat_IN = self.model.config, codes_BMN.reshape(-1, codes_BMN.shape[-1])
         features = {
             "read": visual_features(flat_IN, codebooks, config.pyramid, config.strategy),
-            "write": next_scale_features(flat_IN, codebooks, config.pyramid),
+            "write": next_scale_features(flat_IN, codebooks, config),
         }
         return {name: x.reshape(*codes_BMN.shape[:2], *x.shape[1:]) for name, x in features.items()}
 
