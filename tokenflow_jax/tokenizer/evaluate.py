@@ -72,12 +72,14 @@ class Evaluation:
         found = measures.evaluate(
             lambda images: self._reconstruct(params, images)[:2],
             self._held_out,
-            self._config.codebook_size,
+            self._config.index_sizes,
             self._config.pyramid,
+            indices=self._config.indices,
             measures=self._measures,
             reference=self._reference,
         )
-        shown = (*self._measures, "rfid", "codes_used", "images")
+        used = ("codes_used", "codes_used/semantic", "codes_used/pixel")
+        shown = (*self._measures, "rfid", *used, "images")
         return {name: found[name] for name in shown if name in found}
 
     def knn_figures(self, params: PyTree) -> dict[str, float]:

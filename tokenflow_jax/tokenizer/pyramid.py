@@ -19,13 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.resize import area_resize, bicubic_resize
-from tokenflow_jax.parallel import placement
-from tokenflow_jax.tokenizer.quantizer import (
-    Codebooks,
-    nearest_codes,
-    normalize_halves,
-    straight_through,
-)
+from tokenflow_jax.tokenizer.kinds import PAPER, QuantizerConfig
+from tokenflow_jax.tokenizer.quantizer import Codebooks, nearest_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +82,7 @@ def residual_quantize(
     scales: Scales,
     pixel_weight: float = 1.0,
     keep_S: jax.Array | None = None,
+    quantizer: QuantizerConfig = PAPER,
 ) -> Pyramid:
     """Quantize features (B, g, g, C), g = scales.grid and semantic channels first, scale by scale.
 
@@ -97,17 +93,20 @@ def residual_quantize(
     batch, grid, _, channels = features_BHWC.shape
     if grid != scales.grid:
         raise ValueError(f"a {grid} x {grid} feature map cannot end at scales {scales.sides}")
-    semantic_channels = codebooks.semantic_KC.shape[-1]
-    table_KC = jax.lax.stop_gradient(codebooks.normalized())
+    tables = codebooks.tables()
+    if not quantizer.trains_codes:
+        tables = jax.lax.stop_gradient(tables)
+    estimate = quantizer.estimator(codebooks)
 
     residual_BHWC, quantized_BHWC = features_BHWC, jnp.zeros_like(features_BHWC)
     codes, inputs = [], []
     for s, side in enumerate(scales.sides):
-        z_BhwC = normalize_halves(area_resize(residual_BHWC, side), semantic_channels)
+        z_BhwC = codebooks.inputs(area_resize(residual_BHWC, side))
         z_NC = z_BhwC.reshape(-1, channels)
-        code_N = nearest_codes(z_NC, table_KC, semantic_channels, pixel_weight)
-        chosen_BhwC = placement.take_rows(table_KC, code_N).reshape(z_BhwC.shape)
-        chosen_BhwC = straight_through(z_BhwC, chosen_BhwC)
+        searches = codebooks.searches(z_NC, tables, pixel_weight)
+        code_N = codebooks.joined(*(nearest_codes(*search) for search in searches))
+        chosen_NC = estimate(z_NC, codebooks.rows(tables, code_N), searches)
+        chosen_BhwC = chosen_NC.reshape(z_BhwC.shape)
         up_BHWC = bicubic_resize(chosen_BhwC, grid)
         if keep_S is not None:
             up_BHWC *= keep_S[s]
