@@ -56,9 +56,9 @@ class QuantizerConfig:
             )
             if value not in allowed
         ]
-        if bool(self.levels) != (self.kind == "fsq") or any(n < 2 for n in self.levels):
+        if bool(self.levels) != (self.kind == "fsq") or any(n < 3 for n in self.levels):
             problems.append(
-                f"quantizer.levels {self.levels}: kind 'fsq' needs two or more for each pixel "
+                f"quantizer.levels {self.levels}: kind 'fsq' needs three or more for each pixel "
                 "channel, such as (8, 5, 5, 5); other kinds have none"
             )
         if self.temperature <= 0:
@@ -178,7 +178,7 @@ class QuantizerConfig:
         if self.kind == "simvq":
             for half in _HALVES:
                 table, map_CC = found[f"{half}_codebook"], found.pop(f"{half}_map")
-                found[table.name] = found[f"{half}_codebook"] = _product(table, map_CC)
+                found[f"{half}_codebook"] = _product(table, map_CC)
         if self.kind == "bsq" and self.shared_index:
             points = np.asarray(grid((2,) * pixel_channels, "bsq"))
             found["pixel_codebook"] = in_memory("pixel_codebook", points)
