@@ -102,13 +102,14 @@ def forms(sizes, batch=8, grid=4):
         "simvq": QuantizerConfig("simvq"),
         "bsq": QuantizerConfig("bsq"),
         "fsq": QuantizerConfig("fsq", levels=(8, 8, 8)),
+        "heads": QuantizerConfig(heads=2),
         "separate": QuantizerConfig("vq", "separate"),
         "joined": QuantizerConfig("vq", "joined"),
         "separate_fsq": QuantizerConfig("fsq", "separate", (8, 4, 4)),
     }
     params, features = {}, {}
     for name, kind in kinds.items():
-        pixel = len(kind.levels) or 9
+        pixel = len(kind.levels) or (9 if kind.kind == "bsq" else 8)
         shapes = kind.parameters(512, {"semantic": width, "pixel": pixel})
         params[name] = {
             n: rng.standard_normal(s).astype(np.float32) for n, (_, s) in shapes.items()

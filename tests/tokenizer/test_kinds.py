@@ -24,12 +24,15 @@ FORMS = [
     for kind in KINDS
     for mapping in MAPPINGS
     if mapping != "joined" or kind not in ("bsq", "lfq", "fsq")
-]
+] + [("vq", "heads"), ("rotation", "heads")]
 QUICK = (("simvq", "shared"), ("bsq", "shared"), ("fsq", "separate"))
 
 
 def config_of(kind, mapping="shared"):
-    """A tiny tokenizer of 32 codes, as many as the grids have points."""
+    """A tiny tokenizer of 32 codes, as many as the grids have points; a mapping "heads" has two."""
+    if mapping == "heads":
+        quantizer = QuantizerConfig(kind, heads=2)
+        return dataclasses.replace(TINY, quantizer=quantizer, pixel_channels=4)
     if kind == "fsq":
         quantizer = QuantizerConfig(kind, mapping, (8, 4))
         return dataclasses.replace(TINY, quantizer=quantizer, pixel_channels=2)
@@ -50,7 +53,7 @@ def test_features_are_quantized_and_the_gradient_reaches_what_learns(kind, mappi
         return jnp.sum(made.quantized_BHWC**3) + pull, made.codes_BL
 
     (to_params, to_features), codes = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, features)
-    assert codes.shape == (2, 21) and codes.max() < config.codes
+    assert codes.shape == (2, config.length) and codes.max() < config.codes
     own = {n: np.abs(g).max() for n, g in to_params.items() if n.endswith(("codebook", "_map"))}
     frozen_ones = {name for name, largest in own.items() if largest == 0}
     assert frozen_ones == ({"semantic_codebook", "pixel_codebook"} if kind == "simvq" else set())
@@ -90,14 +93,14 @@ def test_a_trained_one_loads_as_what_it_is_without_its_training(kind, mapping, t
     if plain:
         assert set(flatten(loaded.params)) == set(flatten(tiny.random_params(TINY, 0)))
     with pytest.raises(ValueError, match=f"this codebook has 0 to {config.codes - 1}"):
-        loaded.decode(np.full((1, 21), config.codes))
+        loaded.decode(np.full((1, config.length), config.codes))
 
 
 def test_language_models_refuse_codes_without_a_shared_index():
     frozen.check_shared_index(config_of("simvq").finished, "run")
-    for kind, mapping in (("vq", "separate"), ("vq", "joined"), ("fsq", "shared")):
+    for kind, mapping in (("vq", "separate"), ("vq", "joined"), ("vq", "heads"), ("fsq", "shared")):
         config = config_of(kind, mapping)
-        with pytest.raises(ValueError, match=f"'run' has quantizer.kind '{kind}' and mapping"):
+        with pytest.raises(ValueError, match=f"'run' has quantizer.kind '{kind}', mapping"):
             frozen.check_shared_index(config.finished, "run")
 
 
@@ -122,6 +125,8 @@ def test_fingerprints_tell_mappings_apart_and_estimators_not():
         ({"kind": "bsq", "mapping": "joined"}, {}, "mapping 'joined' has none"),
         ({"kind": "bsq"}, {"codebook_size": 64}, "codebook_size 64 is not the 32 points"),
         ({"kind": "fsq", "levels": (8, 4)}, {}, "are not for pixel_channels 5"),
+        ({"heads": 2, "kind": "ibq"}, {}, "heads 2 needs kind 'vq' or 'rotation'"),
+        ({"heads": 2}, {}, "heads 2 does not divide semantic_channels 6 and pixel_channels 5"),
         ({"mapping": "separate"}, {"codebook_size": 65536}, "do not fit an int32 code"),
     ],
 )
@@ -137,6 +142,7 @@ def test_what_cannot_be_is_said(quantizer, fields, message):
         ("bsq", "shared", {"update": "ema", "init": "kmeans"}, "'kmeans', codebook.update='ema'"),
         ("ibq", "shared", {"update": "ema"}, "codebook.update='ema' cannot"),
         ("vq", "joined", {"init": "kmeans"}, "codebook.init='kmeans' cannot"),
+        ("vq", "heads", {"update": "ema"}, "codebook.update='ema' cannot"),
         ("vq", "separate", {"revive_every": 10}, ""),
         ("ibq", "shared", {"revive_every": 10, "init": "kmeans"}, ""),
     ],
@@ -182,7 +188,8 @@ def test_it_trains(kind, mapping):
         history.append({name: float(value) for name, value in metrics.items()})
     assert all(np.isfinite(value) for line in history for value in line.values())
     assert history[-1]["loss/reconstruction"] < history[0]["loss/reconstruction"]
-    names = ["semantic_all", "pixel_all"] if mapping == "separate" else ["all"]
+    names = {"separate": ["semantic_all", "pixel_all"], "heads": ["head_0_all", "head_1_all"]}
+    names = names.get(mapping, ["all"])
     for name in names:
         assert 0 < history[-1][f"usage/{name}"] <= 1 <= history[-1][f"perplexity/{name}"] <= 32
     still = {n for n in before if n.endswith(("codebook", "map"))

@@ -27,6 +27,40 @@ def make(kind, mapping):
     return config, params, config.codebooks(params, PIXEL)
 
 
+def test_heads_are_the_shared_mapping_in_each_part():
+    """Sub-codebooks against NumPy, head by head; codes of a token follow each other."""
+    rng, heads = np.random.default_rng(0), 3
+    params = {
+        "semantic_codebook": rng.standard_normal((11, 6)).astype(np.float32),
+        "pixel_codebook": rng.standard_normal((11, 3)).astype(np.float32),
+    }
+    config = QuantizerConfig(heads=heads)
+    books = config.codebooks(params, 3)
+    features = rng.standard_normal((2, 4, 4, 9)).astype(np.float32)
+    scales = Scales((1, 4))
+    made = residual_quantize(features, books, scales, WEIGHT, None, config)
+    assert made.codes_BL.shape == (2, 17 * heads)
+    again = features_from_codes(made.codes_BL, books, scales)
+    np.testing.assert_allclose(again, made.quantized_BHWC, atol=1e-5)
+    coarse = features_from_codes(made.codes_BL[:, :heads], books, scales)
+    finest = residual_quantize(features, books, Scales((4,)), WEIGHT, None, config)
+    codes = np.asarray(finest.codes_BL).reshape(32, heads)
+    tokens, vectors = features.reshape(32, 9).astype(float), np.empty((32, 9))
+    for h in range(heads):
+        where_s, where_p = slice(2 * h, 2 * h + 2), slice(6 + h, 7 + h)
+        z_s, z_p = unit(tokens[:, where_s]), unit(tokens[:, where_p])
+        rows_s = unit(params["semantic_codebook"][:, where_s].astype(float))
+        rows_p = unit(params["pixel_codebook"][:, h : h + 1].astype(float))
+        distance = ((z_s[:, None] - rows_s) ** 2).sum(-1)
+        distance += WEIGHT * ((z_p[:, None] - rows_p) ** 2).sum(-1)
+        np.testing.assert_array_equal(codes[:, h], distance.argmin(-1))
+        vectors[:, where_s], vectors[:, where_p] = rows_s[codes[:, h]], rows_p[codes[:, h]]
+    np.testing.assert_allclose(finest.quantized_BHWC.reshape(32, 9), vectors, atol=1e-6)
+    assert np.abs(coarse - coarse[:, :1, :1]).max() < 1e-6  # one token fills the map
+    with pytest.raises(ValueError, match=r"50 codes per image .* one of \[3, 51\]"):
+        features_from_codes(made.codes_BL[:, :50], books, scales)
+
+
 def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 

@@ -83,7 +83,7 @@ class Tokenizer(Pretrained):
     def _save(self, folder: str | os.PathLike, **options: Any) -> None:
         config = self.config
         rows = {
-            "codes": f"{config.pyramid.tokens} of {config.codes:,}",
+            "codes": f"{config.length} of {config.codes:,}",
             **{n: v for n, v in self.identity.items() if n != "codebook_size"},
             "semantic_encoder": config.semantic_encoder,
         }
@@ -234,7 +234,8 @@ class Tokenizer(Pretrained):
         if scales is not None and not 1 <= scales <= len(known):
             raise ValueError(f"scales={scales}: this tokenizer has 1 to {len(known)}")
         codes_BL = self.encode(images, batch_size=batch_size, **options)
-        codes_BL = np.asarray(codes_BL)[:, : known[(scales or len(known)) - 1].stop]
+        tokens = known[(scales or len(known)) - 1].stop
+        codes_BL = np.asarray(codes_BL)[:, : tokens * self.config.quantizer.heads]
         made = self.to_images(codes_BL, batch_size=batch_size)
         return made[0] if is_single(images) else made
 
@@ -257,7 +258,7 @@ class Tokenizer(Pretrained):
                 f"codes of shape {codes_BL.shape} and dtype {codes_BL.dtype}: give integers of "
                 "shape (batch, codes per image)"
             )
-        self.config.pyramid.prefix(codes_BL.shape[1])
+        self.config.pyramid.prefix(codes_BL.shape[1], self.config.quantizer.heads)
         size = self.config.codes
         if codes_BL.size and not (codes_BL.min() >= 0 and codes_BL.max() < size):
             raise ValueError(
@@ -269,7 +270,7 @@ class Tokenizer(Pretrained):
     def __repr__(self) -> str:
         config = self.config
         return (
-            f"Tokenizer of {config.image_size} px, {config.pyramid.tokens} codes of "
+            f"Tokenizer of {config.image_size} px, {config.length} codes of "
             f"{config.codes:,}, scales {config.scales},\n"
             f"  {config.semantic_encoder} encoder, {count_parameters(self.params):,} parameters, "
             f"{self.dtype}"

@@ -92,15 +92,19 @@ def revive_dead_codes(
 ) -> Codebooks:
     """Replace codes whose count in the usage window is zero by random tokens of the batch.
 
-    Where a code is two indices, `count_K` has the counts of both, "semantic" and "pixel".
+    `count_K` has the counts of each of `TokenizerConfig.index_sizes`.
     """
     chosen_K = jax.random.randint(key, codebooks.semantic_KC.shape[:1], 0, z_NC.shape[0])
     fresh = _split(z_NC[chosen_K], codebooks.semantic_channels)
     if not isinstance(count_K, Mapping):
-        count_K = {"semantic": count_K, "pixel": count_K}
-    dead = ((count_K[half] == 0)[:, None] for half in ("semantic", "pixel"))
-    moved = (jnp.where(*half) for half in zip(dead, fresh, codebooks, strict=True))
-    return codebooks.replace(**dict(zip(("semantic_KC", "pixel_KC"), moved, strict=True)))
+        dead = [(count_K == 0)[:, None]] * 2
+    elif codebooks.heads == 1:
+        dead = [(count_K[half] == 0)[:, None] for half in ("semantic", "pixel")]
+    else:
+        dead_KH = jnp.stack([count_K[f"head_{h}"] == 0 for h in range(codebooks.heads)], axis=-1)
+        dead = [jnp.repeat(dead_KH, half.shape[-1] // codebooks.heads, 1) for half in codebooks]
+    semantic, pixel = (jnp.where(*half) for half in zip(dead, fresh, codebooks, strict=True))
+    return codebooks.replace(semantic_KC=semantic, pixel_KC=pixel)
 
 
 class Usage(flax.struct.PyTreeNode):
@@ -172,7 +176,7 @@ def each_usage(function: Callable, usage: Usages, *indices: Any) -> Any:
 
 
 def usage_metrics(usage: Usages, scales: Scales) -> dict[str, jax.Array]:
-    """Return the metrics of a usage, or of both: usage/semantic_all, usage/pixel_scale_1, ..."""
+    """Return the metrics of a usage, or of each: usage/semantic_all, usage/pixel_scale_1, ..."""
     if isinstance(usage, Usage):
         return usage.metrics(scales)
     return {

@@ -78,7 +78,9 @@ class Evaluation:
             measures=self._measures,
             reference=self._reference,
         )
-        used = ("codes_used", "codes_used/semantic", "codes_used/pixel")
+        sizes = self._config.index_sizes
+        several = sizes if isinstance(sizes, Mapping) else ()
+        used = ("codes_used", *(f"codes_used/{name}" for name in several))
         shown = (*self._measures, "rfid", *used, "images")
         return {name: found[name] for name in shown if name in found}
 
@@ -125,7 +127,7 @@ class Evaluation:
         images = self._shown["image"][real]
         grids = {"reconstruction": grid([images, pixels[real]])}
         if len(scales) > 1:
-            ends = [where.stop for where in scales.slices()]
+            ends = [where.stop * self._config.quantizer.heads for where in scales.slices()]
             maps = [self._features(params, codes[:, :end]) for end in ends]
             growing = [np.asarray(self._decode(params, m))[real] for m in maps]
             grids["scales"] = grid([*growing, images])

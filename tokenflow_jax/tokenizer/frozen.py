@@ -124,8 +124,8 @@ def check_shared_index(config: TokenizerConfig, path: str | os.PathLike) -> None
     quantizer = config.quantizer
     if not quantizer.shared_index:
         raise ValueError(
-            f"the image tokenizer {os.fspath(path)!r} has quantizer.kind {quantizer.kind!r} and "
-            f"mapping {quantizer.mapping!r}: language models need codes that select one row in two "
-            f"codebooks, not any of {config.codes:,}; train it with mapping 'shared' and another "
-            "kind than 'lfq' and 'fsq'"
+            f"the image tokenizer {os.fspath(path)!r} has quantizer.kind {quantizer.kind!r}, "
+            f"mapping {quantizer.mapping!r} and heads {quantizer.heads}: language models need "
+            "one code for a token, which selects a row in two codebooks; train it with mapping "
+            "'shared', 1 head and another kind than 'lfq' and 'fsq'"
         )

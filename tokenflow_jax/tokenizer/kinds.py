@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.tokenizer import estimators
-from tokenflow_jax.tokenizer.mappings import Flat, Joined, Separate, SeparateFlat, grid
+from tokenflow_jax.tokenizer.mappings import Flat, Heads, Joined, Separate, SeparateFlat, grid
 from tokenflow_jax.tokenizer.quantizer import Codebooks, l2_normalize, straight_through
 from tokenflow_jax.weights.lazy import LazyTensor, in_memory, whole
 
@@ -43,6 +43,7 @@ class QuantizerConfig:
 
     kind: str = "vq"  # one of KINDS
     mapping: str = "shared"  # one index for both halves; separate: two; joined: one codebook
+    heads: int = 1  # codes of a token, each of its own part of both halves
     levels: tuple[int, ...] = ()  # of fsq, for each pixel channel
     temperature: float = 0.1  # of ibq's softmax over distances
 
@@ -67,12 +68,26 @@ class QuantizerConfig:
             problems.append(
                 f"quantizer.kind {self.kind!r} has a grid of pixel codes, mapping 'joined' has none"
             )
+        if self.heads < 1 or (self.heads > 1 and self._one_head_only):
+            problems.append(
+                f"quantizer.heads {self.heads} needs kind 'vq' or 'rotation' and mapping 'shared'; "
+                "1 is one code for a token"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
-    def problems(self, size: int, pixel_channels: int) -> list[str]:
-        """Return what does not fit a tokenizer with that codebook_size and pixel_channels."""
+    @property
+    def _one_head_only(self) -> bool:
+        return self.kind not in ("vq", "rotation") or self.mapping != "shared"
+
+    def problems(self, size: int, semantic_channels: int, pixel_channels: int) -> list[str]:
+        """Return what does not fit a tokenizer with that codebook_size and those channels."""
         found, count = [], self.pixel_size(size, pixel_channels)
+        if semantic_channels % self.heads or pixel_channels % self.heads:
+            found.append(
+                f"quantizer.heads {self.heads} does not divide semantic_channels "
+                f"{semantic_channels} and pixel_channels {pixel_channels}"
+            )
         if self.levels and len(self.levels) != pixel_channels:
             return [f"quantizer.levels {self.levels} are not for pixel_channels {pixel_channels}"]
         if self.mapping == "shared" and count != size:
@@ -93,7 +108,7 @@ class QuantizerConfig:
     @property
     def shared_index(self) -> bool:
         """One index selects a row of unit norm in two codebooks: what language models read."""
-        return self.mapping == "shared" and self.kind not in ("lfq", "fsq")
+        return self.mapping == "shared" and self.heads == 1 and self.kind not in ("lfq", "fsq")
 
     @property
     def fixed_codes(self) -> bool:
@@ -127,6 +142,8 @@ class QuantizerConfig:
         if self.kind in ("lfq", "fsq"):
             form = {"shared": Flat, "separate": SeparateFlat}[self.mapping]
             return form(*tables, levels=self.levels)
+        if self.heads > 1:
+            return Heads(*tables, heads=self.heads)
         return {"shared": Codebooks, "separate": Separate, "joined": Joined}[self.mapping](*tables)
 
     def estimator(self, codebooks: Codebooks) -> Callable[..., jax.Array]:
@@ -136,9 +153,7 @@ class QuantizerConfig:
                 codes, searches, self.temperature
             )
         if self.kind == "rotation":
-            channels = [half.shape[-1] for half in codebooks]
-            channels = channels if codebooks.unit_halves else [sum(channels)]
-            return lambda z, codes, searches: estimators.rotate(z, codes, channels)
+            return lambda z, codes, searches: estimators.rotate(z, codes, codebooks.parts)
         return lambda z, codes, searches: straight_through(z, codes)
 
     @property
@@ -148,19 +163,18 @@ class QuantizerConfig:
 
     def check_codebook(self, codebook: Any) -> None:
         """Raise ValueError for a `state.CodebookConfig` that cannot move these codebooks."""
-        one_by_one = not self.fixed_codes
+        one_by_one, shared = not self.fixed_codes, self.mapping == "shared" and self.heads == 1
         refused = {
-            f"init={codebook.init!r}": codebook.init == "kmeans"
-            and not (one_by_one and self.mapping == "shared"),
+            f"init={codebook.init!r}": codebook.init == "kmeans" and not (one_by_one and shared),
             f"update={codebook.update!r}": codebook.update == "ema"
-            and not (one_by_one and self.mapping == "shared" and self.kind != "ibq"),
+            and not (one_by_one and shared and self.kind != "ibq"),
             f"revive_every={codebook.revive_every}": codebook.revive_every and not one_by_one,
         }
         if names := [name for name, is_refused in refused.items() if is_refused]:
             raise ValueError(
                 f"codebook.{', codebook.'.join(names)} cannot be had with quantizer.kind "
-                f"{self.kind!r} and mapping {self.mapping!r}; the defaults are init='uniform', "
-                "update='gradient', revive_every=0"
+                f"{self.kind!r}, mapping {self.mapping!r} and heads {self.heads}; the "
+                "defaults are init='uniform', update='gradient', revive_every=0"
             )
 
     @property
@@ -168,7 +182,7 @@ class QuantizerConfig:
         """The quantizer without what is of training only."""
         if self.kind in ("lfq", "fsq") or (self.kind == "bsq" and not self.shared_index):
             return self
-        return QuantizerConfig(mapping=self.mapping)
+        return QuantizerConfig(mapping=self.mapping, heads=self.heads)
 
     def finish(
         self, arrays: Mapping[str, LazyTensor], pixel_channels: int

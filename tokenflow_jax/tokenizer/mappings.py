@@ -3,18 +3,19 @@
 - `Separate`: each half takes its own nearest code, and a code holds both indices, semantic * K' +
   pixel with K' pixel codes. It has to fit int32.
 - `Joined`: one codebook of whole vectors, of unit norm as wholes.
+- `Heads`: both halves are cut into heads, and each head of a token has a code of its own under the
+  shared mapping, over its columns of both codebooks. A token's codes follow each other: (B, L H).
 - `Flat`, `SeparateFlat`: the pixel half is a fixed grid of points that are not of unit norm (FSQ,
   LFQ), compared by their plain distances.
 
 Only codes of the shared mapping can be read and written by the language models: the others have no
 two codebooks of which one index selects a row each (`kinds.QuantizerConfig.shared_index`).
 
-Shapes: N tokens, K codes, C channels, D pixel channels.
+Shapes: N tokens, H heads, K codes, C channels, D pixel channels.
 """
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import flax.struct
 import jax
@@ -22,13 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.parallel import placement
-from tokenflow_jax.tokenizer.quantizer import Codebooks, Search, l2_normalize
+from tokenflow_jax.tokenizer.quantizer import (
+    Codebooks,
+    Search,
+    l2_normalize,
+    normalize_halves,
+)
 
 
 class Joined(Codebooks):
     """One codebook for both halves together; |z - c|^2 knows no weight of the pixel half."""
 
-    unit_halves: ClassVar[bool] = False
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return (sum(super().parts),)
 
     def normalized(self) -> jax.Array:
         return l2_normalize(jnp.concatenate([*self], axis=-1).astype(jnp.float32))
@@ -76,6 +84,57 @@ class Separate(Codebooks):
         return jnp.concatenate(rows, axis=-1)
 
 
+class Heads(Codebooks):
+    """Sub-codebooks: the shared mapping in each head by itself, as UniTok's (arXiv 2502.20321)."""
+
+    heads: int = flax.struct.field(pytree_node=False, default=1)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return tuple(half // self.heads for half in super().parts for _ in range(self.heads))
+
+    def _by_head(self, x: jax.Array) -> list[jax.Array]:
+        halves = jnp.split(x, [self.semantic_channels], axis=-1)
+        pairs = zip(*(jnp.split(half, self.heads, axis=-1) for half in halves), strict=True)
+        return [jnp.concatenate(pair, axis=-1) for pair in pairs]
+
+    def _normalized(self, x: jax.Array) -> jax.Array:
+        return normalize_halves(x, self.semantic_channels // self.heads)
+
+    def _together(self, by_head: Sequence[jax.Array]) -> jax.Array:
+        split = [jnp.split(x, [self.semantic_channels // self.heads], axis=-1) for x in by_head]
+        semantic, pixel = zip(*split, strict=True)
+        return jnp.concatenate([*semantic, *pixel], axis=-1)
+
+    def inputs(self, features: jax.Array) -> jax.Array:
+        return self._together([self._normalized(x) for x in self._by_head(features)])
+
+    def tables(self) -> tuple[jax.Array, ...]:
+        return tuple(map(self._normalized, self._by_head(jnp.concatenate([*self], axis=-1))))
+
+    def searches(self, z_NC, tables, pixel_weight=1.0):
+        split = (self.semantic_channels // self.heads, pixel_weight)
+        return [Search(*pair, *split) for pair in zip(self._by_head(z_NC), tables, strict=True)]
+
+    def joined(self, *codes_N):
+        return jnp.stack(codes_N, axis=-1)
+
+    def rows(self, tables, codes_NH):
+        pairs = zip(tables, jnp.moveaxis(codes_NH, -1, 0), strict=True)
+        return self._together([placement.take_rows(*pair) for pair in pairs])
+
+    def look_up(self, codes: jax.Array) -> jax.Array:
+        """Return the vectors of codes (..., L H): (..., L, C)."""
+        tables = self._by_head(jnp.concatenate([*self], axis=-1))
+        codes = codes.reshape(*codes.shape[:-1], -1, self.heads)
+        return self._together(
+            [
+                self._normalized(placement.take_rows(table, codes[..., head]))
+                for head, table in enumerate(tables)
+            ]
+        )
+
+
 class _GridHalf:
     """What a pixel half of grid points changes, whatever the mapping.
 
@@ -83,7 +142,9 @@ class _GridHalf:
     -|c|^2 / 2 in the codes, makes that an inner product again.
     """
 
-    unit_halves: ClassVar[bool] = False
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return (self.semantic_channels,)
 
     def inputs(self, features: jax.Array) -> jax.Array:
         features = features.astype(jnp.float32)

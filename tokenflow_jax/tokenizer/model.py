@@ -97,7 +97,9 @@ class TokenizerConfig:
             )
         if self.codebook_size < 2:
             problems.append(f"codebook_size {self.codebook_size} is below 2")
-        problems += self.quantizer.problems(self.codebook_size, self.pixel_channels)
+        problems += self.quantizer.problems(
+            self.codebook_size, self.semantic_channels, self.pixel_channels
+        )
         if self.vit.width % self.semantic_decoder_heads:
             problems.append(
                 f"width {self.vit.width} is not a multiple of semantic_decoder_heads "
@@ -121,24 +123,34 @@ class TokenizerConfig:
         return self.semantic_channels + self.pixel_channels
 
     @property
+    def length(self) -> int:
+        """Codes of an image."""
+        return self.quantizer.heads * self.pyramid.tokens
+
+    @property
+    def codes(self) -> int:
+        """Number of different codes, which are 0 to that."""
+        separate = self.quantizer.mapping == "separate"
+        return math.prod(self.index_sizes.values()) if separate else self.codebook_size
+
+    @property
     def index_sizes(self) -> int | dict[str, int]:
-        """Number of codes; with two indices in a code, those of each."""
+        """The number of codes; where codes hold several kinds of indices, that of each."""
+        if self.quantizer.heads > 1:
+            return {f"head_{h}": self.codebook_size for h in range(self.quantizer.heads)}
         if self.quantizer.mapping != "separate":
             return self.codebook_size
         pixel = self.quantizer.pixel_size(self.codebook_size, self.pixel_channels)
         return {"semantic": self.codebook_size, "pixel": pixel}
 
     def indices(self, codes: Any) -> Any:
-        """Return the codes, or both of their indices as `index_sizes` has them."""
+        """Return codes (B, length), or what `index_sizes` names of them, each (B, tokens)."""
+        if (heads := self.quantizer.heads) > 1:
+            return {f"head_{h}": codes[:, h::heads] for h in range(heads)}
         if self.quantizer.mapping != "separate":
             return codes
         pixel = self.index_sizes["pixel"]
         return {"semantic": codes // pixel, "pixel": codes % pixel}
-
-    @property
-    def codes(self) -> int:
-        """Number of different codes, which are 0 to that."""
-        return math.prod(jax.tree.leaves(self.index_sizes))
 
     @property
     def finished(self) -> "TokenizerConfig":
@@ -257,14 +269,8 @@ class TokenFlow(nn.Module):
     def quantize(self, features_BHWC: jax.Array, keep_S: jax.Array | None = None) -> Pyramid:
         """Quantize features to a pyramid of codes; see `residual_quantize`."""
         cfg = self.config
-        return residual_quantize(
-            features_BHWC,
-            self.codebooks,
-            cfg.pyramid,
-            cfg.pixel_weight,
-            keep_S,
-            cfg.quantizer,
-        )
+        options = cfg.pyramid, cfg.pixel_weight, keep_S, cfg.quantizer
+        return residual_quantize(features_BHWC, self.codebooks, *options)
 
     def decode(self, quantized_BHWC: jax.Array) -> Reconstruction:
         """Decode a quantized map (B, g, g, C) into images and teacher features."""

@@ -54,15 +54,15 @@ class Scales:
         ends = np.cumsum([side * side for side in self.sides]).tolist()
         return [slice(end - side * side, end) for side, end in zip(self.sides, ends, strict=True)]
 
-    def prefix(self, tokens: int) -> "Scales":
-        """Return the coarsest scales that `tokens` codes fill exactly; ValueError if none do."""
-        ends = [s.stop for s in self.slices()]
-        if tokens not in ends:
+    def prefix(self, codes: int, heads: int = 1) -> "Scales":
+        """Return the coarsest scales that `codes`, `heads` a token, fill exactly; or ValueError."""
+        ends = [s.stop * heads for s in self.slices()]
+        if codes not in ends:
             raise ValueError(
-                f"{tokens} codes per image end inside a scale; scales {self.sides} give "
+                f"{codes} codes per image end inside a scale; scales {self.sides} give "
                 f"one of {ends}"
             )
-        return Scales(self.sides[: ends.index(tokens) + 1])
+        return Scales(self.sides[: ends.index(codes) + 1])
 
     def per_token(self, values_S: jax.Array) -> jax.Array:
         """Repeat each scale's value for all its tokens: (S,) to (L,)."""
@@ -112,14 +112,14 @@ def residual_quantize(
             up_BHWC *= keep_S[s]
         quantized_BHWC += up_BHWC
         residual_BHWC -= jax.lax.stop_gradient(up_BHWC)
-        codes.append(code_N.reshape(batch, side * side))
+        codes.append(code_N.reshape(batch, -1))
         inputs.append(z_BhwC.reshape(batch, side * side, channels))
     return Pyramid(quantized_BHWC, jnp.concatenate(codes, 1), jnp.concatenate(inputs, 1))
 
 
 def features_from_codes(codes_BL: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
     """Return the quantized map (B, g, g, C) of the codes of all scales or of the coarsest ones."""
-    used = scales.prefix(codes_BL.shape[1])
+    used = scales.prefix(codes_BL.shape[1], codebooks.heads)
     vectors_BLC = codebooks.look_up(codes_BL)
     total = 0.0
     for side, where in zip(used.sides, used.slices(), strict=True):

@@ -51,7 +51,7 @@ class Codebooks(flax.struct.PyTreeNode):
     semantic_KC: jax.Array
     pixel_KC: jax.Array
 
-    unit_halves: ClassVar[bool] = True  # each half of z and of a code has norm one
+    heads: ClassVar[int] = 1  # codes of a token
 
     @classmethod
     def of(cls, params: Mapping[str, jax.Array]) -> "Codebooks":
@@ -68,6 +68,11 @@ class Codebooks(flax.struct.PyTreeNode):
     @property
     def semantic_channels(self) -> int:
         return self.semantic_KC.shape[-1]
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Channels of the parts of z, and of vectors, that have norm one."""
+        return tuple(half.shape[-1] for half in self)
 
     @property
     def size(self) -> int:

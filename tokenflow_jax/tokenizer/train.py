@@ -220,7 +220,7 @@ class Trainer:
 
     def _distances(self, z_BLC, codebooks, weights_L):
         """Return the reference's distance norms of both halves, where these have norm one."""
-        if not codebooks.unit_halves:
+        if len(codebooks.parts) != 2:
             return {}
         batch, _, channels = z_BLC.shape
         weights_N = jnp.tile(weights_L / batch, batch)

@@ -33,6 +33,7 @@ BEFORE = {
     "tokenizer.precision": "auto",
     "model.quantizer.kind": "vq",
     "model.quantizer.mapping": "shared",
+    "model.quantizer.heads": 1,
     "model.quantizer.levels": [],
     "model.quantizer.temperature": 0.1,
     "lora.rank": 0,
