@@ -118,7 +118,7 @@ def forms(sizes, batch=8, grid=4):
         features[name] = rng.standard_normal(shape).astype(np.float32)
 
     def loss(params, features):
-        total, codes = 0.0, {}
+        total, codes, entropies = 0.0, {}, []
         for name, kind in kinds.items():
             books = kind.codebooks(params[name], features[name].shape[-1] - width)
             made = multiscale.residual_quantize(features[name], books, scales, 2.0, None, kind)
@@ -129,9 +129,9 @@ def forms(sizes, batch=8, grid=4):
             z_NC = made.z_BLC.reshape(-1, made.z_BLC.shape[-1])
             even_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
             for z, table, *halves in books.searches(z_NC, books.tables(), 2.0):
-                total += 0.1 * quantizer.entropy_loss(z, table, even_N, *halves)
+                entropies.append(quantizer.entropy_loss(z, table, even_N, *halves))
             total += 1e-3 * jnp.sum(made.quantized_BHWC**3)
-        return total, codes
+        return total, (codes, jnp.stack(entropies))
 
     arguments = (
         place(params, device_mesh),
@@ -139,10 +139,10 @@ def forms(sizes, batch=8, grid=4):
     )
     with mesh.use(device_mesh):
         run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-        (total, codes), gradients = run(*arguments)
+        (total, (codes, entropies)), gradients = run(*arguments)
     return {
+        "losses": [float(total), *np.asarray(entropies).tolist()],
         "codes": jax.tree.map(lambda x: np.asarray(x).tolist(), codes),
-        "loss": float(total),
         "gradients": {
             jax.tree_util.keystr(path): np.asarray(g).ravel()[::7].tolist()
             for path, g in jax.tree_util.tree_leaves_with_path(gradients)

@@ -92,7 +92,7 @@ def test_one_scale_is_a_tokenizer_but_not_for_generation(frozen, batch):
     tokenizer = Tokenizer(single, state.params)
     codes = tokenizer.encode(batch["image"])
     assert codes.shape == (8, 16) and tokenizer.decode(codes).shape == (8, 16, 16, 3)
-    lm = LMConfig(vocabulary_size=100)
+    lm = LMConfig(vocabulary_size=100, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8)
     with pytest.raises(ValueError, match=r"scales \(4,\) must begin with 1"):
         GenerationConfig(lm, (4,), codebook_size=32, image_start=37)
 

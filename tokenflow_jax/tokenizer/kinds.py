@@ -43,8 +43,8 @@ class QuantizerConfig:
 
     kind: str = "vq"  # one of KINDS
     mapping: str = "shared"  # one index for both halves; separate: two; joined: one codebook
-    heads: int = 1  # codes of a token, each of its own part of both halves
     levels: tuple[int, ...] = ()  # of fsq, for each pixel channel
+    heads: int = 1  # codes of a token, each of its own part of both halves
     temperature: float = 0.1  # of ibq's softmax over distances
 
     def __post_init__(self):
