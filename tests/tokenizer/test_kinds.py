@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from config_files import generation
 
 import tokenflow_jax as tfx
+from tokenflow_jax.generation.stage import GenerationStage
+from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer import frozen
 from tokenflow_jax.tokenizer.kinds import KINDS, MAPPINGS, PAPER, QuantizerConfig
 from tokenflow_jax.tokenizer.model import TokenFlow
@@ -102,6 +105,15 @@ def test_language_models_refuse_codes_without_a_shared_index():
         config = config_of(kind, mapping)
         with pytest.raises(ValueError, match=f"'run' has quantizer.kind '{kind}', mapping"):
             frozen.check_shared_index(config.finished, "run")
+
+
+def test_a_generation_stage_says_so_before_it_starts(tmp_path):
+    config = generation.get_config()
+    config.tokenizer.path = str(tiny.write_tokenizer(tmp_path / "run", config_of("vq", "separate")))
+    stage = GenerationStage(config, mesh.make_mesh({"data": 1}, jax.devices()[:1]))
+    with pytest.raises(ValueError, match=r"run' has .* 'separate' .* train it with") as error:
+        _ = stage.model_config
+    assert "\n" not in str(error.value)
 
 
 def test_fingerprints_tell_mappings_apart_and_estimators_not():
