@@ -50,7 +50,8 @@ def propagate_to_index(
     Index backpropagation (IBQ, arXiv 2412.02692, eq. 3 to 5): the vector is Ind' codes with Ind =
     onehot + p - sg(p), where p = softmax(-d / temperature) over the distances d that the index
     minimizes. `codes_NC` are differentiable rows of the tables: that is the onehot's part. There is
-    no straight-through gradient to z, which learns through p only.
+    no straight-through gradient to z, which learns through p and the commitment loss. The paper's
+    further loss |Ind' codes - z|^2 is not taken: `codebook_losses` are those of all quantizers.
     """
     soft_NC = jnp.concatenate([_expected(s, temperature) for s in searches], axis=-1)
     return codes_NC + soft_NC - jax.lax.stop_gradient(soft_NC)

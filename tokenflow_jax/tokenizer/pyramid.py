@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.resize import area_resize, bicubic_resize
+from tokenflow_jax.tokenizer import quantizer as quantizers
 from tokenflow_jax.tokenizer.kinds import PAPER, QuantizerConfig
 from tokenflow_jax.tokenizer.quantizer import Codebooks, nearest_codes
 
@@ -143,3 +144,29 @@ def token_weights(scales: Scales, keep_S: jax.Array) -> jax.Array:
     """Return weights (L,) that average over each scale's tokens, then over the kept scales."""
     sizes_S = jnp.array([side * side for side in scales.sides], jnp.float32)
     return scales.per_token(keep_S / (sizes_S * keep_S.sum()))
+
+
+def entropy_loss(
+    z_BLC: jax.Array, codebooks: Codebooks, scales: Scales, pixel_weight: float, keep_S: jax.Array
+) -> jax.Array:
+    """Return `quantizer.entropy_loss`, summed over the searches, averaged over the kept scales."""
+    tables, per_scale = codebooks.tables(), []
+    for where in scales.slices():
+        z_NC = z_BLC[:, where].reshape(-1, z_BLC.shape[-1])
+        weights_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
+        searches = codebooks.searches(z_NC, tables, pixel_weight)
+        per_scale.append(sum(quantizers.entropy_loss(*s[:2], weights_N, *s[2:]) for s in searches))
+    return jnp.sum(jnp.stack(per_scale) * keep_S) / keep_S.sum()
+
+
+def distance_statistics(
+    z_BLC: jax.Array, codebooks: Codebooks, weights_L: jax.Array
+) -> dict[str, jax.Array]:
+    """Return the reference's distance norms of both halves, where these have norm one."""
+    if len(codebooks.parts) != 2:
+        return {}
+    batch, _, channels = z_BLC.shape
+    weights_N = jnp.tile(weights_L / batch, batch)
+    searches = codebooks.searches(z_BLC.reshape(-1, channels), codebooks.tables())
+    found = [quantizers.distance_statistics(*s[:2], weights_N, s[2]) for s in searches]
+    return {"distance/semantic": found[0][0], "distance/pixel": found[-1][-1]}

@@ -36,7 +36,12 @@ from tokenflow_jax.tokenizer.codebook import (
     usage_metrics,
 )
 from tokenflow_jax.tokenizer.model import TokenFlow
-from tokenflow_jax.tokenizer.pyramid import draw_kept_scales, token_weights
+from tokenflow_jax.tokenizer.pyramid import (
+    distance_statistics,
+    draw_kept_scales,
+    entropy_loss,
+    token_weights,
+)
 from tokenflow_jax.tokenizer.quantizer import l2_normalize
 from tokenflow_jax.tokenizer.state import CodebookConfig, Discriminator, LossConfig, TrainState
 from tokenflow_jax.tokenizer.teacher import Teacher
@@ -186,7 +191,10 @@ class Trainer:
         chosen_BLC = codebooks.look_up(pyramid.codes_BL)
         codebook, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen_BLC, weights_L)
         commitment *= self.losses.commitment_weight
-        entropy = self._entropy(pyramid.z_BLC, codebooks, keep_S)
+        entropy = jnp.float32(0)
+        if self.losses.entropy_weight:
+            halves = config.pyramid, config.pixel_weight, keep_S
+            entropy = self.losses.entropy_weight * entropy_loss(pyramid.z_BLC, codebooks, *halves)
         semantic = jnp.float32(0)
         if target_BND is not None:
             products_BND = l2_normalize(decoded.semantic_BND) * l2_normalize(target_BND)
@@ -197,36 +205,12 @@ class Trainer:
             "loss/commitment": commitment,
             "loss/entropy": entropy,
             "loss/distillation": semantic,
-        } | self._distances(pyramid.z_BLC, codebooks, weights_L)
+        } | distance_statistics(pyramid.z_BLC, codebooks, weights_L)
         tokens = {"codes": pyramid.codes_BL}
         if self.codebook.update == "ema" or self.codebook.revive_every:
             tokens["z"] = jax.lax.stop_gradient(pyramid.z_BLC)
         loss = codebook + commitment + entropy + semantic
         return (decoded.images_BHWC, loss), (metrics, tokens, decoded.last_hidden_BHWC)
-
-    def _entropy(self, z_BLC, codebooks, keep_S):
-        """Return the entropy loss, averaged over the kept scales."""
-        if not self.losses.entropy_weight:
-            return jnp.float32(0)
-        config, tables, per_scale = self.model.config, codebooks.tables(), []
-        for where in config.pyramid.slices():
-            z_NC = z_BLC[:, where].reshape(-1, z_BLC.shape[-1])
-            weights_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
-            searches = codebooks.searches(z_NC, tables, config.pixel_weight)
-            of_searches = (quantizer.entropy_loss(*s[:2], weights_N, *s[2:]) for s in searches)
-            per_scale.append(sum(of_searches))
-        mean = jnp.sum(jnp.stack(per_scale) * keep_S) / keep_S.sum()
-        return self.losses.entropy_weight * mean
-
-    def _distances(self, z_BLC, codebooks, weights_L):
-        """Return the reference's distance norms of both halves, where these have norm one."""
-        if len(codebooks.parts) != 2:
-            return {}
-        batch, _, channels = z_BLC.shape
-        weights_N = jnp.tile(weights_L / batch, batch)
-        searches = codebooks.searches(z_BLC.reshape(-1, channels), codebooks.tables())
-        found = [quantizer.distance_statistics(*s[:2], weights_N, s[2]) for s in searches]
-        return {"distance/semantic": found[0][0], "distance/pixel": found[-1][-1]}
 
     def _error(self, images_BHWC, rec_BHWC):
         error_BHWC = rec_BHWC - images_BHWC
