@@ -58,7 +58,7 @@ def measure(topology: str, kernel: bool, tokens: int, codes: int, folder: str) -
     else:
         # The instructions of the scan's body, times its iterations.
         body = re.search(r"body=%([\w.\-]+)", text)
-        chunks = quantizer._chunks(jnp.zeros((codes, 1)), tokens)[0].shape[0]
+        chunks = quantizer.in_chunks(jnp.zeros((codes, 1)), tokens)[0].shape[0]
         lines = text
         if body:
             lines = text[text.index(f"\n%{body[1]} (") :]

@@ -9,7 +9,8 @@ Variants:
     b                   TokenFlow-B at 224 px, recipe of the paper (arXiv 2412.03069, sec. 4.1)
     b_released          the same model with the recipe of the released training script
     b_256               TokenFlow-B at 256 px, position embeddings interpolated
-    b_256_enhanced      the same with the wide and deep pixel decoder
+    b_256_single        b_256 with one scale: 256 codes of one 16 x 16 grid, no pyramid
+    b_256_enhanced      b_256 with the wide and deep pixel decoder
     l                   TokenFlow-L at 256 px (ViTamin-XL), scales of the released code
     l_paper             the same with the paper's scales, one more
     xl                  TokenFlow-XL at 384 px (SigLIP SO400M/14)
@@ -50,6 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "b": _b,
         "b_released": _b_released,
         "b_256": lambda: _b("b_256"),
+        "b_256_single": _b_single,
         "b_256_enhanced": lambda: _b("b_256_enhanced"),
         "l": lambda: _large("l"),
         "l_paper": lambda: _large("l_paper"),
@@ -69,6 +71,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
     config.stage = "tokenizer"
     config.seed = 0  # of weights, data order, crops and scale drop
     config.model = ConfigDict(dataclasses.asdict(model))  # see tokenizer.model.TokenizerConfig
+    # Another quantizer: config.model.quantizer.kind and .mapping, see tokenizer.kinds.
     config.dtype = "auto"  # compute in: bfloat16 on accelerators, float32 on CPU
     config.remat = "none"  # what the backward pass recomputes: none or block
 
@@ -192,6 +195,13 @@ def _b_released() -> ConfigDict:
     config.batch_size = 32
     config.total_steps = 100 * 1_281_167 // 32
     config.losses.perceptual_dropout = True
+    return config
+
+
+def _b_single() -> ConfigDict:
+    """One scale, as most tokenizers: to understand and to compare; generation needs a pyramid."""
+    config = _b("b_256")
+    config.model.scales = (16,)
     return config
 
 

@@ -17,6 +17,7 @@ VARIANTS = (
     "b",
     "b_released",
     "b_256",
+    "b_256_single",
     "b_256_enhanced",
     "l",
     "l_paper",

@@ -1,6 +1,7 @@
 """Run by test_sharding.py in a process with eight fake devices; prints one JSON object.
 
 python sharding_program.py quantize 1,1,8,1 ...       codes, losses, gradients; collectives
+python sharding_program.py forms 1,2,2,2 ...          the other quantizers: codes, loss, gradients
 python sharding_program.py step 1,2,2,2 ...           five training steps with a discriminator
 python sharding_program.py language 1,2,2,2 ...       the generation model: losses, gradients, codes
 """
@@ -23,6 +24,7 @@ from tokenflow_jax.nets.vit import ViT
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer import pyramid as multiscale
 from tokenflow_jax.tokenizer import quantizer
+from tokenflow_jax.tokenizer.kinds import QuantizerConfig
 from tokenflow_jax.tokenizer.model import TokenFlow
 from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.tokenizer.quantizer import Codebooks
@@ -87,6 +89,64 @@ def quantize(sizes, codes=131_072, batch=8, grid=4):
         "gathered": gathered,
         "largest": largest,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def forms(sizes, batch=8, grid=4):
+    """Return codes, losses and gradients of every way to make and map codes but the paper's."""
+    rng = np.random.default_rng(0)
+    device_mesh, scales, width = make_mesh(sizes), Scales((1, 2, grid)), 16
+    kinds = {
+        "ibq": QuantizerConfig("ibq"),
+        "rotation": QuantizerConfig("rotation"),
+        "simvq": QuantizerConfig("simvq"),
+        "bsq": QuantizerConfig("bsq"),
+        "fsq": QuantizerConfig("fsq", levels=(8, 8, 8)),
+        "heads": QuantizerConfig(heads=2),
+        "separate": QuantizerConfig("vq", "separate"),
+        "joined": QuantizerConfig("vq", "joined"),
+        "separate_fsq": QuantizerConfig("fsq", "separate", (8, 4, 4)),
+    }
+    params, features = {}, {}
+    for name, kind in kinds.items():
+        pixel = len(kind.levels) or (9 if kind.kind == "bsq" else 8)
+        shapes = kind.parameters(512, {"semantic": width, "pixel": pixel})
+        params[name] = {
+            n: rng.standard_normal(s).astype(np.float32) for n, (_, s) in shapes.items()
+        }
+        shape = (batch, grid, grid, width + pixel)
+        features[name] = rng.standard_normal(shape).astype(np.float32)
+
+    def loss(params, features):
+        total, codes, entropies = 0.0, {}, []
+        for name, kind in kinds.items():
+            books = kind.codebooks(params[name], features[name].shape[-1] - width)
+            made = multiscale.residual_quantize(features[name], books, scales, 2.0, None, kind)
+            codes[name] = made.codes_BL
+            weights = multiscale.token_weights(scales, jnp.ones(3))
+            chosen = books.look_up(made.codes_BL)
+            total += sum(quantizer.codebook_losses(made.z_BLC, chosen, weights))
+            z_NC = made.z_BLC.reshape(-1, made.z_BLC.shape[-1])
+            even_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
+            for z, table, *halves in books.searches(z_NC, books.tables(), 2.0):
+                entropies.append(quantizer.entropy_loss(z, table, even_N, *halves))
+            total += 1e-3 * jnp.sum(made.quantized_BHWC**3)
+        return total, (codes, jnp.stack(entropies))
+
+    arguments = (
+        place(params, device_mesh),
+        jax.device_put(features, mesh.batch_sharding(device_mesh)),
+    )
+    with mesh.use(device_mesh):
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (total, (codes, entropies)), gradients = run(*arguments)
+    return {
+        "losses": [float(total), *np.asarray(entropies).tolist()],
+        "codes": jax.tree.map(lambda x: np.asarray(x).tolist(), codes),
+        "gradients": {
+            jax.tree_util.keystr(path): np.asarray(g).ravel()[::7].tolist()
+            for path, g in jax.tree_util.tree_leaves_with_path(gradients)
+        },
     }
 
 
@@ -185,7 +245,8 @@ def language(sizes):
 
 if __name__ == "__main__":
     kind, *meshes = sys.argv[1:]
-    function = {"quantize": quantize, "step": step, "language": language}[kind]
+    programs = {"quantize": quantize, "forms": forms, "step": step, "language": language}
+    function = programs[kind]
     results = [function(None)]
     results += [function([int(n) for n in text.split(",")]) for text in meshes]
     print(json.dumps(results))

@@ -36,6 +36,18 @@ def test_the_quantizer_gives_the_same_on_every_mesh():
         assert result["largest"] < 168 * 131_072, name  # no tokens x codes
 
 
+def test_every_quantizer_gives_the_same_on_a_mesh():
+    one, *others = run("forms", "1,1,1,8", "1,2,2,2")
+    for result in others:
+        assert result["codes"] == one["codes"]
+        np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-5)
+        for name, theirs in one["gradients"].items():
+            bound = 1e-4 * np.abs(theirs).max()
+            np.testing.assert_allclose(
+                result["gradients"][name], theirs, rtol=1e-4, atol=bound, err_msg=name
+            )
+
+
 @pytest.mark.slow
 def test_five_adversarial_steps_give_the_same_on_every_mesh():
     one, *others = run("step", *MESHES)

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from golden.loading import GOLDEN
 
 from tokenflow_jax.tokenizer import codebook
 from tokenflow_jax.tokenizer.codebook import Usage
+from tokenflow_jax.tokenizer.kinds import QuantizerConfig
 from tokenflow_jax.tokenizer.pyramid import Scales
 from tokenflow_jax.tokenizer.quantizer import Codebooks, nearest_codes, normalize_halves
 
@@ -65,6 +67,34 @@ def test_revival_replaces_dead_rows_only_by_tokens():
     np.testing.assert_allclose(revived[alive], CENTERS[alive], atol=1e-6)
     for row in np.flatnonzero(np.asarray(counts) == 0):
         assert jnp.abs(z - revived[row]).max(axis=-1).min() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"mapping": "separate"}, {"heads": 2}])
+def test_revival_counts_each_index_by_itself(options):
+    z = normalize_halves(jax.random.normal(jax.random.key(3), (20, 6)), 4)
+    config = QuantizerConfig(**options)
+    keys = jax.random.split(jax.random.key(4))
+    tables = {"semantic_codebook": (keys[0], (5, 4)), "pixel_codebook": (keys[1], (5, 2))}
+    params = {name: jax.random.normal(*how) for name, how in tables.items()}
+    books, used = config.codebooks(params, 2), jnp.array([1, 1, 0, 1, 1])
+    first, second = ("semantic", "pixel") if config.heads == 1 else ("head_0", "head_1")
+    counts = {first: used, second: used[::-1] * jnp.array([1, 1, 1, 0, 1])}
+    revived = codebook.revive_dead_codes(jax.random.key(0), books, z, counts)
+    moved = [np.asarray(new != old) for new, old in zip(revived, books, strict=True)]
+    if config.heads == 1:  # code 2 of the semantic half; 2 and 3 of the pixel half
+        expected = [[2], [2, 3]]
+        for half, rows in zip(moved, expected, strict=True):
+            assert (
+                np.flatnonzero(half.all(-1)).tolist()
+                == rows
+                == np.flatnonzero(half.any(-1)).tolist()
+            )
+        return
+    for half in moved:  # the first head's columns of code 2, the second's of 2 and 3
+        width = half.shape[1] // 2
+        assert np.flatnonzero(half[:, :width].all(-1)).tolist() == [2]
+        assert np.flatnonzero(half[:, width:].all(-1)).tolist() == [2, 3]
+        assert half.sum() == 3 * width
 
 
 def _list_window(window, batches):

@@ -15,10 +15,12 @@ import tokenflow_jax as tfx
 from tokenflow_jax.data.pipeline import DataConfig
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.evaluate import Evaluation
-from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.model import TokenFlow, TokenizerConfig
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.stage import TokenizerStage
 from tokenflow_jax.train import curves, loop
 from tokenflow_jax.train.checkpoint import CheckpointError
+from tokenflow_jax.weights.conversion import convert
 
 
 def make(config):
@@ -148,6 +150,30 @@ def test_kmeans_start_uses_the_data():
     assert not np.array_equal(state.params["pixel_codebook"], plain.params["pixel_codebook"])
     norms = np.linalg.norm(state.params["pixel_codebook"], axis=-1)
     np.testing.assert_allclose(norms, 1, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "quantizer",
+    [{"kind": "simvq"}, {"mapping": "separate"}, {"heads": 2}, {"kind": "bsq"}],
+)
+def test_a_run_with_another_quantizer_resumes_converts_and_decodes(tmp_path, quantizer):
+    """The resumed run equals the uninterrupted one; both formats give the run's codes."""
+    changes = {f"model.quantizer.{key}": value for key, value in quantizer.items()}
+    config = tiny_config(**changes, **{"codebook.revive_every": 0, "model.pixel_channels": 6})
+    whole = loop.train_and_evaluate(config, tmp_path / "a", make(config)).state
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "2", tmp_path / "b" / "checkpoints" / "2")
+    state = loop.train_and_evaluate(config, tmp_path / "b", make(config)).state
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    trained = tfx.Tokenizer(TokenizerConfig(**config.model.to_dict()), whole.params)
+    codes = np.asarray(trained.encode(images))
+    for name in ("ours", "torch.safetensors", "torch.pt"):
+        convert(tmp_path / "a", tmp_path / name, PART)
+        loaded = tfx.Tokenizer.load(tmp_path / name)
+        np.testing.assert_array_equal(loaded.encode(images), codes)
+        np.testing.assert_allclose(loaded.decode(codes), trained.decode(codes), atol=1e-4)
+    assert (tmp_path / "a" / "images" / "scales_0000004.png").exists()
 
 
 @pytest.mark.slow

@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_files import tokenizer as configs
 from tiny import KINDS, TINY, narrow
 
+from tokenflow_jax.generation.model import GenerationConfig
 from tokenflow_jax.nets.discriminator import PatchGAN, StyleGAN
 from tokenflow_jax.nets.encoders import encoder_kind
+from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.nets.vit import ViT
+from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow
 from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
@@ -75,6 +79,22 @@ def test_it_learns_all_three_things(frozen, batch):
     total = sum(last[f"loss/{part}"] for part in parts)
     np.testing.assert_allclose(last["loss/total"], total, rtol=1e-5)
     assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
+
+
+def test_one_scale_is_a_tokenizer_but_not_for_generation(frozen, batch):
+    """The recipe of configs/tokenizer.py:b_256_single, at a tiny size."""
+    assert configs.get_config("b_256_single").model.scales == (16,)
+    single = dataclasses.replace(MODEL, scales=(4,))
+    trainer = dataclasses.replace(make_trainer(), model=TokenFlow(single))
+    state, history = run(trainer, frozen, batch, 6)
+    assert history[-1]["loss/reconstruction"] < history[0]["loss/reconstruction"]
+    assert set(history[0]) >= {"usage/scale_4", "usage/all"}
+    tokenizer = Tokenizer(single, state.params)
+    codes = tokenizer.encode(batch["image"])
+    assert codes.shape == (8, 16) and tokenizer.decode(codes).shape == (8, 16, 16, 3)
+    lm = LMConfig(vocabulary_size=100, width=8, layers=1, heads=1, kv_heads=1, mlp_width=8)
+    with pytest.raises(ValueError, match=r"scales \(4,\) must begin with 1"):
+        GenerationConfig(lm, (4,), codebook_size=32, image_start=37)
 
 
 @pytest.mark.slow

@@ -34,9 +34,10 @@ def lpips_measure(params: Mapping[str, Any]) -> Measure:
 def evaluate(
     reconstruct: Callable[[np.ndarray], tuple[jax.Array, jax.Array]],
     batches: Iterable[Mapping[str, np.ndarray]],
-    codebook_size: int,
+    codebook_size: int | Mapping[str, int],
     scales: Any,
     *,
+    indices: Callable[[np.ndarray], Any] = lambda codes: codes,
     measures: Mapping[str, Measure] = MEASURES,
     reference: fid_network.Reference | None = None,
 ) -> dict[str, float]:
@@ -45,6 +46,7 @@ def evaluate(
     Args:
       reconstruct: uint8 images (B, H, W, 3) to (codes (B, L), uint8 reconstructions).
       batches: this process's {"image": uint8, "mask": bool, True for real images}.
+      codebook_size: the number of codes, or of each of the `indices` that a code holds, by name.
       scales: the `tokenizer.pyramid.Scales` that the codes fill.
       measures: name -> one number per image of (images, reconstructions).
       reference: of the originals; adds "rfid".
@@ -52,13 +54,15 @@ def evaluate(
     Returns:
       The measures' means over images, "psnr_reference" (see `similarity`: the same as "psnr"),
       "images", and over all scales and for each: "codes_used" (fraction of the codebook),
-      "perplexity" (exp of the entropy of the codes), "codes_used/scale_<side>", ...
+      "perplexity" (exp of the entropy of the codes), "codes_used/scale_<side>", ...; of several
+      indices "codes_used/<name>", "codes_used/<name>/scale_<side>", ...
 
     Raises:
       ValueError: there are no images.
     """
     totals = {name: np.zeros(()) for name in measures} | {"images": np.zeros(())}
-    counts_SK = np.zeros((len(scales), codebook_size), np.int64)
+    sizes = codebook_size if isinstance(codebook_size, Mapping) else {"": codebook_size}
+    counts = {name: np.zeros((len(scales), size), np.int64) for name, size in sizes.items()}
     rfid = fid_network.Distance(reference) if reference else None
     for batch in batches:
         images, mask = batch["image"], batch["mask"]
@@ -66,12 +70,15 @@ def evaluate(
         for name, measure in measures.items():
             totals[name] += np.asarray(measure(images, reconstructions), np.float64)[mask].sum()
         totals["images"] += mask.sum()
-        for s, part in enumerate(scales.slices()):
-            counts_SK[s] += np.bincount(codes_BL[mask, part].ravel(), minlength=codebook_size)
+        found = indices(codes_BL[mask])
+        for name, codes_BL in found.items() if isinstance(found, Mapping) else [("", found)]:
+            for s, part in enumerate(scales.slices()):
+                counted_K = np.bincount(codes_BL[:, part].ravel(), minlength=sizes[name])
+                counts[name][s] += counted_K
         if rfid:
             rfid.update(images, reconstructions, mask)
-    totals = hosts.sum_over_processes(totals | {"counts": counts_SK})
-    counts_SK, images = totals.pop("counts"), float(totals.pop("images"))
+    totals, counts = hosts.sum_over_processes(totals), hosts.sum_over_processes(counts)
+    images = float(totals.pop("images"))
     if not images:
         raise ValueError("no images to evaluate: the held-out split is empty")
     figures = {name: float(total) / images for name, total in totals.items()}
@@ -79,15 +86,17 @@ def evaluate(
         figures["psnr_reference"] = figures["psnr"]
     if rfid:
         figures["rfid"] = rfid.finish()
-    return figures | _usage(counts_SK, scales) | {"images": images}
+    for name, counts_SK in counts.items():
+        figures |= _usage(counts_SK, scales, name and f"/{name}")
+    return figures | {"images": images}
 
 
-def _usage(counts_SK: np.ndarray, scales: Any) -> dict[str, float]:
+def _usage(counts_SK: np.ndarray, scales: Any, of: str) -> dict[str, float]:
     figures = {}
     rows = {"": counts_SK.sum(axis=0)}
     rows |= {f"/scale_{side}": row for side, row in zip(scales.sides, counts_SK, strict=True)}
     for name, counts_K in rows.items():
         share = counts_K[counts_K > 0] / counts_K.sum()
-        figures[f"codes_used{name}"] = float(np.mean(counts_K > 0))
-        figures[f"perplexity{name}"] = float(np.exp(-np.sum(share * np.log(share))))
+        figures[f"codes_used{of}{name}"] = float(np.mean(counts_K > 0))
+        figures[f"perplexity{of}{name}"] = float(np.exp(-np.sum(share * np.log(share))))
     return figures

@@ -82,8 +82,9 @@ def main(options: flags.FlagValues) -> None:
     figures = measures.evaluate(
         reconstruct,
         images.doing("reconstruction"),
-        tokenizer.config.codebook_size,
+        tokenizer.config.index_sizes,
         tokenizer.config.pyramid,
+        indices=tokenizer.config.indices,
         measures=chosen,
         reference=reference,
     )

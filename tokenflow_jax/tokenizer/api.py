@@ -83,7 +83,7 @@ class Tokenizer(Pretrained):
     def _save(self, folder: str | os.PathLike, **options: Any) -> None:
         config = self.config
         rows = {
-            "codes": f"{config.pyramid.tokens} of {config.codebook_size:,}",
+            "codes": f"{config.length} of {config.codes:,}",
             **{n: v for n, v in self.identity.items() if n != "codebook_size"},
             "semantic_encoder": config.semantic_encoder,
         }
@@ -109,7 +109,7 @@ class Tokenizer(Pretrained):
     @functools.cached_property
     def codebooks(self) -> Codebooks:
         """The codebooks, on the default device."""
-        return Codebooks(*map(jnp.asarray, Codebooks.of(self.params)))
+        return jax.tree.map(jnp.asarray, self.config.codebooks(self.params))
 
     def encode_fn(self, params: Any, images_BHWC: jax.Array) -> jax.Array:
         """Return codes (B, L) of images, uint8 or in [-1, 1]; pure, for `jax.jit` and `jax.vmap`.
@@ -234,7 +234,8 @@ class Tokenizer(Pretrained):
         if scales is not None and not 1 <= scales <= len(known):
             raise ValueError(f"scales={scales}: this tokenizer has 1 to {len(known)}")
         codes_BL = self.encode(images, batch_size=batch_size, **options)
-        codes_BL = np.asarray(codes_BL)[:, : known[(scales or len(known)) - 1].stop]
+        tokens = known[(scales or len(known)) - 1].stop
+        codes_BL = np.asarray(codes_BL)[:, : tokens * self.config.quantizer.heads]
         made = self.to_images(codes_BL, batch_size=batch_size)
         return made[0] if is_single(images) else made
 
@@ -257,8 +258,8 @@ class Tokenizer(Pretrained):
                 f"codes of shape {codes_BL.shape} and dtype {codes_BL.dtype}: give integers of "
                 "shape (batch, codes per image)"
             )
-        self.config.pyramid.prefix(codes_BL.shape[1])
-        size = self.config.codebook_size
+        self.config.pyramid.prefix(codes_BL.shape[1], self.config.quantizer.heads)
+        size = self.config.codes
         if codes_BL.size and not (codes_BL.min() >= 0 and codes_BL.max() < size):
             raise ValueError(
                 f"codes span {codes_BL.min()} to {codes_BL.max()}; this codebook has 0 to "
@@ -269,8 +270,8 @@ class Tokenizer(Pretrained):
     def __repr__(self) -> str:
         config = self.config
         return (
-            f"Tokenizer of {config.image_size} px, {config.pyramid.tokens} codes of "
-            f"{config.codebook_size:,}, scales {config.scales},\n"
+            f"Tokenizer of {config.image_size} px, {config.length} codes of "
+            f"{config.codes:,}, scales {config.scales},\n"
             f"  {config.semantic_encoder} encoder, {count_parameters(self.params):,} parameters, "
             f"{self.dtype}"
         )

@@ -57,7 +57,9 @@ class CodeStage(Stage):
     @functools.cached_property
     def tokenizer_config(self) -> TokenizerConfig:
         """The frozen tokenizer's hyper-parameters."""
-        return frozen.find_config(self.config.tokenizer)
+        config = frozen.find_config(self.config.tokenizer)
+        frozen.check_shared_index(config, self.config.tokenizer.path)
+        return config
 
     @property
     def encoder_precision(self) -> str:

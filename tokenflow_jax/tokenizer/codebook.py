@@ -4,6 +4,9 @@ The first three replace the gradient on the codebooks; all are off by default. T
 halves of a code together, so the shared mapping stays one mapping. Shapes as in `quantizer`.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -82,14 +85,26 @@ class EMACodebook(flax.struct.PyTreeNode):
 
 
 def revive_dead_codes(
-    key: jax.Array, codebooks: Codebooks, z_NC: jax.Array, count_K: jax.Array
+    key: jax.Array,
+    codebooks: Codebooks,
+    z_NC: jax.Array,
+    count_K: jax.Array | Mapping[str, jax.Array],
 ) -> Codebooks:
-    """Replace codes whose count in the usage window is zero by random tokens of the batch."""
-    chosen_K = jax.random.randint(key, (codebooks.size,), 0, z_NC.shape[0])
-    fresh = _split(z_NC[chosen_K], codebooks.semantic_KC.shape[-1])
-    dead_K1 = (count_K == 0)[:, None]
-    pairs = zip(fresh, codebooks, strict=True)
-    return Codebooks(*(jnp.where(dead_K1, new, old) for new, old in pairs))
+    """Replace codes whose count in the usage window is zero by random tokens of the batch.
+
+    `count_K` has the counts of each of `TokenizerConfig.index_sizes`.
+    """
+    chosen_K = jax.random.randint(key, codebooks.semantic_KC.shape[:1], 0, z_NC.shape[0])
+    fresh = _split(z_NC[chosen_K], codebooks.semantic_channels)
+    if not isinstance(count_K, Mapping):
+        dead = [(count_K == 0)[:, None]] * 2
+    elif codebooks.heads == 1:
+        dead = [(count_K[half] == 0)[:, None] for half in ("semantic", "pixel")]
+    else:
+        dead_KH = jnp.stack([count_K[f"head_{h}"] == 0 for h in range(codebooks.heads)], axis=-1)
+        dead = [jnp.repeat(dead_KH, half.shape[-1] // codebooks.heads, 1) for half in codebooks]
+    semantic, pixel = (jnp.where(*half) for half in zip(dead, fresh, codebooks, strict=True))
+    return codebooks.replace(semantic_KC=semantic, pixel_KC=pixel)
 
 
 class Usage(flax.struct.PyTreeNode):
@@ -150,3 +165,22 @@ class Usage(flax.struct.PyTreeNode):
             metrics[f"usage/{name}"] = jnp.mean(counts_K > 0)
             metrics[f"perplexity/{name}"] = jnp.exp(entropy)
         return metrics
+
+
+Usages = Usage | Mapping[str, Usage]  # of the codes, or of each of their indices
+
+
+def each_usage(function: Callable, usage: Usages, *indices: Any) -> Any:
+    """Apply a function to a usage, or to that of each index, with what `indices` have for it."""
+    return jax.tree.map(function, usage, *indices, is_leaf=lambda x: isinstance(x, Usage))
+
+
+def usage_metrics(usage: Usages, scales: Scales) -> dict[str, jax.Array]:
+    """Return the metrics of a usage, or of each: usage/semantic_all, usage/pixel_scale_1, ..."""
+    if isinstance(usage, Usage):
+        return usage.metrics(scales)
+    return {
+        name.replace("/", f"/{half}_"): value
+        for half, one in usage.items()
+        for name, value in one.metrics(scales).items()
+    }

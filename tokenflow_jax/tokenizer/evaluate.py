@@ -72,12 +72,16 @@ class Evaluation:
         found = measures.evaluate(
             lambda images: self._reconstruct(params, images)[:2],
             self._held_out,
-            self._config.codebook_size,
+            self._config.index_sizes,
             self._config.pyramid,
+            indices=self._config.indices,
             measures=self._measures,
             reference=self._reference,
         )
-        shown = (*self._measures, "rfid", "codes_used", "images")
+        sizes = self._config.index_sizes
+        several = sizes if isinstance(sizes, Mapping) else ()
+        used = ("codes_used", *(f"codes_used/{name}" for name in several))
+        shown = (*self._measures, "rfid", *used, "images")
         return {name: found[name] for name in shown if name in found}
 
     def knn_figures(self, params: PyTree) -> dict[str, float]:
@@ -123,7 +127,7 @@ class Evaluation:
         images = self._shown["image"][real]
         grids = {"reconstruction": grid([images, pixels[real]])}
         if len(scales) > 1:
-            ends = [where.stop for where in scales.slices()]
+            ends = [where.stop * self._config.quantizer.heads for where in scales.slices()]
             maps = [self._features(params, codes[:, :end]) for end in ends]
             growing = [np.asarray(self._decode(params, m))[real] for m in maps]
             grids["scales"] = grid([*growing, images])

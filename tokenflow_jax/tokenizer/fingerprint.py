@@ -1,5 +1,6 @@
 """A hash of everything in a tokenizer that decides on codes."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenflow_jax.tokenizer.kinds import PAPER
 from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.weights.lazy import data
 
@@ -25,6 +27,8 @@ def fingerprint(config: TokenizerConfig, arrays: Mapping[str, Any]) -> str:
     `arrays` are the parameters by path; lazy ones are read one at a time.
     """
     fields = {name: getattr(config, name) for name in _FIELDS}
+    if (quantizer := config.quantizer.finished) != PAPER:
+        fields["quantizer"] = dataclasses.asdict(quantizer)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         if name.split("/")[0] in _PARTS:
@@ -38,7 +42,7 @@ def identity(config: TokenizerConfig, arrays: Mapping[str, Any]) -> dict[str, An
     """Return the record that data sets of codes and models trained on codes keep of a tokenizer."""
     return {
         "fingerprint": fingerprint(config, arrays),
-        "codebook_size": config.codebook_size,
+        "codebook_size": config.codes,
         "scales": list(config.scales),
         "image_size": config.image_size,
     }

@@ -116,4 +116,16 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
         ) from error
     if saved.get("stage") != "tokenizer":
         raise ValueError(f"tokenizer.path {path!r} is a run of stage {saved.get('stage')!r}")
-    return TokenizerConfig(**saved["model"])
+    return TokenizerConfig(**saved["model"]).finished
+
+
+def check_shared_index(config: TokenizerConfig, path: str | os.PathLike) -> None:
+    """Raise ValueError unless language models can read and write the tokenizer's codes."""
+    quantizer = config.quantizer
+    if not quantizer.shared_index:
+        raise ValueError(
+            f"the image tokenizer {os.fspath(path)!r} has quantizer.kind {quantizer.kind!r}, "
+            f"mapping {quantizer.mapping!r} and heads {quantizer.heads}: language models need "
+            "one code for a token, which selects a row in two codebooks; train it with mapping "
+            "'shared', 1 head and another kind than 'lfq' and 'fsq'"
+        )

@@ -15,6 +15,7 @@ from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
+from tokenflow_jax.tokenizer.frozen import check_shared_index
 from tokenflow_jax.weights import conversion, quantized, start
 from tokenflow_jax.weights.card import Trained
 from tokenflow_jax.weights.part import Part
@@ -127,6 +128,7 @@ def find_tokenizer(
 
 
 def _checked(model: str, known: Mapping[str, Any], tokenizer: Tokenizer) -> Tokenizer:
+    check_shared_index(tokenizer.config, f"of {model}")
     if known.get("fingerprint"):
         check_tokenizer(model, known, tokenizer.identity)
     return tokenizer

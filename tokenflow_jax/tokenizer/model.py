@@ -9,7 +9,9 @@ The meaning is a frozen teacher's patch features of the images.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,13 +23,14 @@ from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.nets.vit import SIGLIP_SO400M, SemanticDecoder, ViTConfig
 from tokenflow_jax.nets.vitamin import ViTaminConfig
 from tokenflow_jax.parallel.placement import on_batch
+from tokenflow_jax.tokenizer.kinds import PAPER, QuantizerConfig
 from tokenflow_jax.tokenizer.pyramid import (
     Pyramid,
     Scales,
     features_from_codes,
     residual_quantize,
 )
-from tokenflow_jax.tokenizer.quantizer import Codebooks, l2_normalize
+from tokenflow_jax.tokenizer.quantizer import Codebooks
 
 _CLIP_B = ViTConfig()
 
@@ -57,8 +60,11 @@ class TokenizerConfig:
     # Side at which the pixel branch works if not at image_size (TokenFlow-XL: 432): images are
     # resized bicubically on the way in and back on the way out. 0 means image_size.
     pixel_image_size: int = 0
+    quantizer: QuantizerConfig = PAPER  # or a mapping of its fields
 
     def __post_init__(self):
+        if not isinstance(self.quantizer, QuantizerConfig):
+            object.__setattr__(self, "quantizer", QuantizerConfig(**self.quantizer))
         encoder = encoder_kind(self.semantic_encoder).config
         if not isinstance(self.vit, EncoderConfig):
             object.__setattr__(self, "vit", encoder(**self.vit))
@@ -91,6 +97,9 @@ class TokenizerConfig:
             )
         if self.codebook_size < 2:
             problems.append(f"codebook_size {self.codebook_size} is below 2")
+        problems += self.quantizer.problems(
+            self.codebook_size, self.semantic_channels, self.pixel_channels
+        )
         if self.vit.width % self.semantic_decoder_heads:
             problems.append(
                 f"width {self.vit.width} is not a multiple of semantic_decoder_heads "
@@ -112,6 +121,45 @@ class TokenizerConfig:
     @property
     def code_channels(self) -> int:
         return self.semantic_channels + self.pixel_channels
+
+    @property
+    def length(self) -> int:
+        """Codes of an image."""
+        return self.quantizer.heads * self.pyramid.tokens
+
+    @property
+    def codes(self) -> int:
+        """Number of different codes, which are 0 to that."""
+        separate = self.quantizer.mapping == "separate"
+        return math.prod(self.index_sizes.values()) if separate else self.codebook_size
+
+    @property
+    def index_sizes(self) -> int | dict[str, int]:
+        """The number of codes; where codes hold several kinds of indices, that of each."""
+        if self.quantizer.heads > 1:
+            return {f"head_{h}": self.codebook_size for h in range(self.quantizer.heads)}
+        if self.quantizer.mapping != "separate":
+            return self.codebook_size
+        pixel = self.quantizer.pixel_size(self.codebook_size, self.pixel_channels)
+        return {"semantic": self.codebook_size, "pixel": pixel}
+
+    def indices(self, codes: Any) -> Any:
+        """Return codes (B, length), or what `index_sizes` names of them, each (B, tokens)."""
+        if (heads := self.quantizer.heads) > 1:
+            return {f"head_{h}": codes[:, h::heads] for h in range(heads)}
+        if self.quantizer.mapping != "separate":
+            return codes
+        pixel = self.index_sizes["pixel"]
+        return {"semantic": codes // pixel, "pixel": codes % pixel}
+
+    @property
+    def finished(self) -> "TokenizerConfig":
+        """The config of the trained tokenizer, without what is of training only."""
+        return dataclasses.replace(self, quantizer=self.quantizer.finished)
+
+    def codebooks(self, params: Mapping[str, jax.Array]) -> Codebooks:
+        """Return the codebooks that the tokenizer's parameters stand for."""
+        return self.quantizer.codebooks(params, self.pixel_channels)
 
 
 _SCALES_16 = (1, 2, 4, 6, 8, 10, 12, 14, 16)
@@ -169,8 +217,9 @@ class TokenFlow(nn.Module):
             cfg.channels, cfg.multipliers, cfg.blocks, cfg.latent_channels, cfg.norm_groups, *common
         )
         self.pixel_in, self.pixel_out = dense(cfg.pixel_channels), dense(cfg.latent_channels)
-        self.semantic_codebook = self._codebook("semantic_codebook", cfg.semantic_channels)
-        self.pixel_codebook = self._codebook("pixel_codebook", cfg.pixel_channels)
+        channels = {"semantic": cfg.semantic_channels, "pixel": cfg.pixel_channels}
+        tables = cfg.quantizer.parameters(cfg.codebook_size, channels)
+        self.tables = {name: self.param(name, *how) for name, how in tables.items()}
         self.semantic_decoder = SemanticDecoder(
             cfg.vit.grid, width, cfg.semantic_decoder_depth, cfg.semantic_decoder_heads, *common
         )
@@ -185,16 +234,10 @@ class TokenFlow(nn.Module):
         size = self.config.image_size
         return self.init(key, jnp.zeros((1, size, size, 3)))["params"]
 
-    def _codebook(self, name: str, channels: int) -> jax.Array:
-        def init(key, shape):  # uniform in a cube, then normalized, as in the reference
-            return l2_normalize(jax.random.uniform(key, shape, minval=-1, maxval=1))
-
-        return self.param(name, init, (self.config.codebook_size, channels))
-
     @property
     def codebooks(self) -> Codebooks:
         """The codebooks as they are stored, of any norm."""
-        return Codebooks(self.semantic_codebook, self.pixel_codebook)
+        return self.config.codebooks(self.tables)
 
     def __call__(self, images_BHWC: jax.Array) -> tuple[Pyramid, Reconstruction]:
         """Encode, quantize and decode images (B, H, H, 3) in [-1, 1]."""
@@ -226,9 +269,8 @@ class TokenFlow(nn.Module):
     def quantize(self, features_BHWC: jax.Array, keep_S: jax.Array | None = None) -> Pyramid:
         """Quantize features to a pyramid of codes; see `residual_quantize`."""
         cfg = self.config
-        return residual_quantize(
-            features_BHWC, self.codebooks, cfg.pyramid, cfg.pixel_weight, keep_S
-        )
+        options = cfg.pyramid, cfg.pixel_weight, keep_S, cfg.quantizer
+        return residual_quantize(features_BHWC, self.codebooks, *options)
 
     def decode(self, quantized_BHWC: jax.Array) -> Reconstruction:
         """Decode a quantized map (B, g, g, C) into images and teacher features."""

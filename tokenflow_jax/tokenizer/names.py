@@ -138,12 +138,17 @@ def tokenizer_buffers(config: TokenizerConfig) -> dict[str, np.ndarray]:
     return buffers
 
 
+def _finish(config: TokenizerConfig, arrays: Mapping[str, Any]) -> tuple:
+    return config.finished, config.quantizer.finish(arrays, config.pixel_channels)
+
+
 PART = Part(
     config_class=TokenizerConfig,
     variants=VARIANTS,
     stage="tokenizer",
     table=tokenizer_table,
     template=tokenizer_template,
+    finish=_finish,
     buffers=tokenizer_buffers,
     identify=lambda config, arrays: {"tokenizer": identity(config, arrays)},
 )

@@ -19,13 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.nets.resize import area_resize, bicubic_resize
-from tokenflow_jax.parallel import placement
-from tokenflow_jax.tokenizer.quantizer import (
-    Codebooks,
-    nearest_codes,
-    normalize_halves,
-    straight_through,
-)
+from tokenflow_jax.tokenizer import quantizer as quantizers
+from tokenflow_jax.tokenizer.kinds import PAPER, QuantizerConfig
+from tokenflow_jax.tokenizer.quantizer import Codebooks, nearest_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +55,15 @@ class Scales:
         ends = np.cumsum([side * side for side in self.sides]).tolist()
         return [slice(end - side * side, end) for side, end in zip(self.sides, ends, strict=True)]
 
-    def prefix(self, tokens: int) -> "Scales":
-        """Return the coarsest scales that `tokens` codes fill exactly; ValueError if none do."""
-        ends = [s.stop for s in self.slices()]
-        if tokens not in ends:
+    def prefix(self, codes: int, heads: int = 1) -> "Scales":
+        """Return the coarsest scales that `codes`, `heads` a token, fill exactly; or ValueError."""
+        ends = [s.stop * heads for s in self.slices()]
+        if codes not in ends:
             raise ValueError(
-                f"{tokens} codes per image end inside a scale; scales {self.sides} give "
+                f"{codes} codes per image end inside a scale; scales {self.sides} give "
                 f"one of {ends}"
             )
-        return Scales(self.sides[: ends.index(tokens) + 1])
+        return Scales(self.sides[: ends.index(codes) + 1])
 
     def per_token(self, values_S: jax.Array) -> jax.Array:
         """Repeat each scale's value for all its tokens: (S,) to (L,)."""
@@ -87,6 +83,7 @@ def residual_quantize(
     scales: Scales,
     pixel_weight: float = 1.0,
     keep_S: jax.Array | None = None,
+    quantizer: QuantizerConfig = PAPER,
 ) -> Pyramid:
     """Quantize features (B, g, g, C), g = scales.grid and semantic channels first, scale by scale.
 
@@ -97,30 +94,33 @@ def residual_quantize(
     batch, grid, _, channels = features_BHWC.shape
     if grid != scales.grid:
         raise ValueError(f"a {grid} x {grid} feature map cannot end at scales {scales.sides}")
-    semantic_channels = codebooks.semantic_KC.shape[-1]
-    table_KC = jax.lax.stop_gradient(codebooks.normalized())
+    tables = codebooks.tables()
+    if not quantizer.trains_codes:
+        tables = jax.lax.stop_gradient(tables)
+    estimate = quantizer.estimator(codebooks)
 
     residual_BHWC, quantized_BHWC = features_BHWC, jnp.zeros_like(features_BHWC)
     codes, inputs = [], []
     for s, side in enumerate(scales.sides):
-        z_BhwC = normalize_halves(area_resize(residual_BHWC, side), semantic_channels)
+        z_BhwC = codebooks.inputs(area_resize(residual_BHWC, side))
         z_NC = z_BhwC.reshape(-1, channels)
-        code_N = nearest_codes(z_NC, table_KC, semantic_channels, pixel_weight)
-        chosen_BhwC = placement.take_rows(table_KC, code_N).reshape(z_BhwC.shape)
-        chosen_BhwC = straight_through(z_BhwC, chosen_BhwC)
+        searches = codebooks.searches(z_NC, tables, pixel_weight)
+        code_N = codebooks.joined(*(nearest_codes(*search) for search in searches))
+        chosen_NC = estimate(z_NC, codebooks.rows(tables, code_N), searches)
+        chosen_BhwC = chosen_NC.reshape(z_BhwC.shape)
         up_BHWC = bicubic_resize(chosen_BhwC, grid)
         if keep_S is not None:
             up_BHWC *= keep_S[s]
         quantized_BHWC += up_BHWC
         residual_BHWC -= jax.lax.stop_gradient(up_BHWC)
-        codes.append(code_N.reshape(batch, side * side))
+        codes.append(code_N.reshape(batch, -1))
         inputs.append(z_BhwC.reshape(batch, side * side, channels))
     return Pyramid(quantized_BHWC, jnp.concatenate(codes, 1), jnp.concatenate(inputs, 1))
 
 
 def features_from_codes(codes_BL: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
     """Return the quantized map (B, g, g, C) of the codes of all scales or of the coarsest ones."""
-    used = scales.prefix(codes_BL.shape[1])
+    used = scales.prefix(codes_BL.shape[1], codebooks.heads)
     vectors_BLC = codebooks.look_up(codes_BL)
     total = 0.0
     for side, where in zip(used.sides, used.slices(), strict=True):
@@ -144,3 +144,29 @@ def token_weights(scales: Scales, keep_S: jax.Array) -> jax.Array:
     """Return weights (L,) that average over each scale's tokens, then over the kept scales."""
     sizes_S = jnp.array([side * side for side in scales.sides], jnp.float32)
     return scales.per_token(keep_S / (sizes_S * keep_S.sum()))
+
+
+def entropy_loss(
+    z_BLC: jax.Array, codebooks: Codebooks, scales: Scales, pixel_weight: float, keep_S: jax.Array
+) -> jax.Array:
+    """Return `quantizer.entropy_loss`, summed over the searches, averaged over the kept scales."""
+    tables, per_scale = codebooks.tables(), []
+    for where in scales.slices():
+        z_NC = z_BLC[:, where].reshape(-1, z_BLC.shape[-1])
+        weights_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
+        searches = codebooks.searches(z_NC, tables, pixel_weight)
+        per_scale.append(sum(quantizers.entropy_loss(*s[:2], weights_N, *s[2:]) for s in searches))
+    return jnp.sum(jnp.stack(per_scale) * keep_S) / keep_S.sum()
+
+
+def distance_statistics(
+    z_BLC: jax.Array, codebooks: Codebooks, weights_L: jax.Array
+) -> dict[str, jax.Array]:
+    """Return the reference's distance norms of both halves, where these have norm one."""
+    if len(codebooks.parts) != 2:
+        return {}
+    batch, _, channels = z_BLC.shape
+    weights_N = jnp.tile(weights_L / batch, batch)
+    searches = codebooks.searches(z_BLC.reshape(-1, channels), codebooks.tables())
+    found = [quantizers.distance_statistics(*s[:2], weights_N, s[2]) for s in searches]
+    return {"distance/semantic": found[0][0], "distance/pixel": found[-1][-1]}

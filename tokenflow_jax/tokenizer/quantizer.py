@@ -17,9 +17,10 @@ full-precision products, whatever the rest of the model computes in, because an 
 Shapes: N tokens, K codes, C = semantic + pixel channels (semantic first).
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -32,20 +33,46 @@ _ENTROPY_TEMPERATURE = 0.01
 _ENTROPY_EPSILON = 1e-5
 
 
-class Codebooks(NamedTuple):
-    """The learned codebooks, of any norm: they are normalized where they are used."""
+class Search(NamedTuple):
+    """A search for nearest codes: the arguments of `nearest_codes`."""
+
+    z_NC: jax.Array
+    codes_KC: jax.Array
+    semantic_channels: int
+    pixel_weight: float = 1.0
+
+
+class Codebooks(flax.struct.PyTreeNode):
+    """Codebooks of any norm, normalized where they are used, under the shared mapping.
+
+    Other mappings derive from this class and replace what follows `size`.
+    """
 
     semantic_KC: jax.Array
     pixel_KC: jax.Array
 
+    heads: ClassVar[int] = 1  # codes of a token
+
     @classmethod
     def of(cls, params: Mapping[str, jax.Array]) -> "Codebooks":
-        """Pick the codebooks out of a tokenizer's parameters."""
+        """Pick the codebooks out of a finished tokenizer's parameters."""
         return cls(params["semantic_codebook"], params["pixel_codebook"])
 
     def params(self) -> dict[str, jax.Array]:
         """Return the codebooks by their names among the parameters."""
         return {"semantic_codebook": self.semantic_KC, "pixel_codebook": self.pixel_KC}
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter((self.semantic_KC, self.pixel_KC))
+
+    @property
+    def semantic_channels(self) -> int:
+        return self.semantic_KC.shape[-1]
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Channels of the parts of z, and of vectors, that have norm one."""
+        return tuple(half.shape[-1] for half in self)
 
     @property
     def size(self) -> int:
@@ -57,11 +84,33 @@ class Codebooks(NamedTuple):
         return jnp.concatenate(list(halves), axis=-1)
 
     def look_up(self, codes: jax.Array) -> jax.Array:
-        """Return the rows of `normalized()` for int codes of any shape (...): (..., C)."""
+        """Return the vectors of int codes of any shape (...): float32 (..., C)."""
         # Only the selected rows are normalized: the gradient is one scatter into the codebooks.
         rows = (placement.take_rows(half, codes) for half in self)
         halves = (l2_normalize(row.astype(jnp.float32)) for row in rows)
         return jnp.concatenate(list(halves), axis=-1)
+
+    def inputs(self, features: jax.Array) -> jax.Array:
+        """Return features (..., C) as the vectors z that are compared with codes, float32."""
+        return normalize_halves(features, self.semantic_channels)
+
+    def tables(self) -> tuple[jax.Array, ...]:
+        """Return what each search goes through; made once for all scales."""
+        return (self.normalized(),)
+
+    def searches(
+        self, z_NC: jax.Array, tables: tuple[jax.Array, ...], pixel_weight: float = 1.0
+    ) -> list[Search]:
+        """Return the searches for a code; their results are the arguments of `joined`."""
+        return [Search(z_NC, *tables, self.semantic_channels, pixel_weight)]
+
+    def joined(self, code_N: jax.Array) -> jax.Array:
+        """Return the codes of the searches' results."""
+        return code_N
+
+    def rows(self, tables: tuple[jax.Array, ...], codes_N: jax.Array) -> jax.Array:
+        """Return the vectors of codes as `look_up` does, from the tables: (N, C)."""
+        return placement.take_rows(*tables, codes_N)
 
 
 def nearest_codes(
@@ -72,7 +121,7 @@ def nearest_codes(
     Both halves of `z_NC` have unit norm; `codes_KC` is `Codebooks.normalized()`. The lowest index
     wins a tie, as in torch.argmin. Not differentiable.
     """
-    z_NC = _fold_weight(jax.lax.stop_gradient(z_NC), semantic_channels, pixel_weight)
+    z_NC = fold_weight(jax.lax.stop_gradient(z_NC), semantic_channels, pixel_weight)
     codes_KC = jax.lax.stop_gradient(codes_KC)
     size = codes_KC.shape[0]
 
@@ -97,7 +146,7 @@ def _best_by_chunks(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, ja
     def visit(best, chunk):
         best_score_N, best_code_N = best
         chunk_RC, start = chunk
-        scores_NR = _scores(z_NC, chunk_RC, start, size)
+        scores_NR = chunk_scores(z_NC, chunk_RC, start, size)
         score_N = scores_NR.max(axis=-1)
         code_N = start + jnp.argmax(scores_NR, axis=-1).astype(jnp.int32)
         better_N = score_N > best_score_N  # strictly: an earlier chunk wins a tie
@@ -106,17 +155,17 @@ def _best_by_chunks(z_NC: jax.Array, codes_KC: jax.Array) -> tuple[jax.Array, ja
 
     tokens = z_NC.shape[0]
     start = (jnp.full(tokens, -jnp.inf, jnp.float32), jnp.zeros(tokens, jnp.int32))
-    best, _ = jax.lax.scan(visit, start, _chunks(codes_KC, tokens))
+    best, _ = jax.lax.scan(visit, start, in_chunks(codes_KC, tokens))
     return best
 
 
-def _fold_weight(z_NC: jax.Array, semantic_channels: int, pixel_weight: float) -> jax.Array:
+def fold_weight(z_NC: jax.Array, semantic_channels: int, pixel_weight: float) -> jax.Array:
     """Multiply the pixel half of z by w, so that scores are plain inner products."""
     channel = jnp.arange(z_NC.shape[-1])
     return z_NC * jnp.where(channel < semantic_channels, 1.0, pixel_weight)
 
 
-def _chunks(codes_KC: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+def in_chunks(codes_KC: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
     """Split the codebook for a scan: (chunks, rows, C), and each chunk's first row number."""
     size = codes_KC.shape[0]
     rows = max(128, 2 ** ((_CHUNK_ELEMENTS // max(tokens, 1)).bit_length() - 1))
@@ -126,7 +175,7 @@ def _chunks(codes_KC: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
     return padded.reshape(count, rows, -1), rows * jnp.arange(count)
 
 
-def _scores(z_NC: jax.Array, chunk_RC: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def chunk_scores(z_NC: jax.Array, chunk_RC: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """Return the inner products (N, R) with one chunk of codes; padding rows score -inf."""
     scores_NR = jnp.einsum("nc,rc->nr", z_NC, chunk_RC, precision="highest")
     if size % chunk_RC.shape[0]:
@@ -183,7 +232,7 @@ def entropy_loss(
     and the tokens together use all codes. The token weights sum to one.
     """
     # A constant added to the logits cancels, so twice the inner product replaces -d.
-    scaled_NC = _fold_weight(z_NC, semantic_channels, pixel_weight) * (2 / _ENTROPY_TEMPERATURE)
+    scaled_NC = fold_weight(z_NC, semantic_channels, pixel_weight) * (2 / _ENTROPY_TEMPERATURE)
     run = placement.over_codes(_entropy, z_NC.shape[0], codes_KC.shape[0])
     return run(codes_KC, scaled_NC, weights_N)
 
@@ -193,12 +242,12 @@ def _entropy(
 ) -> jax.Array:
     """Sum the entropy loss over devices, each with its own rows and tokens; two chunked passes."""
     size = codes_KC.shape[0]
-    chunks = _chunks(codes_KC, scaled_NC.shape[0])
+    chunks = in_chunks(codes_KC, scaled_NC.shape[0])
 
     @jax.checkpoint
     def accumulate(carry, chunk):
         top_N, total_N, weighted_N = carry
-        logits_NR = _scores(scaled_NC, *chunk, size)
+        logits_NR = chunk_scores(scaled_NC, *chunk, size)
         new_top_N = jnp.maximum(top_N, jax.lax.stop_gradient(logits_NR.max(axis=-1)))
         shrink_N = jnp.exp(top_N - new_top_N)
         p_NR = jnp.exp(logits_NR - new_top_N[:, None])
@@ -220,7 +269,7 @@ def _entropy(
 
     @jax.checkpoint
     def entropy_of_mean(carry, chunk):
-        logits_NR = _scores(scaled_NC, *chunk, size)
+        logits_NR = chunk_scores(scaled_NC, *chunk, size)
         p_R = jnp.einsum("n,nr->r", weights_N, jnp.exp(logits_NR - log_total_N[:, None]))
         p_R = jax.lax.psum(p_R, split.tokens) if split.tokens else p_R
         return carry - jnp.sum(p_R * jnp.log(p_R + _ENTROPY_EPSILON)), None

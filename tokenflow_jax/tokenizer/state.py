@@ -7,7 +7,7 @@ import flax.struct
 import jax
 
 from tokenflow_jax.tokenizer import losses as adversarial
-from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage
+from tokenflow_jax.tokenizer.codebook import EMACodebook, Usages
 
 PyTree = Any
 
@@ -77,5 +77,5 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: PyTree
     ema: PyTree | None  # moving average of params
     discriminator: Discriminator | None
-    usage: Usage
+    usage: Usages
     codebook: EMACodebook | None  # running sums, for codebook.update="ema"

@@ -28,10 +28,21 @@ from tokenflow_jax.nets.lpips import LPIPS
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer import losses as adversarial
 from tokenflow_jax.tokenizer import quantizer
-from tokenflow_jax.tokenizer.codebook import EMACodebook, Usage, revive_dead_codes
+from tokenflow_jax.tokenizer.codebook import (
+    EMACodebook,
+    Usage,
+    each_usage,
+    revive_dead_codes,
+    usage_metrics,
+)
 from tokenflow_jax.tokenizer.model import TokenFlow
-from tokenflow_jax.tokenizer.pyramid import draw_kept_scales, token_weights
-from tokenflow_jax.tokenizer.quantizer import Codebooks, l2_normalize
+from tokenflow_jax.tokenizer.pyramid import (
+    distance_statistics,
+    draw_kept_scales,
+    entropy_loss,
+    token_weights,
+)
+from tokenflow_jax.tokenizer.quantizer import l2_normalize
 from tokenflow_jax.tokenizer.state import CodebookConfig, Discriminator, LossConfig, TrainState
 from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.train import optim
@@ -60,6 +71,9 @@ class Trainer:
     sources: tuple[str, ...] = ()  # names of what batches mix; each gets its own curve
     seed: int = 0  # of all the randomness in the steps
 
+    def __post_init__(self):
+        self.model.config.quantizer.check_codebook(self.codebook)
+
     def step(self, state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Run one optimization step; to be jitted with `state` donated.
 
@@ -71,7 +85,7 @@ class Trainer:
         Returns:
           The new state, and scalar metrics ("loss/...", "gradient_norm/...", "usage/...", ...).
         """
-        scales = self.model.config.pyramid
+        config, scales = self.model.config, self.model.config.pyramid
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         keep_key, dropout_key, revive_key = jax.random.split(key, 3)
         keep_S = draw_kept_scales(keep_key, scales, self.losses.scale_drop)
@@ -84,10 +98,14 @@ class Trainer:
         if self.sources:
             sums = sums_by_source(tokens["error"], batch["source"], self.sources)
             metrics |= means_by_source("reconstruction", sums)
-        usage = state.usage.update(tokens["codes"], scales, keep_S)
+        usage = each_usage(
+            lambda one, codes_BL: one.update(codes_BL, scales, keep_S),
+            state.usage,
+            config.indices(tokens["codes"]),
+        )
         state, norms = self._apply(state.replace(usage=usage), gradients, batch_stats)
         state = self._move_codebook(state, tokens, keep_S, revive_key)
-        return state.replace(step=state.step + 1), metrics | norms | usage.metrics(scales)
+        return state.replace(step=state.step + 1), metrics | norms | usage_metrics(usage, scales)
 
     def init(self, key: jax.Array, params: PyTree | None = None) -> TrainState:
         """Return the state before the first step; `params` replaces the random weights."""
@@ -103,15 +121,17 @@ class Trainer:
                 batch_stats=variables.get("batch_stats", {}),
                 opt_state=self.discriminator_optimizer.init(variables["params"]),
             )
-        moving = self.codebook.update == "ema"
+        moving, window = self.codebook.update == "ema", self.codebook.usage_window
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=self.optimizer.init(params),
             ema=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
             discriminator=discriminator,
-            usage=Usage.empty(self.codebook.usage_window, config.pyramid, config.codebook_size),
-            codebook=EMACodebook.start(Codebooks.of(params)) if moving else None,
+            usage=jax.tree.map(
+                lambda size: Usage.empty(window, config.pyramid, size), config.index_sizes
+            ),
+            codebook=EMACodebook.start(config.codebooks(params)) if moving else None,
         )
 
     def _gradients(self, state, frozen, keep_S, batch_stats, images_uint8, key):
@@ -164,14 +184,17 @@ class Trainer:
         pyramid = self.model.apply(variables, features, keep_S, method="quantize")
         decoded = self.model.apply(variables, pyramid.quantized_BHWC, method="decode")
 
-        codebooks = Codebooks.of(params)
+        codebooks = config.codebooks(params)
         if self.codebook.update == "ema":
             codebooks = jax.lax.stop_gradient(codebooks)
         weights_L = token_weights(config.pyramid, keep_S)
         chosen_BLC = codebooks.look_up(pyramid.codes_BL)
         codebook, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen_BLC, weights_L)
         commitment *= self.losses.commitment_weight
-        entropy = self._entropy(pyramid.z_BLC, codebooks, keep_S)
+        entropy = jnp.float32(0)
+        if self.losses.entropy_weight:
+            halves = config.pyramid, config.pixel_weight, keep_S
+            entropy = self.losses.entropy_weight * entropy_loss(pyramid.z_BLC, codebooks, *halves)
         semantic = jnp.float32(0)
         if target_BND is not None:
             products_BND = l2_normalize(decoded.semantic_BND) * l2_normalize(target_BND)
@@ -182,36 +205,12 @@ class Trainer:
             "loss/commitment": commitment,
             "loss/entropy": entropy,
             "loss/distillation": semantic,
-        } | self._distances(pyramid.z_BLC, codebooks, weights_L)
+        } | distance_statistics(pyramid.z_BLC, codebooks, weights_L)
         tokens = {"codes": pyramid.codes_BL}
         if self.codebook.update == "ema" or self.codebook.revive_every:
             tokens["z"] = jax.lax.stop_gradient(pyramid.z_BLC)
         loss = codebook + commitment + entropy + semantic
         return (decoded.images_BHWC, loss), (metrics, tokens, decoded.last_hidden_BHWC)
-
-    def _entropy(self, z_BLC, codebooks, keep_S):
-        """Return the entropy loss, averaged over the kept scales."""
-        if not self.losses.entropy_weight:
-            return jnp.float32(0)
-        config, table_KC, per_scale = self.model.config, codebooks.normalized(), []
-        halves = config.semantic_channels, config.pixel_weight
-        for where in config.pyramid.slices():
-            z_NC = z_BLC[:, where].reshape(-1, z_BLC.shape[-1])
-            weights_N = jnp.full(z_NC.shape[0], 1 / z_NC.shape[0])
-            per_scale.append(quantizer.entropy_loss(z_NC, table_KC, weights_N, *halves))
-        mean = jnp.sum(jnp.stack(per_scale) * keep_S) / keep_S.sum()
-        return self.losses.entropy_weight * mean
-
-    def _distances(self, z_BLC, codebooks, weights_L):
-        """Return the reference's distance norms of both halves."""
-        batch, _, channels = z_BLC.shape
-        semantic, pixel = quantizer.distance_statistics(
-            z_BLC.reshape(-1, channels),
-            codebooks.normalized(),
-            jnp.tile(weights_L / batch, batch),
-            self.model.config.semantic_channels,
-        )
-        return {"distance/semantic": semantic, "distance/pixel": pixel}
 
     def _error(self, images_BHWC, rec_BHWC):
         error_BHWC = rec_BHWC - images_BHWC
@@ -298,7 +297,7 @@ class Trainer:
         if "z" not in tokens:
             return state
         config = self.model.config
-        codebooks = Codebooks.of(state.params)
+        codebooks = config.codebooks(state.params)
         z_NC = tokens["z"].reshape(-1, config.code_channels)
         if self.codebook.update == "ema":
             kept_L = config.pyramid.per_token(keep_S)
@@ -312,7 +311,7 @@ class Trainer:
             state = state.replace(codebook=moved)
         if self.codebook.revive_every:
             due = (state.step + 1) % self.codebook.revive_every == 0
-            count_K = state.usage.counts_SK.sum(axis=0)
+            count_K = each_usage(lambda one: one.counts_SK.sum(axis=0), state.usage)
             codebooks = jax.lax.cond(
                 due, lambda c: revive_dead_codes(key, c, z_NC, count_K), lambda c: c, codebooks
             )

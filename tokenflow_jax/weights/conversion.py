@@ -211,6 +211,7 @@ def _open_ours(
         arrays = merged(found["raw"] | arrays, info["config"]["lora"])
     if wrong := different_shapes(arrays, part.template(config)):
         raise ValueError(f"{path} does not fit its own config:\n{bullets(wrong)}")
+    config, arrays = part.finish(config, arrays)
     buffers = {name.replace("/", "."): tensor for name, tensor in field("buffers").items()}
     step = info["step"] if isinstance(info["step"], int) else None
     return Source(config, arrays, buffers, weights, saved=info["config"], step=step)

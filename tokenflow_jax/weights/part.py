@@ -19,6 +19,8 @@ class Part:
     stage: str  # the training stage whose checkpoints hold the model
     table: Callable[[Any], RuleTable]
     template: Callable[[Any], Mapping[str, Any]]  # nested shapes of the parameters
+    # What is left of (config, arrays by our paths) of a checkpoint once training is over.
+    finish: Callable[[Any, Mapping[str, Any]], tuple[Any, Mapping[str, Any]]] = lambda *run: run
     # Arrays that a strict load in PyTorch needs beyond the parameters.
     buffers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     # What a file records of these weights (config, arrays by our paths).
