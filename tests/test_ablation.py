@@ -2,11 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+from config_files import generation, tokenizer, understanding
 
 from benchmarks.ablation import claims, page, suites
 from benchmarks.ablation.claims import Claim
+from tokenflow_jax.tokenizer.model import TokenizerConfig
+from tokenflow_jax.tokenizer.state import CodebookConfig
 
 BETTER = Claim("a is larger", "us", "a", "b", "figure")
 
@@ -71,6 +75,20 @@ def test_claims_name_rows_of_their_suite(suite):
         large[0].settings["total_steps"]
         > suites.rows(suite, "2h", **options)[0].settings["total_steps"]
     )
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_row_is_a_config(suite):
+    """Its settings exist, and its models and quantizers can be made."""
+    files = {"tokenizer": tokenizer, "generation": generation, "understanding": understanding}
+    for run in suites.rows(suite, "2h", data={}, tokenizer="runs/quickstart"):
+        name = Path(run.config).stem
+        config = files[name].get_config()
+        config.update_from_flattened_dict(dict(run.settings))
+        if name == "tokenizer":
+            model = TokenizerConfig(**config.model)
+            model.quantizer.check_codebook(CodebookConfig(**config.codebook))
+            assert suites.bits(run.settings) > 600
 
 
 def test_two_indices_of_half_the_bits():

@@ -51,8 +51,12 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
     "quantizers": (
         Claim("The rotation trick reconstructs better than straight-through",
               "arXiv 2410.06424", "rotation", "vq", "rfid", -1),
-        Claim("SimVQ uses more of the codebook", "arXiv 2411.02038", "simvq", "vq", "codes_used"),
-        Claim("SimVQ reconstructs better", "arXiv 2411.02038", "simvq", "vq", "rfid", -1),
+        Claim("SimVQ uses more of the codebook than codes that are not revived",
+              "arXiv 2411.02038", "simvq", "vq_unrevived", "codes_used"),
+        Claim("SimVQ reconstructs better than codes that are not revived",
+              "arXiv 2411.02038", "simvq", "vq_unrevived", "rfid", -1),
+        Claim("SimVQ reconstructs better than codes that are revived",
+              "arXiv 2411.02038", "simvq", "vq", "rfid", -1),
         Claim("IBQ uses more of the codebook", "arXiv 2412.02692", "ibq", "vq", "codes_used"),
         Claim("IBQ reconstructs better", "arXiv 2412.02692", "ibq", "vq", "rfid", -1),
         Claim("FSQ, for the pixel half, reconstructs as well or better",
@@ -61,6 +65,8 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
               "arXiv 2406.07548", "bsq", "vq", "rfid", -1),
         Claim("LFQ, for the pixel half, reconstructs better",
               "arXiv 2310.05737", "lfq", "vq", "rfid", -1),
+        Claim("Two heads reconstruct better than one index of as many bits",
+              "arXiv 2502.20321", "two_heads", "vq", "rfid", -1),
     ),
     "understanding": (
         Claim("The last scale's map is read better than all scales' maps",

@@ -78,17 +78,22 @@ def rows(
                 {"model.scales": _SCALES, "teacher.init_encoder": True}, "semantic_start"
             ),
         ]
+    unrevived = {"codebook.revive_every": 0}  # for those whose codes cannot be brought back
     kinds = {
         "vq": {},
         "rotation": {},
-        "simvq": {"codebook.revive_every": 0},
-        "vq_unrevived": {"model.quantizer.kind": "vq", "codebook.revive_every": 0},
         "ibq": {},
+        "vq_unrevived": {"model.quantizer.kind": "vq", **unrevived},
+        "simvq": unrevived,
         # Grids of 2,048 points for the pixel half; their number of channels follows.
-        "fsq": {"model.quantizer.levels": (8, 8, 8, 4), "model.pixel_channels": 4},
-        "bsq": {"model.pixel_channels": 11},
-        "lfq": {"model.pixel_channels": 11},
-    }
+        "fsq": {"model.quantizer.levels": (8, 8, 8, 4), "model.pixel_channels": 4, **unrevived},
+        "bsq": {"model.pixel_channels": 11, **unrevived},
+        "lfq": {"model.pixel_channels": 11, **unrevived},
+        # Two indices of half the bits.
+        "two_heads": {
+            "model.quantizer.kind": "vq", "model.quantizer.heads": 2, "model.codebook_size": 46,
+        },
+    }  # fmt: skip
     return [
         run.with_settings({"model.quantizer.kind": name, **settings}, name)
         for name, settings in kinds.items()
@@ -99,5 +104,6 @@ def bits(settings: Mapping[str, Any]) -> float:
     """Return the bits of a picture that a tokenizer's settings make, of the quickstart's model."""
     tokens = sum(side * side for side in settings.get("model.scales", _SCALES))
     size = settings.get("model.codebook_size", 2048)
-    indices = 2 if settings.get("model.quantizer.mapping") == "separate" else 1
+    separate = settings.get("model.quantizer.mapping") == "separate"
+    indices = 2 if separate else settings.get("model.quantizer.heads", 1)
     return tokens * indices * math.log2(size)
