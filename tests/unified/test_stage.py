@@ -96,6 +96,14 @@ def test_a_start_from_its_own_run(trained, tokenizer):
     assert all(np.array_equal(params[name], want[name]) for name in want) and "raw weights" in text
 
 
+def test_a_start_with_other_options_is_told(trained, tokenizer, caplog):
+    """Options that no array's shape tells."""
+    start_from(tokenizer, trained[0])
+    assert "other options" not in caplog.text
+    start_from(tokenizer, trained[0], **{"model.rope": "3d", "model.lm.rope_theta": 500.0})
+    assert "rope was 1d, is 3d; rope_theta was 10000.0, is 500.0" in caplog.text
+
+
 def test_a_start_from_a_language_model(tokenizer, tmp_path):
     lm = LMConfig(vocabulary_size=300, **LM, tied_head=True)
     rng = np.random.default_rng(0)

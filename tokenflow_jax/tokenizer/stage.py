@@ -244,6 +244,7 @@ class TokenizerStage(Stage):
         """Return the weights of config.init_from, except the parts to reinitialize."""
         path, fresh = self.config.init_from, tuple(self.config.reinitialize)
         _, source = open_weights(path, self.config.init_variant or None)
+        start.warn_of_options(source.config, path, self.model_config)
         places = mesh.shardings(params, self.mesh)
         text = f"weights of {path}"
         if fresh:

@@ -36,6 +36,8 @@ def load(
     source = conversion.open_source(path, part, own)
     if (known := source.saved.get("tokenizer", {})).get("fingerprint"):
         check_tokenizer(path, known, tokenizer)
+    if part is not UNDERSTANDING:
+        start.warn_of_options(source.config, path, config)
     if part is PART:
         return start.take(
             source.arrays, path, params, places

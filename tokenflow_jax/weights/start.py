@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax import remote
+from tokenflow_jax.log import log
 from tokenflow_jax.messages import bullets
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.parallel import mesh as meshes
@@ -28,6 +29,11 @@ PyTree = Any
 _SAME = (
     "width", "layers", "heads", "kv_heads", "head_channels", "mlp_width", "rope_theta", "norm_eps",
     "qkv_bias",
+)  # fmt: skip
+# Of all models; no array has another shape where they differ.
+_SILENT = (
+    "scales", "pixel_weight", "strategy", "rope", "scale_inputs", "image_start", "rope_theta",
+    "norm_eps", "norms",
 )  # fmt: skip
 _VOCABULARY = {"lm/embed/embedding": 0, "lm/head/kernel": 1}  # path -> axis of ids
 
@@ -98,7 +104,27 @@ def load_model(
         return take_language_model(path, config.lm, params, shardings, lm_ids)
     own = None if conversion.knows_itself(path) else config
     source = conversion.open_source(path, part, own)
+    warn_of_options(source.config, path, config)
     return take(source.arrays, path, params, shardings), f"{source.weights} weights of {path}"
+
+
+def warn_of_options(source: Any, path: str, config: Any) -> None:
+    """Warn of hyper-parameters of no shape that the weights at `path` were trained with otherwise.
+
+    A run may want that, but must not do it unknowingly.
+    """
+    changed = []
+    pairs = [(source, config)] + ([(source.lm, config.lm)] if hasattr(config, "lm") else [])
+    for of_source, of_run in pairs:
+        changed += [
+            f"{name} was {getattr(of_source, name)}, is {getattr(of_run, name)}"
+            for name in _SILENT
+            if hasattr(of_run, name)
+            and hasattr(of_source, name)
+            and getattr(of_source, name) != getattr(of_run, name)
+        ]
+    if changed:
+        log.warning("%s was trained with other options: %s", path, "; ".join(changed))
 
 
 def brought(path: str, params: PyTree, lm_ids: int | None = None) -> PyTree:
