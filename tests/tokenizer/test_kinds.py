@@ -53,16 +53,17 @@ def test_features_are_quantized_and_the_gradient_reaches_what_learns(kind, mappi
         made = model.apply({"params": params}, features, method="quantize")
         chosen = config.codebooks(params).look_up(made.codes_BL)
         pull = jnp.mean((jax.lax.stop_gradient(made.z_BLC) - chosen) ** 2)
-        return jnp.sum(made.quantized_BHWC**3) + pull, made.codes_BL
+        return jnp.sum(made.quantized_BHWC**3) + pull, made
 
-    (to_params, to_features), codes = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, features)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (to_params, to_features), made = gradient(params, features)
+    codes = made.codes_BL
     assert codes.shape == (2, config.length) and codes.max() < config.codes
     own = {n: np.abs(g).max() for n, g in to_params.items() if n.endswith(("codebook", "_map"))}
     frozen_ones = {name for name, largest in own.items() if largest == 0}
     assert frozen_ones == ({"semantic_codebook", "pixel_codebook"} if kind == "simvq" else set())
     assert np.abs(to_features).max(axis=(0, 1, 2)).all()
-    again = model.apply({"params": params}, codes, method="features")
-    made = model.apply({"params": params}, features, method="quantize")
+    again = jax.jit(lambda p, c: model.apply({"params": p}, c, method="features"))(params, codes)
     np.testing.assert_allclose(again, made.quantized_BHWC, atol=1e-5)
 
 
