@@ -40,6 +40,7 @@ SWITCHES = (
     _DRAWER,
     _DRAWER.with_settings({"model.rope": "3d"}, "rope_3d"),
     _DRAWER.with_settings({"model.scale_inputs": "residual"}, "residual_inputs"),
+    _DRAWER.with_settings({"losses.scale_power": 1.8}, "power_1.8"),  # NextFlow's exponent, 0.9
     _DRAWER.with_settings({"losses.scale_power": 0.0}, "power_0"),
 )
 FIGURES = {

@@ -31,7 +31,12 @@ class Run:
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "tokenflow_jax.main", f"--config={self.config}", *flags]
         with open(out / f"{self.name}_{seed}.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [*command, f"--workdir={workdir}"],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"TOKENFLOW_SIGTERM_CODE": "143"},  # stopped is not finished
+            )
             _, status, usage = os.wait4(process.pid, 0)
         if os.waitstatus_to_exitcode(status):
             raise SystemExit(f"{self.name}, seed {seed}, failed: see {log.name}")
