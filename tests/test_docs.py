@@ -96,7 +96,8 @@ def test_commands_have_these_flags(page):
         command = re.search(r"python -m ((?:tokenflow_jax|benchmarks|tools)[\w.]*)(.*)", line)
         if not command:
             continue
-        module = ROOT / f"{command[1].replace('.', '/')}.py"
+        path = ROOT / command[1].replace(".", "/")
+        module = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
         assert module.is_file(), line
         text = "".join(sources_of(module))
         for flag in re.findall(r"(?<=\s)--([a-z_]+)(?=[=\s]|$)", command[2]):
