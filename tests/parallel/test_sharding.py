@@ -36,6 +36,7 @@ def test_the_quantizer_gives_the_same_on_every_mesh():
         assert result["largest"] < 168 * 131_072, name  # no tokens x codes
 
 
+@pytest.mark.slow
 def test_every_quantizer_gives_the_same_on_a_mesh():
     one, *others = run("forms", "1,1,1,8", "1,2,2,2")
     for result in others:

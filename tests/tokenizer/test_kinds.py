@@ -22,12 +22,12 @@ from tokenflow_jax.weights.rules import flatten
 
 TINY = dataclasses.replace(tiny.TINY, pixel_channels=5)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+# Every kind under the shared mapping, every mapping of the paper's kind, and a grid by itself.
 FORMS = [
-    (kind, mapping)
-    for kind in KINDS
-    for mapping in MAPPINGS
-    if mapping != "joined" or kind not in ("bsq", "lfq", "fsq")
-] + [("vq", "heads"), ("rotation", "heads")]
+    *((kind, "shared") for kind in KINDS),
+    *(("vq", mapping) for mapping in (*MAPPINGS, "heads") if mapping != "shared"),
+    ("fsq", "separate"),
+]
 QUICK = (("simvq", "shared"), ("bsq", "shared"), ("fsq", "separate"))
 
 
@@ -173,10 +173,8 @@ def test_codebooks_that_cannot_be_moved(kind, mapping, codebook, refused):
         make()
 
 
-@pytest.mark.parametrize(
-    ("kind", "mapping"),
-    [("vq", "separate"), *(pytest.param(*form, marks=pytest.mark.slow) for form in FORMS[1:])],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "mapping"), FORMS[1:])
 def test_it_trains(kind, mapping):
     """All losses on; usage of each index; frozen codes stay, everything else moves."""
     config, revive = config_of(kind, mapping), 2 * (kind in ("vq", "rotation", "ibq"))

@@ -81,6 +81,7 @@ def test_it_learns_all_three_things(frozen, batch):
     assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
 
 
+@pytest.mark.slow
 def test_one_scale_is_a_tokenizer_but_not_for_generation(frozen, batch):
     """The recipe of configs/tokenizer.py:b_256_single, at a tiny size."""
     assert configs.get_config("b_256_single").model.scales == (16,)

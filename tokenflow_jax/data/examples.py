@@ -105,7 +105,7 @@ class Skipped:
 
     def __init__(self, data: str, total: int, unit: str = "pictures"):
         self._data, self.total, self._unit = data, total, unit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._reasons: dict[str, str] = {}
         self._example = ""
 
@@ -117,10 +117,10 @@ class Skipped:
             self._reasons[name] = error.reason
             count, text = len(self._reasons), f"{plain(name)}: {one_line(error)}"
             self._example = self._example or text
-        if count <= _LOGGED:
-            log.warning("%s: skipped %s", self._data, text)
-        elif count.bit_count() == 1:  # 32, 64, 128, ...
-            log.warning("%s: skipped %d so far: %s", self._data, count, self.counts())
+            if count <= _LOGGED:  # within the lock: lines stand in the order of the counts
+                log.warning("%s: skipped %s", self._data, text)
+            elif count.bit_count() == 1:  # 32, 64, 128, ...
+                log.warning("%s: skipped %d so far: %s", self._data, count, self.counts())
 
     def counts(self) -> dict[str, int]:
         """Return the number of examples left out, by reason."""
