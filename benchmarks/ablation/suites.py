@@ -51,6 +51,8 @@ def rows(
     common = {"total_steps": steps, "checkpoint_every": steps, "image_every": 0}
     if suite == "understanding":
         common |= {"tokenizer.path": tokenizer, "eval_every": max(1, steps // 4)}
+        # Room for the vectors of all scales, 130 instead of 64.
+        common |= {"data.max_length": 240, "data.buckets": (128, 160, 208)}
         names = ("last_scale", "full_scale", "residual", "last_scale_semantic", "last_scale_pixel")
         return [
             Run(name, "configs/understanding.py", {**common, "model.strategy": name})

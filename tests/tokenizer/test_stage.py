@@ -153,10 +153,7 @@ def test_kmeans_start_uses_the_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "quantizer",
-    [{"kind": "simvq"}, {"mapping": "separate"}, {"heads": 2}, {"kind": "bsq"}],
-)
+@pytest.mark.parametrize("quantizer", [{"kind": "simvq"}, {"heads": 2}])
 def test_a_run_with_another_quantizer_resumes_converts_and_decodes(tmp_path, quantizer):
     """The resumed run equals the uninterrupted one; both formats give the run's codes."""
     changes = {f"model.quantizer.{key}": value for key, value in quantizer.items()}
