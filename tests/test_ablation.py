@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,32 @@ def test_the_page_has_tables_and_verdicts(tmp_path):
     assert "joined features (TokenFlow, table 5): held here. rfid of shared against joined" in text
     assert text.count("cannot tell: too few runs") == len(claims.CLAIMS["paper"]) - 1
     assert "<table>" in html.read_text() and "4.1 ± 0.1" in html.read_text()
+
+
+def test_a_finished_matrix_trains_nothing(tmp_path):
+    """Its page is written again; another budget would be another folder."""
+    results = tmp_path / "10m" / "results"
+    results.mkdir(parents=True)
+    for row in suites.RECIPES:
+        line = {
+            "suite": "sampling",
+            "row": row,
+            "seed": 0,
+            "budget": "10m",
+            "figures": {"top10": 0},
+        }
+        (results / f"sampling_{row}_0.json").write_text(json.dumps(line))
+    command = [sys.executable, "-m", "benchmarks.ablation", "--suite=sampling", "--budget=10m"]
+    done = subprocess.run(
+        [*command, "--seeds=1", f"--out={tmp_path}"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "drawer" not in done.stdout and "ablation.md" in done.stdout
+    assert not list((tmp_path / "10m" / "sampling").iterdir())
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)

@@ -5,9 +5,10 @@
 
 Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
 (table 8) and `sampling` (table 6). Each row is trained with several seeds, one run after another;
-a run that was killed goes on, a finished one is kept. OUT/results has the raw figures of each run,
-OUT/ablation.html and ablation.md the tables, curves, pictures, and the verdict on each claim by the
-rule in `claims`. Without --inception there is no rFID, which decides on most claims.
+a run that was killed goes on, a finished one is kept. Each budget has a folder in OUT: `results`
+are the raw figures of each run, `ablation.html` and `ablation.md` the tables, curves, pictures, and
+the verdict on each claim by the rule in `claims`. Without --inception there is no rFID, which
+decides on most claims.
 """
 
 import argparse
@@ -36,7 +37,8 @@ def main() -> None:
     parser.add_argument("--cifar10", help="folder that `data.prepare cifar10` made; else the emoji")
     parser.add_argument("--page", action="store_true", help="train nothing")
     options = parser.parse_args()
-    out = Path(options.out)
+    # Runs of another size or of other data are other runs.
+    out = Path(options.out, options.budget + ("-cifar10" if options.cifar10 else ""))
     (out / "results").mkdir(parents=True, exist_ok=True)
     for suite in [] if options.page else options.suite or suites.SUITES:
         _run(suite, options, out)
@@ -65,6 +67,9 @@ def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
     folder.mkdir(exist_ok=True)
     for seed in range(options.seeds):  # a stopped matrix has whole seeds
         for run in runs:
+            names = suites.RECIPES if suite == "sampling" else (run.name,)
+            if all(_result(out, suite, name, seed).exists() for name in names):
+                continue
             print(f"{suite}: {run.name}, seed {seed}", flush=True)
             workdir = run.train(seed, folder)
             if suite == "sampling":
@@ -83,8 +88,12 @@ def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
 def _keep(out: Path, suite: str, row: str, seed: int, budget: str, found: dict) -> None:
     """Write the raw figures of a run, from which the page is made."""
     line = {"suite": suite, "row": row, "seed": seed, "budget": budget, "figures": found}
-    path = out / "results" / f"{suite}_{row}_{seed}.json"
-    path.write_text(json.dumps(line, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(line, indent=1, sort_keys=True) + "\n"
+    _result(out, suite, row, seed).write_text(text, encoding="utf-8")
+
+
+def _result(out: Path, suite: str, row: str, seed: int) -> Path:
+    return out / "results" / f"{suite}_{row}_{seed}.json"
 
 
 if __name__ == "__main__":

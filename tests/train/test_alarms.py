@@ -18,6 +18,20 @@ def test_a_loss_that_jumps_is_told_once_until_it_is_back():
     assert "jumped to 3 from 1.01" in found[0][1] and "learning_rate" in found[0][1]
 
 
+def test_a_loss_that_stays_higher_is_the_usual_one_at_last():
+    """As after the start of an adversarial loss: a later jump is told, too."""
+    found = heard([*[1.0] * 20, *[3.0] * 20, 9.0])
+    assert [step for step, _ in found] == [20, 40] and "to 9 from 3" in found[1][1]
+
+
+def test_held_out_figures_do_not_end_an_alarm():
+    alarms = Alarms(100)
+    lines = [{"step": i, "loss/total": 1.0} for i in range(10)]
+    lines += [{"step": 10, "loss/total": 9.0}, {"step": 10, "eval/psnr": 20.0}]
+    lines += [{"step": 11, "loss/total": 9.0}]
+    assert len([text for line in lines for text in alarms.of(line["step"], line)]) == 1
+
+
 @pytest.mark.parametrize("form", ["noise", "decay", "rise", "negative", "start"])
 def test_usual_losses_set_nothing_off(form):
     step = np.arange(200)

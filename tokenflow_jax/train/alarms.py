@@ -32,24 +32,25 @@ class Alarms:
 
     def of(self, step: int, line: Mapping[str, float]) -> list[str]:
         """Return the alarms that a line of the curves sets off, with a remedy each."""
+        if all(name.startswith("eval/") for name in line if name != "step"):
+            return []  # held-out figures stand between the lines of training
         found = self._jump(line) | self._unused(step, line)
         new = [text for name, text in found.items() if name not in self._sounding]
         self._sounding = set(found)
         return [f"step {step}: {text}" for text in new]
 
     def _jump(self, line: Mapping[str, float]) -> dict[str, str]:
-        loss = line.get("loss/total")
+        loss, before = line.get("loss/total"), list(self._losses)
         if loss is None:
             return {}
-        if len(self._losses) >= _ENOUGH:
-            usual = statistics.median(self._losses)
-            deviation = statistics.median(abs(x - usual) for x in self._losses)
-            if loss > usual + max(_JUMP * abs(usual), 10 * deviation):
-                # Not among the usual ones, so that a loss that stays high stays an alarm.
-                text = f"the loss jumped to {loss:.4g} from {usual:.4g}; {_LOSS_REMEDY}"
-                return {"loss": text}
-        self._losses.append(loss)
-        return {}
+        self._losses.append(loss)  # what stays is the usual one after some lines
+        if len(before) < _ENOUGH:
+            return {}
+        usual = statistics.median(before)
+        deviation = statistics.median(abs(x - usual) for x in before)
+        if loss <= usual + max(_JUMP * abs(usual), 10 * deviation):
+            return {}
+        return {"loss": f"the loss jumped to {loss:.4g} from {usual:.4g}; {_LOSS_REMEDY}"}
 
     def _unused(self, step: int, line: Mapping[str, float]) -> dict[str, str]:
         found = {}
