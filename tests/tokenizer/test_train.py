@@ -15,7 +15,10 @@ from tokenflow_jax.nets.encoders import encoder_kind
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.nets.vit import ViT
 from tokenflow_jax.tokenizer.api import Tokenizer
+from tokenflow_jax.tokenizer.losses import Game
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow
+from tokenflow_jax.tokenizer.pyramid import map_of_vectors
+from tokenflow_jax.tokenizer.quantizer import l2_normalize
 from tokenflow_jax.tokenizer.teacher import Teacher
 from tokenflow_jax.tokenizer.train import CodebookConfig, LossConfig, Trainer
 from tokenflow_jax.train import optim
@@ -81,6 +84,44 @@ def test_it_learns_all_three_things(frozen, batch):
     assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
 
 
+def test_gradient_shares_are_norms_at_the_code_vectors(frozen, batch):
+    """Against each loss differentiated by itself with respect to the vectors it trains."""
+    trainer = make_trainer(losses={"scale_drop": 0.0})
+    state, config = first_state(trainer), MODEL
+    _, history = run(trainer, frozen, batch, 1)
+    images, model = batch["image"].astype(np.float32) / 127.5 - 1, trainer.model
+    variables = {"params": state.params}
+    pyramid, _ = model.apply(variables, images)
+    target = trainer.teacher.features(frozen["teacher"], images)
+    vectors = config.codebooks(state.params).look_up(pyramid.codes_BL)
+
+    def distillation(vectors):
+        map_BHWC = map_of_vectors(vectors, config.pyramid)
+        seen = model.apply(variables, map_BHWC, method="decode_semantics")
+        return 1 - jnp.mean(jnp.sum(l2_normalize(seen) * l2_normalize(target), -1))
+
+    def pixels(vectors):
+        map_BHWC = map_of_vectors(vectors, config.pyramid)
+        drawn, _ = model.apply(variables, map_BHWC, method="decode_pixels")
+        return jnp.mean((drawn - images) ** 2)
+
+    def commitment(z):
+        slices = config.pyramid.slices()
+        means = [jnp.mean((z[:, where] - vectors[:, where]) ** 2) for where in slices]
+        return 0.25 * sum(means) / len(means)
+
+    gradients = {
+        "distillation": jax.grad(distillation)(vectors),
+        "pixels": jax.grad(pixels)(vectors),
+        "commitment": jax.grad(commitment)(pyramid.z_BLC),
+    }
+    norms = {name: float(jnp.linalg.norm(one)) for name, one in gradients.items()}
+    for name, norm in norms.items():
+        share = history[0][f"gradient_share_codes/{name}"]
+        np.testing.assert_allclose(share, norm / sum(norms.values()), rtol=1e-3)
+    assert history[0]["gradient_share_picture/reconstruction"] == 1
+
+
 @pytest.mark.slow
 def test_one_scale_is_a_tokenizer_but_not_for_generation(frozen, batch):
     """The recipe of configs/tokenizer.py:b_256_single, at a tiny size."""
@@ -111,6 +152,8 @@ def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
     total = sum(m[f"loss/{part}"] for part in parts) + adversarial
     np.testing.assert_allclose(m["loss/total"], total, rtol=1e-4)
     assert m["adversarial/adaptive"] not in (0.0, 1.0)
+    shares = [m[f"gradient_share_picture/{name}"] for name in ("reconstruction", "adversarial")]
+    assert min(shares) > 0 and sum(shares) == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -200,7 +243,8 @@ def test_adaptive_weight_equals_two_backward_passes(frozen, batch):
         }
         _, decoded = trainer.model.apply({"params": params}, images)
         player = state.discriminator
-        logits, _ = trainer._judge(player.params, player.batch_stats, decoded.images_BHWC)
+        game = Game(trainer.discriminator)
+        logits, _ = game.judge(player.params, player.batch_stats, decoded.images_BHWC)
         return jnp.stack([jnp.mean((decoded.images_BHWC - images) ** 2), -jnp.mean(logits)])
 
     to_kernel = jax.jacrev(losses)(state.params["pixel_decoder"]["conv_out"]["kernel"])

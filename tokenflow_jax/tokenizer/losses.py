@@ -1,5 +1,6 @@
 """Adversarial losses: means over all patches of the discriminator's logits, high for real."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,59 @@ GENERATOR_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "non_saturating": non_saturating_g,
     "non_saturating_reference": non_saturating_reference_g,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Game:
+    """Both players' losses, and their gradients."""
+
+    discriminator: nn.Module
+    kind: str = "hinge"  # a key of `DISCRIMINATOR_LOSSES`
+    generator_kind: str = "hinge"  # a key of `GENERATOR_LOSSES`
+
+    def judge(self, params: Any, batch_stats: Any, images_BHWC: jax.Array) -> tuple[jax.Array, Any]:
+        """Return the discriminator's logits, and its moved BatchNorm statistics."""
+        logits, updated = self.discriminator.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images_BHWC,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return logits.astype(jnp.float32), updated.get("batch_stats", {})
+
+    def fool(self, params: Any, batch_stats: Any, rec_BHWC: jax.Array) -> tuple[Any, jax.Array]:
+        """Return the generator's loss: ((loss, batch_stats), gradient at rec_BHWC)."""
+
+        def loss(rec_BHWC):
+            logits, moved = self.judge(params, batch_stats, rec_BHWC)
+            return generator_loss(self.generator_kind, logits), moved
+
+        return jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
+
+    def tell_apart(
+        self,
+        params: Any,
+        batch_stats: Any,
+        images_BHWC: jax.Array,
+        rec_BHWC: jax.Array,
+        weight: jax.Array,
+    ) -> tuple[Any, Any, dict[str, jax.Array]]:
+        """Return the gradients of `weight` times the discriminator's loss, statistics, metrics."""
+        rec_BHWC = jax.lax.stop_gradient(rec_BHWC)
+
+        def loss(params):
+            # Two passes, as BatchNorm must not mix real and reconstructed images.
+            real, moved = self.judge(params, batch_stats, images_BHWC)
+            fake, moved = self.judge(params, moved, rec_BHWC)
+            metrics = {
+                "adversarial/logits_real": real.mean(),
+                "adversarial/logits_fake": fake.mean(),
+            }
+            value = discriminator_loss(self.kind, real, fake)
+            return weight * value, (moved, metrics)
+
+        (value, (moved, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return gradients, moved, metrics | {"loss/discriminator": value}
 
 
 def adaptive_weight(

@@ -121,11 +121,18 @@ def residual_quantize(
 def features_from_codes(codes_BL: jax.Array, codebooks: Codebooks, scales: Scales) -> jax.Array:
     """Return the quantized map (B, g, g, C) of the codes of all scales or of the coarsest ones."""
     used = scales.prefix(codes_BL.shape[1], codebooks.heads)
-    vectors_BLC = codebooks.look_up(codes_BL)
+    return map_of_vectors(codebooks.look_up(codes_BL), used, grid=scales.grid)
+
+
+def map_of_vectors(
+    vectors_BLC: jax.Array, scales: Scales, keep_S: jax.Array | None = None, grid: int | None = None
+) -> jax.Array:
+    """Return the map (B, grid, grid, C) that the code vectors of all tokens add up to."""
     total = 0.0
-    for side, where in zip(used.sides, used.slices(), strict=True):
-        grid_BhwC = vectors_BLC[:, where].reshape(codes_BL.shape[0], side, side, -1)
-        total += bicubic_resize(grid_BhwC, scales.grid)
+    for s, (side, where) in enumerate(zip(scales.sides, scales.slices(), strict=True)):
+        grid_BhwC = vectors_BLC[:, where].reshape(vectors_BLC.shape[0], side, side, -1)
+        up_BHWC = bicubic_resize(grid_BhwC, grid or scales.grid)
+        total += up_BHWC if keep_S is None else up_BHWC * keep_S[s]
     return total
 
 

@@ -27,7 +27,7 @@ import optax
 from tokenflow_jax.nets.lpips import LPIPS
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer import losses as adversarial
-from tokenflow_jax.tokenizer import quantizer
+from tokenflow_jax.tokenizer import quantizer, shares
 from tokenflow_jax.tokenizer.codebook import (
     EMACodebook,
     Usage,
@@ -141,28 +141,37 @@ class Trainer:
         if self.teacher is not None:
             target_BND = self.teacher.features(frozen["teacher"], images_BHWC)
         reconstruct = functools.partial(self._reconstruct, images_BHWC, target_BND, keep_S)
+        config, scales = self.model.config, self.model.config.pyramid
+        probes = shares.probes(images_BHWC.shape[0], scales, config.code_channels)
         (rec_BHWC, code_loss), pull_back, (metrics, tokens, hidden) = jax.vjp(
-            reconstruct, state.params, has_aux=True
+            reconstruct, state.params, probes, has_aux=True
         )
-        pixel_loss, pixel_gradient, pixel_metrics = self._pixel_losses(
+        pixel_loss, at_picture, pixel_metrics = self._pixel_losses(
             frozen, images_BHWC, rec_BHWC, key
         )
+        pixel_gradient = sum(at_picture.values())
         total, image_gradient = pixel_loss + code_loss, pixel_gradient
         metrics |= pixel_metrics
         discriminator_gradients = None
         if self.discriminator is not None:
             started = state.step >= self.losses.discriminator_start
             weight = jnp.where(started, self.losses.adversarial_weight, 0.0)
-            (loss, batch_stats), gradient = self._fool(state, batch_stats, rec_BHWC)
+            game = adversarial.Game(
+                self.discriminator, self.losses.adversarial, self.losses.generator_adversarial
+            )
+            (loss, batch_stats), gradient = game.fool(
+                state.discriminator.params, batch_stats, rec_BHWC
+            )
             adaptive = 1.0
             if self.losses.adaptive:
                 adaptive = adversarial.adaptive_weight(
                     self.model, state.params, hidden, pixel_gradient, gradient
                 )
             total += adaptive * weight * loss
-            image_gradient = pixel_gradient + adaptive * weight * gradient
-            discriminator_gradients, batch_stats, discriminator_metrics = self._discriminate(
-                state, batch_stats, images_BHWC, rec_BHWC, weight
+            at_picture["adversarial"] = adaptive * weight * gradient
+            image_gradient = pixel_gradient + at_picture["adversarial"]
+            discriminator_gradients, batch_stats, discriminator_metrics = game.tell_apart(
+                state.discriminator.params, batch_stats, images_BHWC, rec_BHWC, weight
             )
             metrics |= discriminator_metrics | {
                 "loss/adversarial": loss,
@@ -171,30 +180,34 @@ class Trainer:
             }
         if self.sources:
             tokens["error"] = self._error(images_BHWC, rec_BHWC).mean(axis=(1, 2, 3))
-        (generator_gradients,) = pull_back((image_gradient, jnp.ones_like(code_loss)))
+        generator_gradients, at_probes = pull_back((image_gradient, jnp.ones_like(code_loss)))
+        metrics |= shares.at_picture(at_picture)
+        metrics |= shares.at_codes(*at_probes, scales, keep_S, config.semantic_channels)
         gradients = {"generator": generator_gradients, "discriminator": discriminator_gradients}
         return batch_stats, (gradients, metrics | {"loss/total": total}), tokens
 
-    def _reconstruct(self, images_BHWC, target_BND, keep_S, params):
+    def _reconstruct(self, images_BHWC, target_BND, keep_S, params, probes):
         """Run the tokenizer: ((reconstruction, losses on codes and meaning), the rest)."""
         if self.trainable is not None:
             params = optim.freeze(params, self.trainable)
         config, variables = self.model.config, {"params": params}
         features = self.model.apply(variables, images_BHWC, method="encode")
         pyramid = self.model.apply(variables, features, keep_S, method="quantize")
-        decoded = self.model.apply(variables, pyramid.quantized_BHWC, method="decode")
+        at_map_BHWC, at_inputs_BLC = probes
+        map_BHWC, z_BLC = pyramid.quantized_BHWC + at_map_BHWC, pyramid.z_BLC + at_inputs_BLC
+        decoded = self.model.apply(variables, map_BHWC, method="decode")
 
         codebooks = config.codebooks(params)
         if self.codebook.update == "ema":
             codebooks = jax.lax.stop_gradient(codebooks)
         weights_L = token_weights(config.pyramid, keep_S)
         chosen_BLC = codebooks.look_up(pyramid.codes_BL)
-        codebook, commitment = quantizer.codebook_losses(pyramid.z_BLC, chosen_BLC, weights_L)
+        codebook, commitment = quantizer.codebook_losses(z_BLC, chosen_BLC, weights_L)
         commitment *= self.losses.commitment_weight
         entropy = jnp.float32(0)
         if self.losses.entropy_weight:
             halves = config.pyramid, config.pixel_weight, keep_S
-            entropy = self.losses.entropy_weight * entropy_loss(pyramid.z_BLC, codebooks, *halves)
+            entropy = self.losses.entropy_weight * entropy_loss(z_BLC, codebooks, *halves)
         semantic = jnp.float32(0)
         if target_BND is not None:
             products_BND = l2_normalize(decoded.semantic_BND) * l2_normalize(target_BND)
@@ -217,61 +230,23 @@ class Trainer:
         return jnp.abs(error_BHWC) if self.losses.pixel == "l1" else error_BHWC**2
 
     def _pixel_losses(self, frozen, images_BHWC, rec_BHWC, key):
-        """Return reconstruction and perceptual loss, their gradient at rec_BHWC, and metrics."""
+        """Return reconstruction and perceptual loss, each one's gradient at rec_BHWC, metrics."""
 
-        def loss(rec_BHWC):
-            reconstruction = jnp.mean(self._error(images_BHWC, rec_BHWC))
-            perceptual = jnp.float32(0)
-            if self.lpips is not None:
-                dropout_key = key if self.losses.perceptual_dropout else None
-                distance_B = self.lpips.apply(
-                    {"params": frozen["lpips"]}, images_BHWC, rec_BHWC, dropout_key
-                )
-                perceptual = self.losses.perceptual_weight * jnp.mean(distance_B)
-            metrics = {"loss/reconstruction": reconstruction, "loss/perceptual": perceptual}
-            return reconstruction + perceptual, metrics
+        def reconstruction(rec_BHWC):
+            return jnp.mean(self._error(images_BHWC, rec_BHWC))
 
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
-        return value, gradient, metrics
+        def perceptual(rec_BHWC):
+            dropout_key = key if self.losses.perceptual_dropout else None
+            variables = {"params": frozen["lpips"]}
+            distance_B = self.lpips.apply(variables, images_BHWC, rec_BHWC, dropout_key)
+            return self.losses.perceptual_weight * jnp.mean(distance_B)
 
-    def _judge(self, params, batch_stats, images_BHWC):
-        """Return the discriminator's logits, and its moved BatchNorm statistics."""
-        logits, updated = self.discriminator.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images_BHWC,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        return logits.astype(jnp.float32), updated.get("batch_stats", {})
-
-    def _fool(self, state, batch_stats, rec_BHWC):
-        """Return the generator's adversarial loss: ((loss, batch_stats), gradient at rec_BHWC)."""
-
-        def loss(rec_BHWC):
-            logits, moved = self._judge(state.discriminator.params, batch_stats, rec_BHWC)
-            return adversarial.generator_loss(self.losses.generator_adversarial, logits), moved
-
-        return jax.value_and_grad(loss, has_aux=True)(rec_BHWC)
-
-    def _discriminate(self, state, batch_stats, images_BHWC, rec_BHWC, weight):
-        """Return the discriminator's gradients on real images and reconstructions."""
-        rec_BHWC = jax.lax.stop_gradient(rec_BHWC)
-
-        def loss(params):
-            # Two passes, as BatchNorm must not mix real and reconstructed images.
-            real, moved = self._judge(params, batch_stats, images_BHWC)
-            fake, moved = self._judge(params, moved, rec_BHWC)
-            metrics = {
-                "adversarial/logits_real": real.mean(),
-                "adversarial/logits_fake": fake.mean(),
-            }
-            value = adversarial.discriminator_loss(self.losses.adversarial, real, fake)
-            return weight * value, (moved, metrics)
-
-        (value, (batch_stats, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.discriminator.params
-        )
-        return gradients, batch_stats, metrics | {"loss/discriminator": value}
+        values, gradients = {"perceptual": jnp.float32(0)}, {}
+        for loss in (reconstruction, perceptual)[: 1 if self.lpips is None else 2]:
+            name = loss.__name__
+            values[name], gradients[name] = jax.value_and_grad(loss)(rec_BHWC)
+        total = values["reconstruction"] + values["perceptual"]
+        return total, gradients, {f"loss/{name}": value for name, value in values.items()}
 
     def _apply(self, state, gradients, batch_stats):
         """Apply both optimizer updates and the moving average."""

@@ -19,6 +19,7 @@ _LOG_RATIO = 30.0  # a positive curve that spans more than this is drawn on a lo
 _SECTIONS = (  # title, prefixes of the metric names
     ("Held-out figures", "eval/"),
     ("Losses", "loss/"),
+    ("Gradient shares of the losses", "gradient_share"),
     ("Codebook", ("usage", "perplexity", "distance")),
     ("Throughput", "perf/"),
     ("Other curves", ""),
