@@ -10,7 +10,7 @@ import numpy as np
 
 from tokenflow_jax.tokenizer.kinds import PAPER
 from tokenflow_jax.tokenizer.model import TokenizerConfig
-from tokenflow_jax.weights.lazy import data
+from tokenflow_jax.weights.lazy import data, in_memory
 
 # What decides on codes: hyper-parameters, and top-level parts of the weights. The decoders do not,
 # so a finer decoder reads the codes of its predecessor.
@@ -27,6 +27,8 @@ def fingerprint(config: TokenizerConfig, arrays: Mapping[str, Any]) -> str:
     `arrays` are the parameters by path; lazy ones are read one at a time.
     """
     fields = {name: getattr(config, name) for name in _FIELDS}
+    arrays = {name: in_memory(name, array) for name, array in arrays.items()}
+    arrays = config.quantizer.finish(arrays, config.pixel_channels)
     if (quantizer := config.quantizer.finished) != PAPER:
         fields["quantizer"] = dataclasses.asdict(quantizer)
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())

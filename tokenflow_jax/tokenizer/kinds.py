@@ -173,8 +173,8 @@ class QuantizerConfig:
         if names := [name for name, is_refused in refused.items() if is_refused]:
             raise ValueError(
                 f"codebook.{', codebook.'.join(names)} cannot be had with quantizer.kind "
-                f"{self.kind!r}, mapping {self.mapping!r} and heads {self.heads}; the "
-                "defaults are init='uniform', update='gradient', revive_every=0"
+                f"{self.kind!r}, mapping {self.mapping!r} and heads {self.heads}; give "
+                "codebook.init='uniform', update='gradient', revive_every=0"
             )
 
     @property
