@@ -1,16 +1,21 @@
 """The ablations: the rule that decides on claims, and a small run of the matrix."""
 
+import io
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from config_files import generation, tokenizer, understanding
+from PIL import Image
 
-from benchmarks.ablation import claims, page, suites
+from benchmarks.ablation import claims, page, suites, timing
 from benchmarks.ablation.claims import Claim
+from benchmarks.matrix import Run
+from tokenflow_jax.evals import pictures
 from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.tokenizer.state import CodebookConfig
 
@@ -59,10 +64,46 @@ def test_the_page_has_tables_and_verdicts(tmp_path):
             path.write_text(json.dumps(line))
     html, markdown = page.write(tmp_path)
     text = markdown.read_text()
+    assert text.index("| joined |") < text.index("| shared |")
     assert "| joined | 3 | 704 ± 0 | 9.1 ± 0.1 | 29.10 ± 0.10 |" in text
     assert "joined features (TokenFlow, table 5): held here. rfid of shared against joined" in text
     assert text.count("cannot tell: too few runs") == len(claims.CLAIMS["paper"]) - 1
     assert "<table>" in html.read_text() and "4.1 ± 0.1" in html.read_text()
+
+
+def test_figures_of_several_indices_and_scales_are_told():
+    run = {"codes_used/a": 0.2, "codes_used/b": 0.4, "codes_used/a/scale_8": 0.1}
+    run |= {"codes_used/b/scale_8": 0.3, "perplexity/scale_8": 7.0, "psnr": 20.0}
+    assert page._value(run, "codes_used") == pytest.approx(0.3)
+    assert page._value(run, "codes_used/scale_8") == pytest.approx(0.2)
+    [(head, cells)] = page._scale_tables({"row": [run, run]})
+    assert head[1:] == ["8 x 8"] and cells == [["row", "20.0 ± 0.0 %; 7 ± 0"]]
+
+
+def test_pictures_of_the_first_seed_stand_below_their_originals(tmp_path):
+    both = np.full((20, 40, 3), 255, np.uint8)
+    both[:10], both[10:] = (255, 0, 0), (0, 0, 255)
+    for row in ("joined", "shared"):
+        pictures.write_png(both, _folder(tmp_path / f"{row}_0" / "images") / "reconstruction_9.png")
+    found = np.asarray(Image.open(io.BytesIO(page._pictures(tmp_path, ["joined", "shared"]))))
+    assert found.shape == (3 * 20, 120 + 80, 3)
+    assert (found[:20, 120:] == (255, 0, 0)).all() and (found[20:, 120:] == (0, 0, 255)).all()
+    assert page._pictures(tmp_path, ["separate"]) == b""
+
+
+def _folder(path):
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.slow
+def test_steps_are_timed_in_turn(monkeypatch):
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
+    monkeypatch.setattr(timing, "_STEPS", 1)
+    tiny = {"batch_size": 2, "model.codebook_size": 64, "eval.knn_label": ""}
+    runs = [Run("a", "configs/tokenizer.py", tiny), Run("b", "configs/tokenizer.py", tiny)]
+    found = timing.milliseconds(runs)
+    assert set(found) == {"a", "b"} and min(found.values()) > 0
 
 
 def test_a_finished_matrix_trains_nothing(tmp_path):

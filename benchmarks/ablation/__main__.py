@@ -1,6 +1,7 @@
 """The paper's ablations in miniature: which idea helps, at a size that two cores can train.
 
     python -m benchmarks.ablation --suite=paper --budget=2h --out=runs/ablation
+    python -m benchmarks.ablation --time --out=runs/ablation      time the rows' steps, in turn
     python -m benchmarks.ablation --page --out=runs/ablation      the page again, from the results
 
 Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
@@ -35,18 +36,19 @@ def main() -> None:
     parser.add_argument("--inception", default="", help="weights of FID's Inception")
     parser.add_argument("--tokenizer", default="runs/quickstart", help="that is read and written")
     parser.add_argument("--cifar10", help="folder that `data.prepare cifar10` made; else the emoji")
+    parser.add_argument("--time", action="store_true", help="train nothing, time steps")
     parser.add_argument("--page", action="store_true", help="train nothing")
     options = parser.parse_args()
     # Runs of another size or of other data are other runs.
     out = Path(options.out, options.budget + ("-cifar10" if options.cifar10 else ""))
     (out / "results").mkdir(parents=True, exist_ok=True)
     for suite in [] if options.page else options.suite or suites.SUITES:
-        _run(suite, options, out)
+        (_time if options.time else _run)(suite, options, out)
     for path in page.write(out):
         print(path)
 
 
-def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
+def _rows(suite: str, options: argparse.Namespace) -> list[matrix.Run]:
     data = {}
     if options.cifar10:
         data = {
@@ -55,13 +57,23 @@ def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
         }  # fmt: skip
     # In a process of its own: only one at a time may hold a TPU.
     backend = subprocess.run([sys.executable, "-c", _ON_ACCELERATOR], capture_output=True)
-    runs = suites.rows(
-        suite,
-        options.budget,
-        data=data,
-        tokenizer=options.tokenizer,
-        accelerator=backend.stdout.strip() not in (b"cpu", b""),
+    accelerator = backend.stdout.strip() not in (b"cpu", b"")
+    return suites.rows(
+        suite, options.budget, data=data, tokenizer=options.tokenizer, accelerator=accelerator
     )
+
+
+def _time(suite: str, options: argparse.Namespace, out: Path) -> None:
+    if suite == "sampling":  # its rows are one model
+        return
+    from benchmarks.ablation import timing
+
+    found = timing.milliseconds(_rows(suite, options))
+    (out / f"{suite}_times.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
+    runs = _rows(suite, options)
     folder = out / suite
     folder.mkdir(exist_ok=True)
     seeds = options.seeds or suites.BUDGETS[options.budget]

@@ -1,14 +1,20 @@
 """The page of the ablations, as HTML and Markdown, from the raw results of all runs."""
 
 import base64
+import io
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
+
 from benchmarks import matrix
 from benchmarks.ablation.claims import CLAIMS, Verdict, decide
+from benchmarks.ablation.suites import RECIPES
+from benchmarks.ablation.suites import rows as all_rows
 from tokenflow_jax.train import report
 
 # Columns of each suite's table: head, name of the figure, factor, form.
@@ -22,7 +28,6 @@ _TOKENIZERS = (
     ("k-NN pixel, %", "knn_pixel", 100, "{:.1f}"),
     ("codes used, %", "codes_used", 100, "{:.1f}"),
     ("perplexity", "perplexity", 1, "{:.0f}"),
-    ("ms per step", "perf/step_seconds_p50", 1000, "{:.0f}"),
     ("memory, GB", "memory_gb", 1, "{:.2f}"),
 )
 _COLUMNS = {
@@ -32,7 +37,6 @@ _COLUMNS = {
         ("kinds named, %", "exact_match", 100, "{:.1f}"),
         ("pictures exchanged, %", "exact_match_other_images", 100, "{:.1f}"),
         ("loss", "loss", 1, "{:.3f}"),
-        ("ms per step", "perf/step_seconds_p50", 1000, "{:.0f}"),
     ),
     "sampling": (
         ("in ten, %", "top10", 100, "{:.1f}"),
@@ -44,41 +48,101 @@ _CURVES = {"paper": "eval/psnr", "quantizers": "eval/psnr", "understanding": "ev
 
 Rows = Mapping[str, Sequence[Mapping[str, float]]]
 
+_RULE = (
+    "Each figure is the mean ± standard deviation of n seeds. A claim is decided by Welch's t-test "
+    "of its two rows, two-sided, at 5 %; claims and rule were committed before the first run "
+    "(benchmarks/ablation/claims.py). The interval behind a difference is its 95 % interval."
+)
+_ZOOM, _LABEL = 2, 120  # of the pictures; pixels left of them
+
 
 def write(out: Path) -> list[Path]:
-    """Write OUT/ablation.html and ablation.md; return their paths."""
+    """Write OUT/ablation.html, ablation.md and its pictures, SUITE.png; return their paths."""
     results = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))]
     suites: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     budgets = defaultdict(set)
     for one in results:
         suites[one["suite"]][one["row"]].append(one["figures"])
         budgets[one["suite"]].add(one["budget"])
-    text, body = ["# Ablations", ""], ["<h1>Ablations</h1>"]
+    text, body = ["# Ablations", "", _RULE, ""], [f"<h1>Ablations</h1><p>{escape(_RULE)}</p>"]
+    paths = [out / "ablation.html", out / "ablation.md"]
     for suite in filter(suites.__contains__, CLAIMS):
         title = f"{suite.capitalize()}, budget {', '.join(sorted(budgets[suite]))}"
-        head, cells = _table(suite, suites[suite])
-        said = [_sentence(claim, decide(claim, suites[suite])) for claim in CLAIMS[suite]]
-        text += [f"## {title}", "", matrix.table(head, cells), "", *(f"- {s}" for s in said), ""]
-        body += [f"<h2>{escape(title)}</h2>", _html(head, cells)]
+        rows = _in_order(suite, suites[suite])
+        said = [_sentence(claim, decide(claim, rows)) for claim in CLAIMS[suite]]
+        tables = [_table(suite, rows, out), *_scale_tables(rows)]
+        text += [f"## {title}", "", *(line for t in tables for line in (matrix.table(*t), ""))]
+        text += [*(f"- {sentence}" for sentence in said), ""]
+        body += [f"<h2>{escape(title)}</h2>", *(_html(*t) for t in tables)]
         body += ["<ul>", *(f"<li>{escape(sentence)}</li>" for sentence in said), "</ul>"]
-        body.append(_pictures(out / suite, suite, list(suites[suite])))
-    paths = [out / "ablation.html", out / "ablation.md"]
+        body.append(_charts(out / suite, suite, list(rows)))
+        if picture := _pictures(out / suite, list(rows)):
+            paths.append(out / f"{suite}.png")
+            paths[-1].write_bytes(picture)
+            caption = "Held-out pictures, and their reconstructions by the first seed of each row"
+            data = base64.b64encode(picture).decode()
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            body.append(f'<figure class="grid"><figcaption>{caption}</figcaption>{image}</figure>')
+            text += [f"![{caption}]({suite}.png)", ""]
     paths[0].write_text(report.page("Ablations", "".join(body)), encoding="utf-8")
     paths[1].write_text("\n".join(text), encoding="utf-8")
     return paths
 
 
-def _table(suite: str, rows: Rows) -> tuple[list[str], list[list[str]]]:
+def _in_order(suite: str, rows: Rows) -> Rows:
+    """Return the rows as `suites` lists them."""
+    names = [run.name for run in all_rows(suite, "2h", data={}, tokenizer="")]
+    order = list(RECIPES) if suite == "sampling" else names
+    return {name: rows[name] for name in sorted(rows, key=order.index)}
+
+
+def _table(suite: str, rows: Rows, out: Path) -> tuple[list[str], list[list[str]]]:
     columns = [
-        c for c in _COLUMNS[suite] if any(c[1] in run for own in rows.values() for run in own)
+        c for c in _COLUMNS[suite] if any(_value(run, c[1]) for own in rows.values() for run in own)
     ]
     cells = []
     for name, runs in rows.items():
         line = [name, str(len(runs))]
-        for _, key, times, form in columns:
-            line.append(matrix.spread([run.get(key) for run in runs], form, times))
+        for _, key, factor, form in columns:
+            line.append(matrix.spread([_value(run, key) for run in runs], form, factor))
         cells.append(line)
-    return ["row", "n", *(column[0] for column in columns)], cells
+    head = ["row", "n", *(column[0] for column in columns)]
+    timed = out / f"{suite}_times.json"
+    if timed.exists():
+        head.append("ms per step")
+        found = json.loads(timed.read_text())
+        cells = [[*line, f"{found[line[0]]:.0f}"] for line in cells]
+    return head, cells
+
+
+def _value(run: Mapping[str, float], key: str) -> float | None:
+    """Return a figure; of several indices in a code, the mean of theirs."""
+    name, _, scale = key.partition("/scale_")
+    if key in run or not name.startswith(("codes_used", "perplexity")):
+        return run.get(key)
+    ending = f"/scale_{scale}" if scale else ""
+    pattern = re.compile(rf"{name}/(?!scale_|all)\w+{ending}")
+    found = [value for other, value in run.items() if pattern.fullmatch(other)]
+    return sum(found) / len(found) if found else None
+
+
+def _scale_tables(rows: Rows) -> list[tuple[list[str], list[list[str]]]]:
+    """Return a table of the codes used and the perplexity of each scale, of tokenizers."""
+    every = [run for own in rows.values() for run in own]
+    found = {int(m[1]) for run in every for key in run if (m := re.search(r"/scale_(\d+)$", key))}
+    if not any("psnr" in run for run in every) or not found:
+        return []
+    cells = []
+    for name, runs in rows.items():
+        line = [name]
+        for side in sorted(found):
+            used = [_value(run, f"codes_used/scale_{side}") for run in runs]
+            even = [_value(run, f"perplexity/scale_{side}") for run in runs]
+            spread = matrix.spread(even, "{:.0f}", 1)
+            line.append(f"{matrix.spread(used)} %; {spread}" if spread else "")
+        cells.append(line)
+    head = ["codes used; perplexity", *(f"{side} x {side}" for side in sorted(found))]
+    return [(head, cells)]
 
 
 def _sentence(claim, verdict: Verdict) -> str:
@@ -100,25 +164,41 @@ def _html(head: list[str], cells: list[list[str]]) -> str:
         )
         for line in cells
     )
-    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+    return f"<p><table><tr>{top}</tr>{''.join(lines)}</table></p>"
 
 
-def _pictures(folder: Path, suite: str, rows: list[str]) -> str:
-    """Return curves, and grids of reconstructions, of the rows' first seed."""
-    charts, grids = [], []
+def _charts(folder: Path, suite: str, rows: list[str]) -> str:
+    """Return the curves of the rows' first seed."""
+    charts = []
     for row in rows:
-        workdir = folder / f"{row}_0"
-        if not (workdir / "metrics.jsonl").exists():
+        if not (folder / f"{row}_0" / "metrics.jsonl").exists():
             continue
         name = _CURVES[suite]
-        points = report.collect_curves(matrix.history(workdir)).get(name)
+        points = report.collect_curves(matrix.history(folder / f"{row}_0")).get(name)
         if points:
             charts.append(report.chart(f"{row}: {name.removeprefix('eval/')}", points))
-        for path in sorted((workdir / "images").glob("reconstruction_*.png"))[-1:]:
-            data = base64.b64encode(path.read_bytes()).decode()
-            grids.append(
-                f'<figure class="grid"><figcaption>{escape(row)} <small>held-out pictures above, '
-                f'reconstructions below</small></figcaption><img alt="{escape(row)}" '
-                f'src="data:image/png;base64,{data}"></figure>'
-            )
-    return f'<div class="charts">{"".join(charts)}</div>{"".join(grids)}'
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _pictures(folder: Path, rows: list[str]) -> bytes:
+    """Return a PNG: held-out pictures, below them the reconstructions of each row's first seed."""
+    strips = []
+    for row in rows:
+        for path in sorted((folder / f"{row}_0" / "images").glob("reconstruction_*.png"))[-1:]:
+            both = Image.open(path).convert("RGB")  # originals above reconstructions
+            middle = both.height // 2
+            if not strips:
+                strips.append(("original", both.crop((0, 0, both.width, middle))))
+            strips.append((row, both.crop((0, middle, both.width, 2 * middle))))
+    if not strips:
+        return b""
+    width, height = (_ZOOM * side for side in strips[0][1].size)
+    page = Image.new("RGB", (_LABEL + width, height * len(strips)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    for place, (name, strip) in enumerate(strips):
+        large = strip.resize((width, height), Image.Resampling.NEAREST)
+        page.paste(large, (_LABEL, place * height))
+        draw.text((6, (place + 0.5) * height), name, "black", font, anchor="lm")
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
