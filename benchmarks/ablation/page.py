@@ -57,13 +57,17 @@ _ZOOM, _LABEL = 2, 120  # of the pictures; pixels left of them
 
 
 def write(out: Path) -> list[Path]:
-    """Write OUT/ablation.html, ablation.md and its pictures, SUITE.png; return their paths."""
-    results = [json.loads(path.read_text()) for path in sorted((out / "results").glob("*.json"))]
+    """Write OUT's ablation.html, ablation.md, results.jsonl and a picture per suite; their paths.
+
+    Without the runs themselves the page is made from results.jsonl and the pictures that are there.
+    """
     suites: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
-    budgets = defaultdict(set)
-    for one in results:
+    budgets, curves = defaultdict(set), {}
+    for one in _results(out):
         suites[one["suite"]][one["row"]].append(one["figures"])
         budgets[one["suite"]].add(one["budget"])
+        if one["seed"] == 0 and one["curve"]:
+            curves[one["suite"], one["row"]] = one["curve"]
     text, body = ["# Ablations", "", _RULE, ""], [f"<h1>Ablations</h1><p>{escape(_RULE)}</p>"]
     paths = [out / "ablation.html", out / "ablation.md"]
     for suite in filter(suites.__contains__, CLAIMS):
@@ -75,18 +79,42 @@ def write(out: Path) -> list[Path]:
         text += [*(f"- {sentence}" for sentence in said), ""]
         body += [f"<h2>{escape(title)}</h2>", *(_html(*t) for t in tables)]
         body += ["<ul>", *(f"<li>{escape(sentence)}</li>" for sentence in said), "</ul>"]
-        body.append(_charts(out / suite, suite, list(rows)))
-        if picture := _pictures(out / suite, list(rows)):
-            paths.append(out / f"{suite}.png")
-            paths[-1].write_bytes(picture)
+        charts = [
+            report.chart(f"{row}: {_CURVES[suite].removeprefix('eval/')}", curves[suite, row])
+            for row in rows
+            if (suite, row) in curves
+        ]
+        body.append(f'<div class="charts">{"".join(charts)}</div>')
+        path = out / f"{suite}.png"
+        if drawn := _pictures(out / suite, list(rows)):
+            path.write_bytes(drawn)
+        if path.exists():
+            paths.append(path)
             caption = "Held-out pictures, and their reconstructions by the first seed of each row"
-            data = base64.b64encode(picture).decode()
+            data = base64.b64encode(path.read_bytes()).decode()
             image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
             body.append(f'<figure class="grid"><figcaption>{caption}</figcaption>{image}</figure>')
             text += [f"![{caption}]({suite}.png)", ""]
     paths[0].write_text(report.page("Ablations", "".join(body)), encoding="utf-8")
     paths[1].write_text("\n".join(text), encoding="utf-8")
     return paths
+
+
+def _results(out: Path) -> list[dict]:
+    """Return the raw results with a curve each, and gather those of runs in results.jsonl."""
+    path = out / "results.jsonl"
+    found = [json.loads(one.read_text()) for one in sorted((out / "results").glob("*.json"))]
+    if not found and not path.exists():
+        raise SystemExit(f"{out} has no results: run the suites first")
+    if not found:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for one in found:
+        run, name = out / one["suite"] / f"{one['row']}_{one['seed']}", _CURVES.get(one["suite"])
+        known = matrix.history(run) if (run / "metrics.jsonl").exists() else []
+        one["curve"] = report.collect_curves(known).get(name, [])
+    lines = (json.dumps(one, sort_keys=True) + "\n" for one in found)
+    path.write_text("".join(lines), encoding="utf-8")
+    return found
 
 
 def _in_order(suite: str, rows: Rows) -> Rows:
@@ -165,19 +193,6 @@ def _html(head: list[str], cells: list[list[str]]) -> str:
         for line in cells
     )
     return f"<p><table><tr>{top}</tr>{''.join(lines)}</table></p>"
-
-
-def _charts(folder: Path, suite: str, rows: list[str]) -> str:
-    """Return the curves of the rows' first seed."""
-    charts = []
-    for row in rows:
-        if not (folder / f"{row}_0" / "metrics.jsonl").exists():
-            continue
-        name = _CURVES[suite]
-        points = report.collect_curves(matrix.history(folder / f"{row}_0")).get(name)
-        if points:
-            charts.append(report.chart(f"{row}: {name.removeprefix('eval/')}", points))
-    return f'<div class="charts">{"".join(charts)}</div>'
 
 
 def _pictures(folder: Path, rows: list[str]) -> bytes:
