@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "understanding": PROGRAMS,
     "unified": {*PROGRAMS, "generation", "understanding"},
     "stages": {*PROGRAMS, "generation", "understanding", "unified"},
+    "demo": {*PROGRAMS, "generation", "understanding", "unified"},
     "cli": {*BASE, "parallel", "compile_cache", "config_flag"},
     "compile_cache": {"log", "remote"},
     "config_flag": {"train"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
 # Everything that `python -m` starts stands above all layers, wherever its file is.
 COMMANDS = {
     "answer.py", "convert.py", "encode.py", "main.py", "preflight.py", "sample.py",
-    "data/measure.py", "data/prepare.py", "data/validate.py",
+    "demo/__main__.py", "data/measure.py", "data/prepare.py", "data/validate.py",
     "evals/fid.py", "evals/reconstruction.py", "evals/understanding.py",
     "evals/lmms_model.py", "evals/lmms_plugin.py",
 }  # fmt: skip
