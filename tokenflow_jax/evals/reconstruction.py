@@ -102,7 +102,8 @@ def main(options: flags.FlagValues) -> None:
     columns = min(8, images.batch_size)
     batch = next(iter(pipeline.eval_batches(config, batch_size=images.batch_size, limit=columns)))
     shown = jax.device_get(reconstruct(batch["image"])[1])
-    grid = pictures.grid([batch["image"][batch["mask"]], shown[batch["mask"]]])
+    rows = [batch["image"][batch["mask"]], shown[batch["mask"]]]
+    grid = pictures.labelled_grid(rows, ["original", "reconstruction"])
     pictures.write_png(grid, out / "reconstruction.png")
     print(f"  saved {out / 'reconstruction.json'} and reconstruction.png")
 

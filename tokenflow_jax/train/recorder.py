@@ -18,6 +18,7 @@ from tokenflow_jax.train import (
     alarms,
     checkpoint,
     curves,
+    explained,
     metrics,
     profile,
     report,
@@ -230,7 +231,7 @@ class Recorder:
         self._lock.check()
         facts = {"stage": self._stage.name, "step": f"{step} of {self._options.total_steps}"}
         for name, value in self._stopwatch.summary().items():
-            facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
+            facts[name.removeprefix("perf/").replace("_", " ")] = explained.quantity(name, value)
         if self._compile_seconds is not None:
             facts["compilation"] = duration(self._compile_seconds)
         facts["share of training in the time"] = self._stopwatch.goodput()
