@@ -1,7 +1,10 @@
 """Run logging and reporting, and the checks that go with it."""
 
 import functools
+import json
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,6 +26,7 @@ from tokenflow_jax.train import (
     profile,
     report,
     timing,
+    wandb_run,
     watch,
 )
 from tokenflow_jax.train.prefetch import DevicePrefetcher
@@ -58,7 +62,18 @@ class Recorder:
         self._stage, self._options, self._lock = stage, options, lock
         self._checkpoints, self._config, self._origin = checkpoints, config, start.origin
         step = int(start.state.step)
-        self._writer = curves.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
+        first, project = jax.process_index() == 0, wandb_run.project_of(config)
+        also = []
+        if first and project:
+            also.append(wandb_run.WandbRun(project, lock.workdir, config, step))
+        self._writer = curves.Writer(lock.workdir, step, first, also)
+        self._command = shlex.join(sys.orig_argv)
+        texts = {
+            "command": f"    {self._command}",
+            "config": f"```\n{json.dumps(config, indent=2, sort_keys=True)}\n```",
+            "notes": "\n".join(f"- {note}" for note in [start.origin, *stage.notes]),
+        }
+        self._writer.texts(step, texts)
         self._averages = metrics.Averages(**start.averages)
         self._failures: list[str] = []
         self._alarms, self._alarmed = alarms.Alarms(options.total_steps), []
@@ -237,7 +252,7 @@ class Recorder:
         facts["share of training in the time"] = self._stopwatch.goodput()
         facts["memory at most"] = _memory_peak()
         facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        facts["start"] = self._origin
+        facts["start"], facts["command"] = self._origin, self._command
         notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures, *self._alarmed]
         self._writer.flush()
         report.write_report(self._lock.workdir, self._writer.history, facts, self._config, notes)
