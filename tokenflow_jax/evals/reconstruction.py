@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 
 from tokenflow_jax import cli, files
-from tokenflow_jax.log import log
+from tokenflow_jax.log import compiling, log
 
 
 def main(options: flags.FlagValues) -> None:
@@ -41,6 +41,7 @@ def main(options: flags.FlagValues) -> None:
 
     for folder in filter(None, (options.out, options.cache)):
         files.writable_folder(folder)
+    log.info("%s", compiling(f"loading {options.checkpoint} and compiling", 20))
     known = {name: options[name].value for name in ("ema", "step", "dtype")}
     tokenizer = Tokenizer.load(options.checkpoint, options.variant, **known)
     kind = options.data or image_set.kind_of_data(options.path)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from etils import epath
 
-from tokenflow_jax.log import duration, log
+from tokenflow_jax.log import compiling, duration, log
 from tokenflow_jax.messages import one_line
 from tokenflow_jax.parallel import chips, hosts
 from tokenflow_jax.train import (
@@ -62,10 +62,8 @@ class Recorder:
         self._stage, self._options, self._lock = stage, options, lock
         self._checkpoints, self._config, self._origin = checkpoints, config, start.origin
         step = int(start.state.step)
-        first, project = jax.process_index() == 0, wandb_run.project_of(config)
-        also = []
-        if first and project:
-            also.append(wandb_run.WandbRun(project, lock.workdir, config, step))
+        first = jax.process_index() == 0
+        also = wandb_run.opened(config, lock.workdir, step) if first else ()
         self._writer = curves.Writer(lock.workdir, step, first, also)
         self._command = shlex.join(sys.orig_argv)
         texts = {
@@ -101,7 +99,7 @@ class Recorder:
     def before_step(self, step: int, state: State, batch: Any) -> None:
         """Compile the step if it is the first, for batches of all shapes."""
         if self._compile_seconds is None:
-            log.info("compiling the training step")
+            log.info("%s", compiling("compiling the training step", 40))
             began = time.perf_counter()
             with self._stopwatch.beside("compiling"):
                 count = self._stage.compile(state, batch)

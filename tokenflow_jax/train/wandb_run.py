@@ -27,6 +27,12 @@ def project_of(config: Mapping[str, Any]) -> str:
     return project
 
 
+def opened(config: Mapping[str, Any], workdir: epath.Path, resume_step: int) -> list["WandbRun"]:
+    """Return the run there, if the config names a project."""
+    project = project_of(config)
+    return [WandbRun(project, workdir, config, resume_step)] if project else []
+
+
 class WandbRun:
     """A run there, which a continued run goes on with; its variables (WANDB_MODE, ...) hold.
 
@@ -58,7 +64,7 @@ class WandbRun:
             ) from error
         # Steps may repeat after a kill: wandb's own would drop them.
         self._run.define_metric("*", step_metric="step")
-        log.info("Weights & Biases: %s", self._run.url or self._run.dir)
+        log.info("Weights & Biases: %s", self._run.dir if self._run.offline else self._run.url)
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         self._log({"step": step, **scalars})
