@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, compile_cache
 from tokenflow_jax.data.pictures import read_picture
 from tokenflow_jax.log import compiling
 from tokenflow_jax.messages import printable
@@ -41,6 +41,7 @@ def main(options: flags.FlagValues) -> None:
     image = None if options.image is None else read_picture(options.image)  # before it loads
     text = compiling(f"loading {options.checkpoint} and compiling", 20)
     print(printable(text), file=sys.stderr, flush=True)
+    compile_cache.set_up(None)
     assistant = load_assistant(options)
     names = ("max_new", "temperature", "top_k", "top_p", "seed")
     chosen = {name: options[name].value for name in names}

@@ -110,7 +110,7 @@ def encode(
     line = Progress("encode", sum(len(places) for _, places, _ in parts))
     for split, places, file in parts:
         rows = encoding.encode_pictures(encoder, data_sets[split], places, batch_size)
-        rows = line.over(rows, compiles=batch_size)
+        rows = line.over(rows, batch_size)
         count = writer.write(file, (row for row in rows if row is not None))
         log.info("%s: %d of %d pictures", file.name, count, len(places))
     return writer.finish()

@@ -94,12 +94,13 @@ class Progress:
             self._task, done, self._total, rate, self._unit, eta,
         )  # fmt: skip
 
-    def over(self, items: Iterable[Item], compiles: int = 0) -> Iterator[Item]:
-        """Yield items, count them, and leave the first `compiles` of all out of the rate."""
+    def over(self, items: Iterable[Item], batch: int = 1) -> Iterator[Item]:
+        """Yield items, which are made in batches, and count them; the first batch compiles."""
         for item in items:
             yield item
             self._passed += 1
-            (self.update if self._passed > compiles else self.restart)(self._passed)
+            if self._passed % batch == 0:
+                (self.update if self._passed > batch else self.restart)(self._passed)
 
 
 def progress(items: Iterable[Item], total: int, task: str, unit: str = "images") -> Iterator[Item]:

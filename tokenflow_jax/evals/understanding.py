@@ -215,7 +215,7 @@ def answers_to(
             write("\n")  # a killed run may have left half a line
         asked = ask(assistant, task, left, folder, **options)
         line = Progress("ask", len(left), "questions")
-        for key, text in line.over(asked, compiles=options.get("batch_size", 16)):
+        for key, text in line.over(asked, options.get("batch_size", 16)):
             identity, occurrence = key if isinstance(key, tuple) else (key, 0)
             row = {"question_id": identity, "answer": text}
             row |= {_OCCURRENCE: occurrence} if occurrence else {}
