@@ -45,6 +45,8 @@ EXTRAS = {
     # Adapters (config.lora) and quantized weights.
     "lora": ["qwix>=0.1.8"],
     "s3": ["etils[epath-s3]>=1.14"],
+    # Curves and grids on Weights & Biases (config.wandb.project).
+    "wandb": ["wandb>=0.19"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -67,6 +69,7 @@ EXTRAS["test"] = [
     *EXTRAS["lora"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],
+    *EXTRAS["wandb"],
 ]
 
 # Tests against transformers' PyTorch models; without it they are skipped.
