@@ -18,6 +18,9 @@ SECTIONS = {  # title of a group of curves -> what to look for
     "runs by these. When they stop improving while the losses fall, the model memorizes.",
     "Losses": "They should fall fast, then slowly. A jump that stays means a learning rate that "
     "is too high; the parts of the total carry their weights.",
+    "Gradient shares of the losses": "The part of the gradient's norm that each loss has: at the "
+    "picture, and at the code vectors. A loss with a few percent does little; one near 100 % "
+    "hides the others: change its weight.",
     "Codebook": "The share of the codes in use should be high and stay there; perplexity is the "
     "number of codes that, used equally often, would be as varied.",
     "Throughput": "Level curves are good. Waiting for data should be near 0 %; a p99 far above "
