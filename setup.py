@@ -47,6 +47,8 @@ EXTRAS = {
     # The page in the browser, `python -m tokenflow_jax.demo`.
     "demo": ["gradio>=6", "transformers>=5", "jinja2>=3.1"],
     "s3": ["etils[epath-s3]>=1.14"],
+    # Curves and grids on Weights & Biases (config.wandb.project).
+    "wandb": ["wandb>=0.19"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -69,6 +71,7 @@ EXTRAS["test"] = [
     *EXTRAS["lora"],
     *EXTRAS["tfds"],
     *EXTRAS["text"],
+    *EXTRAS["wandb"],
 ]
 
 # Tests against transformers' PyTorch models; without it they are skipped.

@@ -130,6 +130,8 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.image_every = 2_500  # steps between grids
     config.checkpoint_every = 2_500  # steps between checkpoints
     config.keep_checkpoints = 3  # the newest ones
+    config.wandb = ConfigDict()
+    config.wandb.project = ""  # of Weights & Biases, for curves and grids; "": off
     config.eval = ConfigDict()
     config.eval.batch_size = 64
     config.eval.examples = 5_000  # held-out images per evaluation; 0 all

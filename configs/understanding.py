@@ -127,6 +127,8 @@ def _base(model: UnderstandingConfig) -> ConfigDict:
     config.image_every = 0  # steps between grids; 0 only at the end
     config.checkpoint_every = 500  # steps between checkpoints
     config.keep_checkpoints = 2  # the newest ones
+    config.wandb = ConfigDict()
+    config.wandb.project = ""  # of Weights & Biases, for curves and grids; "": off
     config.eval = ConfigDict()
     config.eval.batch_size = 32
     config.eval.examples = 500  # held-out conversations per evaluation; 0 all

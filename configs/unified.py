@@ -134,6 +134,8 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.image_every = 2_500  # steps between grids
     config.checkpoint_every = 2_500  # steps between checkpoints
     config.keep_checkpoints = 3  # the newest ones
+    config.wandb = ConfigDict()
+    config.wandb.project = ""  # of Weights & Biases, for curves and grids; "": off
     config.eval = ConfigDict()
     config.eval.batch_size = 32
     config.eval.examples = 500  # held-out conversations per evaluation; 0 all

@@ -1,6 +1,6 @@
 """The ablations: the rule that decides on claims, and a small run of the matrix."""
 
-import io
+import argparse
 import json
 import math
 import subprocess
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from config_files import generation, tokenizer, understanding
-from PIL import Image
 
+from benchmarks import matrix
+from benchmarks.ablation import __main__ as ablation
 from benchmarks.ablation import claims, page, suites, timing
 from benchmarks.ablation.claims import Claim
 from benchmarks.matrix import Run
-from tokenflow_jax.evals import pictures
 from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.tokenizer.state import CodebookConfig
 
@@ -86,19 +86,29 @@ def test_figures_of_several_indices_and_scales_are_told():
 
 
 def test_pictures_of_the_first_seed_stand_below_their_originals(tmp_path):
-    both = np.full((20, 40, 3), 255, np.uint8)
-    both[:10], both[10:] = (255, 0, 0), (0, 0, 255)
-    for row in ("joined", "shared"):
-        pictures.write_png(both, _folder(tmp_path / f"{row}_0" / "images") / "reconstruction_9.png")
-    found = np.asarray(Image.open(io.BytesIO(page._pictures(tmp_path, ["joined", "shared"]))))
-    assert found.shape == (3 * 20, 120 + 80, 3)
-    assert (found[:20, 120:] == (255, 0, 0)).all() and (found[20:, 120:] == (0, 0, 255)).all()
-    assert page._pictures(tmp_path, ["separate"]) == b""
+    for row, value in (("joined", 0), ("shared", 100)):
+        (tmp_path / f"{row}_0" / "checkpoints").mkdir(parents=True)
+        kept = np.full((2, 3, 16, 16, 3), value, np.uint8)
+        np.save(tmp_path / f"{row}_0" / "reconstructed.npy", kept)
+    found = page._pictures(tmp_path, ["joined", "shared", "separate"])
+    assert found.shape[0] == 3 * (128 + 2) + 2 and found.shape[1] > 3 * 130
+    assert [found[2 + i * 130 + 60, -60, 0] for i in range(3)] == [100, 0, 100]
+    assert page._pictures(tmp_path, ["separate"]) is None
 
 
-def _folder(path):
-    path.mkdir(parents=True)
-    return path
+@pytest.mark.slow
+def test_a_row_is_trained_judged_and_pictured(tmp_path):
+    tiny = {"total_steps": 1, "batch_size": 2, "eval_every": 0, "image_every": 0,
+            "eval.knn_label": "", "losses.perceptual_weight": 0.0}  # fmt: skip
+    workdir = Run("joined", "configs/tokenizer.py", tiny).train(0, tmp_path)
+    assert matrix.figures(workdir)["step"] == 1 and (tmp_path / "joined_0.peak").exists()
+    options = argparse.Namespace(inception="", cifar10="")
+    judged = ablation._reconstruction(workdir, tmp_path, options)
+    assert judged["images"] == 158 and 0 < judged["codes_used/scale_8"] <= 1
+    found = page._pictures(tmp_path, ["joined"])
+    assert found.shape[0] == 2 * 130 + 2
+    originals, made = np.load(workdir / "reconstructed.npy")
+    assert originals.shape == made.shape == (8, 64, 64, 3) and (originals != made).any()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from absl import flags
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import cli, encode, remote
+from tokenflow_jax import cli, encode, log, remote
 from tokenflow_jax.data import pipeline, records, sources
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions import codes
@@ -96,6 +97,14 @@ def test_a_killed_command_continues(tokenizer, folder, tmp_path, monkeypatch):
     assert write(tokenizer, folder, tmp_path / "whole")
     for file in out.glob("*.array_record"):
         assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
+def test_progress_is_that_of_all_parts(tokenizer, folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "_PROGRESS_S", -1.0)
+    assert write(tokenizer, folder, tmp_path / "c")
+    lines = [text for text in caplog.messages if text.startswith("encode: ")]
+    assert len(lines) == 1  # the first of three batches compiles, and the last is the end
+    assert re.fullmatch(r"encode: 8 of 11, [\d.]+ images/s, eta \w+", lines[0])
 
 
 def test_hosts_share_the_parts(tokenizer, folder, tmp_path):

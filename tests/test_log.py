@@ -1,5 +1,6 @@
 """The terminal shows no noise of TensorStore."""
 
+import itertools
 import subprocess
 import sys
 import types
@@ -40,3 +41,25 @@ def test_no_control_character_of_a_tokenizer_folder_reaches_the_terminal(tmp_pat
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and str(tmp_path) in done.stderr
     assert printable(done.stderr + done.stdout) == done.stderr + done.stdout
+
+
+def test_progress_has_rate_and_eta_without_what_compiles(monkeypatch, caplog):
+    now = 0.0
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now)
+
+    def work():
+        nonlocal now
+        for i in range(20):
+            if i % 4 == 0:
+                now += 8 if i else 200  # a batch is made; the first compiles
+            yield i
+
+    items = work()
+    line = runlog.Progress("draw", 20, "pictures")
+    parts = [line.over(itertools.islice(items, n), batch=4) for n in (12, 8)]
+    assert [*parts[0], *parts[1]] == list(range(20))
+    assert caplog.messages == [
+        "draw: 8 of 20, 0.5 pictures/s, eta 24s",
+        "draw: 12 of 20, 0.5 pictures/s, eta 16s",
+        "draw: 16 of 20, 0.5 pictures/s, eta 8s",
+    ]

@@ -78,4 +78,5 @@ def test_the_quickstart_compiles_for_a_tpu(tmp_path):
     assert 0 < figures["mfu"] < 1 and figures["step"] > figures["arithmetic"]
     for line in ("estimated MFU", "all-reduce", "whole on every device", ": fits"):
         assert line in text
+    assert "compiling for v5e:2x2 ..." in text
     assert "compiler flags: xla_tpu_run_space_to_batch=false" in text

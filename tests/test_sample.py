@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from absl import flags
 from PIL import Image
 
 import tokenflow_jax as tfx
-from tokenflow_jax import cli, sample
+from tokenflow_jax import cli, log, sample
 from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
 from tokenflow_jax.generation.api import Generator, Recipe
 from tokenflow_jax.generation.model import Generation, GenerationConfig
@@ -140,6 +141,13 @@ def tasks_of(tmp_path, layout, content, prompts=()):
     path = tmp_path / "prompts"
     path.write_text(content, encoding="utf-8")
     return sample.read_tasks(layout, prompts, str(path))
+
+
+def test_long_drawing_tells_how_far_it_is(generator, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "_PROGRESS_S", -1.0)
+    tasks = tasks_of(tmp_path, "plain", "a\nb\nc\n")
+    assert sample.draw(generator, tasks, tmp_path / "out", RECIPE, batch_size=1) == 3
+    assert re.fullmatch(r"draw: 2 of 3, [\d.]+ pictures/s, eta \w+", caplog.messages[-1])
 
 
 def test_plain_files_and_their_recipe(generator, tmp_path):

@@ -6,9 +6,10 @@ r"""Answer questions about pictures with a trained understanding model.
     python -m tokenflow_jax.answer --checkpoint=RELEASED_FOLDER --tokenizer=tokenflow_xl.pt \
         --tokenizer_variant=xl --question="Name three prime numbers."
 
-The answer appears word by word. With --chat more questions are read from the terminal: an empty
-line ends, `/image PATH` shows another picture with the next question, `/new` starts over. A unified
-model also draws: `/draw red apple` writes a picture into --out, and questions can be about it.
+The answer appears word by word. With --chat more questions are read from the terminal, where
+`/image PATH` shows another picture with the next question, `/reset` starts over and `/help` lists
+the rest. A unified model also draws: `/draw red apple` writes a picture into --out, and questions
+can be about it. Ctrl-C stops an answer, or ends with exit code 130.
 """
 
 import functools
@@ -20,22 +21,38 @@ from typing import Any
 
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, compile_cache
+from tokenflow_jax.data.pictures import read_picture
+from tokenflow_jax.log import compiling
 from tokenflow_jax.messages import printable
+
+_HELP = """\
+  /image PATH   show a picture with the next question; without PATH: none
+  /draw TEXT    draw a picture into --out, which later questions can be about
+  /reset        start over
+  /help         this list
+  An empty line or Ctrl-D ends; Ctrl-C stops an answer."""
 
 
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "checkpoint")
     if not options.question and not options.chat:
         raise ValueError("nothing to ask: give --question, or --chat to ask from the terminal")
+    image = None if options.image is None else read_picture(options.image)  # before it loads
+    text = compiling(f"loading {options.checkpoint} and compiling", 20)
+    print(printable(text), file=sys.stderr, flush=True)
+    compile_cache.set_up(None)
     assistant = load_assistant(options)
     names = ("max_new", "temperature", "top_k", "top_p", "seed")
     chosen = {name: options[name].value for name in names}
     if options.chat:
-        _chat(assistant, options.question, options.image, chosen, options.out)
+        print(f"{type(assistant).__name__} {printable(options.checkpoint)}: ask; /help lists more")
+        _chat(assistant, options.question, image, chosen, options.out)
     else:
         for question in options.question:
-            _print(assistant.chat().stream(question, options.image, **chosen))
+            if len(options.question) > 1:
+                print(f"> {printable(question)}")
+            _print(assistant.chat().stream(question, image, **chosen))
 
 
 def _print(pieces: Iterator[str]) -> None:
@@ -45,7 +62,7 @@ def _print(pieces: Iterator[str]) -> None:
 
 
 def _chat(
-    assistant: Any, first: Sequence[str], image: str | None, chosen: dict[str, Any], out: str
+    assistant: Any, first: Sequence[str], image: Any, chosen: dict[str, Any], out: str
 ) -> None:
     """Hold a conversation: the `first` questions, then those of the terminal."""
     chat = assistant.chat()
@@ -54,6 +71,14 @@ def _chat(
         nonlocal image
         _print(chat.stream(question, image, **chosen))
         image = None  # it is part of the conversation now
+
+    def show(path: str) -> None:
+        nonlocal image
+        image = read_picture(path) if path else None
+
+    def reset(_: str) -> None:
+        nonlocal chat, image
+        chat, image = assistant.chat(), None
 
     def draw(request: str) -> None:
         if not hasattr(chat, "draw"):
@@ -64,24 +89,31 @@ def _chat(
         chat.draw(request, seed=chosen["seed"]).save(path)
         print(path)
 
+    commands = {
+        "/image": show, "/draw": draw, "/reset": reset, "/new": reset,
+        "/help": lambda _: print(_HELP),
+    }  # fmt: skip
     for question in first:
-        print(f"> {question}")
+        print(f"> {printable(question)}")
         ask(question)
     while True:
-        print("> ", end="", flush=True)
-        line = sys.stdin.readline().strip()
+        try:
+            print("> ", end="", flush=True)
+            line = sys.stdin.readline().strip()
+        except KeyboardInterrupt:
+            print()
+            raise
         if not line:
             return
-        if line == "/new":
-            chat, image = assistant.chat(), None
-        elif line.startswith("/image"):
-            image = line.removeprefix("/image").strip() or None
-        else:
-            try:
-                drawing = line.partition(" ")[0] == "/draw"
-                draw(line.removeprefix("/draw").strip()) if drawing else ask(line)
-            except (OSError, ValueError) as error:  # a broken picture, a folder without access
-                print(error)
+        word, _, rest = line.partition(" ")
+        try:
+            if word.startswith("/") and word not in commands:
+                raise ValueError(f"there is no command {word}; /help lists them")
+            commands[word](rest.strip()) if word in commands else ask(line)
+        except (OSError, ValueError) as error:  # a broken picture, a folder without access
+            print(printable(str(error)))
+        except KeyboardInterrupt:
+            print(" (stopped)")
 
 
 def _free_name(folder: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from tokenflow_jax import cli, files
-from tokenflow_jax.log import log, progress
+from tokenflow_jax.log import Progress, compiling, log
 
 if TYPE_CHECKING:  # loaded in main, so that --help is quick
     from tokenflow_jax.data.captions.batches import Pictures
@@ -29,6 +29,7 @@ def main(options: flags.FlagValues) -> None:
     if (options.shard_index is None) != (options.shard_count is None):
         raise ValueError("--shard_index and --shard_count go together")
     files.writable_folder(options.out)
+    log.info("%s", compiling(f"loading {options.checkpoint} and compiling", 15))
     import jax
 
     from tokenflow_jax.data import pipeline
@@ -105,9 +106,11 @@ def encode(
         shard_count=shard_count,
     )
     encoder = encoding.image_encoder(tokenizer)
-    for split, places, file in writer.mine():
+    parts = writer.mine()
+    line = Progress("encode", sum(len(places) for _, places, _ in parts))
+    for split, places, file in parts:
         rows = encoding.encode_pictures(encoder, data_sets[split], places, batch_size)
-        rows = progress(rows, len(places), file.name)
+        rows = line.over(rows, batch_size)
         count = writer.write(file, (row for row in rows if row is not None))
         log.info("%s: %d of %d pictures", file.name, count, len(places))
     return writer.finish()

@@ -61,13 +61,18 @@ def set_up(verbose: bool = True) -> None:
     hush_tensorstore()
 
 
+def compiling(what: str, seconds: int) -> str:
+    """Say, before it takes long, that something compiles and how long that usually takes."""
+    return f"{what} ... (usually {seconds} s, less from the second start on; large models: minutes)"
+
+
 class Progress:
     """Log the rate of long work, and the remaining time if known, every few seconds."""
 
     def __init__(self, task: str, total: int | None, unit: str = "images"):
         self._task, self._total, self._unit = task, total, unit
         self._start = self._last = time.monotonic()
-        self._offset = 0
+        self._offset = self._passed = 0
 
     def restart(self, done: int) -> None:
         """Leave the first `done` items, in which everything compiles, out of the rate."""
@@ -89,13 +94,18 @@ class Progress:
             self._task, done, self._total, rate, self._unit, eta,
         )  # fmt: skip
 
+    def over(self, items: Iterable[Item], batch: int = 1) -> Iterator[Item]:
+        """Yield items, which are made in batches, and count them; the first batch compiles."""
+        for item in items:
+            yield item
+            self._passed += 1
+            if self._passed % batch == 0:
+                (self.update if self._passed > batch else self.restart)(self._passed)
+
 
 def progress(items: Iterable[Item], total: int, task: str, unit: str = "images") -> Iterator[Item]:
     """Yield the items and log how many have passed."""
-    line = Progress(task, total, unit)
-    for done, item in enumerate(items, 1):
-        yield item
-        line.update(done)
+    return Progress(task, total, unit).over(items)
 
 
 def duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ from tokenflow_jax import cli, config_flag, files, stages
 from tokenflow_jax.log import log
 from tokenflow_jax.parallel import distributed
 from tokenflow_jax.train.run_config import refuse_old_keys
+from tokenflow_jax.train.wandb_run import project_of
 
 _BEGAN = time.perf_counter()
 
@@ -39,6 +40,7 @@ def main(options: flags.FlagValues) -> int:
     profile_steps = profile.parse_steps(options.profile_steps)
     loop.LoopOptions.from_config(config)
     refuse_old_keys(config)
+    project_of(config)
     with config.unlocked():
         config.config_file = config_flag.name(options)  # for model cards
     stage = stages.make_stage(config, mesh.make_mesh(config.get("mesh") or {}))

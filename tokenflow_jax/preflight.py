@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from tokenflow_jax import cli, stages
+from tokenflow_jax.log import log
 from tokenflow_jax.parallel import chip_flags, compiling, hlo
 from tokenflow_jax.parallel.chips import COMPILER_ONLY, Topology, parse_topology
 
@@ -104,6 +105,7 @@ def report(
     with mesh.use(device_mesh.abstract_mesh if really else device_mesh):
         jaxpr = jax.make_jaxpr(program.function)(*arguments).jaxpr
     if really:
+        log.info("compiling for %s ... (large models: up to 10 minutes on two cores)", topology)
         with mesh.use(device_mesh):
             compiled = compiling.compile_for(
                 program.compiled.lower(*arguments), topology, total, compiler_options or {}

@@ -28,7 +28,7 @@ from tokenflow_jax import cli, files, remote
 from tokenflow_jax.data import jsonl
 from tokenflow_jax.data.examples import Broken, check_text
 from tokenflow_jax.evals import pictures
-from tokenflow_jax.log import log
+from tokenflow_jax.log import Progress, compiling, log
 from tokenflow_jax.messages import bullets, plain
 
 if TYPE_CHECKING:  # loaded in main, so that --help is quick
@@ -141,6 +141,7 @@ def draw(
     if len(missing) < len(mine):
         log.info("%d prompts of %d are already drawn", len(mine) - len(missing), len(mine))
     done, step = 0, max(1, batch_size // images_per_prompt)
+    line = Progress("draw", len(missing) * images_per_prompt, "pictures")
     for start in range(0, len(missing), step):
         some = missing[start : start + step]
         texts = [task.prompt for task in some for _ in range(images_per_prompt)]
@@ -155,7 +156,7 @@ def draw(
                     row = asked.row(generator.tokenizer, image)
                     pictures.write_png(row, file.with_name(f"{file.stem}_edit.png"))
         done += len(texts)
-        log.info("%d of %d pictures", done, len(missing) * images_per_prompt)
+        (line.update if start else line.restart)(done)  # everything compiles in the first batch
     return done
 
 
@@ -236,6 +237,7 @@ def main(options: flags.FlagValues) -> None:
     except ValueError as error:
         raise ValueError(f"--outpaint={','.join(options.outpaint)}: give 4 numbers") from error
     files.writable_folder(options.out)
+    log.info("%s", compiling(f"loading {options.checkpoint} and compiling", 30))
     from tokenflow_jax.generation.edit import request
     from tokenflow_jax.unified.api import load_generator
 
@@ -247,7 +249,7 @@ def main(options: flags.FlagValues) -> None:
     asked = request(generator.tokenizer, **edits, outpaint=outpaint)
     if asked.edit is not None and not asked.mask_HW.any():
         raise ValueError(f"--mask={options.mask} is black: paint white what is to change")
-    draw(
+    count = draw(
         generator,
         tasks,
         options.out,
@@ -260,7 +262,7 @@ def main(options: flags.FlagValues) -> None:
     )
     for note in generator.prompts.cut_notes():
         log.warning("%s", note)
-    log.info("pictures in %s", options.out)
+    log.info("drew %d pictures, in %s", count, options.out)
 
 
 def define_flags(define: cli.Define) -> None:

@@ -1,7 +1,6 @@
 """The page of the ablations, as HTML and Markdown, from the raw results of all runs."""
 
 import base64
-import io
 import json
 import re
 from collections import defaultdict
@@ -9,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
 
 from benchmarks import matrix
 from benchmarks.ablation.claims import CLAIMS, Verdict, decide
 from benchmarks.ablation.suites import RECIPES
 from benchmarks.ablation.suites import rows as all_rows
+from tokenflow_jax.evals.pictures import labelled_grid, write_png
 from tokenflow_jax.train import report
 
 # Columns of each suite's table: head, name of the figure, factor, form.
@@ -53,7 +53,7 @@ _RULE = (
     "of its two rows, two-sided, at 5 %; claims and rule were committed before the first run "
     "(benchmarks/ablation/claims.py). The interval behind a difference is its 95 % interval."
 )
-_ZOOM, _LABEL = 2, 120  # of the pictures; pixels left of them
+_SHOWN = 8  # pictures in a row
 
 
 def write(out: Path) -> list[Path]:
@@ -86,8 +86,9 @@ def write(out: Path) -> list[Path]:
         ]
         body.append(f'<div class="charts">{"".join(charts)}</div>')
         path = out / f"{suite}.png"
-        if drawn := _pictures(out / suite, list(rows)):
-            path.write_bytes(drawn)
+        drawn = _pictures(out / suite, list(rows)) if suite in ("paper", "quantizers") else None
+        if drawn is not None:
+            write_png(drawn, path)
         if path.exists():
             paths.append(path)
             caption = "Held-out pictures, and their reconstructions by the first seed of each row"
@@ -195,25 +196,30 @@ def _html(head: list[str], cells: list[list[str]]) -> str:
     return f"<p><table><tr>{top}</tr>{''.join(lines)}</table></p>"
 
 
-def _pictures(folder: Path, rows: list[str]) -> bytes:
-    """Return a PNG: held-out pictures, below them the reconstructions of each row's first seed."""
-    strips = []
+def _pictures(folder: Path, rows: list[str]) -> np.ndarray | None:
+    """Return held-out pictures above their reconstructions by each row's first seed."""
+    strips = {}
     for row in rows:
-        for path in sorted((folder / f"{row}_0" / "images").glob("reconstruction_*.png"))[-1:]:
-            both = Image.open(path).convert("RGB")  # originals above reconstructions
-            middle = both.height // 2
-            if not strips:
-                strips.append(("original", both.crop((0, 0, both.width, middle))))
-            strips.append((row, both.crop((0, middle, both.width, 2 * middle))))
-    if not strips:
-        return b""
-    width, height = (_ZOOM * side for side in strips[0][1].size)
-    page = Image.new("RGB", (_LABEL + width, height * len(strips)), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    for place, (name, strip) in enumerate(strips):
-        large = strip.resize((width, height), Image.Resampling.NEAREST)
-        page.paste(large, (_LABEL, place * height))
-        draw.text((6, (place + 0.5) * height), name, "black", font, anchor="lm")
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+        run = folder / f"{row}_0"
+        if not (run / "checkpoints").is_dir():
+            continue
+        kept = run / "reconstructed.npy"
+        if not kept.exists():
+            _reconstruct(run, kept)
+        strips["original"], strips[row] = np.load(kept)
+    return labelled_grid(list(strips.values()), list(strips)) if strips else None
+
+
+def _reconstruct(run: Path, kept: Path) -> None:
+    """Write the first held-out pictures and what a run's tokenizer makes of them."""
+    from tokenflow_jax.data import pipeline
+    from tokenflow_jax.tokenizer.api import Tokenizer
+
+    tokenizer = Tokenizer.load(run)
+    data, size = tokenizer.trained.saved["data"], tokenizer.config.image_size
+    config = pipeline.DataConfig(
+        data["name"], data["path"], data["eval_split"], size, "center", flip=False
+    )
+    batch = next(iter(pipeline.eval_batches(config, batch_size=_SHOWN, limit=_SHOWN)))
+    made = tokenizer.reconstruct(list(batch["image"]))
+    np.save(kept, np.stack([batch["image"], np.stack([np.asarray(one) for one in made])]))

@@ -7,7 +7,7 @@ import sys
 import pytest
 from absl import flags
 
-from tokenflow_jax import cli
+from tokenflow_jax import cli, log
 from tokenflow_jax.evals import understanding
 from tokenflow_jax.evals.understanding_scores import TASKS
 
@@ -232,3 +232,59 @@ def test_wrong_paths_are_known_before_the_model_is_loaded(tmp_path, monkeypatch)
     (tmp_path / "in_the_way").write_text("")
     with pytest.raises(OSError, match="cannot write into the folder"):
         understanding.main(options)
+
+
+@pytest.mark.parametrize(
+    "task,change,message",
+    [
+        ("pope", {"text": None}, "no question in"),
+        ("pope", {"label": "perhaps"}, "POPE's label must be yes or no"),
+        ("vqa", {"label": None}, "no answer to compare with"),
+        ("mme", {}, "MME needs category and image"),
+        ("choice", {}, "no options in"),
+        ("choice", {"options": ["a dog", "a cat"]}, "the right answer 'yes' is none of the opt"),
+        ("pope", {"image": "absent.png"}, "there is no picture"),
+    ],
+)
+def test_what_a_task_lacks_is_known_before_the_model_is_loaded(
+    tmp_path, monkeypatch, task, change, message
+):
+    monkeypatch.setattr(understanding.answer, "load_assistant", lambda options: pytest.fail("late"))
+    file = write(tmp_path / "q.jsonl", [QUESTIONS[2] | change])
+    options = flags.FlagValues()
+    understanding.define_flags(cli.Define(options))
+    options(["run", f"--task={task}", "--checkpoint=x", f"--file={file}"])
+    with pytest.raises(ValueError, match="1 of 1 questions do not fit") as error:
+        understanding.main(options)
+    assert f"question 'c': {message}" in str(error.value)
+
+
+def test_questions_without_any_answer_are_asked_and_not_scored():
+    questions = [{"question_id": i, "text": "Is ice cold?"} for i in range(2)]
+    assert not understanding.check(TASKS["pope"], questions, [None, None])
+    assert understanding.check(TASKS["pope"], QUESTIONS, [None] * 3)
+
+
+def test_instructions_that_the_training_lacks(tmp_path):
+    line = TASKS["pope"].instruction
+    runs = {"total_steps": 9}
+    chats = {"name": "jsonl", "path": str(tmp_path / "chats.jsonl"), "mixture": ()}
+    emoji = {"name": "emoji", "path": "", "mixture": ()}
+    assert understanding.is_unknown(line, {**runs, "data": emoji})
+    assert not understanding.is_unknown(line, {"data": emoji})  # a released model
+    assert not understanding.is_unknown(line, {**runs, "data": chats})  # it is gone
+    turns = [{"from": "human", "value": f"Is it?\n{line}"}, {"from": "gpt", "value": "Yes"}]
+    write(tmp_path / "chats.jsonl", [{"conversations": turns}])
+    assert not understanding.is_unknown(line, {**runs, "data": chats})
+    assert understanding.is_unknown(TASKS["choice"].instruction, {**runs, "data": chats})
+    both = {**emoji, "name": "mixture", "mixture": (f"1 jsonl {chats['path']}", "1 emoji")}
+    assert not understanding.is_unknown(line, {**runs, "data": both})
+    assert understanding.is_unknown(TASKS["choice"].instruction, {**runs, "data": both})
+
+
+def test_long_asking_tells_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "_PROGRESS_S", -1.0)
+    model = Known({"Is there a dog?": "Yes", "Is there a cat?": "Yes", "Is ice cold?": "no"})
+    out = tmp_path / "a.jsonl"
+    understanding.answers_to(out, QUESTIONS, model, TASKS["pope"], tmp_path, batch_size=1)
+    assert "ask: 2 of 3" in caplog.text and "questions/s, eta" in caplog.text

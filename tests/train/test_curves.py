@@ -1,13 +1,17 @@
 """The writers of curves and grids, and what they find of a run before."""
 
+import html
 import json
 import math
 import os
 import resource
+import shlex
+import sys
 import threading
 
 import numpy as np
 import pytest
+import toy_stage
 from PIL import Image
 
 from tokenflow_jax.train import curves, report
@@ -88,6 +92,23 @@ def test_events_can_be_read_back(tmp_path):
         event = event_pb2.Event.FromString(record)
         found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
     assert found["loss/total"] == (7, 0.25)
+
+
+def test_command_config_and_notes_are_texts_of_tensorboard(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    toy_stage.run(tmp_path, total_steps=2)
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    found = {}
+    for record in records_of(path):
+        for value in event_pb2.Event.FromString(record).summary.value:
+            if value.metadata.plugin_data.plugin_name == "text":
+                found[value.tag.split("/")[0]] = value.tensor.string_val[0].decode()
+    assert found.keys() == {"command", "config", "notes"}
+    assert shlex.join(sys.orig_argv) in found["command"]
+    assert json.loads(found["config"].strip("`\n"))["total_steps"] == 2
+    assert found["notes"].endswith("\n- a toy: it learns nothing of use")
+    assert html.escape(shlex.join(sys.orig_argv)) in (tmp_path / "report.html").read_text()
 
 
 def test_where_files_cannot_grow_the_history_is_written_with_each_flush(bucket):

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from tokenflow_jax.train import curves, report
+from tokenflow_jax.train import curves, explained, report
 
 
 class Outline(html.parser.HTMLParser):
@@ -34,9 +34,10 @@ class Outline(html.parser.HTMLParser):
 def test_page_is_complete_and_self_contained(tmp_path):
     writer = curves.Writer(tmp_path)
     for step in range(10, 60, 10):
-        writer.scalars(step, {"loss/total": 1 / step, "perf/steps_per_second": 4.0, "lr": 1e-4})
+        writer.scalars(step, {"loss/total": 1 / step, "perf/steps_per_second": step, "lr": step})
         writer.images(step, {"recon": np.full((4, 6, 3), step, np.uint8)})
-    writer.scalars(50, {"eval/psnr": 23.456})
+    for step in (40, 50):
+        writer.scalars(step, {"eval/psnr": step / 100 + 22.956})
     writer.close()
     path = report.write_report(
         tmp_path,
@@ -83,3 +84,60 @@ def test_curves_leave_out_what_is_not_finite():
 
 def test_a_run_without_anything_still_has_a_page(tmp_path):
     assert "<h1>" in report.write_report(tmp_path, [], {}, {}).read_text()
+
+
+def test_constant_curves_are_named_instead_of_drawn(tmp_path):
+    history = [
+        {"step": step, "loss/total": 1 / step, "loss/perceptual": 0.0, "usage/all": 0.5}
+        for step in (10, 20)
+    ]
+    page = report.write_report(tmp_path, [*history, {"step": 20, "eval/knn": 0.25}], {}, {})
+    page = page.read_text()
+    assert page.count("<svg") == 1
+    assert "loss/perceptual = 0." in page and "usage/all = 50 %." in page
+    assert "eval/knn" in page and ">0.25<" in page  # a card and a row, but no chart of one point
+
+
+def test_each_group_says_what_to_look_for_in_units(tmp_path):
+    writer = curves.Writer(tmp_path)
+    for step in (10, 20):
+        writer.images(step, {"samples": np.zeros((4, 6, 3), np.uint8)})
+    writer.close()
+    history = [
+        {"step": step, "loss/total": 1 / step, "eval/psnr": 20 + step, "eval/accuracy": step / 100}
+        for step in (10, 20)
+    ]
+    config = {"eval": {"prompts": ["red <apple>", "猫"]}}
+    page = report.write_report(tmp_path, history, {}, config).read_text()
+    for text in (explained.GRIDS["samples"], *map(explained.SECTIONS.get, ("Losses",))):
+        assert page.count(text) == 1
+    assert page.count("“red &lt;apple&gt;”, “猫”") == 1  # of the last pictures alone
+    assert "<b>40 dB</b>" in page and "<b>20 %</b>" in page
+    assert "eval/accuracy <small>%</small>" in page and ">20</text>" in page
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in report._SECTIONS])
+def test_every_section_is_explained(name):
+    assert name in explained.SECTIONS
+
+
+@pytest.mark.parametrize(
+    "name,value,text",
+    [
+        ("eval/psnr", 23.456, "23.46 dB"),
+        ("eval/codes_used/scale_1", 0.998, "99.8 %"),
+        ("eval/top10_unseen", 0.3203, "32.03 %"),
+        ("eval/exact_match_other_images", 0.1709, "17.09 %"),
+        ("eval/rank_unseen", 34.5, "34.5"),
+        ("eval/images", 158.0, "158"),
+        ("eval/loss", 6.6, "6.6 nats"),
+        ("scale/loss_8", 2.5, "2.5 nats"),
+        ("loss/reconstruction", 0.02, "0.02"),
+        ("perf/tokens_per_second", 17790.4, "17,790 tokens/s"),
+        ("perf/step_seconds_p50", 0.17, "0.17 s"),
+        ("perf/data_wait_fraction", 0.0016, "0.16 %"),
+        ("perplexity/all", 1781.0, "1781 codes"),
+    ],
+)
+def test_values_have_units(name, value, text):
+    assert explained.quantity(name, value) == text

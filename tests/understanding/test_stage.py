@@ -4,7 +4,11 @@ import importlib.util
 import io
 import json
 import pathlib
+import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ from tokenflow_jax.parallel import mesh
 from tokenflow_jax.train import loop, optim
 from tokenflow_jax.train.checkpoint import CheckpointError
 from tokenflow_jax.train.run_config import LoopOptions
+from tokenflow_jax.understanding.chat import Chat
 from tokenflow_jax.understanding.folder import save_understanding_model
 from tokenflow_jax.understanding.stage import UnderstandingStage
 from tokenflow_jax.weights.language_model import language_model_template, save_language_model
@@ -391,8 +396,12 @@ def test_questions_that_cannot_be_asked(assistant, tmp_path):
 def test_the_command(trained, picture, capsys, monkeypatch):
     flags = [f"--checkpoint={trained[0]}", "--max_new=6"]
     assert answer.run([*flags, f"--image={picture}", "--question=What?"]) == 0
-    said = capsys.readouterr().out
-    assert said.endswith("\n")
+    said, told = capsys.readouterr()
+    assert said.endswith("\n") and said.count("\n") == 1
+    assert told.startswith(f"loading {trained[0]} and compiling ... (usually 20 s")
+    two = ["--question=What?", "--question=Who?"]
+    assert answer.run([*flags, f"--image={picture}", *two]) == 0
+    assert re.fullmatch(rf"> What\?\n{re.escape(said)}> Who\?\n.*\n", capsys.readouterr().out)
     lines = f"Hello?\n/image {picture}\nWhat?\n/image nowhere.png\nWhat?\n/new\nWho?\n\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert answer.run([*flags, "--chat"]) == 0
@@ -400,6 +409,56 @@ def test_the_command(trained, picture, capsys, monkeypatch):
     assert out.count("> ") == 8 and "nowhere.png" in out
     assert answer.run([f"--checkpoint={trained[0]}/none", "--question=x"]) == 2
     assert "answer:" in capsys.readouterr().err
+
+
+def test_commands_of_the_chat(trained, picture, capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def stream(chat, question, image, **how):
+        seen.append((question, image is not None, len(chat.turns)))
+        pieces = real(chat, question, image, **how)
+        yield next(pieces, "")
+        if question == "Stop!":
+            raise KeyboardInterrupt
+        yield from pieces
+
+    real = Chat.stream
+    monkeypatch.setattr(Chat, "stream", stream)
+    lines = f"/help|/nonsense|/draw a cat|/image {picture}|/image none.png|Q1|Stop!|Q2|/reset|Q3||"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines.replace("|", "\n")))
+    flags = [f"--checkpoint={trained[0]}", f"--out={tmp_path / 'drawn'}"]
+    assert answer.run([*flags, "--chat", "--max_new=6"]) == 0
+    banner, *said = map(str.strip, capsys.readouterr().out.split("> "))
+    assert banner.startswith("Assistant ") and "/help" in banner
+    assert all(word in said[0] for word in ("/image PATH", "/draw", "/reset", "/help", "Ctrl-C"))
+    assert said[1] == "there is no command /nonsense; /help lists them"
+    assert "this model only reads: /draw needs a unified model" in said[2]
+    assert said[3] == "" and "none.png" in said[4] and said[6].endswith("(stopped)")
+    assert "(stopped)" not in said[5] + said[7]
+    assert seen == [("Q1", True, 0), ("Stop!", False, 2), ("Q2", False, 2), ("Q3", False, 0)]
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_a_picture_that_is_none_is_known_before_the_model_is_loaded(capsys):
+    assert answer.run(["--checkpoint=nowhere", "--image=none.png", "--question=x"]) == 2
+    error = capsys.readouterr().err
+    assert "none.png" in error and "nowhere" not in error and error.count("\n") == 1
+
+
+def test_control_c_ends_a_chat_quietly(trained):
+    command = [sys.executable, "-m", "tokenflow_jax.answer", f"--checkpoint={trained[0]}", "--chat"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out = ""
+    while not out.endswith("\n> "):
+        piece = process.stdout.read(1)
+        assert piece, process.stderr.read()
+        out += piece
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and rest == "\n"
+    assert error.splitlines()[1:] == ["answer: interrupted"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from read_weights import load_for_inference
 from torch_states import random_state, tiny_part
 
 import tokenflow_jax as tfx
+from tokenflow_jax import log
 from tokenflow_jax.files import write_atomically
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.train import checkpoint, run_config
+from tokenflow_jax.weights import lazy
 from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.formats import orbax as orbax_files
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
@@ -52,6 +55,18 @@ def test_round_trip_is_bit_identical(tmp_path, kind, dtype):
     for target in ("back.pt", "back.safetensors"):
         assert convert(tmp_path / "ours", tmp_path / target, PART, config).tensors == len(state)
         assert_same(tmp_path / target, state)
+
+
+@pytest.mark.parametrize("target", ["ours", "back.pt", "back.safetensors"])
+def test_long_writing_tells_how_far_it_is(tmp_path, monkeypatch, caplog, target):
+    monkeypatch.setattr(lazy, "_MEGABYTE", 1)
+    monkeypatch.setattr(log, "_PROGRESS_S", -1.0)
+    write_safetensors(tmp_path / "there.safetensors", random_state(TINY))
+    written = convert(tmp_path / "there.safetensors", tmp_path / target, PART, TINY)
+    form = r"writing weights: (\d+) of (\d+), [\d.]+ MB/s, eta \w+"
+    lines = [tuple(map(int, match.groups())) for match in re.finditer(form, caplog.text)]
+    assert len(lines) > 5 and sorted(lines) == lines
+    assert all(done < total == written.nbytes for done, total in lines)
 
 
 def test_shards_and_buffers_that_the_source_lacks(tmp_path):

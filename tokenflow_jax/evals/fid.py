@@ -12,6 +12,7 @@ import sys
 from absl import flags
 
 from tokenflow_jax import cli, files
+from tokenflow_jax.log import compiling, log
 
 
 def main(options: flags.FlagValues) -> None:
@@ -25,6 +26,7 @@ def main(options: flags.FlagValues) -> None:
     if options.cache:
         files.writable_folder(options.cache)
     outside = options.allow_outside
+    log.info("%s", compiling("loading and compiling Inception", 20))
     network = fid_network.Network(options.inception)
     size = options.image_size or short_side(options.a, options.split, outside)
     sides, known = [], []

@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 
 from tokenflow_jax import cli, files
-from tokenflow_jax.log import log
+from tokenflow_jax.log import compiling, log
 
 
 def main(options: flags.FlagValues) -> None:
@@ -41,6 +41,7 @@ def main(options: flags.FlagValues) -> None:
 
     for folder in filter(None, (options.out, options.cache)):
         files.writable_folder(folder)
+    log.info("%s", compiling(f"loading {options.checkpoint} and compiling", 20))
     known = {name: options[name].value for name in ("ema", "step", "dtype")}
     tokenizer = Tokenizer.load(options.checkpoint, options.variant, **known)
     kind = options.data or image_set.kind_of_data(options.path)
@@ -102,7 +103,8 @@ def main(options: flags.FlagValues) -> None:
     columns = min(8, images.batch_size)
     batch = next(iter(pipeline.eval_batches(config, batch_size=images.batch_size, limit=columns)))
     shown = jax.device_get(reconstruct(batch["image"])[1])
-    grid = pictures.grid([batch["image"][batch["mask"]], shown[batch["mask"]]])
+    rows = [batch["image"][batch["mask"]], shown[batch["mask"]]]
+    grid = pictures.labelled_grid(rows, ["original", "reconstruction"])
     pictures.write_png(grid, out / "reconstruction.png")
     print(f"  saved {out / 'reconstruction.json'} and reconstruction.png")
 

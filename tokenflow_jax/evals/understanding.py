@@ -21,15 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from tokenflow_jax import answer, cli, files, remote
-from tokenflow_jax.data import images, jsonl
+from tokenflow_jax.data import images, jsonl, mixture
 from tokenflow_jax.data.examples import Broken, evenly_spaced
 from tokenflow_jax.evals.understanding_scores import TASKS, Question, Task
-from tokenflow_jax.log import log
+from tokenflow_jax.log import Progress, compiling, log
 from tokenflow_jax.messages import bullets, plain, shown
 
 _OCCURRENCE = "occurrence"  # number of earlier questions with the same id
+_REFERENCES = ("answers", "answer", "label")
+_MOST_BYTES = 2**26  # of a training file, to look for an instruction
 
 
 def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
@@ -37,7 +40,8 @@ def read_questions(path: str | os.PathLike, limit: int = 0) -> list[Question]:
     parsed = dict(_rows(path))
     if bad := [number for number, row in parsed.items() if row is None]:
         raise ValueError(
-            f"{path}: lines {bad[:10]} are no JSON objects with an id of text or digits"
+            f"{path}: lines {bad[:10]} are no JSON objects with an id of text or digits; "
+            "give one object per line, .jsonl"
         )
     if not parsed:
         raise ValueError(f"{path} has no questions")
@@ -135,6 +139,42 @@ def picture_paths(
     return paths
 
 
+def check(task: Task, questions: Sequence[Question], paths: Sequence[str | None]) -> bool:
+    """Tell whether the questions have answers to score; ValueError lists what a task lacks."""
+    scored = any(name in question for question in questions for name in _REFERENCES)
+    problems = []
+    for question, path in zip(questions, paths, strict=True):
+        try:
+            task.prompt(question)
+            if scored:
+                task.score([question], [""])
+            if path and not remote.is_remote(path) and not os.path.isfile(path):
+                raise ValueError(f"there is no picture {shown(path)}")
+        except ValueError as error:
+            problems.append(f"question {shown(question['question_id'])}: {error}")
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(questions)} questions do not fit the task:\n"
+            f"{bullets(problems)}"
+        )
+    return scored
+
+
+def is_unknown(instruction: str, saved: Mapping[str, Any]) -> bool:
+    """Tell that a run's conversations have no such line, as far as they can still be read."""
+    if "total_steps" not in saved or not isinstance(saved.get("data"), dict):
+        return False  # no run of ours: models of others are trained with these lines
+    for _, data in mixture.settings(ConfigDict(saved["data"])).values():
+        if data.name == "emoji":
+            continue
+        if data.name != "jsonl" or not os.path.isfile(data.path):
+            return False
+        with open(data.path, "rb") as file:
+            if instruction.encode() in file.read(_MOST_BYTES):
+                return False
+    return True
+
+
 def ask(
     assistant: Any,
     task: Task,
@@ -173,7 +213,9 @@ def answers_to(
     with files.appended(out) as write:
         if known:
             write("\n")  # a killed run may have left half a line
-        for key, text in ask(assistant, task, left, folder, **options):
+        asked = ask(assistant, task, left, folder, **options)
+        line = Progress("ask", len(left), "questions")
+        for key, text in line.over(asked, options.get("batch_size", 16)):
             identity, occurrence = key if isinstance(key, tuple) else (key, 0)
             row = {"question_id": identity, "answer": text}
             row |= {_OCCURRENCE: occurrence} if occurrence else {}
@@ -189,22 +231,36 @@ def main(options: flags.FlagValues) -> None:
         raise ValueError(f"missing {' and '.join(missing)}")
     everything = read_questions(options.file)
     questions = [everything[i] for i in evenly_spaced(len(everything), options.limit)]
+    task = TASKS[options.task]
     out = files.as_path(options.predictions or options.out or f"{options.file}.answers.jsonl")
     if asks:
         folder = options.image_folder or os.path.dirname(options.file) or "."
-        picture_paths(questions, folder, options.allow_outside)  # before the model is loaded
+        # All of this before the model is loaded.
+        paths = picture_paths(questions, folder, options.allow_outside)
         files.writable_folder(out.parent)
+        scored = check(task, questions, paths)
+        log.info("%s", compiling(f"loading {options.checkpoint} and compiling", 20))
+        assistant = answer.load_assistant(options)
+        if options.instruction is None and is_unknown(task.instruction, assistant.trained.saved):
+            log.warning(
+                "the training data of %s has no line %r, which --task=%s adds to each question: "
+                "--instruction='' leaves it out, --instruction=TEXT replaces it",
+                options.checkpoint, task.instruction, options.task,
+            )  # fmt: skip
         answers_to(
             out,
             questions,
-            answer.load_assistant(options),
-            TASKS[options.task],
+            assistant,
+            task,
             folder,
             allow_outside=options.allow_outside,
             instruction=options.instruction,
             batch_size=options.batch_size,
             max_new=options.max_new,
         )
+        if not scored:
+            log.warning("%s has no answers to compare with: ours are in %s", options.file, out)
+            return
     figures = score(options.task, questions, read_answers(out), everything)
     for name, value in figures.items():
         log.info("%s: %s", plain(name), f"{value:.4g}")

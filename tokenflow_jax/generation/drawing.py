@@ -53,5 +53,11 @@ class Draws:
         drawn, options = self.generator.with_params(params), self.config.eval
         numbers = [0] * len(options.prompts)
         codes = drawn.codes(options.prompts, numbers, self._recipe, options.sample_batch)
+        scales = self.model_config.pyramid
         growing = list(drawn.previews(codes))
-        return {"samples": pictures.grid([growing[-1]]), "scales": pictures.grid(growing)}
+        prompts = [(prompt, pictures.INK) for prompt in options.prompts]
+        below = [[]] * (len(growing) - 1) + [prompts]
+        return {
+            "samples": pictures.labelled_grid([growing[-1]], captions=[prompts]),
+            "scales": pictures.labelled_grid(growing, scales.labels, below),
+        }

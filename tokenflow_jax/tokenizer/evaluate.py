@@ -11,7 +11,7 @@ import numpy as np
 from tokenflow_jax.data import pipeline
 from tokenflow_jax.evals import fid_network, knn, measures
 from tokenflow_jax.evals.image_set import ImageSet
-from tokenflow_jax.evals.pictures import grid
+from tokenflow_jax.evals.pictures import labelled_grid
 from tokenflow_jax.nets.pixels import to_float, to_uint8
 from tokenflow_jax.parallel import hosts
 from tokenflow_jax.tokenizer.model import TokenFlow
@@ -125,10 +125,12 @@ class Evaluation:
         real, scales = self._shown["mask"], self._config.pyramid
         codes, pixels, _ = jax.device_get(self._reconstruct(params, self._shown["image"]))
         images = self._shown["image"][real]
-        grids = {"reconstruction": grid([images, pixels[real]])}
+        sheet = labelled_grid([images, pixels[real]], ["original", "reconstruction"])
+        grids = {"reconstruction": sheet}
         if len(scales) > 1:
             ends = [where.stop * self._config.quantizer.heads for where in scales.slices()]
             maps = [self._features(params, codes[:, :end]) for end in ends]
             growing = [np.asarray(self._decode(params, m))[real] for m in maps]
-            grids["scales"] = grid([*growing, images])
+            labels = [*scales.labels, "original"]
+            grids["scales"] = labelled_grid([*growing, images], labels)
         return grids

@@ -50,6 +50,11 @@ class Scales:
         """Codes per image, L."""
         return sum(side * side for side in self.sides)
 
+    @property
+    def labels(self) -> list[str]:
+        """Names of the scales in pictures."""
+        return [f"scale {i} ({side}x{side})" for i, side in enumerate(self.sides, 1)]
+
     def slices(self) -> list[slice]:
         """Return where each scale's codes lie in a row of L codes."""
         ends = np.cumsum([side * side for side in self.sides]).tolist()

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,10 +61,17 @@ def grid_files(images: epath.Path) -> list[tuple[str, int, epath.Path]]:
 class Writer:
     """Writer of scalars and image grids: TensorBoard events, metrics.jsonl and images/*.png."""
 
-    def __init__(self, workdir: str | epath.Path, resume_step: int = 0, enabled: bool = True):
+    def __init__(
+        self,
+        workdir: str | epath.Path,
+        resume_step: int = 0,
+        enabled: bool = True,
+        also: Sequence[Any] = (),
+    ):
         """Open the files, dropping what a previous run wrote beyond the restored step.
 
-        With resume_step 0 the files start empty. Only one process is `enabled`.
+        With resume_step 0 the files start empty. Only one process is `enabled`. `also` are further
+        places, such as a `WandbRun`.
         """
         self._enabled = enabled
         workdir = epath.Path(workdir)
@@ -86,6 +93,7 @@ class Writer:
         # continues from a checkpoint, so a kill loses no line that is not computed again.
         self._file = None if remote.is_remote(workdir) else self._history_path.open("a")
         self._events = _Events(workdir / "tensorboard", resume_step)
+        self._places = [self._events, *also]
 
     def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write one line of scalars; a non-finite value is written as null."""
@@ -97,8 +105,14 @@ class Writer:
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        for key, value in scalars.items():
-            self._events.scalar(step, key, float(value))
+        for place in self._places:
+            place.scalars(step, {key: float(value) for key, value in scalars.items()})
+
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts, Markdown, for TensorBoard."""
+        if self._enabled:
+            for name, text in texts.items():
+                self._events.text(step, name, text)
 
     def images(self, step: int, grids: Mapping[str, np.ndarray]) -> None:
         """Write grids, uint8 (height, width, 3), as PNG files and TensorBoard images."""
@@ -114,7 +128,8 @@ class Writer:
             path = self._images / f"{name.replace('/', '-')}_{step:07d}.png"
             with path.open("wb") as file:
                 Image.fromarray(grid_HWC).save(file, format="PNG", optimize=True)
-            self._events.image(step, name, grid_HWC)
+            for place in self._places:
+                place.image(step, name, grid_HWC)
 
     def flush(self) -> None:
         """Make everything written so far readable by others."""
@@ -122,7 +137,8 @@ class Writer:
             return
         if self._file is None:
             self._rewrite()
-        self._events.flush()
+        for place in self._places:
+            place.flush()
 
     def close(self) -> None:
         if not self._enabled:
@@ -130,7 +146,8 @@ class Writer:
         self.flush()
         if self._file is not None:
             self._file.close()
-        self._events.close()
+        for place in self._places:
+            place.close()
 
     def _rewrite(self) -> None:
         """Write the whole history beside and rename: a kill in between must not lose it."""
@@ -167,8 +184,12 @@ class _Events:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(resume_step + 1, session_log=start)
 
-    def scalar(self, step: int, name: str, value: float) -> None:
-        self._write(step, summary=self._summary.scalar(name, value))
+    def scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._write(step, summary=self._summary.scalar(name, value))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._write(step, summary=self._summary.text(name, text))
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         self._write(step, summary=self._summary.image(name, image_HWC, dataformats="HWC"))

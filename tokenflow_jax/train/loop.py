@@ -130,7 +130,7 @@ FINGERPRINT = ".fingerprint"  # and keys that end so: of a frozen network that t
 FREE_KEYS = (
     "log_every", "eval_every", "image_every", "checkpoint_every", "keep_checkpoints", "eval",
     "init_from", "workdir", "mesh", "data.allow_outside", "data.threads", "tokenizer.absolute_path",
-    "config_file",
+    "config_file", "wandb",
 )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Run logging and reporting, and the checks that go with it."""
 
 import functools
+import json
 import resource
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,17 +14,19 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from etils import epath
 
-from tokenflow_jax.log import duration, log
+from tokenflow_jax.log import compiling, duration, log
 from tokenflow_jax.messages import one_line
 from tokenflow_jax.parallel import chips, hosts
 from tokenflow_jax.train import (
     alarms,
     checkpoint,
     curves,
+    explained,
     metrics,
     profile,
     report,
     timing,
+    wandb_run,
     watch,
 )
 from tokenflow_jax.train.prefetch import DevicePrefetcher
@@ -57,7 +62,16 @@ class Recorder:
         self._stage, self._options, self._lock = stage, options, lock
         self._checkpoints, self._config, self._origin = checkpoints, config, start.origin
         step = int(start.state.step)
-        self._writer = curves.Writer(lock.workdir, step, enabled=jax.process_index() == 0)
+        first = jax.process_index() == 0
+        also = wandb_run.opened(config, lock.workdir, step) if first else ()
+        self._writer = curves.Writer(lock.workdir, step, first, also)
+        self._command = shlex.join(sys.orig_argv)
+        texts = {
+            "command": f"    {self._command}",
+            "config": f"```\n{json.dumps(config, indent=2, sort_keys=True)}\n```",
+            "notes": "\n".join(f"- {note}" for note in [start.origin, *stage.notes]),
+        }
+        self._writer.texts(step, texts)
         self._averages = metrics.Averages(**start.averages)
         self._failures: list[str] = []
         self._alarms, self._alarmed = alarms.Alarms(options.total_steps), []
@@ -85,7 +99,7 @@ class Recorder:
     def before_step(self, step: int, state: State, batch: Any) -> None:
         """Compile the step if it is the first, for batches of all shapes."""
         if self._compile_seconds is None:
-            log.info("compiling the training step")
+            log.info("%s", compiling("compiling the training step", 40))
             began = time.perf_counter()
             with self._stopwatch.beside("compiling"):
                 count = self._stage.compile(state, batch)
@@ -230,13 +244,13 @@ class Recorder:
         self._lock.check()
         facts = {"stage": self._stage.name, "step": f"{step} of {self._options.total_steps}"}
         for name, value in self._stopwatch.summary().items():
-            facts[name.removeprefix("perf/").replace("_", " ")] = f"{value:.4g}"
+            facts[name.removeprefix("perf/").replace("_", " ")] = explained.quantity(name, value)
         if self._compile_seconds is not None:
             facts["compilation"] = duration(self._compile_seconds)
         facts["share of training in the time"] = self._stopwatch.goodput()
         facts["memory at most"] = _memory_peak()
         facts["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        facts["start"] = self._origin
+        facts["start"], facts["command"] = self._origin, self._command
         notes = [*self._stage.notes, *self._stage.final_notes(), *self._failures, *self._alarmed]
         self._writer.flush()
         report.write_report(self._lock.workdir, self._writer.history, facts, self._config, notes)

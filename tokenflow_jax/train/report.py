@@ -9,7 +9,9 @@ from typing import Any
 
 from etils import epath
 
+from tokenflow_jax.train import explained
 from tokenflow_jax.train.curves import grid_files
+from tokenflow_jax.train.explained import number, quantity
 
 _WIDTH, _HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 14, 40  # margins around the plot area
@@ -35,7 +37,8 @@ body { margin: 0 auto; max-width: 1240px; padding: 32px 24px 64px; background: v
   color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 40px 0 12px; }
-p.lead { color: var(--soft); margin: 0 0 20px; overflow-wrap: anywhere; }
+p { color: var(--soft); font-size: 13px; margin: 8px 0 0; max-width: 110ch; }
+p.lead { font-size: 15px; margin: 0 0 20px; overflow-wrap: anywhere; }
 .cards, .charts { display: grid; gap: 14px; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
@@ -84,10 +87,9 @@ def write_report(
     if notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in notes)
         body.append(f"<h2>Notes</h2><ul>{items}</ul>")
-    body.append(_grids(workdir / "images"))
+    body.append(_grids(workdir / "images", _prompts(config)))
     for section, names in sections:
-        charts = "".join(chart(name, curves[name]) for name in names)
-        body.append(f'<h2>{section}</h2><div class="charts">{charts}</div>')
+        body.append(_charts(section, {name: curves[name] for name in names}))
     if sections:
         head = "<tr><th></th><th>first</th><th>last</th><th>at step</th></tr>"
         rows = "".join(_figures(name, curves[name]) for _, names in sections for name in names)
@@ -122,6 +124,8 @@ def collect_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
 
 def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
     """Draw one curve of at least one (step, value), steps ascending, as a figure."""
+    factor, unit = explained.unit(name)
+    points = [(step, factor * value) for step, value in points]
     if len(points) > _MAX_POINTS:  # the first and the last stay
         last = len(points) - 1
         points = [points[round(i * last / (_MAX_POINTS - 1))] for i in range(_MAX_POINTS)]
@@ -147,7 +151,7 @@ def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
     for tick in ticks:
         height = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {height}/>')
-        parts.append(text(_LEFT - 6, y(tick) + 4, "end", _number(tick)))
+        parts.append(text(_LEFT - 6, y(tick) + 4, "end", number(tick)))
     inner = [round(t) for t in _ticks(first, last) if first <= t <= last and t == round(t)]
     for tick in inner or [first, last]:
         label = f"{tick / 1000:g}k" if tick >= 10_000 and tick % 100 == 0 else str(tick)
@@ -159,13 +163,31 @@ def chart(name: str, points: Sequence[tuple[int, float]]) -> str:
         above = y(value) - 8 if y(value) > _TOP + 14 else y(value) + 16
         parts.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>')
         if len(points) > 1 or anchor == "start":
-            parts.append(text(x(step), above, anchor, _number(value), 'class="value"'))
-    label = escape(f"{name}: {_number(values[0])} at step {first}, {_number(values[-1])} last")
+            parts.append(text(x(step), above, anchor, number(value), 'class="value"'))
+    about = ", ".join([unit] * bool(unit) + ["logarithmic"] * is_log)
+    label = f"{name}: {number(values[0])} at step {first}, {number(values[-1])} last"
+    label = escape(f"{label} ({unit})" if unit else label)
     return (
-        f"<figure><figcaption>{escape(name)}{' <small>logarithmic</small>' * is_log}</figcaption>"
+        f"<figure><figcaption>{escape(name)} <small>{about}</small></figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg></figure>"
     )
+
+
+def _charts(section: str, curves: Mapping[str, list[tuple[int, float]]]) -> str:
+    """Draw a group of curves; those that stay constant are named instead."""
+    ranges = {name: {value for _, value in points} for name, points in curves.items()}
+    drawn = [chart(name, points) for name, points in curves.items() if len(ranges[name]) > 1]
+    constant = [
+        f"{escape(name)} = {quantity(name, *values)}"
+        for name, values in ranges.items()
+        if len(values) == 1
+    ]
+    text = explained.SECTIONS.get(section, "")
+    if constant:
+        text += f" Constant, or measured once: {', '.join(constant)}."
+    charts = f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+    return f"<h2>{section}</h2>{charts}<p>{text}</p>"
 
 
 def _sections(curves: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -183,21 +205,29 @@ def _cards(curves: Mapping[str, list[tuple[int, float]]]) -> str:
     names = [name for name in curves if name.startswith("eval/")][:8]
     names = names or [name for name in curves if name == "loss/total"]
     cards = "".join(
-        f'<div class="card"><b>{_number(curves[name][-1][1])}</b>'
+        f'<div class="card"><b>{quantity(name, curves[name][-1][1])}</b>'
         f"<span>{escape(name.removeprefix('eval/'))}</span></div>"
         for name in names
     )
     return f'<div class="cards">{cards}</div>' if cards else ""
 
 
-def _grids(folder: epath.Path) -> str:
+def _prompts(config: Mapping[str, Any]) -> str:
+    evaluation = config.get("eval")
+    prompts = evaluation.get("prompts", ()) if isinstance(evaluation, Mapping) else ()
+    listed = ", ".join(f"“{escape(str(prompt))}”" for prompt in prompts)
+    return f"<p>Prompts, from left to right: {listed}.</p>" if listed else ""
+
+
+def _grids(folder: epath.Path, prompts: str) -> str:
     grids: dict[str, list[tuple[int, epath.Path]]] = {}
     for name, step, path in grid_files(folder):
         grids.setdefault(name, []).append((step, path))
     parts = []
     for name, entries in grids.items():
         *earlier, latest = sorted(entries)
-        parts.append(_grid(name, *latest))
+        text = f"<p>{explained.GRIDS.get(name, '')}</p>" + prompts * (name == "samples")
+        parts.append(_grid(name, *latest, text))
         # The course of training in a few pictures; all of them would make a heavy page.
         if earlier:
             chosen = sorted({round(i * (len(earlier) - 1) / 2) for i in range(3)})
@@ -206,16 +236,17 @@ def _grids(folder: epath.Path) -> str:
     return f"<h2>Pictures</h2>{''.join(parts)}" if parts else ""
 
 
-def _grid(name: str, step: int, path: epath.Path) -> str:
+def _grid(name: str, step: int, path: epath.Path, text: str = "") -> str:
     data, name = base64.b64encode(path.read_bytes()).decode(), escape(name)
     caption = f"<figcaption>{name} <small>step {step}</small></figcaption>"
     image = f'<img alt="{name} at step {step}" src="data:image/png;base64,{data}">'
-    return f'<figure class="grid">{caption}{image}</figure>'
+    return f'<figure class="grid">{caption}{image}{text}</figure>'
 
 
 def _figures(name: str, points: Sequence[tuple[int, float]]) -> str:
     (_, first), (step, last) = points[0], points[-1]
-    cells = (f'<td class="number">{text}</td>' for text in (_number(first), _number(last), step))
+    texts = (quantity(name, first), quantity(name, last), step)
+    cells = (f'<td class="number">{text}</td>' for text in texts)
     return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
 
 
@@ -235,8 +266,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
     begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, math.ceil((end - begin) / 5))
     return [10.0**i for i in range(begin, end + stride, stride)]
-
-
-def _number(value: float) -> str:
-    """Format four significant digits without trailing noise or -0: 0.1234, 12.3, 1.2e+05."""
-    return f"{value:z.4g}"

@@ -42,6 +42,7 @@ BEFORE = {
     "lora.weights": "auto",
     "model.rope": "1d",
     "model.scale_inputs": "accumulated",
+    "wandb.project": "",
 }
 
 

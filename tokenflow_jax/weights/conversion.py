@@ -26,7 +26,7 @@ from tokenflow_jax.weights.formats.torch import (
     open_state_dicts,
 )
 from tokenflow_jax.weights.formats.torch_zip import write_torch_zip
-from tokenflow_jax.weights.lazy import LazyTensor, in_memory
+from tokenflow_jax.weights.lazy import LazyTensor, in_memory, watched
 from tokenflow_jax.weights.lora import merged
 from tokenflow_jax.weights.part import Part
 from tokenflow_jax.weights.rules import (
@@ -142,9 +142,9 @@ def convert(
             about |= part.identify(source.config, written)
             if os.fspath(dst).endswith(".pt"):
                 own = {"record": in_memory("record", record.to_array(about))}
-                write_torch_zip(partial, {"model": tensors, record.KEY: own})
+                write_torch_zip(partial, {"model": watched(tensors), record.KEY: own})
             else:
-                write_safetensors(partial, tensors, {record.KEY: record.to_text(about)})
+                write_safetensors(partial, watched(tensors), {record.KEY: record.to_text(about)})
         else:
             tensors = {f"params/{path}": tensor for path, tensor in written.items()}
             for name, tensor in source.buffers.items():
@@ -154,7 +154,7 @@ def convert(
                 "path": os.path.basename(os.path.normpath(src)),
                 "sha256": {os.path.basename(file): _sha256(file) for file in source.files},
             }
-            orbax_files.save_weights(partial, tensors, about, origin)
+            orbax_files.save_weights(partial, watched(tensors), about, origin)
     return Written(source.weights, len(tensors), sum(t.nbytes for t in tensors.values()))
 
 

@@ -10,7 +10,7 @@ from tokenflow_jax import files, remote
 from tokenflow_jax.messages import bullets
 from tokenflow_jax.weights.conversion import Written, cast, different_shapes
 from tokenflow_jax.weights.formats.safetensors import write_safetensors
-from tokenflow_jax.weights.lazy import in_memory
+from tokenflow_jax.weights.lazy import in_memory, watched
 from tokenflow_jax.weights.rules import RuleTable, Tensors, flatten, torch_tensors
 
 SHARD_BYTES = 5 * 10**9
@@ -53,7 +53,7 @@ def write_folder(
     with files.write_atomically(path, overwrite) as partial:
         partial.mkdir(parents=True)
         write_json(partial / "config.json", fields)
-        write_shards(partial, tensors, shard_bytes)
+        write_shards(partial, watched(tensors), shard_bytes)
     return Written("raw", len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 

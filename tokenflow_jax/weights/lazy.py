@@ -1,13 +1,15 @@
 """Tensors that are read when they are needed, so that a whole model is never in memory."""
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tokenflow_jax.log import Progress
 from tokenflow_jax.messages import shown
 
 Index = tuple[slice, ...]  # one slice per axis, in steps of 1
@@ -15,6 +17,7 @@ MOST_TENSORS = 100_000  # of a file
 _MOST_AXES = 32
 _MOST_BYTES = 2**47  # what a process can address
 _PIECE_BYTES = 16 * 2**20
+_MEGABYTE = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,24 @@ def whole(shape: Sequence[int]) -> Index:
 def part_shape(index: Index) -> tuple[int, ...]:
     """Return the shape of a part."""
     return tuple(part.stop - part.start for part in index)
+
+
+def watched(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Return the same tensors, which log how far writing them all has come when they are read."""
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    line = Progress("writing weights", total // _MEGABYTE, "MB")
+
+    def read(tensor: LazyTensor) -> np.ndarray:
+        nonlocal done
+        array = tensor.read()
+        done += tensor.nbytes
+        line.update(done // _MEGABYTE)
+        return array
+
+    return {
+        name: dataclasses.replace(tensor, read=functools.partial(read, tensor))
+        for name, tensor in tensors.items()
+    }
 
 
 def in_memory(name: str, array: Any) -> LazyTensor:
