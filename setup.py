@@ -45,6 +45,9 @@ EXTRAS = {
     # Adapters (config.lora) and quantized weights.
     "lora": ["qwix>=0.1.8"],
     "s3": ["etils[epath-s3]>=1.14"],
+    # ONNX files and the page without a server. They also need jax2onnx, which asks for an older
+    # Orbax than ours and for much that it does without: pip install --no-deps jax2onnx==0.17.1
+    "export": ["onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -79,6 +82,7 @@ COMMANDS = {
     "answer": "answer:run",
     "encode": "encode:run",
     "convert": "convert:run_alone",
+    "export": "export.__main__:run",
     "preflight": "preflight:run",
     "evaluate-reconstruction": "evals.reconstruction:run",
     "evaluate-fid": "evals.fid:run",

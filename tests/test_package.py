@@ -11,7 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = (
-    "train", "sample", "answer", "encode", "convert", "preflight", "evaluate-reconstruction",
+    "train", "sample", "answer", "encode", "convert", "export", "preflight",
+    "evaluate-reconstruction",
     "evaluate-fid", "evaluate-understanding", "prepare", "validate",
 )  # fmt: skip
 pytestmark = pytest.mark.slow
