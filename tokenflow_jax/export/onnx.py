@@ -14,14 +14,7 @@ import numpy as np
 from tokenflow_jax.export.programs import Program, as_text
 from tokenflow_jax.parallel import nearest_kernel
 
-INSTALL = "pip install 'tokenflow_jax[export]' && pip install --no-deps jax2onnx==0.17.1"
-_LARGE = 2**31 - 2**20  # protobuf's limit on a file
-
-
-def require() -> None:
-    """Raise ValueError unless the packages are there."""
-    if missing := [n for n in ("jax2onnx", "onnx") if importlib.util.find_spec(n) is None]:
-        raise ValueError(f"ONNX needs {' and '.join(missing)}: {INSTALL}")
+_LARGE = 2**31 - 2**24  # bytes of weights: protobuf takes files below 2 GB
 
 
 def convert(program: Program, batch: int, about: Mapping[str, Any]) -> Any:
@@ -89,7 +82,7 @@ def write(model: Any, path: str | os.PathLike) -> None:
     import onnx
 
     path = os.fspath(path)
-    apart = model.ByteSize() > _LARGE
+    apart = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _LARGE
     onnx.save_model(
         model, path, save_as_external_data=apart, location=f"{os.path.basename(path)}.data"
     )

@@ -1,5 +1,6 @@
 """What is exported of a tokenizer: pictures to codes, codes to features, codes to pixels."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,14 @@ from tokenflow_jax.evals.image_set import CROP
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.frozen import full_precision
 from tokenflow_jax.tokenizer.pyramid import map_of_vectors
+
+_INSTALL = "pip install 'tokenflow_jax[export]' && pip install --no-deps jax2onnx==0.17.1"
+
+
+def require(*packages: str) -> None:
+    """Raise ValueError unless packages that nothing else needs are there."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"exporting needs {' and '.join(missing)}: {_INSTALL}")
 
 
 class Program(NamedTuple):

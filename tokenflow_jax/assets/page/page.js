@@ -82,7 +82,8 @@ async function show() {
   paint(at("drawn"), bytes);
   const change = bytes.map((x, i) => Math.abs(x - before[i]));
   const places = state.edited.filter((code, i) => code !== state.codes[i]).length;
-  paint(at("change"), change.map((x) => 4 * x));
+  const gain = Math.max(1, Math.floor(255 / Math.max(...change, 8)));
+  paint(at("change"), change.map((x) => gain * x));
   at("change").style.visibility = places ? "visible" : "hidden";
   const error = bytes.reduce((sum, x, i) => sum + (x - state.picture[i]) ** 2, 0) / bytes.length;
   const end = STARTS[used] ?? state.codes.length;
@@ -90,7 +91,7 @@ async function show() {
     `${(10 * Math.log10(255 ** 2 / Math.max(error, 1e-9))).toFixed(1)} dB`;
   const touched = change.filter((x) => x > 2).length / change.length;
   at("changed").innerHTML = places
-    ? `<b>What ${places} changed code${places > 1 ? "s" : ""} did</b>, four times as bright: ` +
+    ? `<b>What ${places} changed code${places > 1 ? "s" : ""} did</b>, ${gain} times as bright: ` +
       `${(100 * touched).toFixed(0)} % of the values moved by more than 2 of 255`
     : "<b>What a changed code does</b> appears here";
   at("count").textContent = `${used} of ${MODEL.scales.length}`;
