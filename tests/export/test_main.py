@@ -6,6 +6,7 @@ import json
 import tarfile
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -13,6 +14,8 @@ import tokenflow_jax as tfx
 from tokenflow_jax.export import programs
 from tokenflow_jax.export.__main__ import run
 from tokenflow_jax.tokenizer.kinds import QuantizerConfig
+from tokenflow_jax.weights.formats import orbax
+from tokenflow_jax.weights.lazy import in_memory
 
 SEPARATE = dataclasses.replace(tiny.TINY, quantizer=QuantizerConfig(mapping="separate"))
 
@@ -23,6 +26,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     tiny.write_tokenizer(folder / "tokenizer")
     tiny.write_tokenizer(folder / "separate", SEPARATE)
+    record = {"stage": "generation", "model": {}}
+    weight = {"params/x": in_memory("x", np.zeros(2, np.float32))}
+    orbax.save_weights(folder / "language_model", weight, record, {"weights": "raw"})
     for name in ("ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
         path = folder / "package" / "dist" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +62,10 @@ def test_stablehlo_folder(folder, capsys):
     [
         (["--to=stablehlo"], "missing --checkpoint and --out"),
         (["--to=stablehlo", "--checkpoint=none", "--out=x"], "none"),
+        (
+            ["--to=stablehlo", "--checkpoint=language_model", "--out=x"],
+            "language_model is a checkpoint of stage 'generation', not of 'tokenizer'",
+        ),
         (["--to=web", "--checkpoint=tokenizer", "--out=x"], "needs --runtime"),
         (["--to=web", "--checkpoint=tokenizer", "--out=x", "--runtime=none.tgz"], "`npm pack"),
         (["--to=web", "--checkpoint=tokenizer", "--out=x", "--runtime=empty"], "`npm pack"),

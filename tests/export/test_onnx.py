@@ -65,3 +65,17 @@ def test_float16_weights_are_kept_as_such(exported):
     halves = [w for w in large if w.data_type == 10]
     assert len(large) > 3
     assert len(halves) == (len(large) if folder.name.startswith("float16") else 0)
+
+
+def test_large_models_have_their_weights_beside_them(exported, tmp_path, monkeypatch):
+    import onnx as library
+
+    tokenizer, folder = exported
+    monkeypatch.setattr(onnx, "_LARGE", 1000)
+    for name in ("encode", "decode"):
+        onnx.write(library.load(folder / f"{name}.onnx"), tmp_path / f"{name}.onnx")
+        small, large = (tmp_path / f"{name}.onnx{end}" for end in ("", ".data"))
+        assert small.stat().st_size < (folder / small.name).stat().st_size
+        assert large.stat().st_size > 1000
+    images = list(np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8))
+    assert onnx.check(tmp_path, tokenizer, images, 2).equal == 2
