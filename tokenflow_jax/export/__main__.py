@@ -53,6 +53,7 @@ def main(options: flags.FlagValues) -> None:
     with files.write_atomically(options.out, options.overwrite) as folder:
         folder.mkdir(parents=True)
         start = time.monotonic()
+        log.info("two or three programs to convert, up to a minute each")
         if options.to == "web":
             _write_web(folder, tokenizer, about, runtime)
         else:
@@ -70,7 +71,7 @@ def _write_programs(
 
     for program in programs.programs(tokenizer):
         path = folder / f"{program.name}.{options.to}"
-        log.info("converting %s (about a minute each)", program.name)
+        log.info("converting %s", program.name)
         if options.to == "onnx":
             onnx.write(onnx.convert(program, options.batch_size, about), path)
         else:
@@ -88,7 +89,7 @@ def _write_web(
 
     models = {}
     for program in programs.programs(tokenizer)[:2]:
-        log.info("converting %s (about a minute each)", program.name)
+        log.info("converting %s", program.name)
         models[program.name] = onnx.convert(program, 1, about).SerializeToString()
     size = web.write(folder, models, runtime, about, _samples())
     weights = sum(map(len, models.values()))

@@ -8,8 +8,8 @@ const STARTS = MODEL.scales.map((_, s) => MODEL.scales.slice(0, s).reduce((n, g)
 const PROPOSALS = 10;
 const sessions = {};
 const times = {};
-// The picture, its codes, the codes with changes, what they give, the chosen code's place.
-const state = { picture: null, codes: null, edited: null, plain: null, chosen: -1, round: 0, opened: 0 };
+// The picture, its codes, the codes with changes, the chosen code's place, numbers of requests.
+const state = { picture: null, codes: null, edited: null, chosen: -1, round: 0, opened: 0 };
 
 /** Return the bytes of base64 text of a gzip file. */
 async function unpack(text) {
