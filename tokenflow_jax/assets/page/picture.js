@@ -91,7 +91,8 @@ async function readPicture(blob) {
   const { width, height } = bitmap;
   const [short, long] = [Math.min(width, height), Math.max(width, height)];
   if (width * height > 64e6 || short < 8 || long > 50 * short) {
-    throw new Error(`it has ${width} x ${height} pixels; 8 to 64 million, no side 50 times the other`);
+    const limits = "sides of 8 or more, 50 to 1 at most, 64 million pixels";
+    throw new Error(`it has ${width} x ${height} pixels, the limits are ${limits}`);
   }
   const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
