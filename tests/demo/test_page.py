@@ -182,7 +182,7 @@ def test_a_chat_reads_draws_and_starts_over(page):
     page.wait_for_function("!document.querySelector('#question textarea, #question input').value")
     write(page, "question", "red apple")
     click(page, "Draw this")
-    page.wait_for_function("document.querySelectorAll('#talk img').length == 2", timeout=WAIT)
+    page.wait_for_function("document.querySelectorAll('#talk .bot img').length == 1", timeout=WAIT)
     click(page, "New conversation")
     page.wait_for_function("document.querySelectorAll('#talk img').length == 0", timeout=WAIT)
 

@@ -55,7 +55,8 @@ def where_faster(z_NC: jax.Array, codes_KC: jax.Array, chunked: Search) -> Searc
     if mode == "interpret":
         return functools.partial(best_of, interpret=True)
     (tokens, channels), size = z_NC.shape, codes_KC.shape[0]
-    large = size >= _LANES and tokens * size >= _MIN_SCORES
+    known = isinstance(tokens, int)  # the batch of an exported program may be a symbol
+    large = known and size >= _LANES and tokens * size >= _MIN_SCORES
     # XLA cannot split a Pallas kernel: on several devices it needs a `shard_map`, which
     # `placement.over_codes` makes where a mesh is in use. Without a mesh the devices are unknown.
     one_device = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1

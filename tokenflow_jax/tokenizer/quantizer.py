@@ -168,7 +168,8 @@ def fold_weight(z_NC: jax.Array, semantic_channels: int, pixel_weight: float) ->
 def in_chunks(codes_KC: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
     """Split the codebook for a scan: (chunks, rows, C), and each chunk's first row number."""
     size = codes_KC.shape[0]
-    rows = max(128, 2 ** ((_CHUNK_ELEMENTS // max(tokens, 1)).bit_length() - 1))
+    tokens = max(tokens, 1) if isinstance(tokens, int) else 1  # a symbol where one is exported
+    rows = max(128, 2 ** ((_CHUNK_ELEMENTS // tokens).bit_length() - 1))
     rows = min(rows, _MAX_CHUNK, size)
     count = -(-size // rows)
     padded = jnp.pad(codes_KC, ((0, count * rows - size), (0, 0)))
