@@ -179,8 +179,10 @@ def test_a_chat_reads_draws_and_starts_over(page):
     click(page, "Ask")
     source(page, "talk")  # the picture is part of the conversation
     page.wait_for_selector("#talk .bot", timeout=WAIT)
-    page.wait_for_function("!document.querySelector('#question textarea, #question input').value")
-    write(page, "question", "red apple")
+    write(page, "question", "red apple")  # stays while the answer grows
+    said = ""
+    while said != (said := page.locator("#talk").inner_text()):
+        page.wait_for_timeout(3000)
     click(page, "Draw this")
     page.wait_for_function("document.querySelectorAll('#talk .bot img').length == 1", timeout=WAIT)
     click(page, "New conversation")

@@ -43,11 +43,14 @@ def build(models: Models, drawn: gr.Image | None) -> None:
         if image is not None:
             said = [*said, {"role": "user", "content": shown(fit(image, size))}]
         said = [*said, {"role": "user", "content": question}]
+        yield chat, said, None, ""
         answer = ""
         for piece in chat.stream(question, image, max_new=_ANSWER):
             answer += piece
-            yield chat, [*said, {"role": "assistant", "content": answer}], None, ""
-        yield chat, [*said, {"role": "assistant", "content": answer or "(no words)"}], None, ""
+            # What is typed meanwhile stays.
+            yield chat, [*said, {"role": "assistant", "content": answer}], gr.skip(), gr.skip()
+        if not answer.strip():
+            yield chat, [*said, {"role": "assistant", "content": "..."}], gr.skip(), gr.skip()
 
     def draw(chat: Any, said: list, path: str | None, text: str):
         text = checked_text(text, "what to draw")
