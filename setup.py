@@ -44,6 +44,8 @@ EXTRAS = {
     "hub": ["huggingface_hub>=0.30"],
     # Adapters (config.lora) and quantized weights.
     "lora": ["qwix>=0.1.8"],
+    # The page in the browser, `python -m tokenflow_jax.demo`.
+    "demo": ["gradio>=6", "transformers>=5", "jinja2>=3.1"],
     "s3": ["etils[epath-s3]>=1.14"],
     # Curves and grids on Weights & Biases (config.wandb.project).
     "wandb": ["wandb>=0.19"],
@@ -88,6 +90,7 @@ COMMANDS = {
     "convert": "convert:run_alone",
     "export": "export.__main__:run",
     "preflight": "preflight:run",
+    "demo": "demo.__main__:run",
     "evaluate-reconstruction": "evals.reconstruction:run",
     "evaluate-fid": "evals.fid:run",
     "evaluate-understanding": "evals.understanding:run",

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "unified": {*PROGRAMS, "generation", "understanding"},
     "export": PROGRAMS,
     "stages": {*PROGRAMS, "generation", "understanding", "unified"},
+    "demo": {*PROGRAMS, "generation", "understanding", "unified"},
     "cli": {*BASE, "parallel", "compile_cache", "config_flag"},
     "compile_cache": {"log", "remote"},
     "config_flag": {"train"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
 # Everything that `python -m` starts stands above all layers, wherever its file is.
 COMMANDS = {
     "answer.py", "convert.py", "encode.py", "main.py", "preflight.py", "sample.py",
-    "export/__main__.py",
+    "demo/__main__.py", "export/__main__.py",
     "data/measure.py", "data/prepare.py", "data/validate.py",
     "evals/fid.py", "evals/reconstruction.py", "evals/understanding.py",
     "evals/lmms_model.py", "evals/lmms_plugin.py",
