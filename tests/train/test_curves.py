@@ -94,6 +94,15 @@ def test_events_can_be_read_back(tmp_path):
     assert found["loss/total"] == (7, 0.25)
 
 
+def test_a_run_continued_within_a_second_keeps_its_first_events(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.5)  # in the files' names
+    for step in (0, 5):
+        writer = curves.Writer(tmp_path, resume_step=step)
+        writer.scalars(step + 1, {"loss/total": 0.25})
+        writer.close()
+    assert len(list((tmp_path / "tensorboard").glob("events*"))) == 2
+
+
 def test_command_config_and_notes_are_texts_of_tensorboard(tmp_path):
     from tensorboardX.proto import event_pb2
 

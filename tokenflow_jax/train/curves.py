@@ -178,7 +178,8 @@ class _Events:
         self._local = tempfile.TemporaryDirectory() if self._folder else None
         local = self._local.name if self._local else str(folder)
         record_writer.directory_check(local)
-        self._file = event_file_writer.EventsWriter(f"{local}/events")
+        # A name has the second of its start, in which a short run can be continued.
+        self._file = event_file_writer.EventsWriter(f"{local}/events", f".{resume_step}")
         self._flushed = time.monotonic()
         if resume_step:  # TensorBoard hides what an earlier start logged from there on
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
