@@ -73,8 +73,13 @@ def distance(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in pairs)
 
 
-def test_it_learns_all_three_things(frozen, batch):
-    _, history = run(make_trainer(losses={"scale_drop": 0.0}), frozen, batch, 40)
+@pytest.fixture(scope="module")
+def learned(frozen, batch):
+    return run(make_trainer(losses={"scale_drop": 0.0}), frozen, batch, 40)
+
+
+def test_it_learns_all_three_things(learned):
+    _, history = learned
     first, last = history[0], history[-1]
     assert last["loss/reconstruction"] < 0.5 * first["loss/reconstruction"]
     assert last["loss/distillation"] < 0.7 * first["loss/distillation"]
@@ -84,15 +89,14 @@ def test_it_learns_all_three_things(frozen, batch):
     assert 0 < last["usage/all"] <= 1 and last["perplexity/all"] >= 1
 
 
-def test_gradient_shares_are_norms_at_the_code_vectors(frozen, batch):
+def test_gradient_shares_are_norms_at_the_code_vectors(frozen, batch, learned):
     """Against each loss differentiated by itself with respect to the vectors it trains."""
     trainer = make_trainer(losses={"scale_drop": 0.0})
-    state, config = first_state(trainer), MODEL
-    _, history = run(trainer, frozen, batch, 1)
+    state, config, (_, history) = first_state(trainer), MODEL, learned
     images, model = batch["image"].astype(np.float32) / 127.5 - 1, trainer.model
     variables = {"params": state.params}
-    pyramid, _ = model.apply(variables, images)
-    target = trainer.teacher.features(frozen["teacher"], images)
+    pyramid, _ = jax.jit(model.apply)(variables, images)
+    target = jax.jit(trainer.teacher.features)(frozen["teacher"], images)
     vectors = config.codebooks(state.params).look_up(pyramid.codes_BL)
 
     def distillation(vectors):
@@ -111,8 +115,8 @@ def test_gradient_shares_are_norms_at_the_code_vectors(frozen, batch):
         return 0.25 * sum(means) / len(means)
 
     gradients = {
-        "distillation": jax.grad(distillation)(vectors),
-        "pixels": jax.grad(pixels)(vectors),
+        "distillation": jax.jit(jax.grad(distillation))(vectors),
+        "pixels": jax.jit(jax.grad(pixels))(vectors),
         "commitment": jax.grad(commitment)(pyramid.z_BLC),
     }
     norms = {name: float(jnp.linalg.norm(one)) for name, one in gradients.items()}
