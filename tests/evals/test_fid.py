@@ -171,7 +171,8 @@ def test_two_folders(command, network, inception_file, tmp_path):
     sides = [Statistics.empty(2048) for _ in "ab"]
     for i, side in enumerate(sides):
         side.update(network.features(images[i::2]))
-    np.testing.assert_allclose(float(out.split()[1]), sides[0].distance(sides[1]), rtol=1e-3)
+    value = float(out.partition("FID ")[2].split()[0])
+    np.testing.assert_allclose(value, sides[0].distance(sides[1]), rtol=1e-3)
     for text in ("3 images", "20 px", network.checksum, "singular", "broken.png"):
         assert text in out
 
