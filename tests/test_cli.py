@@ -160,3 +160,9 @@ def test_a_file_of_the_user_s_comes_first(config_file, monkeypatch, capsys):
     assert "there is no config file configs/tokenizer.py" in capsys.readouterr().err
     assert call("--config=generatoin", config=True) == 2
     assert "did you mean generation?" in capsys.readouterr().err
+
+
+def test_a_process_may_run_several_commands(capsys):
+    for _ in range(2):
+        assert cli.run("tool", lambda options: None, lambda define: None, ["--bath=1"]) == 2
+        assert "Unknown command line flag 'bath'" in capsys.readouterr().err

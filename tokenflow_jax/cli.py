@@ -53,7 +53,8 @@ def run(
     """
     argv = [program, *(sys.argv[1:] if argv is None else argv)]
     options = flags.FlagValues()
-    define_flags(Define(options))
+    define = Define(options)
+    define_flags(define)
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.WARNING)  # of libraries; programs have their own log
     try:
@@ -63,8 +64,8 @@ def run(
         if config:
             config_flag.define(options, argv)
         if runtime:
-            distributed.define_flags()
-            compile_cache.define_flag()
+            distributed.define_flags(define)
+            compile_cache.define_flag(define)
         options.append_flag_values(flags.FLAGS)
         _parse(options, argv, positional)
         if runtime:

@@ -4,8 +4,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
-
-from absl import flags
+from typing import Any
 
 from tokenflow_jax import remote
 from tokenflow_jax.log import log
@@ -15,9 +14,9 @@ _LEAST_SECONDS = 0.2  # programs that compile faster are not kept
 _MOST_BYTES = 8 * 2**30  # of a local folder; those used longest ago are removed
 
 
-def define_flag() -> None:
-    """Define --compile_cache."""
-    flags.DEFINE_string(
+def define_flag(define: Any) -> None:
+    """Define --compile_cache, by a `cli.Define`."""
+    define.string(
         "compile_cache",
         None,
         f"Folder (gs:// too) that keeps compiled programs, or off; by default ${VARIABLE}, else "

@@ -12,11 +12,12 @@ import traceback
 
 from absl import app, flags
 
+from tokenflow_jax import cli
 from tokenflow_jax import log as runlog
 from tokenflow_jax.parallel import distributed, mesh
 from tokenflow_jax.train import checkpoint
 
-distributed.define_flags()
+distributed.define_flags(cli.Define(flags.FLAGS))
 
 
 def toy():

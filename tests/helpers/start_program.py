@@ -15,10 +15,11 @@ import pathlib
 import numpy as np
 from absl import app, flags
 
+from tokenflow_jax import cli
 from tokenflow_jax.parallel import distributed, mesh
 from tokenflow_jax.weights import lazy
 
-distributed.define_flags()
+distributed.define_flags(cli.Define(flags.FLAGS))
 MIB = 2**20
 
 

@@ -17,8 +17,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from absl import flags
-
 HEARTBEAT_SECONDS = 30
 _REMEDY = (
     "All saved checkpoints are intact. Start the same command again on all machines, or on fewer: "
@@ -30,17 +28,17 @@ _WATCH = 'trap "" HUP INT TERM; read -r line || printf "%s\\n" "$1" >&2'
 _watcher: subprocess.Popen | None = None
 
 
-def define_flags() -> None:
-    """Define --distributed, --coordinator, --num_processes and --process_id."""
-    flags.DEFINE_bool(
+def define_flags(define: Any) -> None:
+    """Define --distributed, --coordinator, --num_processes and --process_id, by a `cli.Define`."""
+    define.bool(
         "distributed",
         None,
         "Run as one of several processes; by default detected: a TPU pod, srun and GKE are "
         "recognized. --nodistributed turns it off.",
     )
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not detected.")
-    flags.DEFINE_integer("num_processes", None, "With --coordinator: the number of processes.", 1)
-    flags.DEFINE_integer("process_id", None, "With --coordinator: this process's index.", 0)
+    define.string("coordinator", None, "HOST:PORT of process 0, where it is not detected.")
+    define.integer("num_processes", None, "With --coordinator: the number of processes.", 1)
+    define.integer("process_id", None, "With --coordinator: this process's index.", 0)
 
 
 def start(values: Any) -> None:
