@@ -69,6 +69,9 @@ EXTRAS["test"] = [
     "datasets>=3",
     "flatbuffers>=24",
     "gcp-storage-emulator",
+    # The notebooks.
+    "ipykernel>=6",
+    "nbclient>=0.10",
     *EXTRAS["gcs"],
     *EXTRAS["hub"],
     *EXTRAS["parquet"],

@@ -6,6 +6,7 @@
 
 Variants:
     (none)              a small complete tokenizer on 64 px emoji
+    emoji               the one that ships, from the pictures of tools/shipped, hours on 2 cores
     b                   TokenFlow-B at 224 px, recipe of the paper (arXiv 2412.03069, sec. 4.1)
     b_released          the same model with the recipe of the released training script
     b_256               TokenFlow-B at 256 px, position embeddings interpolated
@@ -43,11 +44,16 @@ QUICKSTART = TokenizerConfig(
     norm_groups=4,  # four channels a group at the finest level, as in the paper's model
 )
 
+EMOJI = dataclasses.replace(
+    QUICKSTART, codebook_size=4096, channels=32, decoder_channels=32, norm_groups=8
+)
+
 
 def get_config(variant: str = "") -> ConfigDict:
     """Returns the config of a variant; the docstring of this file lists them."""
     known = {
         "": _quickstart,
+        "emoji": _emoji,
         "b": _b,
         "b_released": _b_released,
         "b_256": lambda: _b("b_256"),
@@ -254,4 +260,24 @@ def _quickstart() -> ConfigDict:
     config.eval.batch_size = 32
     config.eval.examples = 0
     config.eval.knn_label = "group"
+    return config
+
+
+def _emoji() -> ConfigDict:
+    """The quickstart with twice the channels, twice the codes, more pictures and more steps."""
+    config = _quickstart()
+    config.model = ConfigDict(dataclasses.asdict(EMOJI))
+    config.total_steps = 5400
+    config.data.name, config.data.augment = "mixture", "random_crop"
+    config.data.mixture = (
+        "4 emoji augment=center", "2 folder pictures/noto split=all as=noto",
+        "2 folder pictures/twemoji split=all as=twemoji",
+        "3 folder pictures/openclipart split=all as=openclipart",
+    )  # fmt: skip
+    config.losses.perceptual_weight = 0.0  # of LPIPS: see finetune_emoji
+    config.codebook.usage_window = 65_536
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.02
+    config.eval_every, config.image_every = 1000, 1000
     return config

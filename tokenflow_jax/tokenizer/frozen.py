@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tokenflow_jax import hub, remote
+from tokenflow_jax import hub, remote, shipped
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.train import checkpoint_info
+from tokenflow_jax.weights import record
 from tokenflow_jax.weights.conversion import (
     Source,
     is_torch,
@@ -77,12 +78,19 @@ def open_weights(
     path = os.fspath(path)
     changes = {name: value for name, value in changes.items() if value is not None}
     config = variant_config(path, variant, VARIANTS)
-    path = remote.settled(path)
+    path = _tokenizer_in(remote.settled(shipped.resolved(path)))
     if changes and config is None:
         raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
     if changes:
         config = dataclasses.replace(config, **changes)
     return path, open_source(path, PART, config, weights=None if ema else "raw", step=step)
+
+
+def _tokenizer_in(path: str) -> str:
+    """Return a path; of a folder that a language model was saved in, that of its tokenizer."""
+    inside = remote.join(path, "tokenizer")
+    is_saved = remote.kind_of(remote.join(inside, record.CONFIG)) == "file"
+    return inside if is_saved else path
 
 
 def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
@@ -101,7 +109,7 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
             )
         return VARIANTS[variant]
     if path and is_torch(path) and knows_itself(path):
-        return open_source(path, PART).config
+        return open_source(_tokenizer_in(shipped.resolved(path)), PART).config
     if not path or is_torch(path):
         raise ValueError(
             f"tokenizer.path {path!r}: say which model it is with --config.tokenizer.variant=, one "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from tokenflow_jax import files, remote
+from tokenflow_jax import files, remote, shipped
 from tokenflow_jax.data.captions.codes import check_tokenizer
 from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
@@ -63,7 +63,7 @@ def load_model(
       known: "tokenizer" and "data", for a model whose checkpoint holds no training config.
       weights: "ema", "raw", or None for EMA if there is one. For the others see `Generator.load`.
     """
-    dtype, path = resolve_dtype(dtype), remote.settled(path)
+    dtype, path = resolve_dtype(dtype), remote.settled(shipped.resolved(path))
     source = conversion.open_source(path, part, config, weights=weights, step=step)
     saved = source.saved or known or {}
     tokenizer = find_tokenizer(path, saved.get("tokenizer", {}), tokenizer, tokenizer_variant)
@@ -156,7 +156,7 @@ def _places(model: str, inside: str, known: Mapping[str, Any]) -> list[epath.Pat
     places = [root / inside for root in roots]
     workdir, path = roots[-1], known.get("path")
     if path:
-        places.append(epath.Path(path))
+        places.append(epath.Path(shipped.resolved(path)))
         if known.get("absolute_path"):
             places.append(epath.Path(known["absolute_path"]))
         if not places[len(roots)].is_absolute():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax import files, hub, remote
+from tokenflow_jax import files, hub, remote, shipped
 from tokenflow_jax.messages import bullets, one_line, shown
 from tokenflow_jax.train import checkpoint_info
 from tokenflow_jax.weights import record
@@ -65,7 +65,7 @@ def is_torch(path: str | os.PathLike) -> bool:
 
     Any file is one, whatever its name; a folder if it holds no checkpoint of ours.
     """
-    path = os.fspath(path)
+    path = shipped.resolved(path)
     kind = remote.kind_of(path)
     if kind == "folder":
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import tokenflow_jax
-from tokenflow_jax import files, remote
+from tokenflow_jax import files, remote, shipped
 from tokenflow_jax.messages import shown
 from tokenflow_jax.train.run_config import wrong_types
 from tokenflow_jax.weights.formats.safetensors import read_metadata
@@ -55,6 +55,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
       ValueError: there is one, and it is damaged.
     """
+    path = shipped.resolved(path)
     path = remote.local_copy(path) if remote.kind_of(path) else os.fspath(path)
     if os.path.isfile(file := os.path.join(path, CONFIG)):
         record = files.read_json(file, remedy="; fetch it again").get(KEY)

@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 
-from tokenflow_jax import files, remote
+from tokenflow_jax import files, remote, shipped
 from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.weights.formats.safetensors import read_safetensors
 from tokenflow_jax.weights.formats.torch_zip import read_zip
@@ -62,7 +62,7 @@ def open_state_dict(path: str | os.PathLike, key: str | None = None) -> StateDic
 
 def open_state_dicts(path: str | os.PathLike) -> dict[str, StateDict]:
     """Open all state_dicts of a checkpoint by dotted key, "" for one without; see above."""
-    path = remote.local_copy(path)
+    path = remote.local_copy(shipped.resolved(path))
     if os.path.isdir(path):
         return _open_folder(path)
     if _holds(path) == "index":
