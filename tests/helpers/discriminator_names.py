@@ -1,6 +1,7 @@
 """The discriminators' names in the reference's checkpoints."""
 
-from tokenflow_jax.weights.rules import CONV, Rule, RuleTable, layer
+from tokenflow_jax.weights.rules import Rule, RuleTable, layer
+from tokenflow_jax.weights.transforms import CONV
 
 
 def patchgan_rules(layers: int = 3) -> RuleTable:

@@ -7,7 +7,8 @@ import pytest
 from torch_states import read_buffers, to_torch
 
 from tokenflow_jax.weights import rules
-from tokenflow_jax.weights.rules import CONV, CONV1X1_DENSE, COPY, DENSE, Rule, RuleTable, Transform
+from tokenflow_jax.weights.rules import Rule, RuleTable
+from tokenflow_jax.weights.transforms import CONV, CONV1X1_DENSE, COPY, DENSE, Transform
 
 TABLE = RuleTable(
     "toy",

@@ -16,15 +16,8 @@ from tokenflow_jax.tokenizer.fingerprint import identity
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.weights.names import encoders
 from tokenflow_jax.weights.part import Part
-from tokenflow_jax.weights.rules import (
-    CONV,
-    CONV1X1_DENSE,
-    DENSE,
-    Rule,
-    RuleTable,
-    Transform,
-    layer,
-)
+from tokenflow_jax.weights.rules import Rule, RuleTable, layer
+from tokenflow_jax.weights.transforms import CONV, CONV1X1_DENSE, DENSE, Transform
 
 _ENCODER = "encoder_vqkd."
 _TOWER = _ENCODER + encoders.TOWER

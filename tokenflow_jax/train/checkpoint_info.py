@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from tokenflow_jax import files, remote
+from tokenflow_jax import files, remote, shipped
 from tokenflow_jax.messages import bullets, shown
 from tokenflow_jax.train.run_config import upgrade, wrong_types
 
@@ -153,7 +153,8 @@ def find_checkpoint(path: str | epath.Path, step: int | None = None) -> epath.Pa
         have = f"has the steps {steps}" if steps else "holds no checkpoint"
         asked = "" if step is None else f" (step {step} was asked for)"
         raise CheckpointError(
-            f"{path} {have}{asked}; give a workdir of tokenflow_jax.main, or one of the "
-            f"directories <workdir>/checkpoints/<step>"
+            f"{path} {have}{asked}; give a workdir of tokenflow_jax.main, one of the directories "
+            "<workdir>/checkpoints/<step>, or the name of a model that comes with the package: "
+            f"{', '.join(shipped.names())}"
         )
     return root / str(steps[-1] if step is None else step)

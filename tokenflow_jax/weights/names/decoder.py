@@ -8,7 +8,8 @@ import numpy as np
 
 from tokenflow_jax.nets.lm import LMConfig
 from tokenflow_jax.weights.lazy import LazyTensor
-from tokenflow_jax.weights.rules import DENSE, Rule, Tensors, layer
+from tokenflow_jax.weights.rules import Rule, Tensors, layer
+from tokenflow_jax.weights.transforms import DENSE
 
 # Hugging Face's name -> GGUF's, and the other way round.
 _GGUF_FIELDS = {

@@ -9,16 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokenflow_jax.weights.formats.torch import open_state_dict
-from tokenflow_jax.weights.rules import (
-    CONV,
-    CONV1X1_DENSE,
-    DENSE,
-    Rule,
-    RuleTable,
-    flax_arrays,
-    layer,
-    unflatten,
-)
+from tokenflow_jax.weights.rules import Rule, RuleTable, flax_arrays, layer, unflatten
+from tokenflow_jax.weights.transforms import CONV, CONV1X1_DENSE, DENSE
 
 TOWER = "vision_model."  # before the names of a vision tower in Hugging Face's format
 

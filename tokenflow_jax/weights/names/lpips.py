@@ -18,7 +18,8 @@ from tokenflow_jax.nets.lpips import lpips_template
 from tokenflow_jax.weights import rules
 from tokenflow_jax.weights.formats.pickles import load_numpy_pickle
 from tokenflow_jax.weights.formats.torch import StateDict, open_state_dict
-from tokenflow_jax.weights.rules import CONV, Rule, RuleTable, Transform, layer
+from tokenflow_jax.weights.rules import Rule, RuleTable, layer
+from tokenflow_jax.weights.transforms import CONV, Transform
 
 ENVIRONMENT = "TOKENFLOW_LPIPS"
 
