@@ -227,6 +227,7 @@ def test_a_saved_model_is_complete(trained, tokenizer, data, tmp_path, monkeypat
     loaded = tfx.Generator.from_pretrained(folder)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, generator.params)
     jax.tree.map(np.testing.assert_array_equal, loaded.tokenizer.params, generator.tokenizer.params)
+    assert tfx.Tokenizer.load(folder).fingerprint == generator.tokenizer.fingerprint
     assert (loaded.config, loaded.recipe) == (generator.config, generator.recipe)
     one, two = (g.generate(["red apple", ""], seed=3) for g in (generator, loaded))
     np.testing.assert_array_equal(one.codes, two.codes)

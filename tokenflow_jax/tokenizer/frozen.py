@@ -78,7 +78,7 @@ def open_weights(
     path = os.fspath(path)
     changes = {name: value for name, value in changes.items() if value is not None}
     config = variant_config(path, variant, VARIANTS)
-    path = _tokenizer_in(remote.settled(shipped.resolved(path)))
+    path = _tokenizer_in(path)
     if changes and config is None:
         raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
     if changes:
@@ -87,9 +87,10 @@ def open_weights(
 
 
 def _tokenizer_in(path: str) -> str:
-    """Return a path; of a folder that a language model was saved in, that of its tokenizer."""
+    """Return a path as `settled`; of a folder that a language model was saved in, its tokenizer."""
+    path = remote.settled(shipped.resolved(path))
     inside = remote.join(path, "tokenizer")
-    is_saved = remote.kind_of(remote.join(inside, record.CONFIG)) == "file"
+    is_saved = path and remote.kind_of(remote.join(inside, record.CONFIG)) == "file"
     return inside if is_saved else path
 
 
@@ -108,8 +109,9 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
                 f"tokenizer.variant {variant!r} is unknown; the variants are {sorted(VARIANTS)}"
             )
         return VARIANTS[variant]
+    path = path and _tokenizer_in(path)
     if path and is_torch(path) and knows_itself(path):
-        return open_source(_tokenizer_in(shipped.resolved(path)), PART).config
+        return open_source(path, PART).config
     if not path or is_torch(path):
         raise ValueError(
             f"tokenizer.path {path!r}: say which model it is with --config.tokenizer.variant=, one "

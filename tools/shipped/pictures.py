@@ -40,14 +40,17 @@ def main() -> None:
     parser.add_argument("--src", type=Path, required=True, help="the three downloaded packages")
     parser.add_argument("--dst", type=Path, required=True)
     options = parser.parse_args()
-    held_out = {example["name"] for example in open_source("emoji", "", "heldout")}
+    held_out = {_bare(example["name"]) for example in open_source("emoji", "", "heldout")}
     for style, vendor in _STYLES.items():
         (options.dst / style).mkdir(parents=True)
         count = write_emoji(_only(options.src, f"emoji-datasource-{vendor}-*.tgz"), vendor,
                             options.dst / style, held_out)  # fmt: skip
         print(f"{style}: {count} pictures")
     (options.dst / "openclipart").mkdir()
-    count = write_drawings(_only(options.src, "openclipart-png_*.deb"), options.dst / "openclipart")
+    with tempfile.TemporaryDirectory() as folder:
+        package = _only(options.src, "openclipart-png_*.deb")
+        subprocess.run(["dpkg", "-x", package, folder], check=True)
+        count = write_drawings(Path(folder), options.dst / "openclipart")
     print(f"openclipart: {count} pictures")
 
 
@@ -58,42 +61,44 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
+def _bare(name: str) -> str:
+    """Return an emoji's code points without the one that only asks for a colored picture."""
+    return name.replace("-fe0f", "")
+
+
 def write_emoji(package: Path, vendor: str, out: Path, held_out: set[str]) -> int:
     """Write a style's emoji, without flags and those held out; return their number."""
     count = 0
     with tarfile.open(package) as tar:
         known = json.load(tar.extractfile("package/emoji.json"))
         for emoji in known:
-            name = emoji["unified"].lower()
-            bare = name.removesuffix("-fe0f")
+            name = _bare(emoji["unified"].lower())
             wanted = emoji[f"has_img_{vendor}"] and emoji["category"] != "Flags"
-            if wanted and not {name, bare} & held_out:
+            if wanted and name not in held_out:
                 data = tar.extractfile(f"package/img/{vendor}/64/{emoji['image']}").read()
                 framed(Image.open(io.BytesIO(data))).save(out / f"{name}.png")
                 count += 1
     return count
 
 
-def write_drawings(package: Path, out: Path) -> int:
+def write_drawings(folder: Path, out: Path) -> int:
     """Write the drawings that show something, each once; return their number."""
     seen: set[bytes] = set()
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["dpkg", "-x", package, folder], check=True)
-        paths = sorted(path for path in Path(folder).rglob("*.png") if path.is_file())
-        paths = [path for path in paths if not _LEFT_OUT.search(path.as_posix())]
-        for path in progress(paths, len(paths), "drawings"):
-            try:
-                with Image.open(path) as image:
-                    if image.width * image.height > _MOST_PIXELS:
-                        continue
-                    made = framed(image)
-            except (OSError, ValueError, Image.DecompressionBombError):
-                continue
-            ink = (np.asarray(made).min(-1) < 240).mean()
-            small = np.asarray(made.resize((12, 12))) // 32  # the same to the eye
-            if ink >= _LEAST_INK and small.tobytes() not in seen:
-                seen.add(small.tobytes())
-                made.save(out / f"{path.stem}_{len(seen)}.png")
+    paths = sorted(path for path in folder.rglob("*.png") if path.is_file())
+    paths = [path for path in paths if not _LEFT_OUT.search(path.as_posix())]
+    for path in progress(paths, len(paths), "drawings"):
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    continue
+                made = framed(image)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue
+        ink = (np.asarray(made).min(-1) < 240).mean()
+        small = (np.asarray(made.resize((12, 12))) // 32).tobytes()  # the same to the eye
+        if ink >= _LEAST_INK and small not in seen:
+            seen.add(small)
+            made.save(out / f"{path.stem}_{len(seen)}.png")
     return len(seen)
 
 
