@@ -45,7 +45,12 @@ QUICKSTART = TokenizerConfig(
 )
 
 EMOJI = dataclasses.replace(
-    QUICKSTART, codebook_size=4096, channels=32, decoder_channels=32, norm_groups=8
+    QUICKSTART,
+    scales=(1, 2, 3, 4, 5, 6, 7, 8),
+    codebook_size=4096,
+    channels=32,
+    decoder_channels=32,
+    norm_groups=8,
 )
 
 
