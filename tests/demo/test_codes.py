@@ -89,7 +89,7 @@ def test_checkpoints_say_what_a_page_can_do(runs):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "missing --checkpoint"),
+        (["--chekpoint=emoji"], "checkpoint"),
         (["--checkpoint=/nowhere"], "/nowhere"),
         (["--checkpoint=x", "--port=many"], "--port"),
     ],

@@ -60,7 +60,7 @@ def test_stablehlo_folder(folder, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--to=stablehlo"], "missing --checkpoint and --out"),
+        (["--to=stablehlo"], "missing --out"),
         (["--to=stablehlo", "--checkpoint=none", "--out=x"], "none"),
         (
             ["--to=stablehlo", "--checkpoint=language_model", "--out=x"],

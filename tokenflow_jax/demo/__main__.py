@@ -1,5 +1,6 @@
 r"""Show models on a page in the browser: codes of a picture, drawing, editing, a chat.
 
+    python -m tokenflow_jax.demo                               the tokenizer inside the package
     python -m tokenflow_jax.demo --checkpoint=runs/unified
     python -m tokenflow_jax.demo --checkpoint=runs/generation --checkpoint=runs/understanding
 
@@ -20,7 +21,6 @@ from tokenflow_jax.log import log
 
 def main(options: flags.FlagValues) -> None:
     """Load the checkpoints and serve the page until Ctrl-C."""
-    cli.require(options, "checkpoint")
     if not importlib.util.find_spec("gradio"):
         raise ValueError("the page needs Gradio: pip install 'tokenflow_jax[demo]'")
     log.info("loading %s", ", ".join(options.checkpoint))
@@ -36,7 +36,7 @@ def main(options: flags.FlagValues) -> None:
 
 
 def define_flags(define: cli.Define) -> None:
-    define.multi_string("checkpoint", [], "A model of any stage; may be repeated.")
+    define.multi_string("checkpoint", ["emoji"], "A model of any stage; may be repeated.")
     define.string("tokenizer", None, "The image tokenizer, if it has moved.")
     define.string("host", "127.0.0.1", "Address that the server listens at.")
     define.integer("port", 7860, "Port; 0 takes a free one.")

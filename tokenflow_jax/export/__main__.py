@@ -1,7 +1,7 @@
 r"""Export a tokenizer to be run without this package, or in a browser without a server.
 
-    python -m tokenflow_jax.export --to=web --checkpoint=runs/quickstart --out=page \
-        --runtime=onnxruntime-web-1.30.0.tgz       then open page/index.html from disk
+    python -m tokenflow_jax.export --to=web --out=page --runtime=onnxruntime-web-1.30.0.tgz
+                                                   then open page/index.html from disk
     python -m tokenflow_jax.export --to=onnx --checkpoint=runs/quickstart --out=onnx
     python -m tokenflow_jax.export --to=stablehlo --checkpoint=runs/quickstart --out=stablehlo
 
@@ -34,7 +34,7 @@ _PACKAGES = {
 
 
 def main(options: flags.FlagValues) -> None:
-    cli.require(options, "to", "checkpoint", "out")
+    cli.require(options, "to", "out")
     from tokenflow_jax.export import programs, web
     from tokenflow_jax.tokenizer.api import Tokenizer
 
@@ -130,7 +130,7 @@ def _heldout(image_size: int = 0) -> Any:
 
 def define_flags(define: cli.Define) -> None:
     define.enum("to", None, ["web", "onnx", "stablehlo"], "What to write.")
-    define.string("checkpoint", None, "A tokenizer: a workdir, a checkpoint, or a PyTorch file.")
+    define.string("checkpoint", "emoji", "A tokenizer: a workdir, a checkpoint, or a PyTorch file.")
     define.string("variant", None, "Which model a PyTorch file holds.")
     define.integer("step", None, "Which checkpoint of a workdir; the newest by default.")
     define.string("out", None, "Folder to write.")
