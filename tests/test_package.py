@@ -57,7 +57,7 @@ def test_it_is_the_installed_package(installed, tmp_path):
     package = pathlib.Path(run(installed / "python", "-c", code, cwd=tmp_path).strip())
     assert installed.parents[1] in package.parents
     for name in ("py.typed", "assets/teacher.safetensors", "assets/emoji.array_record",
-                 "assets/page/index.html"):  # fmt: skip
+                 "assets/page/index.html", "assets/models/emoji/model.safetensors"):  # fmt: skip
         assert (package / name).is_file()
 
 
