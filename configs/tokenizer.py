@@ -279,7 +279,7 @@ def _emoji() -> ConfigDict:
         "2 folder pictures/twemoji split=all as=twemoji",
         "3 folder pictures/openclipart split=all as=openclipart",
     )  # fmt: skip
-    config.losses.perceptual_weight = 0.0  # of LPIPS, which takes four fifths of a step on a CPU
+    config.losses.perceptual_weight = 0.0  # LPIPS makes a step several times as long
     config.codebook.usage_window = 65_536
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
