@@ -1,5 +1,6 @@
 """The stage around the step, on a shrunken quickstart: runs, resuming, starts, then answering."""
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -455,7 +456,11 @@ def test_control_c_ends_a_chat_quietly(trained):
         piece = process.stdout.read(1)
         assert piece, process.stderr.read()
         out += piece
-    process.send_signal(signal.SIGINT)
+    for _ in range(3):  # one between the prompt and the read is noticed with the next
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+            break
     assert process.wait(60) == 130  # before its input ends, which would end it, too
     rest, error = process.communicate()
     assert rest == "\n"
