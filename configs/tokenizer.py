@@ -6,7 +6,7 @@
 
 Variants:
     (none)              a small complete tokenizer on 64 px emoji
-    emoji               the one that ships, from the pictures of tools/shipped, hours on 2 cores
+    emoji               the one that ships, from the pictures of tools/shipped, over an hour
     b                   TokenFlow-B at 224 px, recipe of the paper (arXiv 2412.03069, sec. 4.1)
     b_released          the same model with the recipe of the released training script
     b_256               TokenFlow-B at 256 px, position embeddings interpolated

@@ -3,7 +3,7 @@
     python -m tools.shipped.pictures --src=FOLDER --dst=DIR/pictures
     python -m tools.shipped.make --dir=DIR
 
-Hours on two cores: the runs are in DIR, the models, in float16, in DIR/models, and what they make
+It takes over an hour: the runs are in DIR, the models, in float16, in DIR/models, and what they make
 of held-out pictures in DIR/shipped.png. `--out=` names another folder for the models, such as
 tokenflow_jax/assets/models.
 """
