@@ -3,8 +3,8 @@
     python -m tools.shipped.pictures --src=FOLDER --dst=DIR/pictures
     python -m tools.shipped.make --dir=DIR
 
-It takes over an hour: the runs are in DIR, the models, in float16, in DIR/models, and what they make
-of held-out pictures in DIR/shipped.png. `--out=` names another folder for the models, such as
+It takes over an hour: the runs are in DIR, the models, in float16, in DIR/models, and what they
+make of held-out pictures in DIR/shipped.png. `--out=` names another folder for the models, such as
 tokenflow_jax/assets/models.
 """
 
