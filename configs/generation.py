@@ -76,7 +76,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     # Of its encoders in the step: highest, high, bfloat16; auto is high on TPUs, else highest.
     config.tokenizer.precision = "auto"
     config.tokenizer.fingerprint = ""  # which one it must be; "" any, and filled in
-    config.text_tokenizer = ""  # LLaMA-2's folder; or bytes or words, which need no files
+    config.text_tokenizer = ""  # LLaMA-2's folder; or bytes, words or words_and_bytes
 
     config.data = ConfigDict()
     config.data.name = "jsonl"  # webdataset, parquet, arrow, array_record, codes, emoji

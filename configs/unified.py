@@ -7,6 +7,8 @@
 
 Variants:
     (none)         a small model from scratch: emoji are named, sorted into kinds, and drawn
+    emoji_coarse   the one that ships, the coarse scales of what it draws, hours
+    emoji          all scales, from --config.init_from, hours
     7b_pretrain    stage 1 of Qwen2.5-7B with a 256-pixel tokenizer: all that a language model lacks
     7b             stage 2, all parameters, from --config.init_from=PRETRAINED
 """
@@ -21,7 +23,8 @@ from tokenflow_jax.unified.model import VARIANTS, UnifiedConfig
 
 def get_config(variant: str = "") -> ConfigDict:
     """Returns the config of a variant; the docstring of this file lists them."""
-    known = {"": _quickstart, "7b": _7b, "7b_pretrain": _7b_pretrain}
+    known = {"": _quickstart, "emoji_coarse": _emoji_coarse, "emoji": _emoji}
+    known |= {"7b": _7b, "7b_pretrain": _7b_pretrain}
     if variant not in known:
         names = ", ".join(name for name in known if name)
         raise ValueError(f"variant {variant!r} is unknown; the variants are: {names}")
@@ -76,7 +79,7 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     # Of its encoders in the step: highest, high, bfloat16; auto is high on TPUs, else highest.
     config.tokenizer.precision = "auto"
     config.tokenizer.fingerprint = ""  # which one it must be; "" any, and filled in
-    config.text_tokenizer = ""  # the language model's folder, or bytes
+    config.text_tokenizer = ""  # the language model's folder, or bytes or words_and_bytes
 
     config.data = ConfigDict()
     config.data.name = "jsonl"  # or parquet, arrow, webdataset, emoji
@@ -91,7 +94,8 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.split = "train"
     config.data.eval_split = "heldout"
-    # Of emoji: kind, name, words, check, and drawn: draw, cycle. One listed twice counts twice.
+    # Of emoji: kind, name, words, check, and drawn: draw, draw_tags, cycle. Those listed twice
+    # count twice.
     config.data.questions = ()
     config.data.together = False  # of emoji: all questions about a picture in one conversation
     config.data.template = "qwen_2_5"  # or vicuna_v1, llava_v1, llama_2, llava_llama_2
@@ -102,6 +106,9 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.data.buckets = ()  # lengths of rows below the longest, pack * max_length
     config.data.order = "random"  # or grouped, by kind and length
     config.data.encode = "step"  # make codes of images in the step, or once before training
+    # Coarse scales of drawn pictures that train; 0: all. Rows are shorter: train these first, then
+    # all of them from that run (init_from).
+    config.data.drawn_scales = 0
     config.data.drop_rate = 0.1  # of requests for a picture that are left out, for guidance
 
     config.losses = ConfigDict()  # see unified.train.LossConfig
@@ -227,4 +234,33 @@ def _quickstart() -> ConfigDict:
         "red apple", "dog face", "blue car", "panda", "pineapple", "rainbow", "blue heart",
         "soccer ball",
     )  # fmt: skip
+    return config
+
+
+def _emoji_coarse() -> ConfigDict:
+    """The shipped model's first run: what is drawn is recognizable by its six coarse scales."""
+    config = _quickstart()
+    config.model.lm.update(width=256, layers=5, heads=4, kv_heads=4, mlp_width=704, tied_head=True)
+    config.tokenizer.path = "emoji"
+    config.text_tokenizer = "words_and_bytes"
+    config.total_steps = 2_000
+    config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw", "draw_tags")
+    config.data.drawn_scales = 6
+    config.data.max_length, config.data.buckets = 128, (208, 224)
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+    config.checkpoint_every = 200
+    config.eval.retrieval = 0  # the fine scales would be noise
+    return config
+
+
+def _emoji() -> ConfigDict:
+    """The shipped model's second run: all scales."""
+    config = _emoji_coarse()
+    config.total_steps = 400
+    config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw_tags", "cycle")
+    config.data.drawn_scales = 0
+    config.data.max_length, config.data.buckets = 330, (384, 432, 512)
+    config.optimizer.learning_rate = 1e-3
+    config.eval.retrieval = 158
     return config

@@ -13,9 +13,10 @@ from PIL import Image
 import tokenflow_jax as tfx
 from tokenflow_jax import cli, encode, log, remote
 from tokenflow_jax.data import pipeline, records, sources
+from tokenflow_jax.data.built_in_text import ByteTokenizer
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions import codes
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.text import PromptEncoder
 from tokenflow_jax.tokenizer import encoding
 
 TINY = tiny_config.TINY

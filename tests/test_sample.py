@@ -14,7 +14,8 @@ from PIL import Image
 
 import tokenflow_jax as tfx
 from tokenflow_jax import cli, log, sample
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.built_in_text import ByteTokenizer
+from tokenflow_jax.data.text import PromptEncoder
 from tokenflow_jax.generation.api import Generator, Recipe
 from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.generation.train import LossConfig, Trainer

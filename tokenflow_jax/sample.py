@@ -274,7 +274,7 @@ def define_flags(define: cli.Define) -> None:
     define.enum("weights_dtype", "", ["", "int8", "int4", "nf4"], "Of the decoder's layers.")
     define.string("tokenizer", None, "The image tokenizer; a training run knows it.")
     define.string("tokenizer_variant", None, "Which model a PyTorch tokenizer holds.")
-    define.string("text_tokenizer", None, "A folder, bytes or words; a training run knows it.")
+    define.string("text_tokenizer", None, "A folder or a built-in one; a training run knows it.")
     define.multi_string("prompt", [], "What to draw; may be repeated.")
     define.string("prompts", None, "One prompt per line; geneval: .jsonl; dpg: folder of .txt.")
     define.integer("images_per_prompt", None, "By default 1, for the benchmarks 4.", 1)

@@ -9,10 +9,11 @@ import pytest
 from picture_files import encode, plain
 
 from tokenflow_jax.data import parquet, pipeline, sources, tables
+from tokenflow_jax.data.built_in_text import ByteTokenizer
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.examples import Broken, is_heldout
 from tokenflow_jax.data.parquet import ParquetSource
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.text import PromptEncoder
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -9,7 +9,8 @@ import pytest
 from golden.loading import GOLDEN
 
 from tokenflow_jax.data import text
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder, WordTokenizer
+from tokenflow_jax.data.built_in_text import ByteTokenizer, WordsAndBytes
+from tokenflow_jax.data.text import PromptEncoder
 
 REFERENCE = json.loads((GOLDEN / "t2i_prompts.json").read_text(encoding="utf-8"))
 
@@ -50,26 +51,6 @@ def test_ids_around_the_prompt_are_the_reference_s():
     np.testing.assert_array_equal(whole, first["training_ids"])
 
 
-@pytest.mark.parametrize(
-    "prompt", ["red apple", "", "赤いリンゴ 🍎", "تفاحة", "a\x00b\n", "<s></s><img>"]
-)
-def test_bytes_survive(prompt):
-    tokenizer = ByteTokenizer()
-    ids = tokenizer.encode(prompt)
-    assert ids[0] == 1 and all(0 <= i < len(tokenizer) for i in ids)
-    assert tokenizer.decode(ids, skip_special_tokens=True) == prompt
-    assert tokenizer.decode(ids) == "<s>" + prompt
-    assert tokenizer.encode(prompt, add_special_tokens=False) == ids[1:]
-
-
-def test_broken_text_and_ids():
-    tokenizer = ByteTokenizer()
-    assert tokenizer.decode(tokenizer.encode("a\ud800"), skip_special_tokens=True) == "a?"
-    assert tokenizer.decode(tokenizer.encode("é")[:2], skip_special_tokens=True) == "\ufffd"
-    with pytest.raises(ValueError, match="id 259 is not one of"):
-        tokenizer.decode([259])
-
-
 def test_byte_prefix():
     encoder = PromptEncoder(ByteTokenizer(), 8)
     assert (encoder.pad_id, encoder.image_start) == (0, 259)
@@ -108,20 +89,6 @@ def test_without_a_start_id_prompts_start_with_the_end_and_pad_with_a_new_id():
     np.testing.assert_array_equal(encoder.encode("a")[:4], [259, 259, 2, 100])
 
 
-def test_words():
-    tokenizer = WordTokenizer()
-    ids = tokenizer.encode("Red apple, 赤い")
-    assert ids[0] == 1 and len(ids) == 5 and max(ids) < len(tokenizer)
-    assert ids == tokenizer.encode("red  APPLE , 赤い")
-    assert ids[1:3] == tokenizer.encode("red apple", add_special_tokens=False)
-    assert tokenizer.decode([0, 1, ids[1], 2], skip_special_tokens=True) == f"#{ids[1]}"
-    encoder = PromptEncoder(tokenizer, 6)
-    assert len(encoder.open_ids) == len(encoder.close_ids) == 1
-    assert list(encoder.encode("red apple")[:6]) == [0, 0, 0, *ids[:3]]
-    # Saved models depend on these ids.
-    assert tokenizer.encode("red apple <img>") == [1, 2721, 3851, 2147]
-
-
 def test_bad_prompts_and_budgets():
     encoder = PromptEncoder(ByteTokenizer(), 8)
     with pytest.raises(ValueError, match="text is wanted, not NoneType: None"):
@@ -132,8 +99,8 @@ def test_bad_prompts_and_budgets():
 
 def test_loading(tmp_path):
     assert isinstance(text.load_text_tokenizer("bytes"), ByteTokenizer)
-    assert isinstance(text.load_text_tokenizer("words"), WordTokenizer)
-    with pytest.raises(ValueError, match=r"is not 'bytes', 'words' or a folder"):
+    assert isinstance(text.load_text_tokenizer("words_and_bytes"), WordsAndBytes)
+    with pytest.raises(ValueError, match=r"is not 'bytes', 'words', 'words_and_bytes' or a folder"):
         text.load_text_tokenizer("meta-llama/Llama-2-7b-hf")
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="holds no text tokenizer"):

@@ -13,9 +13,10 @@ import pytest
 from picture_files import encode, plain
 
 from tokenflow_jax.data import pipeline, prepare, sources, tar_index, webdataset
+from tokenflow_jax.data.built_in_text import ByteTokenizer
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.examples import Broken
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.text import PromptEncoder
 from tokenflow_jax.data.webdataset import WebDatasetSource, shard_paths
 
 LONG = "deep/" * 30 + "Bär " + "x" * 120  # beyond what USTAR can name

@@ -10,7 +10,8 @@ import tiny as tiny_config
 from golden import generation as golden
 
 import tokenflow_jax as tfx
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.built_in_text import ByteTokenizer
+from tokenflow_jax.data.text import PromptEncoder
 from tokenflow_jax.generation import edit as editing
 from tokenflow_jax.generation.api import Generator, Recipe
 from tokenflow_jax.generation.model import Generation, GenerationConfig

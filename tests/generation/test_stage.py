@@ -295,7 +295,7 @@ def test_a_run_does_not_change_its_tokenizer(trained, data, tmp_path, tokenizer)
         ("tokenizer.path", "/no/such/run", "train the quickstart's tokenizer with python -m"),
         ("tokenizer.path", "", "needs a trained image tokenizer"),
         ("tokenizer.variant", "huge", "'huge' is unknown"),
-        ("text_tokenizer", "/no/folder", "is not 'bytes', 'words' or a folder"),
+        ("text_tokenizer", "/no/folder", "is not 'bytes', 'words', 'words_and_bytes' or a folder"),
         ("model.codebook_size", 7, "model.codebook_size is 7, the tokenizers have 32"),
         ("data.encode", "never", "'never' is not one of"),
         ("data.path", "/no/such/data", "is not a data set of codes"),

@@ -216,14 +216,18 @@ def test_a_mixture_of_conversations_and_pairs(tokenizer, tmp_path):
     assert found["source/pairs/loss"] == found["kind/draw"]
 
 
-@pytest.mark.parametrize("variant", ["", "7b", "7b_pretrain"])
+@pytest.mark.parametrize("variant", ["", "emoji_coarse", "emoji", "7b", "7b_pretrain"])
 def test_every_variant_is_valid(variant):
     config = unified.get_config(variant)
     optim.OptimizerConfig(**config.optimizer)
     LossConfig(**config.losses)
     assert LoopOptions.from_config(config).total_steps == config.total_steps
     assert variant in unified.__doc__
-    if variant:
+    if variant.startswith("emoji"):
+        stage = stages.make_stage(config, mesh.make_abstract_mesh({}, 1))
+        count = sum(x.size for x in jax.tree.leaves(stage.parameters))
+        assert 5e6 < count < 6e6 and stage.model_config.codebook_size == 4096
+    elif variant:
         device_mesh = mesh.make_abstract_mesh({"fsdp": 64}, 64)
         stage = stages.make_stage(config, device_mesh, "tpu")
         assert isinstance(stage.model_config, UnifiedConfig)
@@ -234,6 +238,21 @@ def test_every_variant_is_valid(variant):
         )
         assert all(jax.tree.leaves(frozen.get("read_projector", {})))
         assert config.data.max_length > stage.drawn.codes + stage.vectors + 500
+
+
+def test_coarse_scales_train_first(trained, tokenizer):
+    _, whole, state = trained
+    stage = make(tiny(tokenizer, **{"data.drawn_scales": 1}))
+    assert stage.state_shapes.params == whole.state_shapes.params
+    batch, every = next(iter(stage.data())), next(iter(whole.data()))
+    places, all_places = np.asarray(batch["places"]), np.asarray(every["places"])
+    # The same conversations, and code 0 alone in those that draw, as that of its picture.
+    assert len(places[places < -1]) == (all_places < -1).sum() / stage.drawn.codes
+    assert set((-2 - places[places < -1]) % stage.drawn.codes) == {0}
+    metrics = stage.step(stage.with_params(stage.init(), state.params), batch)[1]
+    assert np.isfinite(metrics["loss/codes"]) and np.isnan(metrics["scale/loss_4"])
+    with pytest.raises(ValueError, match=r"data\.drawn_scales 9 is not in 0 to"):
+        make(tiny(tokenizer, **{"data.drawn_scales": 9}))
 
 
 def test_values_that_do_not_go_with_the_tokenizers(tokenizer):

@@ -12,83 +12,19 @@ A text tokenizer has this part of transformers' interface: `encode(text, add_spe
 
 import dataclasses
 import os
-import re
 import threading
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tokenflow_jax import remote
+from tokenflow_jax.data.built_in_text import BUILT_IN, CLOSE, OPEN
 from tokenflow_jax.log import log
 from tokenflow_jax.messages import one_line, shown
 
-OPEN, CLOSE = "<img>", "</img>"
-BYTES, WORDS = "bytes", "words"  # the built-in tokenizers
 _SHORTEST = 8  # prefixes for sampling are at least this long
 _PROBE = "a red apple"  # comes back from every usable text tokenizer
-
-
-class _BuiltIn:
-    """A tokenizer that needs no file."""
-
-    pad_token_id = unk_token_id = 0
-    bos_token_id = 1
-    eos_token_id = 2
-    _SPECIAL = ("<pad>", "<s>", "</s>")
-    _OFFSET = len(_SPECIAL)
-    _IDS: int  # without the special ones
-
-    def __len__(self) -> int:
-        return self._IDS + self._OFFSET
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the ids of a text, after the start id if `add_special_tokens`."""
-        ids = [i + self._OFFSET for i in self._pieces(text)]
-        return [self.bos_token_id, *ids] if add_special_tokens else ids
-
-
-class ByteTokenizer(_BuiltIn):
-    """UTF-8 bytes as ids: byte b is b + 3; knows every language."""
-
-    name_or_path = BYTES
-    _IDS = 256
-
-    def _pieces(self, text: str) -> bytes:
-        return text.encode(errors="replace")
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of ids; broken UTF-8 becomes U+FFFD."""
-        parts = []
-        for i in map(int, ids):
-            if not 0 <= i < len(self):
-                raise ValueError(f"id {i} is not one of the byte tokenizer's 0 to {len(self) - 1}")
-            if i >= self._OFFSET:
-                parts.append(bytes([i - self._OFFSET]))
-            elif not skip_special_tokens:
-                parts.append(self._SPECIAL[i].encode())
-        return b"".join(parts).decode(errors="replace")
-
-
-class WordTokenizer(_BuiltIn):
-    """Whole words (`<img>` is one, and any sign) as ids, by a hash of their case-folded letters.
-
-    A small model learns words far faster than bytes, but those that were not in its captions mean
-    nothing to it, few share an id, and ids cannot be turned back into words.
-    """
-
-    name_or_path = WORDS
-    _IDS = 4093  # a prime
-
-    def _pieces(self, text: str) -> list[int]:
-        words = re.findall(r"</?img>|[^\W_]+|[^\w\s]|_", text.casefold())
-        return [zlib.crc32(word.encode(errors="replace")) % self._IDS for word in words]
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return ids for people: "#17" for a word."""
-        shown = [self._SPECIAL[i] if i < self._OFFSET else f"#{i}" for i in map(int, ids)]
-        return " ".join(s for s in shown if not (skip_special_tokens and s in self._SPECIAL))
 
 
 # Endings of what a model's folder holds beside its text tokenizer.
@@ -96,15 +32,15 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def load_text_tokenizer(name: str | os.PathLike) -> Any:
-    """Open "bytes", "words", or a folder with the tokenizer of a Hugging Face model."""
+    """Open a built-in tokenizer, or a folder with the one of a Hugging Face model."""
     name = os.fspath(name)
-    if name in (BYTES, WORDS):
-        return ByteTokenizer() if name == BYTES else WordTokenizer()
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
     folder = remote.local_copy(name, without=_WEIGHTS)
     if not os.path.isdir(folder):
         raise ValueError(
-            f"text tokenizer {name!r} is not {BYTES!r}, {WORDS!r} or a folder; give the one "
-            "that holds tokenizer.json or tokenizer.model of a Hugging Face model"
+            f"text tokenizer {name!r} is not {', '.join(map(repr, BUILT_IN))} or a folder; give "
+            "the one that holds tokenizer.json or tokenizer.model of a Hugging Face model"
         )
     try:
         import transformers

@@ -87,7 +87,7 @@ class Generator(Pretrained):
           path: a training workdir, one of its checkpoints, what `tokenflow_jax.convert` or
             `save_pretrained` wrote, or a PyTorch checkpoint.
           tokenizer: the image tokenizer that the model was trained with, or its path.
-          text_tokenizer: "bytes", "words" or a folder; models of ours record both tokenizers.
+          text_tokenizer: a name of `data.built_in_text` or a folder; models of ours record it.
           variant, tokenizer_variant: the models in PyTorch files that are not of ours.
           ema: use the moving average of the weights if there is one.
           step: checkpoint of a workdir; the newest by default.

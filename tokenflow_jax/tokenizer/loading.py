@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from tokenflow_jax import files, remote, shipped
+from tokenflow_jax.data.built_in_text import BUILT_IN
 from tokenflow_jax.data.captions.codes import check_tokenizer
-from tokenflow_jax.data.text import BYTES, WORDS
 from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer.api import Tokenizer, count_parameters
 from tokenflow_jax.tokenizer.frozen import check_shared_index
@@ -136,7 +136,7 @@ def _checked(model: str, known: Mapping[str, Any], tokenizer: Tokenizer) -> Toke
 
 def find_text_tokenizer(model: str, name: str) -> str:
     """Return the folder of a model's text tokenizer where it is now, or a built-in one's name."""
-    if name in (BYTES, WORDS):
+    if name in BUILT_IN:
         return name
     places = _places(model, _TEXT, {"path": name})
     return next((os.fspath(place) for place in places if place.is_dir()), name)
@@ -184,7 +184,7 @@ def save_language_model(
         )
     source = name = getattr(text_tokenizer, "name_or_path", "")
     parts = {"tokenizer": model.tokenizer.save_pretrained}
-    if name not in (BYTES, WORDS):
+    if name not in BUILT_IN:
         source = remote.local_copy(source, without=(".safetensors", ".bin"))
         found = [file for file in _TEXT_FILES if os.path.isfile(os.path.join(source, file))]
         if not found:

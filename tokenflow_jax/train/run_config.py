@@ -43,6 +43,7 @@ BEFORE = {
     "model.rope": "1d",
     "model.scale_inputs": "accumulated",
     "wandb.project": "",
+    "data.drawn_scales": 0,
 }
 
 

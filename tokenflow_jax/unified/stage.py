@@ -58,8 +58,12 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
     @property
     def drawn(self) -> Drawn:
         """What a drawn picture becomes in a row."""
-        prompts = self.prompts
-        return Drawn(self.tokenizer_config.pyramid.tokens, prompts.open_ids, prompts.close_ids)
+        pyramid, prompts = self.tokenizer_config.pyramid, self.prompts
+        count = self.config.data.drawn_scales
+        if not 0 <= count <= len(pyramid):
+            raise ValueError(f"data.drawn_scales {count} is not in 0 to {len(pyramid)}")
+        trained = pyramid.slices()[count - 1].stop if 0 < count < len(pyramid) else 0
+        return Drawn(pyramid.tokens, prompts.open_ids, prompts.close_ids, trained)
 
     @functools.cached_property
     def model_config(self) -> UnifiedConfig:

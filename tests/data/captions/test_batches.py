@@ -7,10 +7,11 @@ import pytest
 from picture_files import encode, plain
 
 from tokenflow_jax.data import pipeline, prepare, sources
+from tokenflow_jax.data.built_in_text import ByteTokenizer
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.batches import CaptionConfig, Pictures
 from tokenflow_jax.data.examples import Broken
-from tokenflow_jax.data.text import ByteTokenizer, PromptEncoder
+from tokenflow_jax.data.text import PromptEncoder
 
 PROMPTS = PromptEncoder(ByteTokenizer(), 48)
 VARIED = CaptionConfig(("{caption}", "{caption}, {tags}", "{tags}", "{group}: {caption}"))

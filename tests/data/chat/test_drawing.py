@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from picture_files import encode, picture
 
+from tokenflow_jax.data import sources
+from tokenflow_jax.data.built_in_text import CLOSE, OPEN, ByteTokenizer
 from tokenflow_jax.data.chat import batches, conversations, drawing, insertion, templates
 from tokenflow_jax.data.chat.emoji import KIND_QUESTION
 from tokenflow_jax.data.chat.insertion import Drawn
@@ -13,7 +15,6 @@ from tokenflow_jax.data.chat.mixed import MixedConversations
 from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE, TEMPLATES, get_template
 from tokenflow_jax.data.examples import Broken
-from tokenflow_jax.data.text import CLOSE, OPEN, ByteTokenizer
 
 TEXT = ByteTokenizer()
 MARKS = [TEXT.encode(mark, add_special_tokens=False) for mark in (OPEN, CLOSE)]
@@ -23,9 +24,9 @@ DRAW = ((HUMAN, "a cat"), (GPT, IMAGE))
 CYCLE = (*DRAW, (HUMAN, "What?"), (GPT, "A cat."))
 
 
-def prepared(turns, template="vicuna_v1", max_length=500):
+def prepared(turns, template="vicuna_v1", max_length=500, drawn=DRAWN):
     sample = conversations.Sample(turns, "a.png", True)
-    how = get_template(template, ""), TEXT, VECTORS, max_length, DRAWN
+    how = get_template(template, ""), TEXT, VECTORS, max_length, drawn
     return conversations.prepare(sample, *how)
 
 
@@ -49,6 +50,19 @@ def test_a_drawn_picture_has_loss_and_is_shown_to_what_follows(template):
     learned = TEXT.decode(row["ids"][row["labels"] != IGNORE])
     assert f"{OPEN}{CLOSE}" in learned and "A cat." in learned and "a cat" not in learned
     assert (row["labels"][row["places"] != -1] == IGNORE).all()
+
+
+def test_only_the_coarse_scales_of_a_drawn_picture_train():
+    coarse = DRAWN._replace(trained=1)
+    whole, row = (prepared(CYCLE, drawn=drawn) for drawn in (DRAWN, coarse))
+    assert "<img>[c2][v0][v1][v2][v3]" in shown(row)
+    assert shown(row) == shown(whole).replace("[c3][c4][c5][c6]</img>", "")
+    # Codes of a row's later pictures are numbered as if all were there.
+    joined = insertion.join_rows([prepared(DRAW, drawn=coarse)] * 2, VECTORS, coarse.codes)
+    assert [place for place in joined["places"] if place < -1] == [-2, -7]
+    prepared(DRAW, max_length=30, drawn=coarse)
+    with pytest.raises(Broken, match="its 1 codes end after 29 tokens"):
+        prepared(DRAW, max_length=29, drawn=coarse)
 
 
 def test_text_stands_around_a_drawn_picture():
@@ -106,6 +120,17 @@ def test_emoji_are_drawn_and_asked_about():
     assert len(requests) == 3 * pictures and requests[0][1] == data.source[0].image
     with pytest.raises(ValueError, match="does not draw"):
         of_emoji(drawn=None)
+
+
+def test_emoji_are_drawn_from_tags():
+    data = of_emoji(split="heldout", questions=("draw_tags",))
+    tags = {e["name"]: e["tags"] for e in sources.open_source("emoji", "", "heldout")}
+    requests = {image: text for text, image in drawing.first_drawings(data)}
+    assert requests.keys() == tags.keys()
+    for image, text in requests.items():
+        asked = text.split(", ")
+        assert len(asked) == min(3, len(tags[image])) and {*asked} <= {*tags[image]}
+    assert any(requests[image] != ", ".join(own[:3]) for image, own in tags.items())
 
 
 def test_requests_are_dropped_by_seed_and_place():

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from tokenflow_jax.data.built_in_text import ByteTokenizer
 from tokenflow_jax.data.chat import questions
-from tokenflow_jax.data.text import ByteTokenizer
 
 
 def test_ids_that_the_text_tokenizer_lacks_are_left_out():

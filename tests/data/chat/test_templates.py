@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from byte_text_tokenizers import LLAMA_LIKE, QWEN_LIKE, golden_tokenizer
 
-from tokenflow_jax.data import text
+from tokenflow_jax.data import built_in_text
 from tokenflow_jax.data.chat import templates
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IGNORE, IMAGE_ID
 
@@ -73,7 +73,7 @@ def test_an_answer_s_header_in_a_question_costs_all_labels():
 @pytest.mark.parametrize("name", ["vicuna_v1", "llama_2"])
 def test_the_byte_tokenizer_learns_answers_and_their_end(name):
     """Its text has no special tokens: the template puts them there."""
-    tokenizer = text.ByteTokenizer()
+    tokenizer = built_in_text.ByteTokenizer()
     turns = [(HUMAN, "<image>\nWhat?"), (GPT, "A cät."), (HUMAN, "Sure?"), (GPT, "Yes.")]
     tokens = templates.get_template(name, system="").tokenize(tokenizer, turns)
     assert (tokens.ids_L == IMAGE_ID).sum() == 1

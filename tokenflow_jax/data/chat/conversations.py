@@ -150,7 +150,7 @@ def prepare(
     except ValueError as error:
         raise Broken("not for this template", str(error)) from error
     row = insertion.merge_row(tokens.ids_L, tokens.labels_L, vectors, max_length, drawn)
-    codes = drawn.codes if drawn and DRAWN_ID in tokens.ids_L else 0
+    codes = drawn.ids.count(DRAWN_ID) if drawn and DRAWN_ID in tokens.ids_L else 0
     if (row["places"] < insertion.TEXT).sum() < codes:
         raise Broken("picture beyond the end", f"its {codes} codes end after {max_length} tokens")
     if (row["labels"] == IGNORE).all():

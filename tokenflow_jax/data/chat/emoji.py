@@ -2,8 +2,8 @@
 
 Every emoji has one conversation per question, or one with all of them: its kind, its name, words
 that go with it, and whether it is something (half of the time something else); for models that draw
-also its name, to be drawn, and the same with a question about the drawn picture. Its splits are
-those of the tokenizer.
+also its name, to be drawn, some tags, to be drawn, and the name with a question about the drawn
+picture. Its splits are those of the tokenizer.
 """
 
 import zlib
@@ -23,6 +23,7 @@ KINDS = (  # in the order of `sources.GROUPS`
     "travel or a place", "an activity", "an object", "a symbol",
 )  # fmt: skip
 _TAGS = 5
+_ASKED_TAGS = 3
 
 
 class EmojiConversations:
@@ -102,9 +103,17 @@ def _draw(example: Any) -> tuple[Turn, ...]:
     return (HUMAN, example["caption"]), (GPT, IMAGE)
 
 
+def _draw_tags(example: Any) -> tuple[Turn, ...]:
+    """Draw from some tags in an order that the name alone decides."""
+    tags = example.get("tags") or [example["caption"]]
+    tags = sorted(tags, key=lambda tag: zlib.crc32(f"{tag} {example['name']}".encode()))
+    return (HUMAN, ", ".join(tags[:_ASKED_TAGS])), (GPT, IMAGE)
+
+
 # example -> turns in which the picture is drawn.
 DRAWINGS: dict[str, Callable[[Any], tuple[Turn, ...]]] = {
     "draw": _draw,
+    "draw_tags": _draw_tags,
     "cycle": lambda example: (
         *_draw(example), (HUMAN, KIND_QUESTION), (GPT, KINDS[int(example["group"])])
     ),

@@ -34,6 +34,13 @@ class Drawn(NamedTuple):
     codes: int
     open_ids: Sequence[int] = ()  # `<img>`
     close_ids: Sequence[int] = ()  # `</img>`
+    trained: int = 0  # the first ones, with which rows end a picture; 0: all, then `</img>`
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids in place of the marker."""
+        codes = [DRAWN_ID] * (self.trained or self.codes)
+        return [*self.open_ids, *codes, *([] if self.trained else self.close_ids)]
 
 
 def code_places(first: int, count: int) -> np.ndarray:
@@ -75,7 +82,7 @@ def _with_drawn(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put `<img>`, a DRAWN_ID for each code and `</img>` where one DRAWN_ID stands."""
     for at in np.flatnonzero(ids_T == DRAWN_ID)[::-1]:
-        own = [*drawn.open_ids, *[DRAWN_ID] * drawn.codes, *drawn.close_ids]
+        own = drawn.ids
         labels = [IGNORE] * len(own) if labels_T[at] == IGNORE else own
         ids_T = np.concatenate([ids_T[:at], own, ids_T[at + 1 :]])
         labels_T = np.concatenate([labels_T[:at], labels, labels_T[at + 1 :]])
