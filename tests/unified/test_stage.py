@@ -62,7 +62,7 @@ def test_it_evaluates_what_it_reads_and_draws(trained):
     found = {name: value for line in history for name, value in line.items()}
     for name in ("loss_answer", "loss_draw", "loss_both", "exact_match", "cycle", "accuracy_codes"):
         assert np.isfinite(found[f"eval/{name}"]), name
-    assert {"eval/top10_trained", "eval/top10_unseen", "kind/draw", "scale/loss_4"} <= {*found}
+    assert {"eval/top1_trained", "eval/top10_unseen", "kind/draw", "scale/loss_4"} <= {*found}
     grids = {path.name.split("_")[0] for path in (workdir / "images").iterdir()}
     assert grids == {"answers", "samples", "scales"}
 

@@ -33,8 +33,8 @@ def caption_retrieval(
     (N, D) of their pictures.
 
     Returns:
-      "top10", a rate; "chance", the same for guessing; "rank", the median place, from 1; and
-      "top10_NAME", "rank_NAME" of other judges.
+      "top1" and "top10", rates; "chance", of the ten, for guessing; "rank", the median place, from
+      1; and "top10_NAME", for example, of other judges.
     """
     bank_codes, bank_captions = _bank(drawn.tokenizer, examples, batch_size)
     # Captions to draw, evenly spaced like the bank.
@@ -50,6 +50,7 @@ def caption_retrieval(
     for name, features in {"": make_feature_fn(drawn, batch_size), **judges}.items():
         rank_Q = _ranks(features(codes), features(bank_codes), chosen)
         end = f"_{name}" if name else ""
+        found[f"top1{end}"] = float(np.mean(rank_Q == 1))
         found[f"top10{end}"] = float(np.mean(rank_Q <= TOP))
         found[f"rank{end}"] = float(np.median(rank_Q))
     return found

@@ -31,7 +31,7 @@ SECTIONS = {  # title of a group of curves -> what to look for
 
 _SHARES = (
     "accuracy", "chance_", "codes_used", "cycle", "exact_match", "filled", "fraction", "knn_",
-    "largest_answer", "mfu", "share", "top10_", "usage",
+    "largest_answer", "mfu", "share", "top1_", "top10_", "usage",
 )  # fmt: skip
 _UNITS = (  # pattern of metric names, factor, unit
     (r"\b(\w+_)?psnr", 1, "dB"),
