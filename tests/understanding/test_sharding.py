@@ -14,7 +14,7 @@ MESHES = ("1,8,1,1", "1,1,8,1", "1,2,2,2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["", ":auto", ":int8", ":nf4"])
+@pytest.mark.parametrize("kind", ["", ":auto", ":nf4"])
 def test_steps_and_answers_are_the_same(kind):
     """Also with adapters beside frozen weights, quantized or not."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
