@@ -34,14 +34,7 @@ from tokenflow_jax.train.checksums import compare_arrays, describe_arrays
 from tokenflow_jax.train.workdir import check_path
 
 _TRIES = 3  # of a save to a bucket
-# Devices that all have an array write a slice of it each. Of small ones, which are thousands, that
-# costs a save ten times as long as writing them once.
-_LEAST_SLICE = 2**20  # bytes
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE),
-    override=True,
-)
+_LEAST_SLICE = 2**20  # bytes of an array that its devices write together
 
 
 class Checkpoints:
@@ -72,6 +65,7 @@ class Checkpoints:
                 enable_async_checkpointing=jax.default_backend() != "cpu",
                 cleanup_tmp_directories=True,
             ),
+            item_handlers={"state": _array_handler(), "info": ocp.JsonCheckpointHandler()},
         )
 
     def latest_step(self) -> int | None:
@@ -105,7 +99,7 @@ class Checkpoints:
             "arrays": describe_arrays(state, with_sums=True),
         }
         items = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.PyTreeSave(state),
             "info": ocp.args.JsonSave(checkpoint_info.seal(info)),
         }
         args = ocp.args.Composite(**items)
@@ -155,7 +149,8 @@ class Checkpoints:
                 + bullets(problems)
                 + "\nUse the config of the checkpoint, or another --workdir."
             )
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        where = ocp.checkpoint_utils.construct_restore_args(like)
+        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(like, restore_args=where))
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # a damaged file makes Orbax raise almost anything
@@ -189,6 +184,19 @@ class Checkpoints:
                 "the permissions), or lower --config.keep_checkpoints, then run the same command "
                 "again."
             ) from error
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Return what writes arrays, small ones from one device.
+
+    Each of the devices that have an array would write a slice of it, however small: of thousands of
+    arrays that makes a save twice as long.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def check_checksums(saved: Mapping[str, Any], tree: Any, path: epath.Path) -> None:
