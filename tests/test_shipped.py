@@ -57,8 +57,9 @@ def test_they_are_small_and_have_cards():
     sizes = [path.stat().st_size for path in shipped.FOLDER.rglob("*") if path.is_file()]
     assert sum(sizes) <= 24e6
     for name in shipped.names():
-        card = (shipped.FOLDER / name / "README.md").read_text()
-        assert f'from_pretrained("{name}")' in card and "| seed |" in card and "psnr" in card
+        for inside, figure in (("", "exact_match"), ("tokenizer", "psnr")):
+            card = (shipped.FOLDER / name / inside / "README.md").read_text()
+            assert f'from_pretrained("{name}")' in card and "| seed |" in card and figure in card
 
 
 def test_held_out_emoji_come_back(emoji):
@@ -70,6 +71,6 @@ def test_held_out_emoji_come_back(emoji):
     made = np.stack([np.asarray(one) for one in emoji.reconstruct(list(images))])
     errors = np.square(images.astype(float) - made).mean((1, 2, 3))
     decibels = (10 * np.log10(255**2 / errors)).mean()
-    card = (shipped.FOLDER / "emoji" / "README.md").read_text()
+    card = (shipped.FOLDER / "emoji" / "tokenizer" / "README.md").read_text()
     told = float(card.split("| psnr | ")[1].split(" ")[0])
     assert decibels == pytest.approx(told, abs=0.1) and told > 24

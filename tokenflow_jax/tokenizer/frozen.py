@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from tokenflow_jax import hub, remote, shipped
+from tokenflow_jax import hub
 from tokenflow_jax.nets.pixels import to_float
 from tokenflow_jax.tokenizer.model import VARIANTS, TokenFlow, TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART
@@ -78,20 +78,12 @@ def open_weights(
     path = os.fspath(path)
     changes = {name: value for name, value in changes.items() if value is not None}
     config = variant_config(path, variant, VARIANTS)
-    path = _tokenizer_in(path)
+    path = record.part_in(path, PART.stage)
     if changes and config is None:
         raise ValueError(f"{path} knows its own {' and '.join(changes)}: leave them out")
     if changes:
         config = dataclasses.replace(config, **changes)
     return path, open_source(path, PART, config, weights=None if ema else "raw", step=step)
-
-
-def _tokenizer_in(path: str) -> str:
-    """Return a path as `settled`; of a folder that a language model was saved in, its tokenizer."""
-    path = remote.settled(shipped.resolved(path))
-    inside = remote.join(path, "tokenizer")
-    is_saved = path and remote.kind_of(remote.join(inside, record.CONFIG)) == "file"
-    return inside if is_saved else path
 
 
 def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
@@ -109,7 +101,7 @@ def find_config(tokenizer: ml_collections.ConfigDict) -> TokenizerConfig:
                 f"tokenizer.variant {variant!r} is unknown; the variants are {sorted(VARIANTS)}"
             )
         return VARIANTS[variant]
-    path = path and _tokenizer_in(path)
+    path = path and record.part_in(path, PART.stage)
     if path and is_torch(path) and knows_itself(path):
         return open_source(path, PART).config
     if not path or is_torch(path):

@@ -1,5 +1,6 @@
 """Load a language model together with the image tokenizer that it was trained on."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -183,7 +184,8 @@ def save_language_model(
             "weights_dtype to save it"
         )
     source = name = getattr(text_tokenizer, "name_or_path", "")
-    parts = {"tokenizer": model.tokenizer.save_pretrained}
+    called = options.get("name") or os.path.basename(os.path.normpath(path))
+    parts = {"tokenizer": functools.partial(model.tokenizer.save_pretrained, name=called)}
     if name not in BUILT_IN:
         source = remote.local_copy(source, without=(".safetensors", ".bin"))
         found = [file for file in _TEXT_FILES if os.path.isfile(os.path.join(source, file))]

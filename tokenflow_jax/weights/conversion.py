@@ -167,6 +167,7 @@ def open_source(
     step: int | None = None,
 ) -> Source:
     """Open weights as our arrays, once all fit, without reading data; see `convert`."""
+    path = record.part_in(path, part.stage)  # the tokenizer of a saved language model
     if is_torch(path):
         return _open_torch(path, part, config, weights)
     return _open_ours(path, part, config, weights, step)

@@ -49,6 +49,14 @@ def to_array(record: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(to_text(record).encode(), np.uint8)
 
 
+def part_in(path: str | os.PathLike, stage: str) -> str:
+    """Return a path as `settled`; of a folder with a model of that stage inside, that one's."""
+    path = remote.settled(shipped.resolved(path))
+    inside = remote.join(path, stage)
+    has_it = path and remote.kind_of(remote.join(inside, CONFIG)) == "file"
+    return inside if has_it else path
+
+
 def read_record(path: str | os.PathLike) -> dict[str, Any] | None:
     """Return the record of a file, a folder or an index of shards; None if it has none.
 
