@@ -243,7 +243,7 @@ def _emoji_coarse() -> ConfigDict:
     config.model.lm.update(width=256, layers=5, heads=4, kv_heads=4, mlp_width=704, tied_head=True)
     config.tokenizer.path = "emoji"
     config.text_tokenizer = "words_and_bytes"
-    config.total_steps = 2_000
+    config.total_steps = 850
     config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw", "draw_tags")
     config.data.drawn_scales = 6
     config.data.max_length, config.data.buckets = 128, (208, 224)
@@ -257,10 +257,12 @@ def _emoji_coarse() -> ConfigDict:
 def _emoji() -> ConfigDict:
     """The shipped model's second run: all scales."""
     config = _emoji_coarse()
-    config.total_steps = 400
+    config.total_steps = 300
     config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw_tags", "cycle")
     config.data.drawn_scales = 0
     config.data.max_length, config.data.buckets = 330, (384, 432, 512)
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 20
+    config.checkpoint_every = 50
     config.eval.retrieval = 158
     return config

@@ -46,7 +46,7 @@ def build(models: Models) -> gr.Image:
             button = gr.Button("Draw", variant="primary")
         picture = shown_picture("Drawn", type="pil", elem_id="drawn")
         growth = gr.Gallery(
-            label="Scale by scale", columns=3, height=codes.SIDE, buttons=[], elem_id="growth"
+            label="Scale by scale", columns=2, height="auto", buttons=[], elem_id="growth"
         )
 
     def draw(prompt: str, *chosen: Any):
