@@ -1,4 +1,4 @@
-"""Convolutions of large maps: on CPUs the weight gradient is a sum of products, XLA's elsewhere."""
+"""Convolutions on CPUs: tiny maps as one product, weight gradients of large maps as products."""
 
 import jax
 import numpy as np
@@ -26,6 +26,15 @@ def test_equals_xla(monkeypatch):
     monkeypatch.setattr(convolve, "_PIXELS", 72)
     assert text().count("dot_general") == 9 and "dot_general" not in plain
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), both(), want)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (1, 9)])
+def test_tiny_maps_are_one_product(monkeypatch, size):
+    x = jax.random.normal(jax.random.key(3), (2, *size, 5))
+    assert "convolution" not in jax.jit(lambda x: both(x)).lower(x).as_text()
+    found = both(x)
+    monkeypatch.setattr(convolve, "_FEW_PIXELS", 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, both(x))
 
 
 @pytest.mark.parametrize(

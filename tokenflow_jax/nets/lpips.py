@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tokenflow_jax.nets.convolve import convolve
 from tokenflow_jax.parallel.placement import on_batch
 
 # VGG16's stages: (channels, convolutions). LPIPS reads the end of each stage; a 2 x 2 max pool
@@ -43,7 +44,8 @@ class LPIPS(nn.Module):
 
     def setup(self):
         widths = [channels for channels, count in STAGES for _ in range(count)]
-        self.conv = [nn.Conv(width, (3, 3), padding=1, dtype=self.dtype) for width in widths]
+        options = {"padding": 1, "dtype": self.dtype, "conv_general_dilated": convolve}
+        self.conv = [nn.Conv(width, (3, 3), **options) for width in widths]
         self.heads = [
             self.param(f"head_{stage}", nn.initializers.uniform(1.0), (channels,))
             for stage, (channels, _) in enumerate(STAGES)
