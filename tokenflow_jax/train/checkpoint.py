@@ -193,8 +193,9 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
     arrays that makes a save twice as long.
     """
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+    scalars = [(kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)]
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()), *scalars
     )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
