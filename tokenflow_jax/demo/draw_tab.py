@@ -13,6 +13,7 @@ from tokenflow_jax.demo.models import Models
 from tokenflow_jax.demo.parts import checked_text, shown_picture, text_box, told
 
 _FRAME = 0.25  # seconds that each scale of a drawing is shown
+_ROW = 150  # pixels of a row of scales on the page
 _EXAMPLES = ("red apple", "dog face", "blue heart", "sunflower", "fire engine")
 
 
@@ -45,8 +46,9 @@ def build(models: Models) -> gr.Image:
             options = _options(models)
             button = gr.Button("Draw", variant="primary")
         picture = shown_picture("Drawn", type="pil", elem_id="drawn")
+        height = _ROW * -(-len(generator.config.scales) // 2) + 20  # all of them without scrolling
         growth = gr.Gallery(
-            label="Scale by scale", columns=2, height="auto", buttons=[], elem_id="growth"
+            label="Scale by scale", columns=2, height=height, buttons=[], elem_id="growth"
         )
 
     def draw(prompt: str, *chosen: Any):
