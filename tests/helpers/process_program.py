@@ -117,7 +117,7 @@ def main(argv):
     jax.lax.slice_in_dim = lambda *a, **k: slices.append(a) or slice_in_dim(*a, **k)
     try:
         loop.train_and_evaluate(config, workdir, stage)
-        print(f"{len(slices)} slices")
+        print(f"slices: {len(slices)};")
     except checkpoint.CheckpointError as error:
         sys.exit(str(error))
     except Exception:

@@ -61,7 +61,7 @@ def uninterrupted(tmp_path_factory):
     """A toy run in one process."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     (output,) = finish(start("toy", workdir))
-    assert "0 slices" in output  # eight devices have small arrays, one of them writes them
+    assert "slices: 0;" in output  # eight devices have small arrays, one of them writes them
     return workdir
 
 

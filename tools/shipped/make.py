@@ -50,7 +50,7 @@ def main() -> None:
     path = "--config.tokenizer.path=half"
     train("unified.py:emoji_coarse", options.dir, "coarse", path)
     train("unified.py:emoji", options.dir, "model", path, "--config.init_from=coarse")
-    write(options.dir / "model", options.dir / "half", options.out or options.dir / "models")
+    write(options.dir / "model", half, options.out or options.dir / "models")
     write_png(picture(Unified.load(options.dir / "model")), options.dir / "shipped.png")
 
 

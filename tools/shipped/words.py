@@ -26,7 +26,7 @@ def words() -> list[str]:
     names |= _words(" ".join([*emoji.KINDS, _SPOKEN]))
     names |= {word for word, count in tags.items() if count >= _LEAST}
     # A word's capitalized form needs no place of its own.
-    return sorted(w for w in names if w[:1].lower() + w[1:] == w or _lower(w) not in names)
+    return sorted(w for w in names if _lower(w) == w or _lower(w) not in names)
 
 
 def _lower(word: str) -> str:
