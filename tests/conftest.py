@@ -8,11 +8,12 @@ import socket
 
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Half of the suite's time would be LLVM optimizing programs that run once. Tests that start
-# processes pass this on.
+# Most of the suite's time would be LLVM optimizing programs that run once, and MLIR emitting their
+# fusions. Tests that start processes pass this on.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 # Nothing in the user's cache folder; JAX_COMPILATION_CACHE_DIR shares programs between tests.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
