@@ -23,7 +23,7 @@ from tokenflow_jax.generation.model import VARIANTS, Generation, GenerationConfi
 from tokenflow_jax.generation.names import PART
 from tokenflow_jax.generation.sample import Recipe, Sampler, image_keys
 from tokenflow_jax.nets.pixels import to_uint8
-from tokenflow_jax.parallel import mesh
+from tokenflow_jax.parallel import mesh, placement
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.inputs import to_pil
 from tokenflow_jax.tokenizer.loading import describe, load_model, save_language_model
@@ -186,10 +186,11 @@ class Generator(Pretrained):
         if passes not in self._compiled:
             model = self.model or Generation(self.config, jnp.dtype(self.dtype))
             sampler = Sampler(model, self.prompts.pad_id, passes)
+            jit = functools.partial(jax.jit, compiler_options=placement.seldom_run())
             if self.device_mesh is None:
-                self._compiled[passes] = jax.jit(sampler)
+                self._compiled[passes] = jit(sampler)
             else:
-                jitted = jax.jit(sampler, out_shardings=mesh.replicated(self.device_mesh))
+                jitted = jit(sampler, out_shardings=mesh.replicated(self.device_mesh))
                 self._compiled[passes] = mesh.bind(self.device_mesh, jitted)
         return self._compiled[passes]
 

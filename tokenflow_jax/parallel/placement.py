@@ -8,8 +8,9 @@ Shapes: N tokens, K codes, C channels; k are one device's rows.
 """
 
 import math
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,6 +34,20 @@ def platform() -> str:
     # It may be for another machine (preflight): then the mesh in use knows its devices.
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()
+
+
+def seldom_run() -> dict[str, Any] | None:
+    """Return compiler options for a program that runs seldom: on CPUs it compiles in half the time.
+
+    What $XLA_FLAGS sets stays.
+    """
+    # Optimizing machine code and emitting fusions by MLIR take most of that time. Products, which
+    # a drawing spends its time in, are a library's; the first step of training is too seldom.
+    if platform() != "cpu":
+        return None
+    options = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if f"--{name}=" not in flags} or None
 
 
 def on_batch(x: jax.Array, *others: str | None) -> jax.Array:

@@ -138,8 +138,7 @@ class CodeStage(Stage):
             params = start.blanked(self.trainer.init(key).params, brought)
             return self.trainer.init(key, params)
 
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        return jax.jit(state, out_shardings=shardings)(jax.random.key(self.config.seed))
+        return self._first_state(state)
 
     @property
     def brought(self) -> PyTree:

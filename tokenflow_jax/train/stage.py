@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.parallel import costs
+from tokenflow_jax.parallel import costs, placement
 from tokenflow_jax.parallel import mesh as meshes
 from tokenflow_jax.train import optim
 
@@ -215,8 +215,15 @@ class Stage(abc.ABC):
 
     def init(self) -> State:
         """Return the state from scratch, sharded."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes)
-        return jax.jit(self.trainer.init, out_shardings=shardings)(jax.random.key(self.config.seed))
+        return self._first_state(self.trainer.init)
+
+    def _first_state(self, init: Callable[[jax.Array], State]) -> State:
+        compiled = jax.jit(
+            init,
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.state_shapes),
+            compiler_options=placement.seldom_run(),
+        )
+        return compiled(jax.random.key(self.config.seed))
 
     def warm_start(self, state: State) -> tuple[State, str]:
         """Return the state with the weights of `config.init_from`, and what was taken."""

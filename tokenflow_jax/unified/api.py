@@ -25,7 +25,7 @@ from tokenflow_jax.data.pictures import Picture
 from tokenflow_jax.generation.api import Generated, Generator
 from tokenflow_jax.generation.model import next_scale_features
 from tokenflow_jax.generation.sample import Recipe, image_keys
-from tokenflow_jax.parallel import mesh
+from tokenflow_jax.parallel import mesh, placement
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.inputs import to_pil
 from tokenflow_jax.tokenizer.loading import load_model, save_language_model
@@ -127,7 +127,10 @@ class Unified(Assistant):
             # Guided, the cache becomes one of two rows, which cannot take its place.
             "begin": jax.jit(functools.partial(begin, self._module), static_argnames="room"),
             "draw": jax.jit(
-                functools.partial(draw, self._module), static_argnames="passes", donate_argnums=2
+                functools.partial(draw, self._module),
+                static_argnames="passes",
+                donate_argnums=2,
+                compiler_options=placement.seldom_run(),
             ),
         }
         if self.device_mesh is not None:
