@@ -8,7 +8,7 @@
 Variants:
     (none)         a small model from scratch: emoji are named, sorted into kinds, and drawn
     emoji_coarse   the one that ships, the coarse scales of what it draws, an hour on one core
-    emoji          all scales, from --config.init_from, another hour
+    emoji          all scales, from --config.init_from, under two hours
     7b_pretrain    stage 1 of Qwen2.5-7B with a 256-pixel tokenizer: all that a language model lacks
     7b             stage 2, all parameters, from --config.init_from=PRETRAINED
 """
@@ -255,9 +255,9 @@ def _emoji_coarse() -> ConfigDict:
 
 
 def _emoji() -> ConfigDict:
-    """The shipped model's second run: all scales."""
+    """The shipped model's later runs: all scales."""
     config = _emoji_coarse()
-    config.total_steps = 300
+    config.total_steps = 700  # after a first run of 300, see tools/shipped/make.py
     config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw_tags", "cycle")
     config.data.drawn_scales = 0
     config.data.max_length, config.data.buckets = 330, (384, 432, 512)

@@ -77,6 +77,11 @@ def write(page, place, text):
     page.fill(f"#{place} textarea, #{place} input", text)
 
 
+def emptied(page, place):
+    script = "place => !document.querySelector(`#${place} textarea, #${place} input`).value"
+    page.wait_for_function(script, arg=place, timeout=WAIT)
+
+
 def source(page, place):
     """Return the address of the picture that is shown, once there is one."""
     page.wait_for_selector(f"#{place} img", timeout=WAIT)
@@ -187,6 +192,27 @@ def test_a_chat_reads_draws_and_starts_over(page):
     page.wait_for_function("document.querySelectorAll('#talk .bot img').length == 1", timeout=WAIT)
     click(page, "New conversation")
     page.wait_for_function("document.querySelectorAll('#talk img').length == 0", timeout=WAIT)
+
+
+def test_clicks_while_a_chat_draws_wait_or_begin_anew(page):
+    page.get_by_role("tab", name="Chat").click()
+    write(page, "question", "red apple")
+    click(page, "Draw this")
+    emptied(page, "question")
+    click(page, "New conversation")
+    page.wait_for_function("!document.querySelector('#talk .user')", timeout=WAIT)
+    write(page, "question", "dog face")
+    click(page, "Draw this")
+    emptied(page, "question")
+    write(page, "question", "What is this?")
+    click(page, "Ask")  # at once
+    page.wait_for_function("document.querySelectorAll('#talk .bot').length == 2", timeout=WAIT)
+    said = ""
+    while said != (said := page.locator("#talk").inner_text()):
+        page.wait_for_timeout(3000)
+    assert "red apple" not in said
+    assert said.index("dog face") < said.index("What is this?")
+    assert page.locator("#talk .bot img").count() == 1
 
 
 def test_pictures_of_the_page_are_of_one_size():

@@ -446,7 +446,10 @@ def test_a_picture_that_is_none_is_known_before_the_model_is_loaded(capsys):
     assert "none.png" in error and "nowhere" not in error and error.count("\n") == 1
 
 
-def test_control_c_ends_a_chat_quietly(trained):
+def test_control_c_ends_a_chat_quietly(trained, request):
+    # A suite in the background of a shell ignores it, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     command = [sys.executable, "-m", "tokenflow_jax.answer", f"--checkpoint={trained[0]}", "--chat"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

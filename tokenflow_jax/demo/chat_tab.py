@@ -18,7 +18,9 @@ _ANSWER = 128  # tokens at most
 def build(models: Models, drawn: gr.Image | None) -> None:
     """Put the tab on the page that is being built; `drawn` is the picture of the tab Draw."""
     size = models.tokenizer.config.image_size
-    state = gr.State(None, time_to_live=_FORGET)
+    # The model's conversation, and what the page shows of it: kept here, since a click brings the
+    # page's own as it was then, without what is being answered.
+    state = gr.State((None, []), time_to_live=_FORGET)
     talk = gr.Chatbot(label="Conversation", height=420, buttons=[], elem_id="talk")
     with gr.Row():
         with gr.Column(scale=1):
@@ -32,37 +34,43 @@ def build(models: Models, drawn: gr.Image | None) -> None:
                 if models.draws_in_chat:
                     request = gr.Button("Draw this")
                 again = gr.Button("New conversation")
+    stored = gr.Image(format="png", render=False)
 
-    def shown(picture_HWC: np.ndarray | Image.Image) -> gr.Image:
-        return gr.Image(codes.enlarged(picture_HWC), buttons=[], show_label=False)
+    def message(role: str, content: str | np.ndarray | Image.Image) -> dict[str, Any]:
+        if not isinstance(content, str):
+            content = {"path": stored.postprocess(codes.enlarged(content)).path}
+        return {"role": role, "content": content}
 
-    def ask(chat: Any, said: list, path: str | None, question: str):
+    def ask(kept: tuple[Any, list], path: str | None, question: str):
         question = checked_text(question, "a question")
         image = None if path is None else read_upload(path)
-        chat = chat or models.assistant.chat()
+        chat, said = kept[0] or models.assistant.chat(), kept[1]
         if image is not None:
-            said = [*said, {"role": "user", "content": shown(fit(image, size))}]
-        said = [*said, {"role": "user", "content": question}]
-        yield chat, said, None, ""
+            said = [*said, message("user", fit(image, size))]
+        said = [*said, message("user", question)]
+        yield (chat, said), said, None, ""
         answer = ""
         for piece in chat.stream(question, image, max_new=_ANSWER):
             answer += piece
-            # What is typed meanwhile stays.
-            yield chat, [*said, {"role": "assistant", "content": answer}], gr.skip(), gr.skip()
+            now = [*said, message("assistant", answer)]
+            yield (chat, now), now, gr.skip(), gr.skip()  # what is typed meanwhile stays
         if not answer.strip():
-            yield chat, [*said, {"role": "assistant", "content": "..."}], gr.skip(), gr.skip()
+            now = [*said, message("assistant", "...")]
+            yield (chat, now), now, gr.skip(), gr.skip()
 
-    def draw(chat: Any, said: list, path: str | None, text: str):
+    def draw(kept: tuple[Any, list], path: str | None, text: str):
         text = checked_text(text, "what to draw")
-        chat = chat or models.assistant.chat()
-        made = shown(chat.draw(text))
-        answer = {"role": "assistant", "content": made}
-        return chat, [*said, {"role": "user", "content": text}, answer], path, ""
+        chat, said = kept[0] or models.assistant.chat(), [*kept[1], message("user", text)]
+        yield kept, said, gr.skip(), ""
+        said = [*said, message("assistant", chat.draw(text))]
+        yield (chat, said), said, gr.skip(), gr.skip()
 
-    inputs, outputs = [state, talk, picture, question], [state, talk, picture, question]
-    gr.on([send.click, question.submit], told(ask), inputs, outputs)
+    inputs, outputs = [state, picture, question], [state, talk, picture, question]
+    # One at a time: both go on with the same conversation.
+    one = {"concurrency_id": "conversation", "concurrency_limit": 1}
+    running = [gr.on([send.click, question.submit], told(ask), inputs, outputs, **one)]
     if models.draws_in_chat:
-        request.click(told(draw), inputs, outputs)
-    again.click(lambda: (None, [], None, ""), None, outputs)
+        running.append(request.click(told(draw), inputs, outputs, **one))
+    again.click(lambda: ((None, []), [], None, ""), None, outputs, cancels=running)
     if drawn is not None:
         take.click(lambda one: one, drawn, picture)

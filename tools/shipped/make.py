@@ -49,7 +49,9 @@ def main() -> None:
         in_half(Tokenizer.load(options.dir / "tokenizer")).save_pretrained(half, name="emoji")
     path = "--config.tokenizer.path=half"
     train("unified.py:emoji_coarse", options.dir, "coarse", path)
-    train("unified.py:emoji", options.dir, "model", path, "--config.init_from=coarse")
+    begin = "--config.init_from=coarse", "--config.total_steps=300"
+    train("unified.py:emoji", options.dir, "fine", path, *begin)
+    train("unified.py:emoji", options.dir, "model", path, "--config.init_from=fine")
     write(options.dir / "model", half, options.out or options.dir / "models")
     write_png(picture(Unified.load(options.dir / "model")), options.dir / "shipped.png")
 
