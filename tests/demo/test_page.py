@@ -194,7 +194,7 @@ def test_a_chat_reads_draws_and_starts_over(page):
     page.wait_for_function("document.querySelectorAll('#talk img').length == 0", timeout=WAIT)
 
 
-def test_clicks_while_a_chat_draws_wait_or_begin_anew(page):
+def test_clicks_while_a_chat_draws_take_their_turn(page):
     page.get_by_role("tab", name="Chat").click()
     write(page, "question", "red apple")
     click(page, "Draw this")

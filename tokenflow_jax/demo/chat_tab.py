@@ -66,11 +66,11 @@ def build(models: Models, drawn: gr.Image | None) -> None:
         yield (chat, said), said, gr.skip(), gr.skip()
 
     inputs, outputs = [state, picture, question], [state, talk, picture, question]
-    # One at a time: both go on with the same conversation.
-    one = {"concurrency_id": "conversation", "concurrency_limit": 1}
-    running = [gr.on([send.click, question.submit], told(ask), inputs, outputs, **one)]
+    # In turn: all go on with the same conversation.
+    turn = {"concurrency_id": "conversation", "concurrency_limit": 1}
+    gr.on([send.click, question.submit], told(ask), inputs, outputs, **turn)
     if models.draws_in_chat:
-        running.append(request.click(told(draw), inputs, outputs, **one))
-    again.click(lambda: ((None, []), [], None, ""), None, outputs, cancels=running)
+        request.click(told(draw), inputs, outputs, **turn)
+    again.click(lambda: ((None, []), [], None, ""), None, outputs, **turn)
     if drawn is not None:
         take.click(lambda one: one, drawn, picture)
