@@ -8,8 +8,8 @@ import socket
 
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time would be LLVM optimizing programs that run once, and MLIR emitting their
-# fusions. Tests that start processes pass this on.
+# LLVM optimizing programs that run once, and MLIR emitting their fusions, would more than double
+# the suite's time. Tests that start processes pass this on.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

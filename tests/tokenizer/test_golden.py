@@ -33,6 +33,7 @@ TEACHER = ViTConfig(projection=512)
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
 }
 DISCRIMINATOR_START = 20_000
 

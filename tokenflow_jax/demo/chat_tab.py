@@ -58,19 +58,19 @@ def build(models: Models, drawn: gr.Image | None) -> None:
             now = [*said, message("assistant", "...")]
             yield (chat, now), now, gr.skip(), gr.skip()
 
-    def draw(kept: tuple[Any, list], path: str | None, text: str):
+    def draw(kept: tuple[Any, list], text: str):
         text = checked_text(text, "what to draw")
         chat, said = kept[0] or models.assistant.chat(), [*kept[1], message("user", text)]
-        yield kept, said, gr.skip(), ""
+        yield (chat, said), said, ""
         said = [*said, message("assistant", chat.draw(text))]
-        yield (chat, said), said, gr.skip(), gr.skip()
+        yield (chat, said), said, gr.skip()
 
     inputs, outputs = [state, picture, question], [state, talk, picture, question]
     # In turn: all go on with the same conversation.
     turn = {"concurrency_id": "conversation", "concurrency_limit": 1}
     gr.on([send.click, question.submit], told(ask), inputs, outputs, **turn)
     if models.draws_in_chat:
-        request.click(told(draw), inputs, outputs, **turn)
+        request.click(told(draw), [state, question], [state, talk, question], **turn)
     again.click(lambda: ((None, []), [], None, ""), None, outputs, **turn)
     if drawn is not None:
         take.click(lambda one: one, drawn, picture)

@@ -186,7 +186,7 @@ class Generator(Pretrained):
         if passes not in self._compiled:
             model = self.model or Generation(self.config, jnp.dtype(self.dtype))
             sampler = Sampler(model, self.prompts.pad_id, passes)
-            jit = functools.partial(jax.jit, compiler_options=placement.seldom_run())
+            jit = functools.partial(jax.jit, compiler_options=placement.fast_to_compile())
             if self.device_mesh is None:
                 self._compiled[passes] = jit(sampler)
             else:

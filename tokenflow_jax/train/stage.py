@@ -221,7 +221,7 @@ class Stage(abc.ABC):
         compiled = jax.jit(
             init,
             out_shardings=jax.tree.map(lambda x: x.sharding, self.state_shapes),
-            compiler_options=placement.seldom_run(),
+            compiler_options=placement.fast_to_compile(),
         )
         return compiled(jax.random.key(self.config.seed))
 

@@ -130,7 +130,7 @@ class Unified(Assistant):
                 functools.partial(draw, self._module),
                 static_argnames="passes",
                 donate_argnums=2,
-                compiler_options=placement.seldom_run(),
+                compiler_options=placement.fast_to_compile(),
             ),
         }
         if self.device_mesh is not None:
