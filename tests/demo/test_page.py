@@ -213,6 +213,13 @@ def test_clicks_while_a_chat_draws_take_their_turn(page):
     assert "red apple" not in said
     assert said.index("dog face") < said.index("What is this?")
     assert page.locator("#talk .bot img").count() == 1
+    page.locator("#talk button[aria-label='Clear']").first.click()
+    page.wait_for_function("!document.querySelector('#talk .user')", timeout=WAIT)
+    page.wait_for_timeout(2000)
+    write(page, "question", "Which kind of thing is this?")
+    click(page, "Ask")
+    page.wait_for_selector("#talk .bot", timeout=WAIT)
+    assert "dog face" not in page.locator("#talk").inner_text()
 
 
 def test_pictures_of_the_page_are_of_one_size():

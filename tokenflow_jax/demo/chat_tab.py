@@ -71,6 +71,7 @@ def build(models: Models, drawn: gr.Image | None) -> None:
     gr.on([send.click, question.submit], told(ask), inputs, outputs, **turn)
     if models.draws_in_chat:
         request.click(told(draw), [state, question], [state, talk, question], **turn)
-    again.click(lambda: ((None, []), [], None, ""), None, outputs, **turn)
+    anew = [again.click, talk.clear]
+    gr.on(anew, lambda: ((None, []), [], None, ""), None, outputs, **turn)
     if drawn is not None:
         take.click(lambda one: one, drawn, picture)
