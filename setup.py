@@ -11,6 +11,7 @@ INSTALL_REQUIRES = [
     "array_record>=0.8",
     "clu>=0.0.12",
     "etils[epath]>=1.14",
+    "filelock>=3.12",  # by which JAX bounds the folder of compiled programs
     "flax>=0.12.8",
     "gguf>=0.17.1",
     "grain>=0.2.18",

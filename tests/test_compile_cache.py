@@ -9,13 +9,14 @@ import pytest
 from tokenflow_jax import remote
 
 PROGRAM = """
-import sys
+import os, sys
 from absl import flags
 from tokenflow_jax import compile_cache
 import jax
 compile_cache.set_up(sys.argv[1] or None, sys.argv[2] or None)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.jit(lambda x: x + 1)(1.0)
+two = jax.numpy.arange(2.0)
+jax.jit(lambda x: x * x if "OPERATION" in os.environ else x + x)(two)
 """
 
 
@@ -50,6 +51,16 @@ def test_off(tmp_path, how):
 def test_a_folder_that_cannot_be_made_costs_a_line_only(tmp_path):
     (tmp_path / "file").write_text("")
     assert kept(tmp_path, str(tmp_path / "file" / "x")) == set()
+
+
+def test_programs_without_a_time_of_use_do_not_stop_others_from_being_kept(tmp_path):
+    """A process leaves such programs when it is killed, or knows no limit of the folder's size."""
+    kept(tmp_path, str(tmp_path / "mine"))
+    programs = set((tmp_path / "mine").glob("*-cache"))
+    for time in (tmp_path / "mine").glob("*-atime"):
+        time.unlink()
+    kept(tmp_path, str(tmp_path / "mine"), OPERATION="*")
+    assert set((tmp_path / "mine").glob("*-cache")) > programs
 
 
 def test_a_bucket(tmp_path, bucket):

@@ -1,7 +1,7 @@
 """JAX's cache of compiled programs on disk: a rerun's first step takes a third of the time."""
 
+import contextlib
 import hashlib
-import importlib.util
 import os
 import pathlib
 from typing import Any
@@ -48,10 +48,22 @@ def set_up(choice: str | None, workdir: str | None = None) -> None:
         except OSError as error:
             log.warning("compiled programs are not kept (%s); see --compile_cache", error)
             return
-        if importlib.util.find_spec("filelock"):  # which JAX needs for this
-            jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+        _add_times(pathlib.Path(choice))
+        jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
     jax.config.update("jax_compilation_cache_dir", choice)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+
+
+def _add_times(folder: pathlib.Path) -> None:
+    """Give kept programs the times of use that JAX's limit of a folder's size asks for.
+
+    A process that was killed or knew no such limit wrote none, and JAX would keep nothing more.
+    """
+    for program in folder.glob("*-cache"):
+        time = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        with contextlib.suppress(OSError):  # another process removed it, or may alone write here
+            if not time.exists():
+                time.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def _processor() -> str:
