@@ -1,6 +1,9 @@
 """ONNX files in onnxruntime: the tokenizer's codes, metadata, weights that fit float16."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -33,6 +36,18 @@ def test_codes_and_pixels_are_the_tokenizer_s(exported):
     found = onnx.check(folder, tokenizer, images, 2)
     assert (found.equal, found.count, found.codes) == (4, 4, 0)
     assert found.pixels < 1e-5
+
+
+def test_nothing_is_said_about_examples_whose_packages_are_missing():
+    command = "from tokenflow_jax.export import onnx, programs; import tiny, tokenflow_jax as tfx; "
+    command += "tokenizer = tfx.Tokenizer(tiny.TINY, tiny.random_params(tiny.TINY, 0)); "
+    command += "onnx.convert(programs.programs(tokenizer)[1], 1, {})"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "Skipping" not in found.stderr and "Traceback" not in found.stderr
 
 
 def test_the_check_notices_another_tokenizer(exported):

@@ -22,7 +22,12 @@ def _options(models: Models) -> tuple[gr.Number, gr.Slider, gr.Radio]:
     with gr.Row():
         seed = gr.Number(label="Seed", value=recipe.seed, precision=0)
         guidance = gr.Slider(0, 10, value=recipe.guidance, step=0.1, label="Guidance")
-        passes = gr.Radio([1, 2, 3], value=len(recipe.passes), label="Passes over a scale")
+        passes = gr.Radio(
+            [1, 2, 3],
+            value=len(recipe.passes),
+            label="Passes over a scale",
+            info="Large models gain from several; small ones draw worse.",
+        )
     return seed, guidance, passes
 
 
