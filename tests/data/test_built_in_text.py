@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenflow_jax.data.built_in_text import ByteTokenizer, WordsAndBytes, WordTokenizer
+from tokenflow_jax.data.built_in_text import BUILT_IN, ByteTokenizer, WordsAndBytes, WordTokenizer
 from tokenflow_jax.data.text import PromptEncoder
 
 
@@ -68,3 +68,11 @@ def test_words_and_bytes_are_short_and_fixed():
     assert tokenizer.encode("Red")[1:] == [259, 260, 1724]
     assert tokenizer.encode("zqx") == [1, *(byte + 3 for byte in b"zqx")]
     assert tokenizer.encode("a\ud800") == [1, 259, 299, ord("?") + 3]
+
+
+@pytest.mark.parametrize("kind", BUILT_IN.values())
+@pytest.mark.parametrize("past_the_end", [True, False])
+def test_ids_of_another_tokenizer_are_refused(kind, past_the_end):
+    tokenizer = kind()
+    with pytest.raises(ValueError, match=f"not one of the text tokenizer {kind.name_or_path}"):
+        tokenizer.decode([5, len(tokenizer) if past_the_end else -1])

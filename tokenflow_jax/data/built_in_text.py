@@ -5,7 +5,7 @@ They have the part of transformers' interface that `data.text` names.
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 OPEN, CLOSE = "<img>", "</img>"
@@ -30,6 +30,15 @@ class _BuiltIn:
         ids = [i + self._OFFSET for i in self._pieces(text)]
         return [self.bos_token_id, *ids] if add_special_tokens else ids
 
+    def _checked(self, ids: Sequence[int]) -> Iterator[int]:
+        for i in map(int, ids):
+            if not 0 <= i < len(self):
+                raise ValueError(
+                    f"id {i} is not one of the text tokenizer {self.name_or_path}, which has "
+                    f"0 to {len(self) - 1}"
+                )
+            yield i
+
 
 class ByteTokenizer(_BuiltIn):
     """UTF-8 bytes as ids: byte b is b + 3; knows every language."""
@@ -43,9 +52,7 @@ class ByteTokenizer(_BuiltIn):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ids; broken UTF-8 becomes U+FFFD."""
         parts = []
-        for i in map(int, ids):
-            if not 0 <= i < len(self):
-                raise ValueError(f"id {i} is not one of the byte tokenizer's 0 to {len(self) - 1}")
+        for i in self._checked(ids):
             if i >= self._OFFSET:
                 parts.append(bytes([i - self._OFFSET]))
             elif not skip_special_tokens:
@@ -69,7 +76,7 @@ class WordTokenizer(_BuiltIn):
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return ids for people: "#17" for a word."""
-        shown = [self._SPECIAL[i] if i < self._OFFSET else f"#{i}" for i in map(int, ids)]
+        shown = [self._SPECIAL[i] if i < self._OFFSET else f"#{i}" for i in self._checked(ids)]
         return " ".join(s for s in shown if not (skip_special_tokens and s in self._SPECIAL))
 
 
@@ -109,9 +116,7 @@ class WordsAndBytes(_BuiltIn):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ids; broken UTF-8 becomes U+FFFD."""
         text, space, capital = b"", " ", False
-        for i in map(int, ids):
-            if not 0 <= i < len(self):
-                raise ValueError(f"id {i} is not one of the text tokenizer's 0 to {len(self) - 1}")
+        for i in self._checked(ids):
             piece = i - self._OFFSET
             if piece == self._joined:
                 space = ""
