@@ -26,7 +26,7 @@ def _options(models: Models) -> tuple[gr.Number, gr.Slider, gr.Radio]:
             [1, 2, 3],
             value=len(recipe.passes),
             label="Passes over a scale",
-            info="Large models gain from several; small ones draw worse.",
+            info="The paper's model gains from several, the one that ships draws worse.",
         )
     return seed, guidance, passes
 

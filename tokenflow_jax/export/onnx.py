@@ -19,7 +19,7 @@ _LARGE = 2**31 - 2**24  # bytes of weights: protobuf takes files below 2 GB
 
 def convert(program: Program, batch: int, about: Mapping[str, Any]) -> Any:
     """Return a program as an `onnx.ModelProto`; `about` is its metadata."""
-    # Of shapes without a type, and of all examples whose packages are not installed.
+    # They warn of shapes without a type, and of examples whose packages are not installed.
     for name in ("onnx_ir", "jax2onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import jax2onnx
