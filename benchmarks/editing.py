@@ -66,7 +66,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from tokenflow_jax.data import pipeline
-    from tokenflow_jax.data.captions import batches as captions
+    from tokenflow_jax.data.captions.batches import Pictures
+    from tokenflow_jax.data.captions.texts import main_caption
     from tokenflow_jax.evals import pictures
     from tokenflow_jax.evals.fid_network import Network
     from tokenflow_jax.generation import edit as editing
@@ -80,11 +81,11 @@ def main() -> None:
     data = pipeline.DataConfig(
         "emoji", "", split=options.split, image_size=size, augment="center", flip=False
     )
-    examples = captions.Pictures(data)
+    examples = Pictures(data)
     chosen = np.arange(options.bank) * len(examples) // options.bank
     rows = [examples[int(i)] for i in chosen]
     bank_NHWC = np.stack([row["image"] for row in rows])
-    texts = [captions.main_caption(row) for row in rows]
+    texts = [main_caption(row) for row in rows]
     queries = np.arange(options.count) * options.bank // options.count
     others = (queries + options.bank // 2 + 1) % options.bank
 

@@ -97,7 +97,7 @@ def _base(model: GenerationConfig) -> ConfigDict:
     config.data.eval_split = "heldout"  # what is held out
     config.data.encode = "step"  # make codes of images in the step, or once before training
     config.data.max_length = 128  # ids of a prompt, the start id included; longer ones are cut
-    config.data.captions = ("{caption}",)  # see data.captions
+    config.data.captions = ("{caption}",)  # see data.captions.texts
     config.data.drop_rate = 0.1  # captions left out, for guidance
 
     config.losses = ConfigDict()

@@ -86,6 +86,7 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.data.path = ""  # the file or files of conversations
     config.data.eval_path = ""  # another one, of what is held out; "" takes a split of the first
     config.data.task = "chat"  # conversations; draw: pictures with captions, which ask for them
+    config.data.captions = ("{caption}",)  # of task=draw, see data.captions.texts
     config.data.image_folder = ""  # where the paths of images begin; the file's folder
     # name=mixture: several sources, a line each: "WEIGHT NAME PATH [key=value ...]".
     config.data.mixture = ()

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from tokenflow_jax.data import pipeline
-from tokenflow_jax.data.captions.batches import Pictures, main_caption
+from tokenflow_jax.data.captions.batches import Pictures
+from tokenflow_jax.data.captions.texts import main_caption
 from tokenflow_jax.tokenizer.api import Tokenizer
 from tokenflow_jax.tokenizer.pyramid import Scales
 

@@ -11,6 +11,7 @@ import numpy as np
 from tokenflow_jax.data import mixture, pipeline
 from tokenflow_jax.data.captions import batches as captions
 from tokenflow_jax.data.captions.codes import CodeRecords, CodesError
+from tokenflow_jax.data.captions.texts import CaptionConfig
 from tokenflow_jax.data.stream_order import threads_for
 from tokenflow_jax.data.text import PromptEncoder, PromptIds, llama2_ids, load_text_tokenizer
 from tokenflow_jax.generation.drawing import Draws
@@ -164,7 +165,7 @@ class GenerationStage(Draws, CodeStage):
         train_sets = [self._examples(data, data.split) for data in sources]
         eval_set = self._examples(sources[0], sources[0].eval_split)
         self._train_sets = [self._as_read(examples) for examples in train_sets]
-        self._captions = [captions.CaptionConfig(d.captions, d.drop_rate) for d in sources]
+        self._captions = [CaptionConfig(d.captions, d.drop_rate) for d in sources]
         self._eval_set = self._as_read(eval_set)
         self.notes += [
             f"image tokenizer {config.tokenizer.path}, fingerprint {config.tokenizer.fingerprint}; "

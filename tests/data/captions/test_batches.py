@@ -9,14 +9,13 @@ from picture_files import encode, plain
 from tokenflow_jax.data import pipeline, prepare, sources
 from tokenflow_jax.data.built_in_text import ByteTokenizer
 from tokenflow_jax.data.captions import batches as captions
-from tokenflow_jax.data.captions.batches import CaptionConfig, Pictures
-from tokenflow_jax.data.examples import Broken
+from tokenflow_jax.data.captions.batches import Pictures
+from tokenflow_jax.data.captions.texts import CaptionConfig
 from tokenflow_jax.data.text import PromptEncoder
 
 PROMPTS = PromptEncoder(ByteTokenizer(), 48)
 VARIED = CaptionConfig(("{caption}", "{caption}, {tags}", "{tags}", "{group}: {caption}"))
 PLAIN = CaptionConfig()
-APPLE = {"name": "a", "caption": "red apple", "tags": ["fruit", "red", "ripe"], "group": 3}
 
 
 @pytest.fixture
@@ -53,35 +52,6 @@ def assert_same(first, second):
     for one, other in zip(first, second, strict=True):
         for key in one.keys() | other.keys():
             np.testing.assert_array_equal(one[key], other[key])
-
-
-def test_templates_make_several_captions_of_a_picture():
-    rng = np.random.default_rng(0)
-    drawn = {captions.draw_caption(APPLE, VARIED, rng) for _ in range(300)}
-    assert {"red apple", "red apple, fruit", "ripe, red", "food drink: red apple"} <= drawn
-    assert max(map(len, drawn)) <= len("red apple, fruit, ripe")
-    rest = {"name": "b", "caption": "thing"}
-    assert {captions.draw_caption(rest, VARIED, rng) for _ in range(30)} == {"thing"}
-    several = {"name": "c", "caption": "x", "captions": ["x", "y"]}
-    assert {captions.draw_caption(several, PLAIN, rng) for _ in range(30)} == {"x", "y"}
-    with pytest.raises(Broken, match="no caption"):
-        captions.draw_caption({"name": "d", "tags": []}, VARIED, rng)
-
-
-def test_drop_rate_leaves_captions_out():
-    rng, config = np.random.default_rng(0), CaptionConfig(drop_rate=0.25)
-    empty = sum(captions.draw_caption(APPLE, config, rng) == "" for _ in range(2000))
-    assert 430 < empty < 570
-    assert not any(captions.draw_caption(APPLE, PLAIN, rng) == "" for _ in range(200))
-
-
-def test_all_bad_templates_are_named():
-    with pytest.raises(ValueError, match=r"'a cat' must(.|\n)*'\{color\}' must(.|\n)*drop_rate 2"):
-        CaptionConfig(("a cat", "{color}", "{caption}"), drop_rate=2)
-    with pytest.raises(ValueError, match="there is no template"):
-        CaptionConfig(())
-    with pytest.raises(ValueError, match="must name some of"):
-        CaptionConfig(("{caption",))
 
 
 def test_caption_belongs_to_its_picture(tmp_path):

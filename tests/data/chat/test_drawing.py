@@ -1,6 +1,7 @@
 """Conversations in which pictures are drawn: their rows, sources, dropped requests and prefixes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -169,6 +170,39 @@ def test_pairs_of_picture_and_caption_are_drawn(tmp_path):
     assert data.image(rows[0][1]).shape == (16, 16, 3)
     with pytest.raises(ValueError, match=r"does not draw.*\n?.*order=random"):
         ConversationConfig("jsonl", order="grouped", **how)
+
+
+def test_captions_to_draw_by_are_drawn_by_seed_and_place():
+    """Other words in every epoch, again when it is resumed; the first caption in evaluation."""
+    emoji = sources.open_source("emoji", "", "heldout")
+    how = {"split": "heldout", "task": "draw", "system": "", "image_size": 16, "vectors": VECTORS}
+    varied = {"captions": ("{caption}", "{words}"), "drop_rate": 0.3, "drawn": DRAWN}
+    data = Conversations(ConversationConfig("emoji", **how, **varied))
+    options = {"batch_size": len(emoji), "seed": 3, "pixels": False}
+
+    def requests(batch):
+        rows = zip(batch["ids"], batch["segments"], batch["image_index"][:, 0], strict=True)
+        texts = {int(image): TEXT.decode(ids[own > 0]) for ids, own, image in rows}
+        found = {i: text.split("USER: ")[1].split(" ASSISTANT")[0] for i, text in texts.items()}
+        return [found[i] for i in range(len(emoji))]
+
+    stream = batches.train_batches(data, **options)
+    epochs = [requests(next(stream)) for _ in range(2)]
+    for example, *asked in zip(emoji, *epochs, strict=True):
+        words = " ".join([example["caption"], *example["tags"]])
+        assert all(
+            {*text.split()} <= {*re.split("[^\\w’-]+", words), *words.split()} for text in asked
+        )
+    plain = np.mean([t == e["caption"] for t, e in zip(epochs[0], emoji, strict=True)])
+    assert 0.2 < plain < 0.5 and 0.15 < np.mean([not text for text in epochs[0]]) < 0.45
+    assert np.mean([a != b for a, b in zip(*epochs, strict=True)]) > 0.5
+    later = batches.train_batches(data, **options)
+    later.set_state([stream.get_state()])
+    one, other = next(stream), next(later)
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name])
+    kept = next(batches.eval_batches(data, batch_size=len(emoji), pixels=False))
+    assert requests(kept) == [example["caption"] for example in emoji]
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "plain"])

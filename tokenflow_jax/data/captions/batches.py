@@ -1,92 +1,23 @@
 """Pairs of a caption and a picture, or a picture's codes, for the generation stage.
 
-A picture may have several texts: a caption or a list of them, tags, a group. Templates say which
-captions can be made of them; one is drawn for each place in the stream, so the same picture comes
-with different words in every epoch:
-
-    "{caption}"            red apple
-    "{caption}, {tags}"    red apple, fruit, food       up to two tags, drawn
-    "{tags}"               fruit, red
-    "{group}: {caption}"   food drink: red apple
-
-A picture that has all fields of no template is skipped and counted, like a broken one.
+A caption is drawn for each place in the stream, see `captions.texts`. A picture that has all fields
+of no template is skipped and counted, like a broken one.
 """
 
-import dataclasses
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from tokenflow_jax.data import images, pipeline, sources
+from tokenflow_jax.data import images, pipeline
+from tokenflow_jax.data.captions.texts import CaptionConfig, draw_caption, main_caption
 from tokenflow_jax.data.dealing import DealtBatches
 from tokenflow_jax.data.examples import Broken, Guard, Skipped, notes_on
 from tokenflow_jax.data.masked import masked_batches
 from tokenflow_jax.data.mixture import Mixed
 from tokenflow_jax.data.text import PromptEncoder
 
-FIELDS = ("caption", "tags", "group")
-_TAGS = 2  # at most, in one caption
 _PAIR = "pair of picture and caption"
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionConfig:
-    """The way texts become captions."""
-
-    templates: tuple[str, ...] = ("{caption}",)  # one that is listed twice is drawn twice as often
-    # Probability that a caption is left out, which trains the unconditional branch that classifier-
-    # free guidance needs (the reference sets such a rate and never uses it).
-    drop_rate: float = 0.0
-
-    def __post_init__(self):
-        object.__setattr__(self, "templates", tuple(self.templates))
-        problems = [] if self.templates else ["there is no template"]
-        for template in self.templates:
-            fields = _fields(template)
-            if not fields or not fields <= set(FIELDS):
-                problems.append(f"template {template!r} must name some of {FIELDS} in braces")
-        if not 0 <= self.drop_rate <= 1:
-            problems.append(f"drop_rate {self.drop_rate} is not a probability")
-        if problems:
-            raise ValueError("captions: " + "; ".join(problems))
-
-
-def _fields(template: str) -> set[str]:
-    try:
-        return {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
-    except ValueError:  # not a template
-        return {""}
-
-
-def main_caption(example: Mapping[str, Any]) -> str:
-    """Return the caption for evaluation: the first one, or else the tags, or ""."""
-    return example.get("caption") or ", ".join(example.get("tags", ()))
-
-
-def draw_caption(
-    example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
-) -> str:
-    """Return a caption drawn from those an example allows, "" where dropped, or Broken."""
-    captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
-    tags, group = example.get("tags") or [], example.get("group", -1)
-    known = {"caption": bool(captions), "tags": bool(tags), "group": group >= 0}
-    usable = [t for t in config.templates if all(known[field] for field in _fields(t))]
-    if not usable:
-        raise Broken("no caption", f"{example.get('name', '')} for {config.templates}")
-    if rng.random() < config.drop_rate:
-        return ""
-    texts = {}
-    if captions:
-        texts["caption"] = captions[rng.integers(len(captions))]
-    if tags:
-        drawn = rng.permutation(len(tags))[: rng.integers(1, _TAGS + 1)]
-        texts["tags"] = ", ".join(tags[i] for i in drawn)
-    if group >= 0:
-        names = sources.GROUPS
-        texts["group"] = names[group].replace("-", " ") if group < len(names) else str(group)
-    return usable[rng.integers(len(usable))].format(**texts)
 
 
 class Examples(Protocol):

@@ -33,7 +33,7 @@ def collate(
     shard: tuple[int, int] = (0, 1),
     *,
     pixels: bool = True,
-    chances: Sequence[float] | None = None,  # of each sample, see `Conversations.row`
+    draws: Sequence[np.random.Generator] = (),  # of each sample, see `Conversations.row`
 ) -> dict[str, np.ndarray]:
     """Return the part of a batch of these samples (-1: none) for shard (this host, hosts).
 
@@ -43,10 +43,9 @@ def collate(
     int32 (R, P), the data set of each conversation, -1 where there is none.
     """
     config, size = data.config, data.config.image_size
-    chances = chances or [1.0] * len(places)
     found = [
-        data.row(place, chance) if place >= 0 else None
-        for place, chance in zip(places, chances, strict=True)
+        data.row(place, rng) if place >= 0 else None
+        for place, rng in zip(places, draws or [None] * len(places), strict=True)
     ]
     lengths = [len(row[0]["ids"]) if row else 0 for row in found]
     members = _share_rows(lengths, config.pack)
@@ -112,9 +111,9 @@ def train_batches(
     def make(number: int, plan: Plan | None = None) -> dict[str, np.ndarray]:
         positions = range(number * batch_size, (number + 1) * batch_size)
         places = [data.sample_at(place, plan, seed, batch_size) for place in positions]
-        chances = [np.random.default_rng((seed, place)).random() for place in positions]
+        draws = [np.random.default_rng((seed, place)) for place in positions]
         shard = shard_index, shard_count
-        batch = collate(data, places, shard, pixels=pixels, chances=chances)
+        batch = collate(data, places, shard, pixels=pixels, draws=draws)
         guard.check(bool(batch["segments"].any()), batch_size // shard_count)
         return batch
 

@@ -1,20 +1,24 @@
 """Pictures with captions as conversations: a person says the caption, the model draws."""
 
 import os
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from tokenflow_jax.data import sources
+from tokenflow_jax.data.captions.texts import CaptionConfig, draw_caption, main_caption
 from tokenflow_jax.data.chat.conversations import Sample
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE
 from tokenflow_jax.data.examples import Broken, evenly_spaced
 
 
 class CaptionedPictures:
-    """A split of pictures, each a conversation about its first caption."""
+    """A split of pictures, each a conversation about its first caption, or one that is drawn."""
 
-    def __init__(self, name: str, path: str, split: str, *options):
-        """Open a source; the arguments are those of `sources.open_source`."""
+    def __init__(self, captions: CaptionConfig, name: str, path: str, split: str, *options):
+        """Open a source; the other arguments are those of `sources.open_source`."""
+        self._captions = captions
         self.name = f"{os.path.basename(os.path.normpath(path))} to draw" if path else name
         self._source = sources.open_source(name, path, split, *options)
         self._places = np.arange(len(self._source))
@@ -23,9 +27,15 @@ class CaptionedPictures:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
+        return self._sample(index, main_caption)
+
+    def varied(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return the conversation about a caption that is drawn from those of the picture."""
+        return self._sample(index, lambda example: draw_caption(example, self._captions, rng))
+
+    def _sample(self, index: int, caption_of: Callable[[Mapping[str, Any]], str]) -> Sample:
         place = int(self._places[index])
-        caption = self._source[place].get("caption")
-        if not caption:
+        if not (caption := caption_of(self._source[place])):
             raise Broken("no caption", "there is nothing to draw it by")
         return Sample(((HUMAN, caption), (GPT, IMAGE)), f"row {place}", True)
 

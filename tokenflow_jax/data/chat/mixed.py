@@ -26,10 +26,12 @@ class MixedConversations:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def row(self, index: int, chance: float = 1.0) -> tuple[dict[str, np.ndarray], str] | None:
+    def row(
+        self, index: int, rng: np.random.Generator | None = None
+    ) -> tuple[dict[str, np.ndarray], str] | None:
         """Return the tokens of a sample and the name of its picture; None where it is broken."""
         source, number = self._mixed.locate(index)
-        found = self.sets[source].row(number, chance)
+        found = self.sets[source].row(number, rng)
         return found and (found[0], f"{source}/{found[1]}" if found[1] else "")
 
     def image(self, image: str, label: str = "") -> np.ndarray | None:

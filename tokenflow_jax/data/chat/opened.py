@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenflow_jax.data import text
+from tokenflow_jax.data.captions.texts import CaptionConfig
 from tokenflow_jax.data.chat import conversations, emoji, grouping
 from tokenflow_jax.data.chat.captioned import CaptionedPictures
 from tokenflow_jax.data.chat.conversations import JsonlConversations
@@ -48,6 +49,7 @@ class ConversationConfig:
     image_column: str = ""  # of "parquet" and "arrow"; found by name and type when empty
     drawn: Drawn | None = None  # what a picture in an answer becomes; None: the model only reads
     task: str = "chat"  # what the data are: conversations; "draw": captions to draw pictures of
+    captions: tuple[str, ...] = ("{caption}",)  # of task "draw", see `captions.texts`
     drop_rate: float = 0.0  # probability that a drawn picture is not asked for, for guidance
 
     def __post_init__(self):
@@ -88,8 +90,8 @@ class Conversations:
         self.source: Any
         if config.task == "draw":
             self.source = CaptionedPictures(
-                config.name, config.path, config.split, config.image_folder,
-                config.allow_outside, config.image_column,
+                CaptionConfig(config.captions), config.name, config.path, config.split,
+                config.image_folder, config.allow_outside, config.image_column,
             )  # fmt: skip
         elif config.name == "emoji":
             self.source = EmojiConversations(config.split, config.questions, config.together)
@@ -117,24 +119,28 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.source)
 
-    def row(self, index: int, chance: float = 1.0) -> tuple[dict[str, np.ndarray], str] | None:
+    def row(
+        self, index: int, rng: np.random.Generator | None = None
+    ) -> tuple[dict[str, np.ndarray], str] | None:
         """Return the tokens of a sample and the name of its picture; None where it is broken.
 
-        A `chance`, drawn from [0, 1), below the drop rate leaves out what asks for a picture.
+        An `rng` draws the captions of pictures to draw, and, at the drop rate, leaves them out.
         """
-        key = index, chance < self.config.drop_rate
-        if key in self._rows:
+        unasked = rng is not None and rng.random() < self.config.drop_rate
+        varied = rng is not None and not unasked and self.config.task == "draw"
+        key = index, unasked
+        if not varied and key in self._rows:
             return self._rows[key]
         try:
-            sample = self.source[index]
+            sample = self.source.varied(index, rng) if varied else self.source[index]
             row = conversations.prepare(
-                sample.unasked() if key[1] else sample, self.template, self.text_tokenizer,
+                sample.unasked() if unasked else sample, self.template, self.text_tokenizer,
                 self.config.vectors, self.config.max_length, self.config.drawn,
             )  # fmt: skip
         except Broken as error:
             self.skipped.add(self.source.label(index), error)
             return None
-        if len(self) <= _KEPT_ROWS:
+        if not varied and len(self) <= _KEPT_ROWS:
             self._rows[key] = row, sample.image
         return row, sample.image
 
