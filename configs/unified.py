@@ -95,8 +95,8 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.data.image_column = ""  # parquet, arrow: column of the pictures; "" finds it
     config.data.split = "train"
     config.data.eval_split = "heldout"
-    # Of emoji: kind, name, words, check, and drawn: draw, draw_tags, cycle. Those listed twice
-    # count twice.
+    # Of emoji: kind, name, words, check, and drawn: draw, draw_tags, cycle, cycle_name. Those
+    # listed twice count twice.
     config.data.questions = ()
     config.data.together = False  # of emoji: all questions about a picture in one conversation
     config.data.template = "qwen_2_5"  # or vicuna_v1, llava_v1, llama_2, llava_llama_2

@@ -10,7 +10,7 @@ from picture_files import encode, picture
 from tokenflow_jax.data import sources
 from tokenflow_jax.data.built_in_text import CLOSE, OPEN, ByteTokenizer
 from tokenflow_jax.data.chat import batches, conversations, drawing, insertion, templates
-from tokenflow_jax.data.chat.emoji import KIND_QUESTION
+from tokenflow_jax.data.chat.emoji import KIND_QUESTION, NAME_QUESTION
 from tokenflow_jax.data.chat.insertion import Drawn
 from tokenflow_jax.data.chat.mixed import MixedConversations
 from tokenflow_jax.data.chat.opened import ConversationConfig, Conversations
@@ -110,15 +110,18 @@ def of_emoji(**changes):
 
 
 def test_emoji_are_drawn_and_asked_about():
-    data = of_emoji(split="heldout", questions=("kind", "draw", "draw", "cycle"))
+    data = of_emoji(split="heldout", questions=("kind", "draw", "draw", "cycle", "cycle_name"))
     pictures = len(data.images)
-    assert len(data) == 4 * pictures
-    texts = [shown(data.row(i)[0]) for i in range(4)]
-    assert ["<img>" in text for text in texts] == [False, True, True, True]
+    assert len(data) == 5 * pictures
+    texts = [shown(data.row(i)[0]) for i in range(5)]
+    assert ["<img>" in text for text in texts] == [False, True, True, True, True]
     assert texts[1] == texts[2] and KIND_QUESTION in texts[3]
+    caption = next(iter(sources.open_source("emoji", "", "heldout")))["caption"]
+    assert texts[4].startswith(texts[1].removesuffix("</s>"))
+    assert texts[4].endswith(f"{NAME_QUESTION} ASSISTANT: {caption}</s>")
     requests = list(drawing.first_drawings(data))
-    assert list(drawing.first_drawings(data, 5)) == requests[:3]
-    assert len(requests) == 3 * pictures and requests[0][1] == data.source[0].image
+    assert list(drawing.first_drawings(data, 5)) == requests[:4]
+    assert len(requests) == 4 * pictures and requests[0][1] == data.source[0].image
     with pytest.raises(ValueError, match="does not draw"):
         of_emoji(drawn=None)
 

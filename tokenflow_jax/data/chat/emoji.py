@@ -3,7 +3,7 @@
 Every emoji has one conversation per question, or one with all of them: its kind, its name, words
 that go with it, and whether it is something (half of the time something else); for models that draw
 also its name, to be drawn, some tags, to be drawn, and the name with a question about the drawn
-picture. Its splits are those of the tokenizer.
+picture, its kind or name. Its splits are those of the tokenizer.
 """
 
 import zlib
@@ -17,7 +17,7 @@ from tokenflow_jax.data.chat.conversations import Sample
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE, Turn
 from tokenflow_jax.data.examples import evenly_spaced
 
-KIND_QUESTION = "Which kind of thing is this?"
+KIND_QUESTION, NAME_QUESTION = "Which kind of thing is this?", "What is this?"
 KINDS = (  # in the order of `sources.GROUPS`
     "a face or feeling", "people or a body part", "an animal or plant", "food or drink",
     "travel or a place", "an activity", "an object", "a symbol",
@@ -91,7 +91,7 @@ def _check(example: Any, examples: Any) -> tuple[str, str]:
 # (example, all examples) -> question and answer.
 QUESTIONS: dict[str, Callable[[Any, Any], tuple[str, str]]] = {
     "kind": lambda example, _: (KIND_QUESTION, KINDS[int(example["group"])]),
-    "name": lambda example, _: ("What is this?", example["caption"]),
+    "name": lambda example, _: (NAME_QUESTION, example["caption"]),
     "words": lambda example, _: (
         "Which words go with it?", ", ".join((example.get("tags") or [example["caption"]])[:_TAGS])
     ),
@@ -116,5 +116,8 @@ DRAWINGS: dict[str, Callable[[Any], tuple[Turn, ...]]] = {
     "draw_tags": _draw_tags,
     "cycle": lambda example: (
         *_draw(example), (HUMAN, KIND_QUESTION), (GPT, KINDS[int(example["group"])])
+    ),
+    "cycle_name": lambda example: (
+        *_draw(example), (HUMAN, NAME_QUESTION), (GPT, example["caption"])
     ),
 }  # fmt: skip
