@@ -27,27 +27,20 @@ class Run:
         return Run(name or self.name, self.config, {**self.settings, **settings})
 
     def train(self, seed: int, out: Path) -> Path:
-        """Train in `out/NAME_SEED`, or go on there, unless it is finished; return the folder.
-
-        `NAME_SEED.peak` gets the most memory of a run that was never killed, in kB.
-        """
-        workdir, peak = out / f"{self.name}_{seed}", out / f"{self.name}_{seed}.peak"
-        whole = not workdir.exists()
+        """Train in `out/NAME_SEED`, or go on there, unless it is finished; return the folder."""
+        workdir = out / f"{self.name}_{seed}"
         settings = {**self.settings, "seed": seed}
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "tokenflow_jax.main", f"--config={self.config}", *flags]
         with open(out / f"{self.name}_{seed}.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(
+            done = subprocess.run(
                 [*command, f"--workdir={workdir}"],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"TOKENFLOW_SIGTERM_CODE": "143"},  # stopped is not finished
             )
-            _, status, usage = os.wait4(process.pid, 0)
-        if os.waitstatus_to_exitcode(status):
+        if done.returncode:
             raise SystemExit(f"{self.name}, seed {seed}, failed: see {log.name}")
-        if whole:  # the last process of a run that was killed may have done little
-            peak.write_text(str(usage.ru_maxrss))
         return workdir
 
 

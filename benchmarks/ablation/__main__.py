@@ -1,7 +1,7 @@
 """The paper's ablations in miniature: which idea helps, at a size that two cores can train.
 
     python -m benchmarks.ablation --suite=paper --budget=2h --out=runs/ablation
-    python -m benchmarks.ablation --time --out=runs/ablation      time the rows' steps, in turn
+    python -m benchmarks.ablation --costs --out=runs/ablation     time and memory of the rows' steps
     python -m benchmarks.ablation --page --out=runs/ablation      the page again, from the results
 
 Suites: `paper` (table 5: mapping, scales, the encoder's start), `quantizers`, `understanding`
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--inception", default="", help="weights of FID's Inception")
     parser.add_argument("--tokenizer", default="runs/quickstart", help="that is read and written")
     parser.add_argument("--cifar10", help="folder that `data.prepare cifar10` made; else the emoji")
-    parser.add_argument("--time", action="store_true", help="train nothing, time steps")
+    parser.add_argument("--costs", action="store_true", help="train nothing, measure steps")
     parser.add_argument("--page", action="store_true", help="train nothing")
     options = parser.parse_args()
     # Runs of another size or of other data are other runs.
@@ -49,7 +49,7 @@ def main() -> None:
         backend = subprocess.run([sys.executable, "-c", _BACKEND], capture_output=True)
         options.accelerator = backend.stdout.strip() not in (b"cpu", b"")
         for suite in options.suite or suites.SUITES:
-            (_time if options.time else _run)(suite, options, out)
+            (_costs if options.costs else _run)(suite, options, out)
     for path in page.write(out):
         print(path)
 
@@ -70,13 +70,13 @@ def _rows(suite: str, options: argparse.Namespace) -> list[matrix.Run]:
     )
 
 
-def _time(suite: str, options: argparse.Namespace, out: Path) -> None:
+def _costs(suite: str, options: argparse.Namespace, out: Path) -> None:
     if suite == "sampling":  # its rows are one model
         return
-    from benchmarks.ablation import timing
+    from benchmarks.ablation import costs
 
-    found = timing.milliseconds(_rows(suite, options))
-    (out / f"{suite}_times.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = costs.measure(_rows(suite, options))
+    (out / f"{suite}_costs.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _run(suite: str, options: argparse.Namespace, out: Path) -> None:
@@ -105,8 +105,6 @@ def _figures(
 
         return sampling.draw(workdir, options.inception)
     found = matrix.figures(workdir)
-    peak = out / suite / f"{run.name}_{seed}.peak"
-    found["memory_gb"] = int(peak.read_text()) / 1e6 if peak.exists() else None
     if suite in ("paper", "quantizers"):
         found["bits"] = suites.bits(run.settings)
         total = (workdir / "parameters.txt").read_text().rsplit("Total: ", 1)[1]

@@ -28,7 +28,6 @@ _TOKENIZERS = (
     ("k-NN pixel, %", "knn_pixel", 100, "{:.1f}"),
     ("codes used, %", "codes_used", 100, "{:.1f}"),
     ("perplexity", "perplexity", 1, "{:.0f}"),
-    ("memory, GB", "memory_gb", 1, "{:.2f}"),
 )
 _COLUMNS = {
     "paper": _TOKENIZERS,
@@ -142,11 +141,12 @@ def _table(suite: str, rows: Rows, out: Path) -> tuple[list[str], list[list[str]
             line.append(matrix.spread([_value(run, key) for run in runs], form, factor))
         cells.append(line)
     head = ["row", "n", *(column[0] for column in columns)]
-    timed = out / f"{suite}_times.json"
-    if timed.exists():
-        head.append("ms per step")
-        found = json.loads(timed.read_text())
-        cells = [[*line, f"{found[line[0]]:.0f}"] for line in cells]
+    measured = out / f"{suite}_costs.json"
+    if measured.exists():
+        found = json.loads(measured.read_text())
+        head += ["ms per step", "its memory, GB"]
+        for line in cells:
+            line += [f"{found[line[0]]['step_ms']:.0f}", f"{found[line[0]]['memory_gb']:.2f}"]
     return head, cells
 
 
