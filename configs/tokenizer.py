@@ -145,7 +145,7 @@ def _base(model: TokenizerConfig) -> ConfigDict:
 
     config.codebook = ConfigDict()
     config.codebook.init = "uniform"  # or kmeans of the first tokens
-    config.codebook.update = "gradient"  # or ema
+    config.codebook.learning = "gradient"  # or ema
     config.codebook.ema_decay = 0.99  # of the running sums, for ema
     config.codebook.revive_every = 0  # steps between replacements of unused codes; 0 never
     config.codebook.usage_window = 131_072  # codes that the usage statistics look back on

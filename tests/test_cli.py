@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from tokenflow_jax import cli, config_flag
 
@@ -149,6 +150,22 @@ def test_shipped_configs_are_found_from_anywhere(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     found, config = config_of(f"--config={name}:b")
     assert found == f"{name}:b" and config.model.codebook_size == 32_768
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "generation", "understanding", "unified"])
+def test_every_key_of_a_config_is_a_flag(name):
+    """Also one with the name of a method, which ml_collections would take for the value."""
+    _, config = config_of(f"--config={name}")
+    values = {key: value for key, value in flat(config) if not isinstance(value, ConfigDict)}
+    found = config_of(f"--config={name}", *(f"--config.{k}={v}" for k, v in values.items()))[1]
+    assert dict(flat(found)) == dict(flat(config)) and len(values) > 60
+
+
+def flat(config, prefix=""):
+    for key, value in config.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, ConfigDict):
+            yield from flat(value, f"{prefix}{key}.")
 
 
 def test_a_file_of_the_user_s_comes_first(config_file, monkeypatch, capsys):

@@ -42,21 +42,21 @@ def config_of(kind, mapping="shared"):
     return dataclasses.replace(TINY, quantizer=QuantizerConfig(kind, mapping))
 
 
-@pytest.mark.parametrize(("kind", "mapping"), FORMS)
+@pytest.mark.parametrize(("kind", "mapping"), [*FORMS, ("rotation", "heads")])
 def test_features_are_quantized_and_the_gradient_reaches_what_learns(kind, mapping):
     config = config_of(kind, mapping)
     params = tiny.random_params(config, 0)
     features = np.random.default_rng(1).standard_normal((2, 4, 4, config.code_channels))
     model = TokenFlow(config)
 
-    def loss(params, features):
+    def loss(params, features, weight):
         made = model.apply({"params": params}, features, method="quantize")
         chosen = config.codebooks(params).look_up(made.codes_BL)
         pull = jnp.mean((jax.lax.stop_gradient(made.z_BLC) - chosen) ** 2)
-        return jnp.sum(made.quantized_BHWC**3) + pull, made
+        return jnp.sum(made.quantized_BHWC**3) + weight * pull, made
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    (to_params, to_features), made = gradient(params, features)
+    (to_params, to_features), made = gradient(params, features, 1.0)
     codes = made.codes_BL
     assert codes.shape == (2, config.length) and codes.max() < config.codes
     learned = config.quantizer.parameters(32, {"semantic": 6, "pixel": config.pixel_channels})
@@ -64,6 +64,10 @@ def test_features_are_quantized_and_the_gradient_reaches_what_learns(kind, mappi
     frozen_ones = {name for name, largest in own.items() if largest == 0}
     assert frozen_ones == ({"semantic_codebook", "pixel_codebook"} if kind == "simvq" else set())
     assert np.abs(to_features).max(axis=(0, 1, 2)).all()
+    (by_estimator, _), _ = gradient(params, features, 0.0)  # without a loss on codes
+    reached = {name for name in learned if np.any(by_estimator[name])}
+    assert reached == ({*learned} if config.quantizer.trains_codes else set())
+    assert config.quantizer.trains_codes == (kind == "ibq")
     again = jax.jit(lambda p, c: model.apply({"params": p}, c, method="features"))(params, codes)
     np.testing.assert_allclose(again, made.quantized_BHWC, atol=1e-5)
 
@@ -154,10 +158,10 @@ def test_what_cannot_be_is_said(quantizer, fields, message):
     ("kind", "mapping", "codebook", "refused"),
     [
         ("simvq", "shared", {"revive_every": 10}, "codebook.revive_every=10 cannot"),
-        ("bsq", "shared", {"update": "ema", "init": "kmeans"}, "'kmeans', codebook.update='ema'"),
-        ("ibq", "shared", {"update": "ema"}, "codebook.update='ema' cannot"),
+        ("bsq", "shared", {"learning": "ema", "init": "kmeans"}, "'kmeans', codebook.learning="),
+        ("ibq", "shared", {"learning": "ema"}, "codebook.learning='ema' cannot"),
         ("vq", "joined", {"init": "kmeans"}, "codebook.init='kmeans' cannot"),
-        ("vq", "heads", {"update": "ema"}, "codebook.update='ema' cannot"),
+        ("vq", "heads", {"learning": "ema"}, "codebook.learning='ema' cannot"),
         ("vq", "separate", {"revive_every": 10}, ""),
         ("ibq", "shared", {"revive_every": 10, "init": "kmeans"}, ""),
     ],
@@ -179,7 +183,8 @@ def test_codebooks_that_cannot_be_moved(kind, mapping, codebook, refused):
 @pytest.mark.parametrize(("kind", "mapping"), FORMS[1:])
 def test_it_trains(kind, mapping):
     """All losses on; usage of each index; frozen codes stay, everything else moves."""
-    config, revive = config_of(kind, mapping), 2 * (kind in ("vq", "rotation", "ibq"))
+    config = config_of(kind, mapping)
+    revive = 0 if config.quantizer.fixed_codes else 2
     trainer = Trainer(
         model=TokenFlow(config),
         losses=LossConfig(

@@ -300,7 +300,7 @@ def test_moving_average_follows_slowly(frozen, batch):
 
 @pytest.mark.slow
 def test_moving_average_codebook_gets_no_gradient(frozen, batch):
-    trainer = make_trainer(codebook={"update": "ema", "ema_decay": 0.5})
+    trainer = make_trainer(codebook={"learning": "ema", "ema_decay": 0.5})
     start = first_state(trainer)
     state, history = run(trainer, frozen, batch, 3)
     assert distance(start.params["semantic_codebook"], state.params["semantic_codebook"]) > 1e-3
@@ -365,4 +365,4 @@ def test_bad_losses(fields, message):
 
 def test_bad_codebook():
     with pytest.raises(ValueError, match="'sgd' is not one of"):
-        CodebookConfig(update="sgd")
+        CodebookConfig(learning="sgd")

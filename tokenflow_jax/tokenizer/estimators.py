@@ -1,8 +1,9 @@
 """Estimators: what gradient passes a nearest code, which has none of its own.
 
-An estimator returns the codes' vectors in the forward pass, exactly, and decides about the backward
-pass. The paper's is `quantizer.straight_through`; all of them are of training only, a trained
-tokenizer does not depend on them. `kinds` says which quantizer takes which.
+An estimator returns the codes' vectors, to rounding, in the forward pass, and decides about the
+backward pass. It is deterministic, since pictures are encoded through it, too. The paper's is
+`quantizer.straight_through`; all of them are of training only, a trained tokenizer does not depend
+on them. `kinds` says which quantizer takes which.
 
 Shapes: N tokens, C channels, R codes of a chunk.
 """

@@ -166,15 +166,15 @@ class QuantizerConfig:
         one_by_one, shared = not self.fixed_codes, self.mapping == "shared" and self.heads == 1
         refused = {
             f"init={codebook.init!r}": codebook.init == "kmeans" and not (one_by_one and shared),
-            f"update={codebook.update!r}": codebook.update == "ema"
-            and not (one_by_one and shared and self.kind != "ibq"),
+            f"learning={codebook.learning!r}": codebook.learning == "ema"
+            and not (one_by_one and shared and not self.trains_codes),
             f"revive_every={codebook.revive_every}": codebook.revive_every and not one_by_one,
         }
         if names := [name for name, is_refused in refused.items() if is_refused]:
             raise ValueError(
                 f"codebook.{', codebook.'.join(names)} cannot be had with quantizer.kind "
                 f"{self.kind!r}, mapping {self.mapping!r} and heads {self.heads}; give "
-                "codebook.init='uniform', update='gradient', revive_every=0"
+                "codebook.init='uniform', learning='gradient', revive_every=0"
             )
 
     @property

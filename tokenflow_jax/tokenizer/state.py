@@ -50,13 +50,13 @@ class CodebookConfig:
     """Initialization and learning of the codebooks; the defaults are the paper's."""
 
     init: str = "uniform"  # or kmeans of the first batches' tokens
-    update: str = "gradient"  # or ema: a moving average of the tokens, no gradient
+    learning: str = "gradient"  # or ema: a moving average of the tokens, no gradient
     ema_decay: float = 0.99
     revive_every: int = 0  # steps between replacements of unused codes by tokens; 0: never
     usage_window: int = 131072  # codes in the sliding window of the usage statistics
 
     def __post_init__(self):
-        for name, allowed in (("init", ("uniform", "kmeans")), ("update", ("gradient", "ema"))):
+        for name, allowed in (("init", ("uniform", "kmeans")), ("learning", ("gradient", "ema"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"codebook.{name} {getattr(self, name)!r} is not one of {allowed}")
 
@@ -78,4 +78,4 @@ class TrainState(flax.struct.PyTreeNode):
     ema: PyTree | None  # moving average of params
     discriminator: Discriminator | None
     usage: Usages
-    codebook: EMACodebook | None  # running sums, for codebook.update="ema"
+    codebook: EMACodebook | None  # running sums, for codebook.learning="ema"

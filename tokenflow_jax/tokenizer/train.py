@@ -121,7 +121,7 @@ class Trainer:
                 batch_stats=variables.get("batch_stats", {}),
                 opt_state=self.discriminator_optimizer.init(variables["params"]),
             )
-        moving, window = self.codebook.update == "ema", self.codebook.usage_window
+        moving, window = self.codebook.learning == "ema", self.codebook.usage_window
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -198,7 +198,7 @@ class Trainer:
         decoded = self.model.apply(variables, map_BHWC, method="decode")
 
         codebooks = config.codebooks(params)
-        if self.codebook.update == "ema":
+        if self.codebook.learning == "ema":
             codebooks = jax.lax.stop_gradient(codebooks)
         weights_L = token_weights(config.pyramid, keep_S)
         chosen_BLC = codebooks.look_up(pyramid.codes_BL)
@@ -220,7 +220,7 @@ class Trainer:
             "loss/distillation": semantic,
         } | distance_statistics(pyramid.z_BLC, codebooks, weights_L)
         tokens = {"codes": pyramid.codes_BL}
-        if self.codebook.update == "ema" or self.codebook.revive_every:
+        if self.codebook.learning == "ema" or self.codebook.revive_every:
             tokens["z"] = jax.lax.stop_gradient(pyramid.z_BLC)
         loss = codebook + commitment + entropy + semantic
         return (decoded.images_BHWC, loss), (metrics, tokens, decoded.last_hidden_BHWC)
@@ -274,7 +274,7 @@ class Trainer:
         config = self.model.config
         codebooks = config.codebooks(state.params)
         z_NC = tokens["z"].reshape(-1, config.code_channels)
-        if self.codebook.update == "ema":
+        if self.codebook.learning == "ema":
             kept_L = config.pyramid.per_token(keep_S)
             moved, codebooks = state.codebook.update(
                 codebooks,

@@ -9,6 +9,7 @@ from tokenflow_jax.messages import shown
 
 # Keys of before; checkpoints that have them are read under the new ones.
 RENAMED = {
+    "codebook.update": "codebook.learning",  # no flag can have the name of a ConfigDict's method
     "text.tokenizer": "text_tokenizer",
     "text.budget": "data.max_length",
     "data.text_tokenizer": "text_tokenizer",
