@@ -32,6 +32,8 @@ def test_a_config_of_before_is_read_under_the_new_keys():
     assert OLD["data"]["fingerprint"] == "0123"  # the caller's own is not changed
     understanding = {"eval": {"conversations": 3}, "remat": "dots"}
     assert run_config.upgrade(understanding) == {"eval": {"examples": 3}, "remat": "dots"}
+    codebook = {"codebook": {"update": "ema"}}
+    assert run_config.upgrade(codebook) == {"codebook": {"learning": "ema"}}
 
 
 def test_a_run_with_an_old_key_is_told_the_new_one():
