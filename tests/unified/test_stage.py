@@ -249,6 +249,11 @@ def test_coarse_scales_train_first(trained, tokenizer):
     # The same conversations, and code 0 alone in those that draw, as that of its picture.
     assert len(places[places < -1]) == (all_places < -1).sum() / stage.drawn.codes
     assert set((-2 - places[places < -1]) % stage.drawn.codes) == {0}
+    # Requests have the room of the finer codes, whose scales are not shown: they are noise.
+    assert stage.prompts.budget == whole.prompts.budget + stage.drawn.codes - 1
+    grids = {name: grid.shape[0] for name, grid in stage.drawings(state.params).items()}
+    assert grids["scales"] == grids["samples"]
+    assert stage.at_the_end(state.params) == {}
     metrics = stage.step(stage.with_params(stage.init(), state.params), batch)[1]
     assert np.isfinite(metrics["loss/codes"]) and np.isnan(metrics["scale/loss_4"])
     with pytest.raises(ValueError, match=r"data\.drawn_scales 9 is not in 0 to"):

@@ -17,6 +17,8 @@ PyTree = Any
 class Draws:
     """A part of a stage with `prompts` and, once it is open, the recipe `_recipe`."""
 
+    shown_scales: int | None = None  # of what is drawn, in grids; None: all
+
     @functools.cached_property
     def generator(self) -> Generator:
         """A generator without weights: all that draw share what it compiles."""
@@ -53,11 +55,10 @@ class Draws:
         drawn, options = self.generator.with_params(params), self.config.eval
         numbers = [0] * len(options.prompts)
         codes = drawn.codes(options.prompts, numbers, self._recipe, options.sample_batch)
-        scales = self.model_config.pyramid
-        growing = list(drawn.previews(codes))
+        growing = list(drawn.previews(codes))[: self.shown_scales]
         prompts = [(prompt, pictures.INK) for prompt in options.prompts]
         below = [[]] * (len(growing) - 1) + [prompts]
         return {
             "samples": pictures.labelled_grid([growing[-1]], captions=[prompts]),
-            "scales": pictures.labelled_grid(growing, scales.labels, below),
+            "scales": pictures.labelled_grid(growing, self.model_config.pyramid.labels, below),
         }

@@ -48,7 +48,7 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
     def prompts(self) -> PromptIds:
         """The ids around requests to draw; without a text tokenizer only their number is known."""
         config, data = self.config, self.config.data
-        budget = max(1, data.max_length - self.tokenizer_config.pyramid.tokens)
+        budget = max(1, data.max_length - self._drawn_codes)
         if not config.text_tokenizer:
             return PromptIds(budget, 1, 2, 0, (), (), config.model.image_start or 1)
         template = get_template(data.template, data.system if data.own_system else None)
@@ -58,12 +58,21 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
     @property
     def drawn(self) -> Drawn:
         """What a drawn picture becomes in a row."""
-        pyramid, prompts = self.tokenizer_config.pyramid, self.prompts
-        count = self.config.data.drawn_scales
-        if not 0 <= count <= len(pyramid):
-            raise ValueError(f"data.drawn_scales {count} is not in 0 to {len(pyramid)}")
-        trained = pyramid.slices()[count - 1].stop if 0 < count < len(pyramid) else 0
-        return Drawn(pyramid.tokens, prompts.open_ids, prompts.close_ids, trained)
+        every, prompts = self.tokenizer_config.pyramid.tokens, self.prompts
+        trained = self._drawn_codes if self._drawn_codes < every else 0
+        return Drawn(every, prompts.open_ids, prompts.close_ids, trained)
+
+    @property
+    def shown_scales(self) -> int:
+        """The scales of a picture that the model learns to draw."""
+        return self.config.data.drawn_scales or len(self.tokenizer_config.pyramid)
+
+    @property
+    def _drawn_codes(self) -> int:
+        slices, count = self.tokenizer_config.pyramid.slices(), self.shown_scales
+        if not 0 < count <= len(slices):
+            raise ValueError(f"data.drawn_scales {count} is not in 0 to {len(slices)}")
+        return slices[count - 1].stop
 
     @functools.cached_property
     def model_config(self) -> UnifiedConfig:
@@ -182,7 +191,8 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
             sums = jax.tree.map(np.asarray, sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
             self.between_batches()
-        found = self.trainer.metrics(total)
+        with np.errstate(invalid="ignore"):  # a kind that no conversation is of
+            found = self.trainer.metrics(total)
         names = {
             "loss": "loss/total", "loss_text": "loss/text", "loss_codes": "loss/codes",
             "accuracy": "accuracy/answers", "accuracy_codes": "accuracy/codes",
@@ -194,7 +204,7 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
     def at_the_end(self, params: PyTree) -> dict[str, float]:
         """Return how often drawn pictures are recognized: by their caption, and by the model."""
         figures, options = super().at_the_end(params), self.config.eval
-        if not options.retrieval:
+        if not options.retrieval or self.config.data.drawn_scales:  # the others would be noise
             return figures
         figures |= self.recognized(params, self._requests)
         return figures | self.cycle(params, self.generator.with_params(params))
