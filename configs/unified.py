@@ -8,7 +8,7 @@
 Variants:
     (none)         a small model from scratch: emoji are named, sorted into kinds, and drawn
     emoji_coarse   the one that ships, the coarse scales of what it draws, an hour on one core
-    emoji          all scales, from --config.init_from, under two hours
+    emoji          all scales, from --config.init_from, four hours
     7b_pretrain    stage 1 of Qwen2.5-7B with a 256-pixel tokenizer: all that a language model lacks
     7b             stage 2, all parameters, from --config.init_from=PRETRAINED
 """
@@ -238,14 +238,21 @@ def _quickstart() -> ConfigDict:
     return config
 
 
+# By their names, or by some words of names and tags, so that what people type means something.
+_DRAWINGS = (
+    "5 emoji task=draw captions={caption}|{caption}|{caption}|{words}|{words}|{tags} as=drawings"
+)
+
+
 def _emoji_coarse() -> ConfigDict:
     """The shipped model's first run: what is drawn is recognizable by its six coarse scales."""
     config = _quickstart()
     config.model.lm.update(width=256, layers=5, heads=4, kv_heads=4, mlp_width=704, tied_head=True)
     config.tokenizer.path = "emoji"
     config.text_tokenizer = "words_and_bytes"
-    config.total_steps = 850
-    config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw", "draw_tags")
+    config.total_steps = 1150
+    config.data.name = "mixture"
+    config.data.mixture = ("4 emoji questions=kind|kind|name as=answers", _DRAWINGS)
     config.data.drawn_scales = 6
     config.data.max_length, config.data.buckets = 128, (208, 224)
     config.optimizer.learning_rate = 3e-3
@@ -258,8 +265,9 @@ def _emoji_coarse() -> ConfigDict:
 def _emoji() -> ConfigDict:
     """The shipped model's later runs: all scales."""
     config = _emoji_coarse()
-    config.total_steps = 700  # after a first run of 300, see tools/shipped/make.py
-    config.data.questions = ("kind", "kind", "name", "draw", "draw", "draw", "draw_tags", "cycle")
+    config.total_steps = 1300
+    answers = "4 emoji questions=kind|kind|kind|name|cycle|cycle_name as=answers"
+    config.data.mixture = (answers, _DRAWINGS)
     config.data.drawn_scales = 0
     config.data.max_length, config.data.buckets = 330, (384, 432, 512)
     config.optimizer.learning_rate = 2e-3

@@ -14,6 +14,8 @@ from tokenflow_jax.train.run_config import LoopOptions
 
 VARIANTS = (
     "",
+    "emoji",
+    "emoji_decoder",
     "b",
     "b_released",
     "b_256",

@@ -43,15 +43,14 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="has the folder pictures")
     parser.add_argument("--out", type=Path, help="default: DIR/models")
     options = parser.parse_args()
-    train("tokenizer.py:emoji", options.dir, "tokenizer")
+    train("tokenizer.py:emoji", options.dir, "soft")
+    train("tokenizer.py:emoji_decoder", options.dir, "tokenizer", "--config.init_from=soft")
     half = options.dir / "half"  # the language model's codes are those of what ships
     if not half.exists():
         in_half(Tokenizer.load(options.dir / "tokenizer")).save_pretrained(half, name="emoji")
     path = "--config.tokenizer.path=half"
     train("unified.py:emoji_coarse", options.dir, "coarse", path)
-    begin = "--config.init_from=coarse", "--config.total_steps=300"
-    train("unified.py:emoji", options.dir, "fine", path, *begin)
-    train("unified.py:emoji", options.dir, "model", path, "--config.init_from=fine")
+    train("unified.py:emoji", options.dir, "model", path, "--config.init_from=coarse")
     write(options.dir / "model", half, options.out or options.dir / "models")
     write_png(picture(Unified.load(options.dir / "model")), options.dir / "shipped.png")
 
