@@ -295,10 +295,10 @@ def _emoji_decoder() -> ConfigDict:
     config = _emoji()
     config.trainable = ("pixel_decoder",)
     config.codebook.revive_every = 0  # codes stay
-    config.total_steps = 600
+    config.total_steps = 2000
     config.losses.perceptual_weight = 0.1
     config.optimizer.learning_rate = 6e-4
     config.optimizer.warmup_steps = 20
-    config.eval_every, config.image_every = 200, 200
+    config.eval_every, config.image_every = 500, 500
     config.eval.knn_label = ""  # what the codes mean stays, too
     return config
