@@ -122,8 +122,11 @@ def test_the_costs_of_steps_are_measured(monkeypatch, tmp_path):
     small, large = (found[run.name]["memory_gb"] for run in runs)
     assert 0.01 < small < large < 2
     (tmp_path / "paper_costs.json").write_text(json.dumps(found))
-    head, cells = page._table("paper", {name: [{"rfid": 1.0}] for name in found}, tmp_path)
-    assert head[-2:] == ["ms per step", "its memory, GB"] and cells[0][-1] == f"{small:.2f}"
+    head, cells = page._table(
+        "paper", {name: [{"rfid": 1.0}] for name in [*found, "separate"]}, tmp_path
+    )
+    assert head[-2:] == ["ms per step", "its memory, GB"] and cells[0][-1] == f"{small:.3f}"
+    assert cells[2][-2:] == ["", ""]  # not measured
 
 
 def test_a_finished_matrix_trains_nothing(tmp_path):

@@ -146,7 +146,8 @@ def _table(suite: str, rows: Rows, out: Path) -> tuple[list[str], list[list[str]
         found = json.loads(measured.read_text())
         head += ["ms per step", "its memory, GB"]
         for line in cells:
-            line += [f"{found[line[0]]['step_ms']:.0f}", f"{found[line[0]]['memory_gb']:.2f}"]
+            own = found.get(line[0])
+            line += [f"{own['step_ms']:.0f}", f"{own['memory_gb']:.3f}"] if own else ["", ""]
     return head, cells
 
 
