@@ -1,9 +1,12 @@
 """Keys that were renamed: old checkpoints are read under the new names, old configs are refused."""
 
-import pytest
-from config_files import generation, understanding
+import json
+from pathlib import Path
 
-from tokenflow_jax.train import run_config
+import pytest
+from config_files import generation, tokenizer, understanding, unified
+
+from tokenflow_jax.train import loop, run_config
 
 OLD = {
     "stage": "generation",
@@ -34,6 +37,15 @@ def test_a_config_of_before_is_read_under_the_new_keys():
     assert run_config.upgrade(understanding) == {"eval": {"examples": 3}, "remat": "dots"}
     codebook = {"codebook": {"update": "ema"}}
     assert run_config.upgrade(codebook) == {"codebook": {"learning": "ema"}}
+
+
+@pytest.mark.parametrize("config", [tokenizer, generation, understanding, unified])
+def test_a_run_of_before_a_key_existed_goes_on(config):
+    """The quickstarts' configs as they were saved: a key that came later needs a line in BEFORE."""
+    name = Path(config.__file__).stem
+    saved = json.loads(Path(__file__).with_name("saved_configs.json").read_text())[name]
+    new = run_config.config_to_dict(config.get_config())
+    loop.check_config_change(run_config.upgrade(saved), new, "checkpoint")
 
 
 def test_a_run_with_an_old_key_is_told_the_new_one():

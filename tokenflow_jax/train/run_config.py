@@ -45,6 +45,7 @@ BEFORE = {
     "model.scale_inputs": "accumulated",
     "wandb.project": "",
     "data.drawn_scales": 0,
+    "data.captions": ["{caption}"],
 }
 
 
