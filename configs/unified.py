@@ -7,7 +7,7 @@
 
 Variants:
     (none)         a small model from scratch: emoji are named, sorted into kinds, and drawn
-    emoji_coarse   the one that ships, the coarse scales of what it draws, an hour on one core
+    emoji_coarse   the one that ships, the coarse scales of what it draws, 84 minutes on one core
     emoji          all scales, from --config.init_from, four hours
     7b_pretrain    stage 1 of Qwen2.5-7B with a 256-pixel tokenizer: all that a language model lacks
     7b             stage 2, all parameters, from --config.init_from=PRETRAINED

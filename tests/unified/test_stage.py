@@ -256,8 +256,11 @@ def test_coarse_scales_train_first(trained, tokenizer):
     assert stage.at_the_end(state.params) == {}
     metrics = stage.step(stage.with_params(stage.init(), state.params), batch)[1]
     assert np.isfinite(metrics["loss/codes"]) and np.isnan(metrics["scale/loss_4"])
-    with pytest.raises(ValueError, match=r"data\.drawn_scales 9 is not in 0 to"):
-        make(tiny(tokenizer, **{"data.drawn_scales": 9}))
+    every = make(tiny(tokenizer, **{"data.drawn_scales": len(stage.tokenizer_config.pyramid)}))
+    assert every.drawn == whole.drawn and every.shown_scales == len(stage.tokenizer_config.pyramid)
+    for count in (9, -1):
+        with pytest.raises(ValueError, match=rf"data\.drawn_scales {count} is not in 0 to"):
+            make(tiny(tokenizer, **{"data.drawn_scales": count}))
 
 
 def test_values_that_do_not_go_with_the_tokenizers(tokenizer):

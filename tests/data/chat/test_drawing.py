@@ -1,5 +1,6 @@
 """Conversations in which pictures are drawn: their rows, sources, dropped requests and prefixes."""
 
+import dataclasses
 import json
 import re
 
@@ -164,13 +165,19 @@ def test_requests_are_dropped_by_seed_and_place():
 def test_pairs_of_picture_and_caption_are_drawn(tmp_path):
     (tmp_path / "a.png").write_bytes(encode(picture(1)))
     lines = [{"image": "a.png", "caption": "a cat"}, {"image": "a.png"}]
+    lines.append({"image": "a.png", "tags": ["animal", "pet"]})  # no caption, as templates want it
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     how = {"path": str(tmp_path / "pairs.jsonl"), "split": "all", "task": "draw", "system": ""}
     config = ConversationConfig("jsonl", drawn=DRAWN, vectors=VECTORS, image_size=16, **how)
     data = Conversations(config)
     rows = [data.row(i) for i in range(len(data))]
     assert shown(rows[0][0]).startswith("<s>USER: a cat ASSISTANT: <img>[c2]")
+    assert rows[1:] == [None, None] == [data.row(i, np.random.default_rng(0)) for i in (1, 2)]
+    of_tags = Conversations(dataclasses.replace(config, captions=("{tags}", "{caption}")))
+    assert "USER: animal, pet ASSISTANT" in shown(of_tags.row(2)[0])
     assert data.image(rows[0][1]).shape == (16, 16, 3)
+    with pytest.raises(ValueError, match=r"'\{colour\}' must name some of"):
+        dataclasses.replace(config, task="chat", captions=("{colour}",))
     with pytest.raises(ValueError, match=r"does not draw.*\n?.*order=random"):
         ConversationConfig("jsonl", order="grouped", **how)
 

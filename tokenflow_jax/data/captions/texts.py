@@ -11,8 +11,8 @@ same picture comes with different words in every epoch:
 """
 
 import dataclasses
-import re
 import string
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,19 +59,40 @@ def main_caption(example: Mapping[str, Any]) -> str:
     return example.get("caption") or ", ".join(example.get("tags", ()))
 
 
-def draw_caption(
-    example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
-) -> str:
-    """Return a caption drawn from those an example allows, "" where dropped, or Broken."""
-    captions = example.get("captions") or ([example["caption"]] if example.get("caption") else [])
-    tags, group = example.get("tags") or [], example.get("group", -1)
-    words = list(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", " ".join([*captions, *tags]))))
+def usable_templates(example: Mapping[str, Any], config: CaptionConfig) -> list[str]:
+    """Return the templates of which an example has all fields, or raise Broken."""
     known = {
-        "caption": bool(captions), "tags": bool(tags), "words": bool(words), "group": group >= 0,
+        "caption": bool(_captions(example)), "tags": bool(example.get("tags")),
+        "words": bool(_words(example)), "group": example.get("group", -1) >= 0,
     }  # fmt: skip
     usable = [t for t in config.templates if all(known[field] for field in _fields(t))]
     if not usable:
         raise Broken("no caption", f"{example.get('name', '')} for {config.templates}")
+    return usable
+
+
+def _captions(example: Mapping[str, Any]) -> list[str]:
+    return example.get("captions") or ([example["caption"]] if example.get("caption") else [])
+
+
+def _words(example: Mapping[str, Any]) -> list[str]:
+    """Return the different words of captions and tags, without punctuation around them."""
+    parts = " ".join([*_captions(example), *(example.get("tags") or [])]).split()
+    return list(dict.fromkeys(filter(None, map(_without_punctuation, parts))))
+
+
+def _without_punctuation(word: str) -> str:
+    """Return a word from its first to its last character that is no punctuation."""
+    kept = [i for i, one in enumerate(word) if not unicodedata.category(one).startswith("P")]
+    return word[kept[0] : kept[-1] + 1] if kept else ""
+
+
+def draw_caption(
+    example: Mapping[str, Any], config: CaptionConfig, rng: np.random.Generator
+) -> str:
+    """Return a caption drawn from those an example allows, "" where dropped, or Broken."""
+    usable = usable_templates(example, config)
+    captions, tags, group = _captions(example), example.get("tags"), example.get("group", -1)
     if rng.random() < config.drop_rate:
         return ""
     texts = {}
@@ -85,6 +106,7 @@ def draw_caption(
         texts["group"] = names[group].replace("-", " ") if group < len(names) else str(group)
     template = usable[rng.integers(len(usable))]
     if "words" in _fields(template):
+        words = _words(example)
         count = rng.integers(1, min(_WORDS, len(words)) + 1)
         texts["words"] = " ".join(words[i] for i in rng.permutation(len(words))[:count])
     return template.format(**texts)

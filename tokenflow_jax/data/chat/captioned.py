@@ -1,16 +1,19 @@
 """Pictures with captions as conversations: a person says the caption, the model draws."""
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from tokenflow_jax.data import sources
-from tokenflow_jax.data.captions.texts import CaptionConfig, draw_caption, main_caption
+from tokenflow_jax.data.captions.texts import (
+    CaptionConfig,
+    draw_caption,
+    main_caption,
+    usable_templates,
+)
 from tokenflow_jax.data.chat.conversations import Sample
 from tokenflow_jax.data.chat.templates import GPT, HUMAN, IMAGE
-from tokenflow_jax.data.examples import Broken, evenly_spaced
+from tokenflow_jax.data.examples import evenly_spaced
 
 
 class CaptionedPictures:
@@ -27,16 +30,15 @@ class CaptionedPictures:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._sample(index, main_caption)
+        return self.varied(index, None)
 
-    def varied(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return the conversation about a caption that is drawn from those of the picture."""
-        return self._sample(index, lambda example: draw_caption(example, self._captions, rng))
-
-    def _sample(self, index: int, caption_of: Callable[[Mapping[str, Any]], str]) -> Sample:
+    def varied(self, index: int, rng: np.random.Generator | None) -> Sample:
+        """Return the conversation about a caption that `rng` draws from those of the picture."""
         place = int(self._places[index])
-        if not (caption := caption_of(self._source[place])):
-            raise Broken("no caption", "there is nothing to draw it by")
+        example = self._source[place]
+        usable_templates(example, self._captions)  # broken with and without an rng
+        drawn = rng is not None
+        caption = draw_caption(example, self._captions, rng) if drawn else main_caption(example)
         return Sample(((HUMAN, caption), (GPT, IMAGE)), f"row {place}", True)
 
     def label(self, index: int) -> str:

@@ -53,6 +53,7 @@ class ConversationConfig:
     drop_rate: float = 0.0  # probability that a drawn picture is not asked for, for guidance
 
     def __post_init__(self):
+        CaptionConfig(self.captions)  # checks them
         problems = []
         choices = {
             "name": _KINDS, "image_mode": conversations.IMAGE_MODES,
@@ -124,7 +125,7 @@ class Conversations:
     ) -> tuple[dict[str, np.ndarray], str] | None:
         """Return the tokens of a sample and the name of its picture; None where it is broken.
 
-        An `rng` draws the captions of pictures to draw, and, at the drop rate, leaves them out.
+        With an `rng`, captions of pictures to draw are sampled, and left out at the drop rate.
         """
         unasked = rng is not None and rng.random() < self.config.drop_rate
         varied = rng is not None and not unasked and self.config.task == "draw"
