@@ -1,7 +1,7 @@
 """What a training step of each row costs: time, taken in turn so that rows compare, and memory.
 
 Memory is what XLA plans for the compiled step: arguments, results and temporaries. The most memory
-of a process says less: compiling takes more than a small step, unless the program was kept.
+of a process would count compiling, too.
 """
 
 import importlib

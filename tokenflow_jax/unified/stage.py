@@ -204,8 +204,7 @@ class UnifiedStage(Draws, understanding.UnderstandingStage):
     def at_the_end(self, params: PyTree) -> dict[str, float]:
         """Return how often drawn pictures are recognized: by their caption, and by the model."""
         figures, options = super().at_the_end(params), self.config.eval
-        every = len(self.tokenizer_config.pyramid)
-        if not options.retrieval or self.shown_scales < every:  # the others would be noise
+        if not options.retrieval or self.drawn.trained:  # its finer scales would be noise
             return figures
         figures |= self.recognized(params, self._requests)
         return figures | self.cycle(params, self.generator.with_params(params))

@@ -13,7 +13,7 @@ same picture comes with different words in every epoch:
 import dataclasses
 import string
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,11 +61,13 @@ def main_caption(example: Mapping[str, Any]) -> str:
 
 def usable_templates(example: Mapping[str, Any], config: CaptionConfig) -> list[str]:
     """Return the templates of which an example has all fields, or raise Broken."""
-    known = {
-        "caption": bool(_captions(example)), "tags": bool(example.get("tags")),
-        "words": bool(_words(example)), "group": example.get("group", -1) >= 0,
-    }  # fmt: skip
-    usable = [t for t in config.templates if all(known[field] for field in _fields(t))]
+    known: dict[str, Callable[[], bool]] = {
+        "caption": lambda: bool(_captions(example)),
+        "tags": lambda: bool(example.get("tags")),
+        "words": lambda: bool(_words(example)),
+        "group": lambda: example.get("group", -1) >= 0,
+    }
+    usable = [t for t in config.templates if all(known[field]() for field in _fields(t))]
     if not usable:
         raise Broken("no caption", f"{example.get('name', '')} for {config.templates}")
     return usable

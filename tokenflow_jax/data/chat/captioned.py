@@ -36,9 +36,11 @@ class CaptionedPictures:
         """Return the conversation about a caption that `rng` draws from those of the picture."""
         place = int(self._places[index])
         example = self._source[place]
-        usable_templates(example, self._captions)  # broken with and without an rng
-        drawn = rng is not None
-        caption = draw_caption(example, self._captions, rng) if drawn else main_caption(example)
+        if rng is None:
+            usable_templates(example, self._captions)  # broken as it is with an rng
+            caption = main_caption(example)
+        else:
+            caption = draw_caption(example, self._captions, rng)
         return Sample(((HUMAN, caption), (GPT, IMAGE)), f"row {place}", True)
 
     def label(self, index: int) -> str:
