@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.accelerator import Row, Setting, seconds
 from tokenflow_jax import Tokenizer, stages
-from tokenflow_jax.parallel import costs, mesh
+from tokenflow_jax.parallel import compiling, costs, mesh
 from tokenflow_jax.parallel.chips import chip_of
 from tokenflow_jax.tokenizer.model import TokenizerConfig
 from tokenflow_jax.tokenizer.names import PART as TOKENIZER
@@ -174,8 +174,7 @@ def _step(name: str, setting: Setting) -> Row:
     }
     if chip := chip_of(jax.devices()[0].device_kind):
         figures["MFU %"] = 100 * needed / each / count / (chip.tflops / chip.devices * 1e12)
-    results = max(said.output_size_in_bytes - said.alias_size_in_bytes, 0)
-    planned = said.argument_size_in_bytes + said.temp_size_in_bytes + results
+    planned = said.argument_size_in_bytes + compiling.program_sizes(said)[0]
     figures["planned GiB"] = planned / 2**30
     if _peak() > before:  # of the whole process: known only where it rose
         figures["peak GiB"] = _peak() / 2**30

@@ -15,7 +15,7 @@ import jax
 
 from benchmarks.matrix import Run
 from tokenflow_jax import stages
-from tokenflow_jax.parallel import mesh
+from tokenflow_jax.parallel import compiling, mesh
 from tokenflow_jax.train.prefetch import DevicePrefetcher
 
 _ROUNDS, _STEPS, _WARM_UP = 12, 4, 2  # rounds, steps of each row in one, rounds that do not count
@@ -51,5 +51,4 @@ def _gigabytes(stage: Any, state: Any, batch: Any) -> float:
     with mesh.use(stage.mesh):
         step = stage.program.compiled.trace(state, stage.frozen, batch).lower().compile()
     plan = step.memory_analysis()
-    results = plan.output_size_in_bytes - plan.alias_size_in_bytes  # others are donated
-    return (plan.argument_size_in_bytes + plan.temp_size_in_bytes + max(results, 0)) / 1e9
+    return (plan.argument_size_in_bytes + compiling.program_sizes(plan)[0]) / 1e9

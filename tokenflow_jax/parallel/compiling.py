@@ -69,7 +69,7 @@ def compile_for(lowered: Any, topology: Topology, held: int, flags: Mapping[str,
     """
     if not topology.chip.tpu:
         compiled = lowered.compile(_GPU_OPTIONS)
-        temporaries, code = _sizes(compiled.memory_analysis())
+        temporaries, code = program_sizes(compiled.memory_analysis())
         # Nothing is refused for its size: the device's own allocator would.
         excess = max(held + temporaries + code - topology.chip.memory_bytes, 0)
         text = compiled.as_text()
@@ -78,7 +78,7 @@ def compile_for(lowered: Any, topology: Topology, held: int, flags: Mapping[str,
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
         try:
-            temporaries, code = _sizes(lowered.compile(options).memory_analysis())
+            temporaries, code = program_sizes(lowered.compile(options).memory_analysis())
         except Exception as error:  # XlaRuntimeError is not public under one name
             sizes = too_large(str(error), held)
             if sizes is None:
@@ -89,7 +89,7 @@ def compile_for(lowered: Any, topology: Topology, held: int, flags: Mapping[str,
     return Compiled(temporaries, code, 0, hlo.read(text) if text else None, text)
 
 
-def _sizes(memory: Any) -> tuple[int, int]:
+def program_sizes(memory: Any) -> tuple[int, int]:
     """Return bytes of temporaries, with results that take no donated argument's place, and code."""
     results = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     return memory.temp_size_in_bytes + results, memory.generated_code_size_in_bytes
