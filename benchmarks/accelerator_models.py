@@ -198,7 +198,7 @@ def _peak() -> int:
 def sampling(setting: Setting) -> Generator[Row]:
     """Time drawing pictures with guidance, one pass per scale."""
     for variant in ("", *(() if setting.tiny else ("7b",))):
-        for images in (1, 2) if setting.tiny else (1, 8):
+        for images in (2,) if setting.tiny else (1, 8):
             images *= jax.device_count()
             stage = make_stage("generation", setting, variant=variant)
             program = stage.sampling(images)
@@ -215,7 +215,7 @@ def answering(setting: Setting) -> Generator[Row]:
     """Time answers of one device: reading a prompt with a picture, then token by token."""
     key = jax.random.key(0)
     with mesh.use(mesh.make_mesh(None, jax.devices()[:1])):
-        for rows in (1, 2) if setting.tiny else (1, 4, 16):
+        for rows in (2,) if setting.tiny else (1, 4, 16):
             stage = make_stage("understanding", setting, jax.devices()[:1])
             model, vectors = stage.model, stage.vectors
             params = fill(quantized.shapes_of(quantized.model_of(model, ""), stage.dtype))

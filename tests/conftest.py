@@ -1,5 +1,6 @@
 """Settings of all tests: the CPU backend, and the run's log where pytest captures it."""
 
+import gc
 import logging
 import os
 import pathlib
@@ -9,11 +10,12 @@ import socket
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # LLVM optimizing programs that run once, and MLIR emitting their fusions, would more than double
-# the suite's time. Tests that start processes pass this on.
+# the suite's time; splitting programs for cores that have tests of their own costs a quarter of
+# what is left of compiling. Tests that start processes pass this on.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 # Nothing in the user's cache folder; JAX_COMPILATION_CACHE_DIR shares programs between tests.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -39,6 +41,12 @@ for _name in (
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import pytest  # noqa: E402 - after the environment is set
+
+
+def pytest_collection_finish(session):
+    """Let the garbage collector pass over what thousands of tests and their modules are made of."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -206,20 +206,12 @@ def test_memory_holds_one_array_at_a_time(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("variant", "case"),
-    [
-        ("b", "clipb_224"),
-        ("b_256_enhanced", "clipb_256_enhanced"),
-        ("l", "vitamin_256"),
-        ("xl", "siglip_384"),
-    ],
-)
-def test_released_sizes_come_back_bit_for_bit(tmp_path, monkeypatch, variant, case):
+def test_the_largest_released_size_comes_back_bit_for_bit(tmp_path, monkeypatch):
+    """test_tables.py and test_api.py have the names of the others, and their bits when narrower."""
     monkeypatch.undo()  # the released variants
-    state = weights.state_dict(manifest(f"tokenizer_{case}"), 0)
+    state = weights.state_dict(manifest("tokenizer_siglip_384"), 0)
     write_safetensors(tmp_path / "there.safetensors", state)
-    flags = [f"--src={tmp_path}/there.safetensors", "--to=orbax", f"--variant={variant}"]
+    flags = [f"--src={tmp_path}/there.safetensors", "--to=orbax", "--variant=xl"]
     assert run([*flags, f"--dst={tmp_path}/ours"]) == 0
     assert run([f"--src={tmp_path}/ours", "--to=torch", f"--dst={tmp_path}/back.pt"]) == 0
     back = open_state_dict(tmp_path / "back.pt")

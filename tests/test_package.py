@@ -76,7 +76,9 @@ def test_configs_are_found_by_name(installed, tmp_path):
     assert "did you mean tokenizer?" in text and text.count("\n") == 1
 
 
+@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 def test_two_steps_of_training(installed, tmp_path):
+    """From the wheel; every other test trains from a checkout."""
     shrink = ("--config.total_steps=2", "--config.batch_size=2", "--config.eval_every=0",
               "--config.image_every=0", "--config.eval.knn_label=")  # fmt: skip
     text = run(installed / "tokenflow-train", "--config=tokenizer", *shrink, cwd=tmp_path)

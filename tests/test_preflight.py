@@ -64,11 +64,21 @@ def test_wrong_arguments_are_one_line():
 
 
 @pytest.mark.slow
-def test_the_quickstart_compiles_for_a_tpu(tmp_path):
-    """Needs libtpu: pip install -e '.[test,preflight]'."""
+def test_a_small_quickstart_compiles_for_a_tpu(tmp_path):
+    """Every part of a tokenizer; needs libtpu: pip install -e '.[test,preflight]'."""
     path = tmp_path / "figures.json"
+    small = ("image_size=16", "vit.image_size=16", "vit.patch_size=2", "scales=(1,2,8)",
+             "multipliers=(1,1)")  # fmt: skip
     code, text, error = preflight(
-        "", "--topology=v5e:2x2", "--config.mesh.fsdp=2", f"--figures={path}"
+        "",
+        "--topology=v5e:2x2",
+        "--config.mesh.fsdp=2",
+        "--config.losses.perceptual_weight=0",
+        *(f"--config.model.{change}" for change in small),
+        "--config.teacher.source=none",
+        "--config.teacher.init_encoder=False",
+        "--config.losses.distillation_weight=0",
+        f"--figures={path}",
     )
     assert code == 0, error
     figures = json.loads(path.read_text())

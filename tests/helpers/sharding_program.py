@@ -77,7 +77,7 @@ def quantize(sizes, codes=131_072, batch=8, grid=4):
     )
     with mesh.use(device_mesh):
         compiled = step.lower(*arguments).compile()
-        (total, (codes_BL, losses)), gradients = step(*arguments)
+        (total, (codes_BL, losses)), gradients = compiled(*arguments)
     text = compiled.as_text()
     gathered = re.findall(r" = (\w+\[[\d,]*\])\S* all-gather", text)
     shapes = re.findall(r"f32\[([\d,]+)\]", text)
@@ -231,7 +231,7 @@ def language(sizes):
     prompt = jnp.where(batch[1], batch[0], 0)
     with mesh.use(device_mesh):
         compiled = step.lower(placed, *batch).compile()
-        total, gradients = step(placed, *batch)
+        total, gradients = compiled(placed, *batch)
         keys = jax.random.split(jax.random.key(1), 16)
         drawn = draw(placed["params"], books, prompt, prompt[:1], keys, 3.0)
     return {

@@ -142,15 +142,8 @@ def test_compiles_for(topology):
 
 @pytest.mark.slow
 def test_compiles_for_several_chips():
-    check("v5e:2x2", "forward:32768:4")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_compiles_for_the_rest(topology):
-    check(topology, "gradient:32768:1", "forward:131072:1")
-    if topology in ("v5e:2x2", "v6e:2x2"):  # the others: see nearest_program.py
-        check(topology, "gradient:131072:4")
+    check("v5e:2x2", "forward:32768:4", "gradient:131072:4")
+    check("v6e:2x2", "gradient:131072:4")  # the others: see nearest_program.py
 
 
 @pytest.fixture

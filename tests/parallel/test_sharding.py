@@ -51,8 +51,9 @@ def test_every_quantizer_gives_the_same_on_a_mesh():
 
 @pytest.mark.slow
 def test_five_adversarial_steps_give_the_same_on_every_mesh():
-    one, *others = run("step", *MESHES)
-    for name, result in zip(MESHES, others, strict=True):
+    meshes = [name for name in MESHES if name != "1,1,1,8"]  # the last has these splits, too
+    one, *others = run("step", *meshes)
+    for name, result in zip(meshes, others, strict=True):
         assert result["codes"] == one["codes"], name
         for ours, theirs in zip(result["losses"], one["losses"], strict=True):
             for loss, value in theirs.items():

@@ -15,9 +15,11 @@ from tokenflow_jax.parallel import mesh
 from tokenflow_jax.tokenizer import frozen
 from tokenflow_jax.tokenizer.kinds import KINDS, MAPPINGS, PAPER, QuantizerConfig
 from tokenflow_jax.tokenizer.model import TokenFlow
+from tokenflow_jax.tokenizer.names import PART
 from tokenflow_jax.tokenizer.state import CodebookConfig
 from tokenflow_jax.tokenizer.train import LossConfig, Trainer
 from tokenflow_jax.train import optim
+from tokenflow_jax.weights.conversion import convert
 from tokenflow_jax.weights.rules import flatten
 
 TINY = dataclasses.replace(tiny.TINY, pixel_channels=5)
@@ -105,6 +107,12 @@ def test_a_trained_one_loads_as_what_it_is_without_its_training(kind, mapping, t
         assert set(flatten(loaded.params)) == set(flatten(tiny.random_params(TINY, 0)))
     with pytest.raises(ValueError, match=f"this codebook has 0 to {config.codes - 1}"):
         loaded.decode(np.full((1, config.length), config.codes))
+    if mapping == "heads":
+        for name in ("torch.safetensors", "torch.pt"):
+            convert(tmp_path / "run", tmp_path / name, PART)
+            again = tfx.Tokenizer.load(tmp_path / name)
+            np.testing.assert_array_equal(again.encode(IMAGES), codes)
+            np.testing.assert_allclose(again.decode(codes), trained.decode(codes), atol=1e-4)
 
 
 def test_language_models_refuse_codes_without_a_shared_index():

@@ -29,7 +29,7 @@ def places(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stage,processes",
-    [("understanding", 2), ("understanding", 4), ("generation", 2), ("unified", 2)],
+    [("understanding", 4), ("generation", 2), ("unified", 2)],
 )
 def test_no_process_holds_what_its_devices_do_not(stage, processes, places):
     tokenizer, folder = places
