@@ -36,7 +36,6 @@ def tokenizer():
     mesh.LEAST_SPLIT = 64  # so that the tiny model is split at all
     config = tiny_config(**{"losses.perceptual_weight": 0.0, "eval.examples": 8})
     config.eval_every = config.image_every = 0
-    config.eval.knn_label = ""
     return config, TokenizerStage
 
 

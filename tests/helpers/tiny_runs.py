@@ -30,6 +30,7 @@ def tokenizer_config(**changes):
     config.total_steps, config.batch_size = 4, 4
     config.log_every = config.eval_every = config.image_every = config.checkpoint_every = 2
     config.eval.batch_size, config.eval.examples, config.eval.grid_images = 16, 32, 4
+    config.eval.knn_label = ""  # would encode all emoji
     config.optimizer.warmup_steps = 0
     config.update_from_flattened_dict(changes)
     return config
