@@ -1,7 +1,6 @@
 """Preflight: topologies, the arithmetic for GPUs, and a small step compiled for real TPUs."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -14,19 +13,27 @@ from tokenflow_jax.parallel import chips, compiling, costs, hlo
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def preflight(*arguments):
-    command = [sys.executable, "-m", "tokenflow_jax.preflight", "--config=configs/tokenizer.py"]
-    command[-1] += arguments[0]
-    done = subprocess.run(
-        [*command, *arguments[1:]], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
-    )
-    return done.returncode, done.stdout, done.stderr
+CONFIG = f"--config={ROOT}/configs/tokenizer.py"
 
 
-def test_gpus_by_arithmetic():
-    code, text, _ = preflight(":b", "--topology=h100:8", "--nocompile")
+@pytest.fixture
+def preflight(capsys, monkeypatch):
+    """The command in this process: exit code, output and messages."""
+    for name, value in chips.COMPILER_ONLY.items():
+        monkeypatch.setenv(name, value)  # the command sets it, too, for good
+
+    def run(*arguments):
+        code = command.run([*arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_gpus_by_arithmetic(preflight):
+    code, text, _ = preflight(f"{CONFIG}:b", "--topology=h100:8", "--nocompile")
     assert code == 0 and "181.9 million" in text and ": fits" in text
-    code, text, _ = preflight(":xl", "--topology=h100:2", "--config.batch_size=512", "--nocompile")
+    large = ("--config.batch_size=512", "--nocompile")
+    code, text, _ = preflight(f"{CONFIG}:xl", "--topology=h100:2", *large)
     assert code == 1 and "does NOT fit" in text
     for lever in ("--config.batch_size=", "--config.accumulate=", "--config.mesh.fsdp=2"):
         assert lever in text
@@ -53,13 +60,13 @@ def test_estimated_times_are_the_sum_of_what_takes_them():
     assert found["step"] >= found["instructions"] == found["floor"] and found["kernels"] == 0
 
 
-def test_wrong_arguments_are_one_line():
+def test_wrong_arguments_are_one_line(preflight):
     for arguments, message in (
-        (("", "--topology=v9:2x2"), "write CHIP:SHAPE"),
-        (("", "--topology=v5e:2x2", "--config.mesh.data=3"), "does not fill the 4 devices"),
-        (("", "--topology=v5e:2x2", "--config.batch_size=6"), "cannot be split over 4 devices"),
+        (("--topology=v9:2x2",), "write CHIP:SHAPE"),
+        (("--topology=v5e:2x2", "--config.mesh.data=3"), "does not fill the 4 devices"),
+        (("--topology=v5e:2x2", "--config.batch_size=6"), "cannot be split over 4 devices"),
     ):
-        code, _, error = preflight(*arguments)
+        code, _, error = preflight(CONFIG, *arguments)
         assert code == 2 and message in error and "Traceback" not in error, error
 
 
@@ -69,18 +76,14 @@ def test_a_small_quickstart_compiles_for_a_tpu(tmp_path):
     path = tmp_path / "figures.json"
     small = ("image_size=16", "vit.image_size=16", "vit.patch_size=2", "scales=(1,2,8)",
              "multipliers=(1,1)")  # fmt: skip
-    code, text, error = preflight(
-        "",
-        "--topology=v5e:2x2",
-        "--config.mesh.fsdp=2",
-        "--config.losses.perceptual_weight=0",
-        *(f"--config.model.{change}" for change in small),
-        "--config.teacher.source=none",
-        "--config.teacher.init_encoder=False",
-        "--config.losses.distillation_weight=0",
-        f"--figures={path}",
-    )
-    assert code == 0, error
+    program = [sys.executable, "-m", "tokenflow_jax.preflight", CONFIG, "--topology=v5e:2x2",
+               "--config.mesh.fsdp=2", "--config.losses.perceptual_weight=0",
+               "--config.losses.distillation_weight=0", "--config.teacher.source=none",
+               "--config.teacher.init_encoder=False", f"--figures={path}",
+               *(f"--config.model.{change}" for change in small)]  # fmt: skip
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
     figures = json.loads(path.read_text())
     parts = ("instructions", "kernels", "waiting")
     assert figures["step"] == pytest.approx(sum(figures[part] for part in parts))

@@ -299,7 +299,7 @@ def test_pure_functions_for_jit(tiny, pictures):
     codes = encode(tiny.params, pictures)
     assert codes.sharding == places
     np.testing.assert_array_equal(codes, tiny.encode(pictures))
-    every = jax.vmap(lambda image: tiny.encode_fn(tiny.params, image[None])[0])
+    every = jax.jit(jax.vmap(lambda image: tiny.encode_fn(tiny.params, image[None])[0]))
     np.testing.assert_array_equal(every(pictures), codes)
     codes = np.asarray(codes)
     for part in (codes, codes[:, :5]):
