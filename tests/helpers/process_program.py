@@ -1,7 +1,7 @@
 """One process of a small run; started by test_processes.py.
 
 python process_program.py STAGE WORKDIR DELAY MESH [--coordinator= --num_processes= --process_id=]
-  STAGE  tokenizer, the real one; reader; lora, adapters on a reader; unified; or toy
+  STAGE  tokenizer, the real one; unified; or toy
   DELAY  seconds to wait before each step
   MESH   slice,data,fsdp,tensor
 """
@@ -39,33 +39,6 @@ def tokenizer():
     return config, TokenizerStage
 
 
-def reader():
-    """The understanding quickstart, tiny, with the tokenizer that the environment names."""
-    import os
-
-    from config_files import understanding
-
-    from tokenflow_jax.understanding.stage import UnderstandingStage
-
-    mesh.LEAST_SPLIT = 64
-    config = understanding.get_config()
-    config.model.lm.update(width=16, layers=1, heads=2, kv_heads=2, mlp_width=24)
-    config.tokenizer.path = os.environ["TOKENIZER"]
-    config.data.max_length, config.data.buckets = 80, ()
-    config.optimizer.warmup_steps, config.optimizer.learning_rate = 0, 1e-3
-    config.eval_every = config.image_every = 0
-    config.eval.max_new, config.eval.examples = 0, 8
-    return config, UnderstandingStage
-
-
-def lora():
-    """Adapters on what `reader` trained beside the tokenizer."""
-    config, make_stage = reader()
-    config.init_from = f"{config.tokenizer.path}/../reader"
-    config.lora.rank, config.lora.weights = 2, "int8"
-    return config, make_stage
-
-
 def unified():
     """The unified quickstart, tiny, two conversations in a row."""
     import os
@@ -91,7 +64,7 @@ def main(argv):
 
     _, name, workdir, delay, sizes = argv
     sizes = dict(zip(mesh.AXES, map(int, sizes.split(",")), strict=True))
-    kinds = (toy, tokenizer, reader, lora, unified)
+    kinds = (toy, tokenizer, unified)
     config, make_stage = {kind.__name__: kind for kind in kinds}[name]()
     config.update(total_steps=12, batch_size=8, checkpoint_every=4, log_every=1)
     config.mesh = sizes

@@ -6,7 +6,6 @@ import time
 import numpy as np
 import processes as helper
 import pytest
-import tiny as tiny_config
 from processes import finish
 
 from tokenflow_jax.train import checkpoint_info, curves
@@ -93,16 +92,6 @@ def test_a_lost_process_is_told_and_one_process_on_another_mesh_goes_on(tmp_path
     (output,) = finish(start("tokenizer", workdir, sizes="1,2,2,2"))
     assert "continued from checkpoint" in output and "config.mesh.fsdp: 1 -> 2" in output
     assert_same_run(workdir, reference)
-
-
-@pytest.mark.slow
-def test_adapters_in_two_processes_are_the_same_run(tmp_path, monkeypatch):
-    """On a quantized decoder that is split over all devices."""
-    monkeypatch.setenv("TOKENIZER", str(tiny_config.write_tokenizer(tmp_path / "tokenizer")))
-    finish(start("reader", tmp_path / "reader"))
-    finish(start("lora", tmp_path / "one"))
-    finish(start("lora", tmp_path / "two", processes=2, sizes="1,1,8,1"))
-    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
