@@ -10,8 +10,8 @@ import socket
 # Before any test imports jax: the suite must give the same figures on every machine.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # LLVM optimizing programs that run once, and MLIR emitting their fusions, would more than double
-# the suite's time; splitting programs for cores that have tests of their own costs a quarter of
-# what is left of compiling. Tests that start processes pass this on.
+# the suite's time. Of what is left of compiling, a quarter would be splitting each program for
+# cores that other tests keep busy. Tests that start processes pass this on.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -44,7 +44,7 @@ import pytest  # noqa: E402 - after the environment is set
 
 
 def pytest_collection_finish(session):
-    """Let the garbage collector pass over what thousands of tests and their modules are made of."""
+    """Spare the garbage collector from rescanning thousands of collected tests."""
     gc.collect()
     gc.freeze()
 

@@ -207,7 +207,7 @@ def test_memory_holds_one_array_at_a_time(tmp_path):
 
 @pytest.mark.slow
 def test_the_largest_released_size_comes_back_bit_for_bit(tmp_path, monkeypatch):
-    """test_tables.py and test_api.py have the names of the others, and their bits when narrower."""
+    """Of the others, test_tables.py has names and, narrower, bits; test_api.py loads them."""
     monkeypatch.undo()  # the released variants
     state = weights.state_dict(manifest("tokenizer_siglip_384"), 0)
     write_safetensors(tmp_path / "there.safetensors", state)

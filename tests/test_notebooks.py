@@ -11,12 +11,12 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 pytestmark = pytest.mark.slow
 
 
-def run(name, folder, monkeypatch, longer="", shorter=""):
-    """Run a notebook with a folder as the current one; return what its cells printed."""
+def run(name, folder, monkeypatch, old="", new=""):
+    """Run a notebook, with `new` for `old`, in a folder; return what its cells printed."""
     monkeypatch.delenv("XLA_FLAGS")  # optimized programs, as a reader has
     text = (FOLDER / name).read_text()
-    assert longer in text
-    notebook = nbformat.reads(text.replace(longer, shorter), as_version=4)
+    assert old in text
+    notebook = nbformat.reads(text.replace(old, new), as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}
     ).execute()

@@ -1,9 +1,10 @@
-"""Run by test_understanding_sharding.py with eight fake devices; prints one JSON object.
+"""Run by tests/understanding/test_sharding.py with eight fake devices; prints one JSON object.
 
 For every mesh, "slice,data,fsdp,tensor" or "one", with ":KIND" for adapters beside weights of that
 kind: the losses of three steps and greedy answers.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -19,7 +20,9 @@ from tokenflow_jax.train import optim
 from tokenflow_jax.understanding.answer import Decoding, answer
 from tokenflow_jax.understanding.model import Understanding, UnderstandingConfig
 from tokenflow_jax.understanding.train import Trainer
+from tokenflow_jax.weights import start
 from tokenflow_jax.weights.lora import Adapters, LoraConfig
+from tokenflow_jax.weights.rules import flatten
 
 mesh.LEAST_SPLIT = 64  # so that the tiny model is split at all
 CONFIG = UnderstandingConfig(
@@ -60,6 +63,10 @@ def run(name):
     state = trainer.init(jax.random.key(0))
     place = mesh.shardings(state, device_mesh)
     state = jax.tree.map(jax.device_put, state, place)
+    if kind:  # as a stage starts from a run
+        plain = dataclasses.replace(trainer, model=Understanding(CONFIG), adapters=None)
+        arrays = flatten(jax.device_get(plain.init(jax.random.key(0)).params))
+        state = state.replace(params=start.take(arrays, "", state.params, place.params))
     split, whole = mesh.batch_sharding(device_mesh), mesh.replicated(device_mesh)
     table = rng.normal(size=(8, 9, 8)).astype(np.float32)
     step = mesh.bind(

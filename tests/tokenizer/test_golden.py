@@ -167,7 +167,7 @@ def plain_step(run):
 def test_gradients_of_one_step(plain_step, golden):
     generator, discriminator, metrics = plain_step
     _close(metrics["loss/total"], golden["loss_gen"], 1e-4)
-    # Before the discriminator starts its weight is 0; test_train.py has when it does.
+    # Before the discriminator starts its weight is 0; test_train.py checks when it starts.
     adversarial = metrics["adversarial/weight"] * metrics["loss/adversarial"]
     before = metrics["loss/total"] - adversarial
     _close(before, golden["before_disc_start_loss_gen"], 1e-4)

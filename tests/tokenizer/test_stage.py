@@ -153,9 +153,10 @@ def test_kmeans_start_uses_the_data():
 
 
 @pytest.mark.slow
-def test_a_run_with_another_quantizer_resumes_converts_and_decodes(tmp_path):
+def test_a_run_with_several_indices_resumes_converts_and_decodes(tmp_path):
     """The resumed run equals the uninterrupted one; both formats give the run's codes."""
-    config = tiny_config(**{"model.quantizer.kind": "simvq", "codebook.revive_every": 0})
+    config = tiny_config(**{"model.quantizer.heads": 2, "model.pixel_channels": 6})
+    config.codebook.revive_every = 0
     whole = loop.train_and_evaluate(config, tmp_path / "a", make(config)).state
     shutil.copytree(tmp_path / "a" / "checkpoints" / "2", tmp_path / "b" / "checkpoints" / "2")
     state = loop.train_and_evaluate(config, tmp_path / "b", make(config)).state
@@ -169,6 +170,7 @@ def test_a_run_with_another_quantizer_resumes_converts_and_decodes(tmp_path):
         np.testing.assert_array_equal(loaded.encode(images), codes)
         np.testing.assert_allclose(loaded.decode(codes), trained.decode(codes), atol=1e-4)
     assert (tmp_path / "a" / "images" / "scales_0000004.png").exists()
+    assert "eval/codes_used/head_1" in (tmp_path / "a" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

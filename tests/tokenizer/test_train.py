@@ -63,20 +63,17 @@ def first_state(trainer):
 
 @functools.cache
 def plain(**codebook):
-    """Trainers that several tests take steps of, which are traced once."""
+    """Trainers shared by several tests, so that each step is traced once."""
     return make_trainer(codebook=codebook)
 
 
-_STEPS = {}  # by the trainer's id, which the entry keeps alive
-
-
-def step_of(trainer):
-    step = jax.jit(trainer.step, donate_argnums=0)
-    return _STEPS.setdefault(id(trainer), (trainer, step))[1]
+@functools.cache
+def jitted(step):
+    return jax.jit(step, donate_argnums=0)
 
 
 def run(trainer, frozen, batch, steps):
-    state, step, history = first_state(trainer), step_of(trainer), []
+    state, step, history = first_state(trainer), jitted(trainer.step), []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
         history.append({name: float(value) for name, value in metrics.items()})
@@ -185,7 +182,7 @@ def test_both_players_move_and_the_total_is_the_sum_of_its_parts(frozen, batch):
 def test_a_step_with_every_encoder(kind):
     """Encoder, teacher of its kind, detour, adaptive weight, discriminator: finite, and moving.
 
-    test_golden.py takes steps at a published size; test_api.py encodes and decodes with all.
+    test_golden.py takes steps at a published size; test_api.py encodes and decodes with every kind.
     """
     config = dataclasses.replace(KINDS[kind], teacher_width=KINDS[kind].vit.width)
     spec = encoder_kind(kind)
@@ -193,7 +190,7 @@ def test_a_step_with_every_encoder(kind):
     gan = StyleGAN(max_channels=4) if kind == "vitamin" else PatchGAN(filters=4, layers=1)
     trainer = dataclasses.replace(
         make_trainer(gan=True, losses={"adaptive": True}),
-        model=TokenFlow(config),
+        model=TokenFlow(config, remat=True),  # as the recipes of these encoders
         teacher=Teacher(teacher, spec.mean, spec.std),
         discriminator=gan,
     )
@@ -310,7 +307,7 @@ def test_revival_raises_usage(frozen, batch):
 
 @pytest.fixture(scope="module")
 def dropping():
-    """A trainer with all that is random in a step, the entropy loss and a moving average."""
+    """A trainer that drops a scale in every step, with the entropy loss and a moving average."""
     return make_trainer(losses={"entropy_weight": 0.1, "scale_drop": 1.0}, ema_decay=0.9)
 
 
@@ -339,12 +336,12 @@ def test_a_step_is_a_function_of_seed_and_step(dropping, frozen, batch):
 
 @pytest.mark.slow
 def test_the_step_is_donated_and_compiled_once(frozen, batch):
-    state, step = first_state(plain()), step_of(plain())
+    state, step = first_state(plain()), jitted(plain().step)
     old = state.params["pixel_codebook"]
     for _ in range(3):
         state, _ = step(state, frozen, batch)
     assert old.is_deleted()
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # also of what other tests took with it
 
 
 @pytest.mark.parametrize(

@@ -459,10 +459,10 @@ def test_control_c_ends_a_chat_quietly(trained, request):
         piece = process.stdout.read(1)
         assert piece, process.stderr.read()
         out += piece
-    for _ in range(10):  # one between the prompt and the read is noticed with the next
+    for seconds in (4, 20, 20):  # one between the prompt and the read is noticed with the next
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(4)
+            process.wait(seconds)
             break
     assert process.wait(60) == 130  # before its input ends, which would end it, too
     rest, error = process.communicate()
