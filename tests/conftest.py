@@ -1,6 +1,5 @@
 """Settings of all tests: the CPU backend, and the run's log where pytest captures it."""
 
-import gc
 import logging
 import os
 import pathlib
@@ -41,12 +40,6 @@ for _name in (
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import pytest  # noqa: E402 - after the environment is set
-
-
-def pytest_collection_finish(session):
-    """Spare the garbage collector from rescanning thousands of collected tests."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ MESHES = ("1,8,1,1", "1,1,8,1", "1,2,2,2")
     [("", MESHES), (":nf4", MESHES), (":int8", MESHES[-1:]), (":auto", MESHES[-1:])],
 )
 def test_steps_and_answers_are_the_same(kind, meshes):
-    """Also with adapters beside frozen weights, which each device quantizes its part of."""
+    """Also with adapters beside frozen weights, quantized or not, that come as in a stage."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     names = [name + kind for name in ("one", *meshes)]
     command = [sys.executable, str(HELPERS / "understanding_sharding_program.py"), *names]
