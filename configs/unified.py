@@ -136,6 +136,7 @@ def _base(model: UnifiedConfig) -> ConfigDict:
     config.sampling.guidance = 7.5
     config.sampling.passes = ((600, 0.6),)  # (top_k, top_p) of every pass over a scale
     config.sampling.negative_prompt = ""  # "": nothing is asked for, as in training
+    config.sampling.history = True  # a chat draws with what was said, or from the request alone
 
     config.log_every = 100  # steps between progress lines
     config.eval_every = 5_000  # steps between held-out figures
@@ -225,6 +226,7 @@ def _quickstart() -> ConfigDict:
     config.optimizer.b2 = 0.95
     config.sampling.guidance = 1.5
     config.sampling.passes = ((50, 0.7),)
+    config.sampling.history = False  # its conversations begin with what is drawn
     config.log_every, config.eval_every, config.image_every = 20, 0, 0
     config.checkpoint_every = 160
     config.eval.examples = 0
@@ -257,6 +259,8 @@ def _emoji_coarse() -> ConfigDict:
     config.data.max_length, config.data.buckets = 128, (208, 224)
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
+    # What is drawn from a word is one of its emoji; more chance would mix them.
+    config.sampling.passes = ((50, 0.2),)
     config.checkpoint_every = 200
     config.eval.retrieval = 158  # once all scales train
     return config

@@ -65,8 +65,8 @@ def test_a_chat_reads_each_token_once(either):
     chat, options = model.chat(), {"max_new": 5}
     counts = read_tokens(chat._session)
     chat.ask("What is this?", picture(16, 16, 1), **options)
-    chat.draw("red apple", seed=1, guidance=2.0)
-    chat.draw("dog", seed=2, guidance=2.0)
+    chat.draw("red apple", seed=1, guidance=2.0, history=True)
+    chat.draw("dog", seed=2, guidance=2.0, history=True)
     second = chat.ask("Which one?", **options)
     third = chat.ask("Why?", picture(16, 16, 2), **options)
     row = model._row([*chat.turns[:-1]], 5)
@@ -84,6 +84,30 @@ def test_a_chat_reads_each_token_once(either):
     np.testing.assert_allclose(*kept, atol=1e-4)
     assert fresh[0] > sum(counts[1:4])  # nothing was known
     assert [turn for turn in chat.turns if turn[0] == GPT][1:3] == [(GPT, DRAWN + IMAGE)] * 2
+
+
+def test_a_chat_without_history_draws_from_the_request_alone(model):
+    """What is drawn then is part of the conversation, and an answer that it overtakes says so."""
+    first = model.chat().draw("red apple", seed=3)
+    chat = model.chat()
+    chat.ask("What is this?", picture(16, 16, 1), max_new=4)
+    with_history = model.draw_next(
+        [*chat.turns, (HUMAN, "red apple"), (GPT, DRAWN)], chat.pictures,
+        dataclasses.replace(model.recipe, seed=3), model.session(),
+    )  # fmt: skip
+    drawn = chat.draw("red apple", seed=3, history=False)
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(first))
+    assert (np.asarray(drawn) != with_history.image_HWC).any()
+    again = model.chat()
+    again.turns, again.pictures = chat.turns, chat.pictures
+    overtaken = chat.stream("Which one?", max_new=4)
+    assert next(overtaken) is not None
+    chat.draw("dog", history=False)
+    with pytest.raises(ValueError, match="went on before this answer"):
+        list(overtaken)
+    assert chat.turns[:-2] == again.turns
+    chat.turns, chat.pictures = again.turns, again.pictures
+    assert chat.ask("Which one?", max_new=4) == again.ask("Which one?", max_new=4)
 
 
 def test_another_drawn_picture_is_read_anew(model):

@@ -58,10 +58,15 @@ def caption_retrieval(
 
 def _ranks(queries_QD: np.ndarray, bank_ND: np.ndarray, own_Q: np.ndarray) -> np.ndarray:
     """Return the place of each query's own picture among those of the bank, from 1."""
-    center_D = bank_ND.mean(axis=0)
-    similarity_QN = _unit(queries_QD - center_D) @ _unit(bank_ND - center_D).T
+    similarity_QN = similarities(queries_QD, bank_ND)
     own_Q = similarity_QN[np.arange(len(own_Q)), own_Q]
     return (similarity_QN > own_Q[:, None]).sum(axis=1) + 1
+
+
+def similarities(queries_QD: np.ndarray, bank_ND: np.ndarray) -> np.ndarray:
+    """Return cosines (Q, N) of features less the mean of the bank's."""
+    center_D = bank_ND.mean(axis=0)
+    return _unit(queries_QD - center_D) @ _unit(bank_ND - center_D).T
 
 
 def _bank(

@@ -55,6 +55,7 @@ class Recipe:
     passes: tuple[tuple[int, float], ...] | int = 1
     negative_prompt: str = REFERENCE_NEGATIVE  # "" for a model trained with dropped captions
     seed: int = 0  # of all draws
+    history: bool = True  # in a chat, draw with what was said before, not from the request alone
 
     def __post_init__(self):
         passes = self.passes

@@ -198,14 +198,15 @@ class DrawingChat(Chat):
 
         Args:
           request: a text as those that the model was trained with.
-          seed, **changes: to the default recipe: guidance, passes.
+          seed, **changes: to the default recipe: guidance, passes, history.
         """
         if "negative_prompt" in changes:
             raise ValueError("a chat is guided away from an empty request: no negative_prompt")
         recipe = dataclasses.replace(self.assistant.recipe, seed=seed, **changes)
-        turns = [*self.turns, (HUMAN, without_markers(request))]
-        what = ([*turns, (GPT, DRAWN)], self.pictures, recipe, self._session)
+        turns, pictures = (self.turns, self.pictures) if recipe.history else ([], [])
+        new = (HUMAN, without_markers(request))
+        what = ([*turns, new, (GPT, DRAWN)], pictures, recipe, self._session)
         picture = self.assistant.draw_next(*what)
-        self.turns = [*turns, (GPT, DRAWN + IMAGE)]
+        self.turns = [*self.turns, new, (GPT, DRAWN + IMAGE)]
         self.pictures = [*self.pictures, picture]
         return to_pil(picture.image_HWC[None])[0]

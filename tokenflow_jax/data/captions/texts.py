@@ -64,7 +64,7 @@ def usable_templates(example: Mapping[str, Any], config: CaptionConfig) -> list[
     known: dict[str, Callable[[], bool]] = {
         "caption": lambda: bool(_captions(example)),
         "tags": lambda: bool(example.get("tags")),
-        "words": lambda: bool(_words(example)),
+        "words": lambda: bool(words_of(example)),
         "group": lambda: example.get("group", -1) >= 0,
     }
     usable = [t for t in config.templates if all(known[field]() for field in _fields(t))]
@@ -77,7 +77,7 @@ def _captions(example: Mapping[str, Any]) -> list[str]:
     return example.get("captions") or ([example["caption"]] if example.get("caption") else [])
 
 
-def _words(example: Mapping[str, Any]) -> list[str]:
+def words_of(example: Mapping[str, Any]) -> list[str]:
     """Return the different words of captions and tags, without punctuation around them."""
     parts = " ".join([*_captions(example), *(example.get("tags") or [])]).split()
     return list(dict.fromkeys(filter(None, map(_without_punctuation, parts))))
@@ -108,7 +108,7 @@ def draw_caption(
         texts["group"] = names[group].replace("-", " ") if group < len(names) else str(group)
     template = usable[rng.integers(len(usable))]
     if "words" in _fields(template):
-        words = _words(example)
+        words = words_of(example)
         count = rng.integers(1, min(_WORDS, len(words)) + 1)
         texts["words"] = " ".join(words[i] for i in rng.permutation(len(words))[:count])
     return template.format(**texts)
