@@ -18,8 +18,8 @@ from tokenflow_jax.generation.model import VARIANTS as GENERATION
 from tokenflow_jax.generation.model import Generation
 from tokenflow_jax.generation.train import LossConfig, Trainer
 from tokenflow_jax.nets import attention as attention_lib
-from tokenflow_jax.nets.attention import Mask
 from tokenflow_jax.nets.lm import Decoder
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.parallel import nearest_kernel
 from tokenflow_jax.tokenizer import quantizer
 from tokenflow_jax.tokenizer.model import VARIANTS as TOKENIZERS

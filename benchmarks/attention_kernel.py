@@ -31,11 +31,12 @@ def measure(topology: str, case: str, side: int, folder: str) -> str:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     from tokenflow_jax.nets import attention
+    from tokenflow_jax.nets.masks import Blocks, Mask
 
     heads, groups, length, sizes = CASES[case]
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     where = jax.sharding.SingleDeviceSharding(device)
-    mask = attention.Mask(blocks=attention.Blocks(length - sum(sizes), sizes))
+    mask = Mask(blocks=Blocks(length - sum(sizes), sizes))
     before = side == 128
     side = side or attention._splash_block(length)
 

@@ -101,7 +101,7 @@ def test_forward(name):
     np.testing.assert_array_equal(best[real], data["vq_argmax"][real])
     prefix = inputs["prefix_BP"].shape[1]
     length = real.shape[1]
-    from tokenflow_jax.nets.attention import Mask
+    from tokenflow_jax.nets.masks import Mask
 
     allowed = Mask(jnp.asarray(real), case.config.blocks(prefix)).allowed(length, length)
     np.testing.assert_array_equal(allowed, data["attention_allowed"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokenflow_jax.generation.sample import Draw, Sampler, guided
 from tokenflow_jax.nets import sampling
-from tokenflow_jax.nets.attention import Mask
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.nets.resize import bicubic_resize
 
 METHODS = ("so_far", "whole")

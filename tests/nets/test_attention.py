@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tokenflow_jax.nets import attention as attention_lib
-from tokenflow_jax.nets.attention import Blocks, Mask, attention, choose
+from tokenflow_jax.nets.attention import attention, choose
+from tokenflow_jax.nets.masks import Blocks, Mask
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tokenflow_jax.nets import chunked_attention
-from tokenflow_jax.nets.attention import Blocks, Mask, attention, choose
+from tokenflow_jax.nets.attention import attention, choose
+from tokenflow_jax.nets.masks import Blocks, Mask
 
 LENGTH = 70
 Q, G = (jax.random.normal(jax.random.key(i), (2, LENGTH, 4, 8)) for i in (0, 1))

@@ -12,8 +12,9 @@ import pytest
 
 from tokenflow_jax.nets import attention as attention_lib
 from tokenflow_jax.nets import lm
-from tokenflow_jax.nets.attention import NOT_ALLOWED, Blocks, Mask, attention, choose
+from tokenflow_jax.nets.attention import NOT_ALLOWED, attention, choose
 from tokenflow_jax.nets.lm import Decoder, LMConfig
+from tokenflow_jax.nets.masks import Blocks, Mask
 from tokenflow_jax.weights import language_model, rules
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

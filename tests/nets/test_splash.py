@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 from nets.test_lm import plain_loss, tiny
 
 from tokenflow_jax.nets import attention as attention_lib
-from tokenflow_jax.nets.attention import Blocks, Mask
+from tokenflow_jax.nets.masks import Blocks, Mask
 from tokenflow_jax.parallel import mesh
 
 

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tokenflow_jax.nets import attention
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.parallel import chips, compiling, mesh
 
 topology = chips.parse_topology(sys.argv[1])
@@ -40,7 +41,7 @@ count = topology.devices
 def loss(weights, x_BLC):
     def layer(x_BLC, w_CC):
         x_BLHD = (x_BLC @ w_CC).reshape(*x_BLC.shape[:2], 4, 128)
-        mask = attention.Mask()
+        mask = Mask()
         kernel = attention.choose("auto", mask, x_BLC.dtype, x_BLHD.shape, False)
         print(kernel)
         mask = mask.allowed(256, 256) if kernel == "xla" else mask

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from tokenflow_jax.nets.attention import SAVED, Mask, attention
+from tokenflow_jax.nets.attention import SAVED, attention
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.parallel import costs
 
 

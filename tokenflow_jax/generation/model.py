@@ -11,7 +11,7 @@ The sequence for scales of 1 and 4 codes, a prefix of P = 6 ids and a suffix of 
 
 Codes are never embedded. The input for a scale is what is known before it is predicted: the
 features of all coarser scales, resized to it. Each of its positions predicts a code of the same
-scale, all of them at once, so attention goes by blocks (`attention.Blocks`): a scale reads itself
+scale, all of them at once, so attention goes by blocks (`masks.Blocks`): a scale reads itself
 whole. The prefix's last id is the block of the first scale.
 """
 
@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenflow_jax.nets.attention import Blocks, Mask
 from tokenflow_jax.nets.layers import exact_gelu
 from tokenflow_jax.nets.lm import Cache, Decoder, LMConfig
+from tokenflow_jax.nets.masks import Blocks, Mask
 from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.tokenizer.pyramid import Scales

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from tokenflow_jax.generation.edit import Edit
 from tokenflow_jax.generation.model import Generation, GenerationConfig
 from tokenflow_jax.nets import sampling
-from tokenflow_jax.nets.attention import Mask
 from tokenflow_jax.nets.lm import Cache, init_cache
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.nets.resize import bicubic_resize
 from tokenflow_jax.tokenizer.quantizer import Codebooks
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from tokenflow_jax.nets import attention as attention_lib
-from tokenflow_jax.nets.attention import Mask
 from tokenflow_jax.nets.cache import Cache
 from tokenflow_jax.nets.layers import REMAT, RMSNorm, rope, rotate, stack
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.parallel import placement
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.parallel.token_losses import project, token_losses

@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tokenflow_jax.nets.attention import Mask
 from tokenflow_jax.nets.layers import exact_gelu, put_vectors
 from tokenflow_jax.nets.lm import Cache, Decoder, LMConfig
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.nets.resize import area_resize, bicubic_resize
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.tokenizer.pyramid import Scales, features_from_codes

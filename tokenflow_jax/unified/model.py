@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenflow_jax.generation.model import Generation, GenerationConfig
-from tokenflow_jax.nets.attention import Mask
 from tokenflow_jax.nets.layers import put_vectors
 from tokenflow_jax.nets.lm import Cache, LMConfig
+from tokenflow_jax.nets.masks import Mask
 from tokenflow_jax.parallel.placement import on_batch
 from tokenflow_jax.understanding.model import (
     PROJECTORS,
